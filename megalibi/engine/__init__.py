@@ -1,0 +1,1 @@
+"""DeepSpeed: configuration, optimizer, step, evaluation."""

@@ -1,0 +1,1 @@
+"""Metrics, their writers, plots and the report page."""
