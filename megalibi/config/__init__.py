@@ -1,5 +1,37 @@
 """What a run is: frozen dataclasses, their loading from YAML, and what follows from them. No torch here."""
 
+from megalibi.config.derive import Derived, derive, learning_rate_at, padded_vocab_size
 from megalibi.config.errors import ConfigError
+from megalibi.config.load import config_from_dict, config_to_dict, load_config, save_config
+from megalibi.config.schema import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DatasetConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    ZeroConfig,
+)
 
-__all__ = ["ConfigError"]
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "DatasetConfig",
+    "Derived",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TrainConfig",
+    "ZeroConfig",
+    "config_from_dict",
+    "config_to_dict",
+    "derive",
+    "learning_rate_at",
+    "load_config",
+    "padded_vocab_size",
+    "save_config",
+]

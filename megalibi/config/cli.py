@@ -1,0 +1,32 @@
+"""How every command of megalibi ends: a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megalibi.config.errors import ConfigError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's main function and exit the process with what came of it.
+
+    ConfigError becomes ``error: MESSAGE`` on standard error and exit code 2; Ctrl-C becomes exit code 130.
+
+    Args:
+        main: The command; what it returns is the exit code (None is 0).
+    """
+    try:
+        code = main()
+    except ConfigError as error:
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"error: {message}\n")
+        code = EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("error: interrupted\n")
+        code = EXIT_INTERRUPTED
+    sys.exit(code)
