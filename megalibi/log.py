@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 
 _ROOT = "megalibi"
 
@@ -18,6 +19,14 @@ def get_logger(name: str) -> logging.Logger:
         name: The module's ``__name__``.
     """
     return logging.getLogger(name if name.startswith(_ROOT) else f"{_ROOT}.{name}")
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Looks standard error up at each message, so that messages stand above a progress bar that has replaced it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 def configure(*, rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
@@ -32,7 +41,7 @@ def configure(*, rank: int = 0, world_size: int = 1, level: int = logging.INFO) 
         level: Lowest level that rank 0 prints.
     """
     where = f" [rank {rank}/{world_size} on {socket.gethostname()}]" if world_size > 1 else ""
-    handler = logging.StreamHandler()
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{where} %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger(_ROOT)
     logger.handlers[:] = [handler]

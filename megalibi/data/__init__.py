@@ -1,1 +1,4 @@
-"""Token files in Megatron-LM's indexed format, samples drawn from them, and the tokenizer."""
+"""From text to batches: tokenizer, token files, datasets, loader.
+
+Nothing is re-exported here: preprocessing workers import ``megalibi.data.tokenizer`` and must not pay for torch.
+"""

@@ -1,1 +1,1 @@
-"""DeepSpeed: configuration, optimizer, step, evaluation."""
+"""DeepSpeed around the GPT: configuration, optimizer, step and evaluation."""

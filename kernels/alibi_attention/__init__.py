@@ -1,0 +1,8 @@
+"""ALiBi attention, exact and fast: one function over several back ends."""
+
+from __future__ import annotations
+
+from alibi_attention.dispatch import attention, backends, resolve_backend
+from alibi_attention.slopes import alibi_slopes, local_slopes
+
+__all__ = ["alibi_slopes", "attention", "backends", "local_slopes", "resolve_backend"]

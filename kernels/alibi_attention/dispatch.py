@@ -1,0 +1,158 @@
+"""The one function, and the choice of the back end that does it."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+from alibi_attention import reference, sdpa
+from alibi_attention.capability import Backend, Capability
+
+_LOGGER = logging.getLogger("alibi_attention")
+
+# In the order of "auto": the first that can do a call does it.
+_ORDER: tuple[Backend, ...] = (sdpa, reference)
+_BACKENDS: dict[str, Backend] = {backend.capability().name: backend for backend in _ORDER}
+
+
+def attention(
+    q_BSHK: torch.Tensor,
+    k_BSHK: torch.Tensor,
+    v_BSHK: torch.Tensor,
+    *,
+    alibi_slopes: torch.Tensor | None,
+    causal: bool = True,
+    softmax_scale: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    query_offset: int | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Return softmax(softmax_scale * q k^T - slope * (i - j)) v, over the keys j <= i, in q's shape and type.
+
+    The bias is fp32 at least, whatever the type of q, also under autocast; neither ``softmax_scale`` nor any scale the
+    caller puts on q touches it. Differentiable in q, k and v.
+
+    Args:
+        q_BSHK: Queries [batch, queries, heads, head dimension].
+        k_BSHK: Keys [batch, keys, heads, head dimension].
+        v_BSHK: Values, of the keys' shape.
+        alibi_slopes: Slopes [heads], fp32, of the heads given here; None for attention without a bias.
+        causal: True is the only choice: ALiBi is defined for the past.
+        softmax_scale: Factor of q k^T; 1 / sqrt(head dimension) if None.
+        cu_seqlens: Document boundaries [N + 1], int32, over the flattened batch * queries tokens, from 0 to their
+            number; attention crosses none of them. Ends of rows are boundaries only if they are listed.
+        dropout_p: Probability with which an attention weight is dropped.
+        query_offset: Position of the first query, where the first key has position 0; if None, the last query stands
+            at the last key.
+        backend: "auto" or a name listed by ``backends()``.
+
+    Raises:
+        ValueError: An argument has a wrong shape, type or value.
+        RuntimeError: The named back end cannot do this call.
+    """
+    if not causal:
+        raise ValueError("causal=False: ALiBi's bias is defined for the past only, use causal=True")
+    _check_tensors(q_BSHK, k_BSHK, v_BSHK)
+    _check_slopes(q_BSHK, alibi_slopes)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p={dropout_p}: must be in [0, 1)")
+    if cu_seqlens is not None:
+        _check_documents(q_BSHK, k_BSHK, cu_seqlens, query_offset)
+    if query_offset is None:
+        query_offset = k_BSHK.shape[1] - q_BSHK.shape[1]
+    if query_offset < 0:
+        raise ValueError(f"query_offset={query_offset}: must be 0 or more, a query before the first key sees nothing")
+
+    name = resolve_backend(backend, q_BSHK.device, q_BSHK.dtype, q_BSHK.shape[-1], dropout_p > 0.0)
+    # Autocast would cast the bias to 16 bits together with q, k and v.
+    with torch.autocast(q_BSHK.device.type, enabled=False):
+        return _BACKENDS[name].attend(
+            q_BSHK,
+            k_BSHK,
+            v_BSHK,
+            alibi_slopes=alibi_slopes,
+            softmax_scale=q_BSHK.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+            cu_seqlens=cu_seqlens,
+            dropout_p=dropout_p,
+            query_offset=query_offset,
+        )
+
+
+def backends() -> list[Capability]:
+    """Return what each back end can do here, in the order in which "auto" tries them."""
+    return [backend.capability() for backend in _ORDER]
+
+
+def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, dropout: bool) -> str:
+    """Return the name of the back end that ``attention(..., backend=name)`` will use for such tensors.
+
+    Raises:
+        ValueError: There is no back end of that name.
+        RuntimeError: It cannot do such a call; the message says why.
+    """
+    return _resolve(name, torch.device(device).type, dtype, head_dim, dropout)
+
+
+@cache
+def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> str:
+    """Resolve a name; cached, so that capabilities are asked once and "auto" logs its choice once."""
+    if name not in ("auto", *_BACKENDS):
+        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(_BACKENDS)}")
+    passed_over: list[str] = []
+    for candidate in _BACKENDS if name == "auto" else (name,):
+        refusal = _BACKENDS[candidate].capability().find_refusal(device_type, dtype, head_dim, dropout)
+        if refusal is None:
+            if name == "auto":
+                _log_choice(candidate, f"{device_type}, {dtype}, head_dim {head_dim}, dropout {dropout}", passed_over)
+            return candidate
+        passed_over.append(f"{candidate}: {refusal}")
+    raise RuntimeError(f"backend={name!r} cannot run: {'; '.join(passed_over)}")
+
+
+def _log_choice(chosen: str, call: str, passed_over: list[str]) -> None:
+    because = f" (not {'; not '.join(passed_over)})" if passed_over else ""
+    _LOGGER.info("attention back end for %s: %s%s", call, chosen, because)
+
+
+def _check_tensors(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor) -> None:
+    if q_BSHK.dim() != 4 or 0 in q_BSHK.shape:
+        raise ValueError(f"q_BSHK: must be [batch, queries, heads, head dimension], got {tuple(q_BSHK.shape)}")
+    batch, _, num_heads, head_dim = q_BSHK.shape
+    if k_BSHK.dim() != 4 or k_BSHK.shape != (batch, k_BSHK.shape[1], num_heads, head_dim) or k_BSHK.shape[1] == 0:
+        expected = f"[{batch}, keys, {num_heads}, {head_dim}]"
+        raise ValueError(f"k_BSHK: must be {expected} as q_BSHK is, got {tuple(k_BSHK.shape)}")
+    if v_BSHK.shape != k_BSHK.shape:
+        raise ValueError(f"v_BSHK: must be {tuple(k_BSHK.shape)} as k_BSHK is, got {tuple(v_BSHK.shape)}")
+    for name, x in (("k_BSHK", k_BSHK), ("v_BSHK", v_BSHK)):
+        if x.dtype != q_BSHK.dtype or x.device != q_BSHK.device:
+            wanted = f"{q_BSHK.dtype} on {q_BSHK.device}"
+            raise ValueError(f"{name}: must be {wanted} as q_BSHK is, got {x.dtype} on {x.device}")
+
+
+def _check_slopes(q_BSHK: torch.Tensor, alibi_slopes: torch.Tensor | None) -> None:
+    if alibi_slopes is None:
+        return
+    if alibi_slopes.dtype != torch.float32:
+        # Somebody's .bfloat16() or .half() has already rounded them: casting back would hide it.
+        raise ValueError(f"alibi_slopes: must be torch.float32 and never cast, got {alibi_slopes.dtype}")
+    if alibi_slopes.shape != q_BSHK.shape[2:3]:
+        given = tuple(alibi_slopes.shape)
+        raise ValueError(f"alibi_slopes: must be [{q_BSHK.shape[2]}], one for each head of q_BSHK, got {given}")
+    if alibi_slopes.device != q_BSHK.device:
+        raise ValueError(f"alibi_slopes: must be on {q_BSHK.device} as q_BSHK is, got {alibi_slopes.device}")
+    if alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes: must not require a gradient, slopes are constants")
+
+
+def _check_documents(
+    q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, cu_seqlens: torch.Tensor, query_offset: int | None
+) -> None:
+    # The values are read by the back ends, some of which never need them on the host.
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        given = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+        raise ValueError(f"cu_seqlens: must be torch.int32 [documents + 1], got {given}")
+    if q_BSHK.shape != k_BSHK.shape or query_offset not in (None, 0):
+        raise ValueError("cu_seqlens: needs as many queries as keys and no query_offset")

@@ -1,0 +1,66 @@
+"""The equation, written out: every other back end is compared with this one.
+
+softmax(softmax_scale * q k^T - slope * (i - j)) v over the keys j <= i of the query's own document.
+
+Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries, T keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from alibi_attention.capability import Capability
+from alibi_attention.documents import get_lengths
+
+
+def capability() -> Capability:
+    """Return what this back end can do: everything, with S x S memory."""
+    return Capability(
+        name="reference",
+        usable=True,
+        reason="",
+        exactness="everything in fp32 (fp64 for fp64 inputs); S x S memory",
+        devices=("cpu", "cuda"),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        dropout="yes",
+        cu_seqlens="one mask over all tokens",
+    )
+
+
+def attend(
+    q_BSHK: torch.Tensor,
+    k_BSHK: torch.Tensor,
+    v_BSHK: torch.Tensor,
+    *,
+    alibi_slopes: torch.Tensor | None,
+    softmax_scale: float,
+    cu_seqlens: torch.Tensor | None,
+    dropout_p: float,
+    query_offset: int,
+) -> torch.Tensor:
+    """Attend causally by the equation. See ``alibi_attention.attention`` for the arguments."""
+    if cu_seqlens is not None:
+        batch, seq_length = q_BSHK.shape[:2]
+        q_BSHK, k_BSHK, v_BSHK = (x.flatten(0, 1).unsqueeze(0) for x in (q_BSHK, k_BSHK, v_BSHK))
+
+    compute_dtype = torch.float64 if q_BSHK.dtype == torch.float64 else torch.float32
+    q_BHQK, k_BHTK, v_BHTK = (x.to(compute_dtype).transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
+    scores_BHQT = softmax_scale * (q_BHQK @ k_BHTK.mT)
+
+    queries, keys = q_BHQK.shape[2], k_BHTK.shape[2]
+    position_Q = query_offset + torch.arange(queries, device=q_BSHK.device)
+    distance_QT = position_Q[:, None] - torch.arange(keys, device=q_BSHK.device)
+    if alibi_slopes is not None:
+        scores_BHQT = scores_BHQT - alibi_slopes.to(compute_dtype)[:, None, None] * distance_QT
+
+    visible_QT = distance_QT >= 0
+    if cu_seqlens is not None:
+        lengths = torch.tensor(get_lengths(cu_seqlens, queries), device=q_BSHK.device)
+        document_Q = torch.repeat_interleave(torch.arange(len(lengths), device=q_BSHK.device), lengths)
+        visible_QT = visible_QT & (document_Q[:, None] == document_Q)
+
+    weights_BHQT = scores_BHQT.masked_fill(~visible_QT, -torch.inf).softmax(dim=-1)
+    weights_BHQT = F.dropout(weights_BHQT, dropout_p)
+    output_BSHK = (weights_BHQT @ v_BHTK).transpose(1, 2).to(q_BSHK.dtype)
+    return output_BSHK if cu_seqlens is None else output_BSHK.unflatten(1, (batch, seq_length)).squeeze(0)

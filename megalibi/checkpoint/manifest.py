@@ -1,0 +1,220 @@
+"""What makes a folder a complete checkpoint: a manifest of its files with sizes and checksums.
+
+A checkpoint is written into ``step_00000100.partial``; its files are synced to the disk, then the manifest, and then
+the folder is renamed to ``step_00000100``. The rename is the moment at which it comes to exist: before it nothing reads
+the folder, after it every byte is on the disk. Last, ``latest`` is replaced. A crash at any moment leaves the
+checkpoint before, whole.
+
+The manifest has a checksum of its own, in a file beside it, so that a flipped byte in any file of a checkpoint shows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalibi.config import ConfigError
+
+MANIFEST = "manifest.json"
+MANIFEST_CHECKSUM = "manifest.sha256"
+LATEST = "latest"
+PARTIAL_SUFFIX = ".partial"
+_DISCARDED_SUFFIX = ".discarded"
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+_HASH_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file of a checkpoint."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint is and which files it has."""
+
+    step: int
+    """Optimizer steps done."""
+    samples_consumed: int
+    """Position in the data."""
+    topology: dict[str, int]
+    """World, tensor and data sizes and ZeRO stage that wrote it."""
+    config: dict[str, Any]
+    """The run's configuration."""
+    derived: dict[str, Any]
+    """What followed from it."""
+    versions: dict[str, str]
+    """Of megalibi and of the packages that decide the format."""
+    files: dict[str, FileEntry]
+    """By path inside the checkpoint."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of a step's checkpoint."""
+    return f"step_{step:08d}"
+
+
+def commit(partial: Path, manifest: Manifest) -> Path:
+    """Turn a folder with all files written and synced into a checkpoint, and let ``latest`` name it.
+
+    Args:
+        partial: The folder, ``step_00000100.partial``.
+        manifest: Of its files.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OSError: The disk is full or fails; the checkpoints before are untouched.
+    """
+    text = json.dumps(dataclasses.asdict(manifest), indent=1)
+    write_synced(partial / MANIFEST, text.encode())
+    write_synced(partial / MANIFEST_CHECKSUM, hashlib.sha256(text.encode()).hexdigest().encode())
+    sync_folder(partial)
+    final = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
+    if final.exists():  # a run went back to an earlier checkpoint and came here again
+        discard(final)
+    os.rename(partial, final)
+    sync_folder(final.parent)
+    _replace_latest(final)
+    return final
+
+
+def _replace_latest(checkpoint: Path) -> None:
+    aside = checkpoint.with_name(LATEST + PARTIAL_SUFFIX)
+    write_synced(aside, checkpoint.name.encode() + b"\n")
+    os.replace(aside, checkpoint.with_name(LATEST))
+    sync_folder(checkpoint.parent)
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """Return the checkpoint that ``latest`` names, or the newest complete one if there is no ``latest``; None: none.
+
+    Args:
+        folder: A run's ``checkpoints``.
+
+    Raises:
+        ConfigError: ``latest`` names no checkpoint.
+    """
+    complete = list_checkpoints(folder)
+    latest = folder / LATEST
+    if not latest.is_file():
+        return complete[-1] if complete else None
+    name = latest.read_bytes().decode(errors="replace").strip()
+    if folder / name not in complete:
+        newest = complete[-1].name if complete else "none"
+        raise ConfigError(f"{latest} names {name!r}, which is no complete checkpoint; the newest one is {newest}")
+    return folder / name
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest step first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint, but not the files it lists.
+
+    Raises:
+        ConfigError: The folder is no checkpoint, or the manifest is damaged.
+    """
+    try:
+        text = (checkpoint / MANIFEST).read_bytes()
+        expected = (checkpoint / MANIFEST_CHECKSUM).read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise ConfigError(
+            f"{checkpoint} is no complete checkpoint: {error.filename}: {error.strerror}; give the path of a folder "
+            "named step_NNNNNNNN"
+        ) from error
+    if hashlib.sha256(text).hexdigest() != expected:
+        raise ConfigError(
+            f"{checkpoint / MANIFEST} is damaged: it does not match {MANIFEST_CHECKSUM}; resume from another checkpoint"
+        )
+    fields = json.loads(text)
+    files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
+    return Manifest(**fields, files=files)
+
+
+def find_damage(checkpoint: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> Iterator[str]:
+    """Read files of a checkpoint and yield what is wrong, one line each; nothing if they are as they were written.
+
+    Args:
+        checkpoint: The folder.
+        manifest: Of the folder.
+        part: Which share of the files to read: ranks share the work.
+        parts: Number of shares.
+    """
+    for name in sorted(manifest.files)[part::parts]:
+        entry, path = manifest.files[name], checkpoint / name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif path.stat().st_size != entry.size_bytes:
+            yield f"{path} has {path.stat().st_size} bytes instead of {entry.size_bytes}"
+        elif hash_file(path) != entry.sha256:
+            yield f"{path} is damaged: its checksum is not the one in {MANIFEST}"
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete what crashes left behind and all but the newest checkpoints.
+
+    Args:
+        folder: A run's ``checkpoints``.
+        keep: How many to keep, always with the one that ``latest`` names; 0: all.
+    """
+    for leftover in [*folder.glob(f"*{PARTIAL_SUFFIX}"), *folder.glob(f"*{_DISCARDED_SUFFIX}")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    latest = find_checkpoint(folder)
+    others = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint != latest]
+    for checkpoint in others[: max(0, len(others) - keep + 1)] if keep else []:
+        discard(checkpoint)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; it stops to be one at once, so that a crash meanwhile leaves no half of one."""
+    aside = checkpoint.with_name(checkpoint.name + _DISCARDED_SUFFIX)
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(checkpoint, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder's names are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,229 @@
+"""Saving and loading a DeepSpeed engine's state so that a crash at any moment leaves the last checkpoint loadable."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+import megalibi
+from megalibi.checkpoint.manifest import (
+    PARTIAL_SUFFIX,
+    FileEntry,
+    Manifest,
+    checkpoint_name,
+    commit,
+    find_damage,
+    prune,
+    read_manifest,
+)
+from megalibi.config import Config, ConfigError, Derived, config_to_dict
+from megalibi.log import get_logger
+from megalibi.parallel import ProcessGroups
+
+_LOGGER = get_logger(__name__)
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint could not be written; the ones before it are whole."""
+
+
+class _RecordingEngine(TorchCheckpointEngine):
+    """Writes the files that DeepSpeed asks for, synced, and keeps their sizes and checksums.
+
+    It keeps an error instead of raising it, because DeepSpeed goes on to a barrier: a rank that left would let the
+    others wait there.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[Path, FileEntry] = {}
+        self.error: str | None = None
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        try:
+            with open(path, "wb") as file:
+                hashing = _HashingFile(file)
+                torch.save(state_dict, cast(BinaryIO, hashing))
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch's zip writer turns an OSError into a RuntimeError
+            self.error = self.error or f"{path}: {hashing.error or error}"
+        else:
+            self.files[Path(path)] = FileEntry(size_bytes=hashing.size_bytes, sha256=hashing.digest.hexdigest())
+
+
+class _HashingFile(io.RawIOBase):
+    """A file that hashes what passes through it on its way to the disk."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.size_bytes = 0
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        self.size_bytes += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+
+def save_checkpoint(
+    engine: DeepSpeedEngine, config: Config, derived: Derived, groups: ProcessGroups, *, folder: Path, step: int
+) -> Path:
+    """Write a checkpoint; every rank must call it, and all see the same file system.
+
+    Args:
+        engine: From build_engine.
+        config: The run.
+        derived: What followed from it.
+        groups: Of this process.
+        folder: The run's ``checkpoints``.
+        step: Optimizer steps done.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: On every rank, if a rank could not write; the checkpoints before are whole.
+    """
+    partial = folder / (checkpoint_name(step) + PARTIAL_SUFFIX)
+    recording = _RecordingEngine()
+    error = _prepare(partial) if groups.world.rank == 0 else None
+    _raise_together([error], groups, partial)
+    ours, engine.checkpoint_engine = engine.checkpoint_engine, recording
+    try:
+        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
+    finally:
+        engine.checkpoint_engine = ours
+
+    written = {str(path.relative_to(partial)): entry for path, entry in recording.files.items()}
+    files_by_rank = _all_gather_object(written, groups)
+    _raise_together([recording.error], groups, partial)
+    error = None
+    if groups.world.rank == 0:
+        files = {name: entry for files in files_by_rank for name, entry in files.items()}
+        manifest = Manifest(
+            step=step,
+            samples_consumed=step * config.train.global_batch_size,
+            topology=topology(config, groups),
+            config=config_to_dict(config),
+            derived=dataclasses.asdict(derived),
+            versions={"megalibi": megalibi.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            files=dict(sorted(files.items())),
+        )
+        error = _try_commit(partial, manifest, config.checkpoint.keep)
+    _raise_together([error], groups, partial)
+    return folder / checkpoint_name(step)
+
+
+def _prepare(partial: Path) -> str | None:
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return f"{partial}: {error}"
+    return None
+
+
+def _try_commit(partial: Path, manifest: Manifest, keep: int) -> str | None:
+    try:
+        final = commit(partial, manifest)
+        for script in ("zero_to_fp32.py", "zero_to_torch.py"):
+            # DeepSpeed leaves these beside its checkpoints; they know nothing of tensor parallelism.
+            (final.parent / script).unlink(missing_ok=True)
+        prune(final.parent, keep)
+    except OSError as error:
+        return f"{partial}: {error}"
+    return None
+
+
+def _raise_together(errors: list[str | None], groups: ProcessGroups, partial: Path) -> None:
+    """Raise on every rank what any rank met, and remove the half-written folder."""
+    met = [error for rank_errors in _all_gather_object(errors, groups) for error in rank_errors if error]
+    if met:
+        if groups.world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"checkpoint not written, the one before it stays: {met[0]}")
+
+
+def _all_gather_object(value: Any, groups: ProcessGroups) -> list[Any]:
+    values = [value] * groups.world.size
+    if groups.world.size > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def check_resumable(checkpoint: Path, config: Config, world_size: int) -> Manifest:
+    """Check that a run can go on from a checkpoint, without reading its tensors.
+
+    Raises:
+        ConfigError: It is damaged, holds another model, was trained on another data order, or was written by another
+            number of ranks.
+    """
+    manifest = read_manifest(checkpoint)
+    ours = config_to_dict(config)
+    fixed = {
+        "model": [name for name in ours["model"] if name not in ("dropout", "attention_backend", "recompute")],
+        "data": ["train", "seq_length"],
+        "train": ["global_batch_size", "seed", "precision"],
+        "parallel": ["tensor_parallel_size"],
+        "zero": ["stage"],
+    }
+    for section, names in fixed.items():
+        for name in names:
+            theirs = manifest.config[section].get(name)
+            if ours[section][name] != theirs:
+                raise ConfigError(
+                    f"{section}.{name}={ours[section][name]} does not fit the checkpoint {checkpoint}, which has "
+                    f"{section}.{name}={theirs}: resume with that value, or start anew in another train.output_dir"
+                )
+    if manifest.topology["world_size"] != world_size:
+        raise ConfigError(
+            f"{checkpoint} was written by {manifest.topology['world_size']} ranks, this run has {world_size}: "
+            "resume on as many"
+        )
+    return manifest
+
+
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> Manifest:
+    """Load weights, optimizer and loss scale; every rank must call it. Every file is verified first.
+
+    Raises:
+        ConfigError: On every rank; a file is missing or damaged, and named.
+    """
+    manifest = read_manifest(checkpoint)
+    damage = list(find_damage(checkpoint, manifest, part=groups.world.rank, parts=groups.world.size))
+    all_damage = [line for lines in _all_gather_object(damage, groups) for line in lines]
+    if all_damage:
+        raise ConfigError(f"{all_damage[0]}; resume from another checkpoint (checkpoint.resume=PATH)")
+    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    assert loaded is not None, checkpoint
+    return manifest
+
+
+def topology(config: Config, groups: ProcessGroups) -> dict[str, int]:
+    """Return the sizes that decide which rank holds what."""
+    return {
+        "world_size": groups.world.size,
+        "tensor_parallel_size": groups.tensor.size,
+        "data_parallel_size": groups.data.size,
+        "zero_stage": config.zero.stage,
+    }

@@ -1,0 +1,66 @@
+"""How much text inputs hold, without reading them: what a progress bar needs to tell the time left."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from collections.abc import Iterable
+from pathlib import Path
+
+from megalibi.data.text import OPENERS, format_suffix
+
+_TYPICAL_COMPRESSION = 3.0  # of English text by gzip
+_SAMPLE_LINES = 64
+
+
+def estimate_text_bytes(inputs: Iterable[str], text_key: str = "text") -> int | None:
+    """Return about how many bytes of text inputs hold, or None if that cannot be told (hub names, folders).
+
+    A file that cannot be read counts as nothing here: reading it will say what is wrong with it.
+
+    Raises:
+        ConfigError: If an input is missing or in no known format.
+    """
+    total = 0
+    for name in inputs:
+        suffix = format_suffix(name)
+        if not suffix:
+            return None
+        try:
+            total += _estimate_file(Path(name), suffix, text_key)
+        except (OSError, EOFError, ValueError, lzma.LZMAError):
+            continue
+    return total or None
+
+
+def _estimate_file(path: Path, suffix: str, text_key: str) -> int:
+    size = float(path.stat().st_size)
+    if suffix == ".parquet":
+        return _parquet_column_bytes(path, text_key)
+    if path.suffix in OPENERS:
+        size *= _TYPICAL_COMPRESSION
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        size *= _text_share(path, text_key)
+    return int(size)
+
+
+def _parquet_column_bytes(path: Path, text_key: str) -> int:
+    import pyarrow.parquet  # here, because workers of the preprocessing never need it
+
+    metadata = pyarrow.parquet.read_metadata(path)
+    columns = [
+        metadata.row_group(group).column(column)
+        for group in range(metadata.num_row_groups)
+        for column in range(metadata.num_columns)
+    ]
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_key)
+
+
+def _text_share(path: Path, text_key: str) -> float:
+    """Return which part of the first lines of a JSON-lines file is text."""
+    line_bytes = text_bytes = 0
+    with OPENERS.get(path.suffix, open)(path, "rb") as file:
+        for _, line in zip(range(_SAMPLE_LINES), file, strict=False):
+            line_bytes += len(line)
+            text_bytes += len(str(json.loads(line).get(text_key) or "").encode())
+    return text_bytes / max(line_bytes, 1)

@@ -1,0 +1,262 @@
+"""Token files: Megatron-LM's indexed format, version 1, read memory-mapped and written aside.
+
+PREFIX.bin holds the tokens of all documents one after the other. PREFIX.idx holds, little-endian and without padding:
+magic, version (uint64), type code (uint8), number of sequences (uint64), number of document indices (uint64), then
+int32 sequence lengths in tokens, int64 byte offsets of the sequences, and int64 document indices (the sequence with
+which each document begins, and a last one past the end). A document has one sequence or several.
+
+Source: megatron/core/datasets/indexed_dataset.py in NVIDIA/Megatron-LM at 00caa53af30912914981c86f39db123961678bbd.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import struct
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from megalibi.config import ConfigError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_VERSION = 1
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
+_MAX_SEQUENCE_TOKENS = 2**31 - 1
+_UINT16_VOCAB_SIZE = 65_500  # Megatron-LM's own bound (DType.optimal_dtype), so that its files and ours are the same
+
+IntegerArray = npt.NDArray[np.integer[Any]]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the type in which Megatron-LM stores tokens of a vocabulary: uint16 below 65,500 ids, else int32."""
+    return np.dtype("<u2" if vocab_size < _UINT16_VOCAB_SIZE else "<i4")
+
+
+class TokenFile:
+    """A memory-mapped token file, seen as one stream of tokens with documents in it.
+
+    Opening reads the header and a few entries of the index, whatever the size of the file.
+
+    Args:
+        prefix: Path without ``.bin`` and ``.idx``.
+
+    Raises:
+        ConfigError: If a file is missing, truncated, or not in this format.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]) -> None:
+        self.prefix = os.fspath(prefix)
+        self.bin_path = Path(f"{self.prefix}.bin")
+        self.idx_path = Path(f"{self.prefix}.idx")
+        for path in (self.idx_path, self.bin_path):
+            if not path.is_file():
+                raise ConfigError(f"{path}: no such token file; write it with tools/preprocess_data.py")
+        index = _map(self.idx_path)
+        num_sequences, num_boundaries = self._read_header(index)
+        lengths_end = _HEADER.size + 4 * num_sequences
+        pointers_end = lengths_end + 8 * num_sequences
+        self._check_size(self.idx_path, len(index), pointers_end + 8 * num_boundaries)
+        # Not aligned in the file, so numpy's own binary search would copy them whole; memoryviews do not mind.
+        lengths = memoryview(index)[_HEADER.size : lengths_end].cast("i")
+        self._pointers = memoryview(index)[lengths_end:pointers_end].cast("q")
+        self._boundaries = memoryview(index)[pointers_end:].cast("q")
+        if num_boundaries == 0 or self._boundaries[0] != 0 or self._boundaries[-1] != num_sequences:
+            raise ConfigError(f"{self.idx_path}: the document indices do not span its {num_sequences} sequences")
+        self.num_documents = num_boundaries - 1
+        num_bytes = self._pointers[-1] + lengths[-1] * self.dtype.itemsize if num_sequences else 0
+        self.num_tokens = num_bytes // self.dtype.itemsize
+        self._check_size(self.bin_path, self.bin_path.stat().st_size, num_bytes)
+        self._tokens: IntegerArray = np.frombuffer(_map(self.bin_path), self.dtype, self.num_tokens)
+
+    def read(self, start_token: int, count: int) -> IntegerArray:
+        """Return ``count`` tokens from ``start_token`` on, as a read-only view of the file in its own type."""
+        return self._tokens[start_token : start_token + count]
+
+    def document_starts_between(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the stream positions in [start, stop) at which documents begin, in order.
+
+        Takes two binary searches on the mapped index. Empty documents repeat a position.
+        """
+        itemsize = self.dtype.itemsize
+        first_sequence = bisect_left(self._pointers, start * itemsize)
+        last_sequence = bisect_left(self._pointers, stop * itemsize, lo=first_sequence)
+        # The last boundary is the end of the stream and begins no document.
+        first = bisect_left(self._boundaries, first_sequence, hi=self.num_documents)
+        last = bisect_left(self._boundaries, last_sequence, lo=first, hi=self.num_documents)
+        sequences = np.frombuffer(self._boundaries[first:last], "<i8")
+        return np.frombuffer(self._pointers, "<i8")[sequences] // itemsize
+
+    def _read_header(self, index: mmap.mmap | bytes) -> tuple[int, int]:
+        if len(index) < _HEADER.size:
+            raise ConfigError(f"{self.idx_path}: truncated, {len(index)} bytes; write it again or copy it again")
+        magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(index[: _HEADER.size])
+        if magic != _MAGIC:
+            raise ConfigError(f"{self.idx_path}: not a Megatron-LM index; write one with tools/preprocess_data.py")
+        if version != _VERSION:
+            raise ConfigError(f"{self.idx_path}: index version {version}; only version {_VERSION} can be read")
+        name = _DTYPES.get(code, f"unknown code {code}")
+        if "int" not in name:
+            raise ConfigError(f"{self.idx_path}: token type is {name}; tokens must be integers")
+        self.dtype = np.dtype(name).newbyteorder("<")
+        return num_sequences, num_boundaries
+
+    @staticmethod
+    def _check_size(path: Path, actual: int, expected: int) -> None:
+        if actual < expected:
+            raise ConfigError(
+                f"{path}: truncated, {actual} bytes of the {expected} that its index promises; copy or write it again"
+            )
+        if actual > expected:
+            raise ConfigError(
+                f"{path}: {actual} bytes, but its index promises {expected}; .bin and .idx must come from one run, "
+                "and multimodal files are not supported"
+            )
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:
+            return b""  # an empty file cannot be mapped
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def check_token_ids(token_file: TokenFile, vocab_size: int, *, num_probes: int = 64, probe_tokens: int = 1024) -> None:
+    """Look for ids past the vocabulary in a bounded number of places spread evenly over a file.
+
+    The format does not record the vocabulary, and reading all of a large file takes long; what this misses is found
+    when a batch holds it.
+
+    Raises:
+        ConfigError: If an id is not in [0, vocab_size).
+    """
+    last_start = max(token_file.num_tokens - probe_tokens, 0)
+    for start in sorted({last_start * probe // max(num_probes - 1, 1) for probe in range(num_probes)}):
+        check_ids(token_file.read(start, probe_tokens), vocab_size, token_file, start)
+
+
+def check_ids(tokens: IntegerArray, vocab_size: int, token_file: TokenFile, start: int) -> None:
+    """Check tokens that were read from ``start`` on.
+
+    Raises:
+        ConfigError: If an id is not in [0, vocab_size); names the file, the position and the id.
+    """
+    bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+    if bad.size:
+        raise ConfigError(
+            f"{token_file.bin_path}: token {start + int(bad[0])} is id {int(tokens[bad[0]])}, past "
+            f"vocab_size={vocab_size}; the file was made with another tokenizer, or model.vocab_size is too small"
+        )
+
+
+class TokenFileWriter:
+    """Writes PREFIX.bin and PREFIX.idx; both appear only when they are complete.
+
+    Use it as a context manager: leaving it normally finishes the files, leaving it by an exception removes them.
+    Memory grows by 16 bytes a document.
+
+    Args:
+        prefix: Path without ``.bin`` and ``.idx``.
+        vocab_size: Number of token ids; decides the type of the tokens.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
+        self.dtype = token_dtype(vocab_size)
+        self.num_tokens = 0
+        self._bin_path = Path(f"{os.fspath(prefix)}.bin")
+        self._idx_path = Path(f"{os.fspath(prefix)}.idx")
+        self._lengths = array("i")
+        self._boundaries = array("q", [0])
+        self._sequence_tokens = 0
+        self._bin_file: BinaryIO = _aside(self._bin_path).open("wb")
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents that have been ended."""
+        return len(self._boundaries) - 1
+
+    def add_document(self, tokens: Sequence[int] | IntegerArray) -> None:
+        """Write one whole document."""
+        self.add_tokens(tokens)
+        self.end_document()
+
+    def add_tokens(self, tokens: Sequence[int] | IntegerArray) -> None:
+        """Write tokens of a document that ``end_document`` will end."""
+        array_ = np.asarray(tokens, self.dtype)
+        self._bin_file.write(array_.tobytes())
+        self.num_tokens += array_.size
+        self._sequence_tokens += array_.size
+        while self._sequence_tokens > _MAX_SEQUENCE_TOKENS:  # lengths are int32: go on in another sequence
+            self._lengths.append(_MAX_SEQUENCE_TOKENS)
+            self._sequence_tokens -= _MAX_SEQUENCE_TOKENS
+
+    def end_document(self) -> None:
+        """End the document to which tokens were added last."""
+        self._lengths.append(self._sequence_tokens)
+        self._boundaries.append(len(self._lengths))
+        self._sequence_tokens = 0
+
+    def finish(self) -> None:
+        """Write the index, flush both files to the disk, and put them in place, the index last."""
+        _sync_and_close(self._bin_file)
+        with _aside(self._idx_path).open("wb") as file:
+            self._write_index(file)
+            _sync_and_close(file)
+        self._idx_path.unlink(missing_ok=True)  # an old index must never describe a new .bin
+        _aside(self._bin_path).replace(self._bin_path)
+        _aside(self._idx_path).replace(self._idx_path)
+        _sync_folder(self._idx_path.parent)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
+            self._bin_file.close()
+        for path in (self._bin_path, self._idx_path):
+            _aside(path).unlink(missing_ok=True)
+
+    def __enter__(self) -> TokenFileWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.discard()
+
+    def _write_index(self, file: BinaryIO) -> None:
+        code = next(code for code, name in _DTYPES.items() if name == self.dtype.name)
+        file.write(_HEADER.pack(_MAGIC, _VERSION, code, len(self._lengths), len(self._boundaries)))
+        lengths = np.frombuffer(self._lengths, np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+        file.write(lengths.astype("<i4").tobytes())
+        file.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").tobytes())
+        file.write(np.frombuffer(self._boundaries, np.int64).astype("<i8").tobytes())
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _sync_and_close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,120 @@
+"""From a configuration to a DeepSpeed engine around our GPT."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from megalibi.config import Config, Derived
+from megalibi.engine.ds_config import deepspeed_config
+from megalibi.engine.optimizer import build_optimizer
+from megalibi.model import GPT, initialize
+from megalibi.parallel import ProcessGroups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _Mpu:
+    """Our groups under the names by which DeepSpeed asks for them."""
+
+    def __init__(self, groups: ProcessGroups) -> None:
+        self._tensor, self._data = groups.tensor, groups.data
+
+    def get_model_parallel_rank(self) -> int:
+        return self._tensor.rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._tensor.size
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._tensor.handle
+
+    def get_data_parallel_rank(self) -> int:
+        return self._data.rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._data.size
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._data.handle
+
+
+def build_engine(config: Config, derived: Derived, groups: ProcessGroups, device: torch.device) -> DeepSpeedEngine:
+    """Return a DeepSpeed engine with an initialised model and optimizer; every rank must call it.
+
+    torch.distributed must be initialised. Weights are a function of ``train.seed``, on any number of ranks, and start
+    rounded to the precision of the run at every ZeRO stage.
+
+    Args:
+        config: The run.
+        derived: What follows from it on this world.
+        groups: Of this process.
+        device: Where this rank computes.
+    """
+    _quieten_deepspeed()
+    # On a CPU DeepSpeed would compile a shared-memory collective at first use (80 s), and a process killed meanwhile
+    # leaves a lock behind on which every later run waits without a word. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+
+    ds_config = deepspeed_config(config, derived, overlap=device.type == "cuda")
+    model = _build_model(config, derived, groups, device, ds_config)
+    optimizer = build_optimizer(
+        model.parameters(),
+        config.optimizer,
+        zero_stage=config.zero.stage,
+        tensor=groups.tensor,
+        fp16=config.train.precision == "fp16",
+    )
+    with contextlib.redirect_stdout(io.StringIO()):  # its BF16 optimizer prints memory tables
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=_Mpu(groups))
+    return engine
+
+
+def _build_model(
+    config: Config, derived: Derived, groups: ProcessGroups, device: torch.device, ds_config: dict[str, Any]
+) -> GPT:
+    dtype = DTYPES[config.train.precision]
+    already_cut: AbstractContextManager[Any] = nullcontext()
+    if config.zero.stage == 3:
+        # Each layer is cut over the data ranks as soon as it is made: no rank ever holds the whole model.
+        # The precision comes from ds_config: an explicit dtype is ignored where fp16 is not supported (0.19.8).
+        already_cut = deepspeed.zero.Init(
+            data_parallel_group=groups.data.handle, config_dict_or_path=ds_config, mpu=_Mpu(groups)
+        )
+    with already_cut, device:
+        model = GPT(
+            config.model,
+            padded_vocab_size=derived.padded_vocab_size,
+            group=groups.tensor,
+            sequence_parallel=config.parallel.sequence_parallel,
+            compute_dtype=dtype,
+        )
+    gather = _gather if config.zero.stage == 3 else None
+    initialize(model, config.model, seed=config.train.seed, group=groups.tensor, gather=gather)
+    if config.zero.stage == 0:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+    return model
+
+
+def _gather(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+    return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+def _quieten_deepspeed() -> None:
+    """Leave DeepSpeed's logger its warnings: its information is hundreds of lines before the first step."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch 2.13 replaced; the warning names no line of ours.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

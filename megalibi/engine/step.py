@@ -1,0 +1,99 @@
+"""One optimizer step: micro batches in, weights changed, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from megalibi.data.loader import IGNORE_INDEX, Batch
+from megalibi.parallel import ProcessGroups, all_reduce_raw, derive_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step was, the same on every rank."""
+
+    loss: float
+    """Mean over the tokens of the global batch, nats."""
+    grad_norm: float
+    """Global norm before clipping."""
+    tokens: int
+    """Tokens of the global batch that have a loss."""
+    sample_hash: int
+    """Of the samples that all ranks read, modulo 2^64 as a signed number."""
+    loss_scale: float
+    """What the loss was multiplied with; 1 unless the precision is fp16."""
+    skipped: bool
+    """fp16: a gradient overflowed and the weights were left alone."""
+
+
+def train_step(
+    engine: DeepSpeedEngine,
+    batches: Sequence[Batch],
+    *,
+    groups: ProcessGroups,
+    device: torch.device,
+    learning_rate: float,
+    seed: int,
+    samples_consumed: int,
+) -> StepResult:
+    """Compute the gradient of the mean loss over the tokens of the global batch and step along it.
+
+    Every token of the global batch weighs the same, however many of them each rank and micro batch has: the summed
+    losses are divided by the number of tokens of all ranks, known before the first backward pass, and DeepSpeed's
+    division by the number of data ranks is undone.
+
+    Args:
+        engine: From build_engine.
+        batches: This rank's micro batches.
+        groups: Of this process.
+        device: Where this rank computes.
+        learning_rate: Of this step.
+        seed: Of the run.
+        samples_consumed: Position in the data before this step; with the seed it keys dropout, so that a resumed run
+            drops what the run would have dropped.
+    """
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+    tokens_local = sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)
+    counts = torch.tensor([tokens_local, sum_hashes(batches)], device=device)
+    tokens, sample_hash = (int(n) for n in all_reduce_raw(counts, groups.data))
+    loss_scale = find_loss_scale(engine)
+    # ZeRO 1 to 3 multiply by the loss scale themselves.
+    factor = groups.data.size / tokens * (loss_scale if engine.zero_optimization_stage() == 0 else 1.0)
+
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    for index, batch in enumerate(batches):
+        micro_batch = samples_consumed // len(batch.tokens) + index * groups.data.size + groups.data.rank
+        losses_BS = engine(
+            batch.tokens.to(device, non_blocking=True),
+            batch.labels.to(device, non_blocking=True),
+            cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True),
+            micro_batch_key=derive_key(seed, "dropout", micro_batch),
+        )
+        loss = losses_BS.sum()
+        loss_sum += loss.detach()
+        engine.backward(loss * factor, scale_wrt_gas=False)
+        engine.step()
+
+    return StepResult(
+        loss=all_reduce_raw(loss_sum, groups.data).item() / tokens,
+        grad_norm=float(engine.get_global_grad_norm()),
+        tokens=tokens,
+        sample_hash=sample_hash,
+        loss_scale=loss_scale,
+        skipped=bool(getattr(engine.optimizer, "overflow", False)),
+    )
+
+
+def sum_hashes(batches: Sequence[Batch]) -> int:
+    """Return the sum of the batches' sample hashes modulo 2^64, as the signed number that int64 holds."""
+    return (sum(b.sample_hash for b in batches) + 2**63) % 2**64 - 2**63
+
+
+def find_loss_scale(engine: DeepSpeedEngine) -> float:
+    """Return what the optimizer multiplies the loss with, or expects it to be multiplied with; 1 if nothing."""
+    return float(getattr(engine.optimizer, "loss_scale", 1.0))

@@ -1,0 +1,69 @@
+"""Self-attention, cut by heads over the tensor group.
+
+Shapes: B batch, S sequence, H hidden, A heads of this rank, K head dimension.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
+
+from alibi_attention import attention
+from megalibi.config import ModelConfig
+from megalibi.model.positions import PositionMethod
+from megalibi.parallel import ColumnParallelLinear, Group, RowParallelLinear, dropout_key, fork_rng
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention; each rank of the tensor group holds ``num_attention_heads / tensor_parallel_size`` heads.
+
+    Args:
+        model: The network.
+        layer: Index of the block this stands in.
+        positions: Where the scores get their slopes, and q and k their rotation.
+        group: The tensor group.
+        sequence_parallel: Activations outside are cut along the sequence.
+    """
+
+    def __init__(
+        self, model: ModelConfig, layer: int, positions: PositionMethod, *, group: Group, sequence_parallel: bool
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads_local = model.num_attention_heads // group.size
+        self.dropout_p = model.dropout
+        self.backend = model.attention_backend
+        self.group = group
+        self.positions = positions
+        hidden_size = model.hidden_size
+        # q, k and v of this rank's heads in one matrix product: three parts, each cut over the group.
+        self.qkv = ColumnParallelLinear(
+            hidden_size, 3 * hidden_size, parts=3, bias=model.bias, group=group, sequence_parallel=sequence_parallel
+        )
+        self.proj = RowParallelLinear(
+            hidden_size, hidden_size, bias=model.bias, group=group, sequence_parallel=sequence_parallel
+        )
+
+    def forward(self, x_BSH: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None) -> Tensor:
+        """Return what attention adds to the residual stream, [B, S, H]."""
+        qkv = self.qkv(x_BSH)  # [B, S, 3AK], the whole sequence
+        q_BSAK, k_BSAK, v_BSAK = qkv.unflatten(-1, (3, self.num_heads_local, -1)).unbind(2)
+        q_BSAK, k_BSAK = self.positions.apply_to_query_key(q_BSAK, k_BSAK)
+        dropout_p = 0.0
+        random: AbstractContextManager[None] = nullcontext()
+        if self.dropout_p > 0.0 and micro_batch_key is not None:
+            # Inside the tensor-parallel region: each rank drops on its own heads.
+            key = dropout_key(micro_batch_key, layer=self.layer, site="attention", shard_rank=self.group.rank)
+            dropout_p, random = self.dropout_p, fork_rng(key, x_BSH.device)
+        with random:
+            y_BSAK = attention(
+                q_BSAK,
+                k_BSAK,
+                v_BSAK,
+                alibi_slopes=self.positions.score_slopes(x_BSH.device),
+                cu_seqlens=cu_seqlens,
+                dropout_p=dropout_p,
+                backend=self.backend,
+            )
+        return self.proj(y_BSAK.flatten(2))

@@ -1,0 +1,48 @@
+"""From the last hidden states to the loss of each token, without ever holding the logits of a long sequence at once.
+
+Shapes: B batch, S sequence, H hidden, V vocabulary rows of this rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalibi.parallel import Group, parallel_lm_logits, vocab_parallel_cross_entropy
+
+LOSS_CHUNK_TOKENS = 2048
+"""Positions whose logits exist at once in evaluation; training keeps all for the backward pass."""
+
+
+def token_losses(
+    x_BSH: Tensor,
+    weight_VH: Tensor,
+    labels_BS: Tensor,
+    *,
+    group: Group,
+    vocab_size: int,
+    vocab_start: int,
+    sequence_parallel: bool,
+) -> Tensor:
+    """Return the cross entropy of each token in nats, fp32 [B, S]; 0 where the label is -100.
+
+    Args:
+        x_BSH: Last hidden states; cut along S under sequence parallelism.
+        weight_VH: This rank's rows of the output table.
+        labels_BS: The next tokens, whole on every rank.
+        group: The tensor group.
+        vocab_size: Ids from here on are padding and get no probability.
+        vocab_start: Id of this rank's first row.
+        sequence_parallel: x is cut along S.
+    """
+
+    def losses_of(x_BSH: Tensor, labels_BS: Tensor) -> Tensor:
+        logits_BSV = parallel_lm_logits(x_BSH, weight_VH, group=group, sequence_parallel=sequence_parallel)
+        return vocab_parallel_cross_entropy(
+            logits_BSV, labels_BS, group=group, vocab_size=vocab_size, vocab_start=vocab_start
+        )
+
+    if torch.is_grad_enabled() or sequence_parallel:
+        return losses_of(x_BSH, labels_BS)
+    chunks = zip(x_BSH.split(LOSS_CHUNK_TOKENS, 1), labels_BS.split(LOSS_CHUNK_TOKENS, 1), strict=True)
+    return torch.cat([losses_of(x, labels) for x, labels in chunks], dim=1)

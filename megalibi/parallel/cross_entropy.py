@@ -1,0 +1,95 @@
+"""Cross entropy over logits whose vocabulary is sharded; they are never gathered.
+
+Each rank reduces its own columns, and three numbers per token travel: the maximum, then, together, the sum of the
+exponentials and the logit of the label.
+
+Shapes: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from megalibi.parallel.collectives import all_reduce_async_
+from megalibi.parallel.groups import Group
+
+IGNORED_LABEL = -100
+"""The label of a token that has no loss and no gradient; torch's own choice."""
+
+
+def vocab_parallel_cross_entropy(
+    logits_BSV_local: Tensor, labels_BS: Tensor, *, group: Group, vocab_size: int, vocab_start: int
+) -> Tensor:
+    """Return the loss of every token, -log softmax(logits)[label], [B, S] in fp32, the same on every rank.
+
+    It is computed in fp32 (fp64 for fp64 logits) whatever the dtype of the logits. Between forward and backward only
+    the logits themselves, in their dtype, and two numbers per token are kept: the backward computes the softmax again,
+    which is cheap beside the matmul that made the logits, and it communicates nothing.
+
+    Padded logits take no part: they get neither probability nor gradient. A label outside the vocabulary makes its
+    loss NaN: checking it here would cost a wait for the GPU, and passing over it would be silent.
+
+    Args:
+        logits_BSV_local: This rank's columns of the logits, [B, S, V_local].
+        labels_BS: Token ids; IGNORED_LABEL gives a loss of 0.
+        group: The tensor group.
+        vocab_size: V, without padding.
+        vocab_start: The token of this rank's first column.
+    """
+    return _VocabParallelCrossEntropy.apply(logits_BSV_local, labels_BS, group, vocab_size, vocab_start)
+
+
+class _VocabParallelCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_BSV_local: Tensor, labels_BS: Tensor, group: Group, vocab_size: int, vocab_start: int
+    ) -> Tensor:
+        num_tokens = min(max(vocab_size - vocab_start, 0), logits_BSV_local.shape[-1])  # columns that are no padding
+        ignored_BS = labels_BS == IGNORED_LABEL
+        index_BS1 = (labels_BS - vocab_start).unsqueeze(-1)
+        elsewhere_BS1 = (index_BS1 < 0) | (index_BS1 >= num_tokens)
+        index_BS1 = index_BS1.masked_fill(elsewhere_BS1, 0)
+
+        max_BS1 = _max_of_tokens(logits_BSV_local, num_tokens)
+        max_BS1 = all_reduce_async_(max_BS1, group, dist.ReduceOp.MAX).wait()
+        sum_exp_BS1 = _exp(logits_BSV_local, max_BS1, num_tokens).sum(-1, keepdim=True)
+        label_logit_BS1 = (logits_BSV_local.gather(-1, index_BS1) - max_BS1).masked_fill(elsewhere_BS1, 0.0)
+        sums = torch.stack([sum_exp_BS1, label_logit_BS1])
+        sum_exp_BS1, label_logit_BS1 = all_reduce_async_(sums, group).wait()
+
+        ctx.num_tokens = num_tokens
+        ctx.save_for_backward(logits_BSV_local, max_BS1, sum_exp_BS1, index_BS1, elsewhere_BS1, ignored_BS)
+        unknown_BS = (labels_BS < 0) | (labels_BS >= vocab_size)
+        loss_BS = (sum_exp_BS1.log() - label_logit_BS1).squeeze(-1)
+        return loss_BS.masked_fill(unknown_BS, torch.nan).masked_fill(ignored_BS, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss_BS: Tensor) -> tuple[Tensor | None, ...]:
+        logits_BSV_local, max_BS1, sum_exp_BS1, index_BS1, elsewhere_BS1, ignored_BS = ctx.saved_tensors
+        grad_loss_BS1 = grad_loss_BS.masked_fill(ignored_BS, 0.0).unsqueeze(-1)
+        # (softmax - one_hot(label)) * grad_loss, rounded to the dtype of the logits once, at the end.
+        grad = _exp(logits_BSV_local, max_BS1, ctx.num_tokens).mul_(grad_loss_BS1 / sum_exp_BS1)
+        grad.scatter_add_(-1, index_BS1, -grad_loss_BS1.masked_fill(elsewhere_BS1, 0.0))
+        return grad.to(logits_BSV_local.dtype), None, None, None, None
+
+
+def _max_of_tokens(logits_BSV_local: Tensor, num_tokens: int) -> Tensor:
+    """Return the maximum over the columns that are tokens, in fp32 or wider; -inf if all of them are padding."""
+    dtype = torch.promote_types(logits_BSV_local.dtype, torch.float32)
+    if num_tokens == 0:
+        return torch.full_like(logits_BSV_local[..., :1], -torch.inf, dtype=dtype)
+    return logits_BSV_local[..., :num_tokens].amax(-1, keepdim=True).to(dtype)
+
+
+def _exp(logits_BSV_local: Tensor, max_BS1: Tensor, num_tokens: int) -> Tensor:
+    """Return exp(logits - max), 0 for padding: one new tensor in the dtype of the maximum, no cast of the logits."""
+    exp_BSV_local = (logits_BSV_local - max_BS1).exp_()
+    exp_BSV_local[..., num_tokens:] = 0.0
+    return exp_BSV_local

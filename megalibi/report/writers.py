@@ -1,0 +1,275 @@
+"""Where the records of a run go: metrics.jsonl, TensorBoard, the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from megalibi.report.metrics import METRICS_FILE, StepRecord, ValidationRecord, parse_line
+from megalibi.report.units import format_bytes, format_count, format_duration
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+# Steps whose mean time gives the time left: long enough to be steady, short enough to follow a change.
+_RECENT_STEPS = 50
+
+
+class Writer(Protocol):
+    """Something that records go to."""
+
+    def step(self, record: StepRecord) -> None:
+        """Take the record of one step."""
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Take the record of one validation."""
+
+    def close(self) -> None:
+        """Finish; the writer is not used afterwards."""
+
+
+class JsonlWriter:
+    """Appends one line per record to metrics.jsonl.
+
+    Each line is flushed, so a killed process loses none. Lines are not synced to the disk one by one: after a power
+    failure the run resumes from a checkpoint anyway, and `truncate_after` drops what lies beyond it.
+
+    Args:
+        path: The file; it and its folder are made if they do not exist.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def truncate_after(self, step: int) -> None:
+        """Drop the lines of later steps and lines that a crash tore, so that the file has each step once.
+
+        The file is rewritten aside and renamed: a crash meanwhile leaves the old file or the new one, never a part.
+
+        Args:
+            step: The step the run resumes from; 0 empties the file.
+        """
+        self._file.close()
+        aside = self.path.with_name(f"{self.path.name}.partial")
+        with aside.open("w", encoding="utf-8") as kept:
+            kept.writelines(_lines_until(self.path, step))
+            kept.flush()
+            os.fsync(kept.fileno())
+        os.replace(aside, self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def step(self, record: StepRecord) -> None:
+        """Append the record of one step."""
+        self._append(record.to_json())
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Append the record of one validation."""
+        self._append(record.to_json())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, line: str) -> None:
+        self._file.write(line + "\n")
+        self._file.flush()
+
+
+def _lines_until(path: Path, step: int) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            # Without its newline a line is torn, even where what is left happens to be JSON.
+            with contextlib.suppress(ValueError):
+                if line.endswith("\n") and parse_line(line).step <= step:
+                    yield line
+
+
+class TensorBoardWriter:
+    """Writes scalars by step for TensorBoard.
+
+    Args:
+        folder: Where the event files go.
+        resumed_step: The step the run resumes from: TensorBoard hides what an earlier process wrote beyond it.
+    """
+
+    def __init__(self, folder: Path | str, *, resumed_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here: it takes seconds to import, on one rank only
+
+        self._events = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def step(self, record: StepRecord) -> None:
+        """Write the scalars of one step."""
+        scalars = {
+            "train/loss": record.loss,
+            "train/grad_norm": record.grad_norm,
+            "train/learning_rate": record.learning_rate,
+            "train/loss_scale": record.loss_scale,
+            "speed/step_seconds": record.step_seconds,
+            "speed/tokens_per_second": record.tokens_per_second,
+            "speed/model_tflops_per_second": record.model_tflops_per_second,
+            "speed/model_tflops_per_second_causal": record.model_tflops_per_second_causal,
+            "memory/bytes": record.memory_bytes,
+            "memory/peak_bytes": record.memory_peak_bytes,
+        }
+        for tag, value in scalars.items():
+            if value is not None:
+                self._events.add_scalar(tag, value, record.step)
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Write the scalars of one validation."""
+        self._events.add_scalar("validation/loss", record.validation_loss, record.step)
+        self._events.add_scalar("validation/perplexity", record.validation_perplexity, record.step)
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._events.close()
+
+
+class ConsoleWriter:
+    """Shows progress: a bar on a terminal, a plain line every few steps elsewhere.
+
+    Args:
+        total_steps: The step the run ends at.
+        log_every_steps: Plain lines are printed at multiples of it, at the first step and at the last.
+        resumed_step: The step the run resumes from.
+        console: Where to; standard output if None.
+    """
+
+    def __init__(
+        self, *, total_steps: int, log_every_steps: int, resumed_step: int = 0, console: Console | None = None
+    ) -> None:
+        self._total_steps = total_steps
+        self._log_every_steps = log_every_steps
+        self._first_step = resumed_step + 1
+        self._recent_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._progress.add_task("first step ...", total=total_steps, completed=resumed_step)
+            self._progress.start()
+
+    def step(self, record: StepRecord) -> None:
+        """Move the bar, or print a line if the step is due one."""
+        self._recent_seconds.append(record.step_seconds)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record.step, description=self._brief(record))
+        elif record.step % self._log_every_steps == 0 or record.step in (self._first_step, self._total_steps):
+            self._print(self._line(record))
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Print a line; on a terminal it stays above the bar."""
+        self._print(
+            f"step {record.step}/{self._total_steps} | validation loss {record.validation_loss:.4f} | "
+            f"perplexity {record.validation_perplexity:.2f} | {format_count(record.validation_tokens)} tokens | "
+            f"{format_duration(record.validation_seconds)}"
+        )
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _seconds_left(self, record: StepRecord) -> float:
+        mean_seconds = sum(self._recent_seconds) / len(self._recent_seconds)
+        return mean_seconds * (self._total_steps - record.step)
+
+    def _brief(self, record: StepRecord) -> str:
+        return (
+            f"{record.step}/{self._total_steps} | loss {record.loss:.4f} | "
+            f"{format_count(record.tokens_per_second)} tokens/s | {format_duration(self._seconds_left(record))} left"
+        )
+
+    def _line(self, record: StepRecord) -> str:
+        parts = [
+            f"step {record.step}/{self._total_steps}",
+            f"loss {record.loss:.4f}",
+            f"grad norm {record.grad_norm:.3f}",
+            f"lr {record.learning_rate:.2e}",
+            f"{format_count(record.tokens_per_second)} tokens/s",
+            f"{record.model_tflops_per_second:.2f} TFLOP/s",
+            format_bytes(record.memory_bytes),
+            f"{format_duration(self._seconds_left(record))} left",
+        ]
+        if record.loss_scale is not None:
+            parts.insert(4, f"loss scale {record.loss_scale:.0f}")
+        if record.skipped:
+            parts.insert(1, "skipped")
+        return " | ".join(parts)
+
+
+class Writers:
+    """Several writers as one; closes them at the end of a ``with`` block.
+
+    Args:
+        writers: Who gets every record; none on ranks that only take part.
+    """
+
+    def __init__(self, writers: Sequence[Writer] = ()) -> None:
+        self._writers = tuple(writers)
+
+    def step(self, record: StepRecord) -> None:
+        """Hand the record of one step to every writer."""
+        for writer in self._writers:
+            writer.step(record)
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Hand the record of one validation to every writer."""
+        for writer in self._writers:
+            writer.validation(record)
+
+    def close(self) -> None:
+        """Close every writer."""
+        for writer in self._writers:
+            writer.close()
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def build_writers(
+    run_dir: Path | str, *, rank: int, total_steps: int, log_every_steps: int, resumed_step: int = 0
+) -> Writers:
+    """Build the writers of a run: metrics.jsonl, TensorBoard and the console on rank 0, nothing on other ranks.
+
+    Args:
+        run_dir: The run's folder (train.output_dir).
+        rank: This process's rank in the job.
+        total_steps: The step the run ends at.
+        log_every_steps: How often the console prints a line where there is no terminal.
+        resumed_step: The step the run resumes from; later records of an earlier process are dropped.
+    """
+    if rank != 0:
+        return Writers()
+    jsonl = JsonlWriter(Path(run_dir) / METRICS_FILE)
+    jsonl.truncate_after(resumed_step)
+    return Writers(
+        [
+            jsonl,
+            TensorBoardWriter(Path(run_dir) / TENSORBOARD_FOLDER, resumed_step=resumed_step),
+            ConsoleWriter(total_steps=total_steps, log_every_steps=log_every_steps, resumed_step=resumed_step),
+        ]
+    )

@@ -1,0 +1,293 @@
+"""The loop: the only place where data, model, engine, checkpoint and report meet. Read it from the top down."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import signal
+import socket
+import time
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+import megalibi
+from megalibi.checkpoint import check_resumable, find_checkpoint, load_checkpoint, save_checkpoint
+from megalibi.config import Config, ConfigError, DatasetConfig, Derived, derive, learning_rate_at, save_config
+from megalibi.data.dataset import Dataset, open_dataset
+from megalibi.data.hashing import format_sample_hash
+from megalibi.data.loader import Batch, Loader, ValidationLoader
+from megalibi.data.tokenizer import Tokenizer
+from megalibi.engine.build import DeepSpeedEngine, build_engine
+from megalibi.engine.evaluate import validation_loss
+from megalibi.engine.step import StepResult, train_step
+from megalibi.log import get_logger
+from megalibi.model import count_parameters, model_flops_per_token
+from megalibi.parallel import ProcessGroups, all_reduce_raw
+from megalibi.report import StepRecord, ValidationRecord, Writers, build_writers, memory_bytes, memory_peak_bytes
+
+_LOGGER = get_logger(__name__)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """A signal asked for the end: the step is finished, a checkpoint saved, and the process exits with 0.
+
+    A second signal of the same kind ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, _frame: FrameType | None) -> None:
+        self.signal_name = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    def is_agreed(self, groups: ProcessGroups, device: torch.device) -> bool:
+        """Return whether any rank was asked, the same answer on every rank."""
+        asked = torch.tensor(int(self.signal_name is not None), device=device)
+        return bool(all_reduce_raw(asked, groups.world, dist.ReduceOp.MAX))
+
+
+def check_run(config: Config, world_size: int) -> Derived:
+    """Find everything that is wrong with a run before anything is allocated.
+
+    Raises:
+        ConfigError: With the field, its value and what is allowed.
+    """
+    derived = derive(config, world_size)
+    open_split(config, config.data.train)
+    if config.data.valid:
+        open_split(config, config.data.valid)
+    if config.data.tokenizer is not None:
+        vocab_size = Tokenizer(config.data.tokenizer).vocab_size
+        if vocab_size > config.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size={config.model.vocab_size} is below the {vocab_size} pieces of data.tokenizer="
+                f"{config.data.tokenizer}: at least {vocab_size} is allowed"
+            )
+    checkpoint = find_resume(config)
+    if checkpoint is not None:
+        check_resumable(checkpoint, config, world_size)
+    return derived
+
+
+def open_split(config: Config, split: tuple[DatasetConfig, ...]) -> Dataset:
+    """Open the token files of data.train or data.valid."""
+    return open_dataset(
+        [(dataset.prefix, dataset.weight) for dataset in split],
+        seq_length=config.data.seq_length,
+        seed=config.train.seed,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def find_resume(config: Config) -> Path | None:
+    """Return the checkpoint that ``checkpoint.resume`` means; None: the run starts anew."""
+    folder = checkpoints_folder(config)
+    if config.checkpoint.resume == "auto":
+        return find_checkpoint(folder)
+    if config.checkpoint.resume == "none":
+        found = find_checkpoint(folder)
+        if found is not None:
+            raise ConfigError(
+                f"checkpoint.resume=none, but {found} exists: use checkpoint.resume=auto or another train.output_dir"
+            )
+        return None
+    return Path(config.checkpoint.resume)
+
+
+def checkpoints_folder(config: Config) -> Path:
+    """Return the run's folder of checkpoints."""
+    return Path(config.train.output_dir) / "checkpoints"
+
+
+def train(config: Config, derived: Derived, groups: ProcessGroups, device: torch.device) -> None:
+    """Train from the start or the checkpoint to resume from, until the last step or a signal.
+
+    Every rank calls it, with torch.distributed initialised.
+
+    Args:
+        config: The run.
+        derived: From check_run.
+        groups: Of this process.
+        device: Where this rank computes.
+
+    Raises:
+        ConfigError: A damaged checkpoint, a full disk, a token id past the vocabulary.
+        FloatingPointError: The loss is no number any more.
+    """
+    stop = StopRequest()
+    checkpoint = find_resume(config)
+    engine = build_engine(config, derived, groups, device)
+    first_step = 0 if checkpoint is None else load_checkpoint(engine, checkpoint, groups).step
+    if groups.world.rank == 0:
+        describe_run(config, derived, groups, device, checkpoint)
+    loader = Loader(
+        open_split(config, config.data.train),
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=groups.data.rank,
+        data_size=groups.data.size,
+        document_mask=config.data.document_mask,
+    )
+    writers = build_writers(
+        config.train.output_dir,
+        rank=groups.world.rank,
+        total_steps=config.train.steps,
+        log_every_steps=config.train.log_every_steps,
+        resumed_step=first_step,
+    )
+    with writers:
+        run_steps(config, derived, groups, device, engine, loader, writers, first_step, stop)
+    loader.close()
+
+
+def run_steps(
+    config: Config,
+    derived: Derived,
+    groups: ProcessGroups,
+    device: torch.device,
+    engine: DeepSpeedEngine,
+    loader: Loader,
+    writers: Writers,
+    first_step: int,
+    stop: StopRequest,
+) -> None:
+    """Take the steps; validate and save where they are due."""
+    if first_step >= config.train.steps:
+        _LOGGER.info("nothing to do: step %d of train.steps=%d is done", first_step, config.train.steps)
+    for step in range(first_step, config.train.steps):
+        began = time.perf_counter()
+        result = train_step(
+            engine,
+            read_batches(loader, step * config.train.global_batch_size, groups),
+            groups=groups,
+            device=device,
+            learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
+            seed=config.train.seed,
+            samples_consumed=step * config.train.global_batch_size,
+        )
+        writers.step(make_record(config, derived, device, step, result, time.perf_counter() - began))
+        if not math.isfinite(result.loss) and not result.skipped:
+            raise FloatingPointError(f"the loss of step {step + 1} is {result.loss}; checkpoints before it are whole")
+
+        done, stopping = step + 1, stop.is_agreed(groups, device)
+        last = done == config.train.steps
+        if config.data.valid and not stopping and (last or is_due(done, config.train.eval_every_steps)):
+            writers.validation(validate(config, groups, device, engine, done))
+        if stopping or last or is_due(done, config.checkpoint.every_steps):
+            save_checkpoint(engine, config, derived, groups, folder=checkpoints_folder(config), step=done)
+        if stopping:
+            reason = stop.signal_name or "a signal to another rank"
+            _LOGGER.warning("stopped by %s after step %d, checkpoint saved; the same command goes on", reason, done)
+            return
+
+
+def read_batches(loader: Loader, samples_consumed: int, groups: ProcessGroups) -> list[Batch]:
+    """Return this rank's micro batches; a rank that alone meets bad data says so, for only rank 0 prints errors."""
+    try:
+        return loader.micro_batches(samples_consumed)
+    except ConfigError as error:
+        if groups.world.rank != 0:
+            _LOGGER.error("%s", error)
+        raise
+
+
+def is_due(step: int, every_steps: int) -> bool:
+    """Return whether something that happens every so many steps happens after this one; 0: never."""
+    return every_steps > 0 and step % every_steps == 0
+
+
+def make_record(
+    config: Config, derived: Derived, device: torch.device, step: int, result: StepResult, seconds: float
+) -> StepRecord:
+    """Return the line of metrics.jsonl for a step."""
+    teraflops = {
+        causal: 1e-12
+        * derived.batch_tokens
+        * model_flops_per_token(config.model, config.data.seq_length, causal=causal)
+        for causal in (False, True)
+    }
+    fp16 = config.train.precision == "fp16"
+    return StepRecord(
+        step=step + 1,
+        tokens=(step + 1) * derived.batch_tokens,
+        samples=(step + 1) * config.train.global_batch_size,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
+        step_seconds=seconds,
+        tokens_per_second=derived.batch_tokens / seconds,
+        model_tflops_per_second=teraflops[False] / seconds,
+        model_tflops_per_second_causal=teraflops[True] / seconds,
+        memory_bytes=memory_bytes(device),
+        memory_peak_bytes=memory_peak_bytes(device),
+        sample_hash=format_sample_hash(result.sample_hash),
+        loss_scale=result.loss_scale if fp16 else None,
+        skipped=result.skipped if fp16 else None,
+    )
+
+
+def validate(
+    config: Config, groups: ProcessGroups, device: torch.device, engine: DeepSpeedEngine, step: int
+) -> ValidationRecord:
+    """Return the loss on the first ``train.eval_samples`` samples of data.valid."""
+    began = time.perf_counter()
+    loader = ValidationLoader(
+        open_split(config, config.data.valid),
+        num_samples=config.train.eval_samples,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=groups.data.rank,
+        data_size=groups.data.size,
+        document_mask=config.data.document_mask,
+    )
+    engine.eval()
+    loss, tokens = validation_loss(engine, loader, groups=groups, device=device)
+    engine.train()
+    return ValidationRecord(
+        step=step,
+        tokens=step * config.train.global_batch_size * config.data.seq_length,
+        validation_loss=loss,
+        validation_perplexity=math.exp(min(loss, 700.0)),
+        validation_tokens=tokens,
+        validation_seconds=time.perf_counter() - began,
+    )
+
+
+def describe_run(
+    config: Config, derived: Derived, groups: ProcessGroups, device: torch.device, checkpoint: Path | None
+) -> None:
+    """Write config.yaml and run_info.json, and say what begins."""
+    folder = Path(config.train.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, folder / "config.yaml")
+    parameters = count_parameters(config.model)
+    info = {
+        "num_parameters": parameters,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "host": socket.gethostname(),
+        "ranks": f"{groups.world.size}: tensor {groups.tensor.size} x data {groups.data.size}",
+        "megalibi": megalibi.__version__,
+        "torch": version("torch"),
+        "deepspeed": version("deepspeed"),
+        "python": platform.python_version(),
+    }
+    (folder / "run_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    _LOGGER.info(
+        "%s parameters on %d ranks (tensor %d x data %d, ZeRO %d, %s), %s tokens per step, %s",
+        f"{parameters:,}",
+        groups.world.size,
+        groups.tensor.size,
+        groups.data.size,
+        config.zero.stage,
+        config.train.precision,
+        f"{derived.batch_tokens:,}",
+        f"resumed from {checkpoint}" if checkpoint else "from the start",
+    )

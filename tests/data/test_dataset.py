@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalibi.config import ConfigError
+from megalibi.data.dataset import BlendedDataset, TokenDataset, open_dataset
+from megalibi.data.token_file import TokenFile
+
+
+def indices(*values: int) -> np.ndarray:
+    return np.array(values, np.int64)
+
+
+def test_samples_cover_the_stream_across_documents(write_tokens):
+    dataset = open_dataset(
+        write_tokens([list(range(7)), list(range(7, 10))]), seq_length=3, seed=1, vocab_size=10, shuffle=False
+    )
+    assert dataset.samples_per_epoch == 3
+    ids = dataset.sample_ids(np.arange(3))
+    assert ids.tolist() == [[0, 0], [0, 1], [0, 2]]
+    assert dataset.read(ids).tolist() == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]]
+    assert [starts.tolist() for starts in dataset.document_starts(ids)] == [[0], [], [1]]
+
+
+@given(st.integers(2, 60), st.integers(1, 9), st.integers(0, 2**32))
+def test_every_epoch_reads_every_sample_once(tmp_path_factory, num_tokens, seq_length, seed):
+    from megalibi.data.token_file import TokenFileWriter
+
+    prefix = tmp_path_factory.mktemp("epoch") / "a"
+    with TokenFileWriter(prefix, 100) as writer:
+        writer.add_document(range(num_tokens))
+    if num_tokens <= seq_length:
+        with pytest.raises(ConfigError, match=f"data.seq_length={seq_length} needs {seq_length + 1} or more"):
+            TokenDataset(TokenFile(prefix), seq_length, seed)
+        return
+    dataset = TokenDataset(TokenFile(prefix), seq_length, seed)
+    size = dataset.samples_per_epoch
+    assert size == (num_tokens - 1) // seq_length
+    for epoch in (0, 1, 5):
+        ids = dataset.sample_ids(epoch * size + np.arange(size))
+        assert sorted(ids[:, 1].tolist()) == list(range(size))
+        labels = np.sort(dataset.read(ids)[:, 1:].reshape(-1))
+        assert labels.tolist() == list(range(1, size * seq_length + 1))
+
+
+def test_order_depends_on_seed_epoch_and_set_and_on_nothing_else(write_tokens):
+    token_file = TokenFile(write_tokens([[1] * 1001]))
+    first = TokenDataset(token_file, 5, seed=1)
+    everything = first.sample_ids(np.arange(600))[:, 1]
+    assert everything[[17, 450, 3]].tolist() == first.sample_ids(indices(17, 450, 3))[:, 1].tolist()
+    others = [
+        TokenDataset(token_file, 5, seed=2).sample_ids(np.arange(200))[:, 1],
+        TokenDataset(token_file, 5, seed=1, dataset_id=1).sample_ids(np.arange(200))[:, 1],
+        everything[200:400],
+    ]
+    for other in others:
+        assert np.count_nonzero(other == everything[:200]) < 20
+        assert sorted(other.tolist()) == sorted(everything[:200].tolist())
+
+
+def test_an_order_of_ten_to_the_twelve_samples_is_read_at_once(write_tokens):
+    """Nothing in a dataset has the size of the data."""
+    token_file = TokenFile(write_tokens([[1, 2, 3]]))
+    token_file.num_tokens = 10**15 + 1
+    start = time.perf_counter()
+    dataset = TokenDataset(token_file, 1000, seed=1)
+    ids = dataset.sample_ids(indices(0, 10**12 - 1, 10**12))
+    assert time.perf_counter() - start < 0.1
+    assert ids.max() < 10**12
+    assert len(set(ids[:, 1].tolist())) == 3
+
+
+def test_a_batch_with_an_id_past_the_vocabulary_is_an_error(write_tokens):
+    token_file = TokenFile(write_tokens([[1] * 50 + [70_000] + [1] * 50]))
+    dataset = TokenDataset(token_file, 4, seed=0, shuffle=False, vocab_size=70_000)
+    dataset.read(dataset.sample_ids(indices(0, 1)))
+    with pytest.raises(ConfigError, match=r"set\.bin: token 50 is id 70000, past vocab_size=70000"):
+        dataset.read(dataset.sample_ids(indices(3, 12)))
+
+
+def test_a_negative_id_is_an_error(write_tokens):
+    token_file = TokenFile(write_tokens([[1] * 9 + [-1]]))
+    with pytest.raises(ConfigError, match="token 9 is id -1"):
+        TokenDataset(token_file, 9, seed=0, vocab_size=100_000).read(indices(0, 0)[None])
+
+
+def test_opening_probes_the_ids(write_tokens):
+    prefix = write_tokens([[1] * 50 + [12] + [1] * 50])
+    with pytest.raises(ConfigError, match="token 50 is id 12, past vocab_size=12"):
+        open_dataset(prefix, seq_length=4, seed=0, vocab_size=12)
+
+
+def test_blend(write_tokens):
+    spec = [
+        (write_tokens([list(range(100, 141))], "a"), 0.75),
+        (write_tokens([[200, 201], list(range(202, 241))], "b"), 0.25),
+    ]
+    dataset = open_dataset(spec, seq_length=4, seed=3, vocab_size=250)
+    ids = dataset.sample_ids(np.arange(40))
+    assert np.bincount(ids[:, 0]).tolist() == [30, 10]
+    tokens = dataset.read(ids)
+    assert (tokens[:, 0] == 100 * (ids[:, 0] + 1) + 4 * ids[:, 1]).all()
+    assert sorted(ids[ids[:, 0] == 1, 1].tolist()) == list(range(10))
+    assert dataset.sample_ids(indices(31, 7, 7)).tolist() == ids[[31, 7, 7]].tolist()
+    starts = dataset.document_starts(np.array([[1, 0], [0, 0], [0, 3]]))
+    assert [offsets.tolist() for offsets in starts] == [[0, 2], [0], []]
+
+
+def test_an_epoch_of_a_blend_ends_before_the_first_repetition(write_tokens):
+    files = [TokenFile(write_tokens([[1] * length], str(length))) for length in (41, 21)]
+    blend = BlendedDataset([TokenDataset(file, 4, 0, dataset_id=i) for i, file in enumerate(files)], [1, 2])
+    size = blend.samples_per_epoch
+    ids = [tuple(pair) for pair in blend.sample_ids(np.arange(size + 1)).tolist()]
+    assert len(set(ids[:size])) == size
+    assert len(set(ids)) == size
+
+
+def test_no_files():
+    with pytest.raises(ConfigError, match="no token file"):
+        open_dataset([], seq_length=4, seed=0, vocab_size=12)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from megalibi.report.facts import describe, environment_facts, result_facts, setup_facts
+from megalibi.report.run import read_run
+
+
+def test_a_run_is_described_in_one_sentence(write_run: Callable[..., Path]) -> None:
+    folder = write_run("described")
+    (folder / "run_info.json").write_text(json.dumps({"num_parameters": 33_412_096}))
+    assert describe(read_run(folder)) == (
+        "A GPT of 33.4M parameters with ALiBi positions: 3 layers, 96 wide, 12 heads; trained at 64 tokens in bf16."
+    )
+
+
+def test_results_are_the_summary_in_words(write_run: Callable[..., Path]) -> None:
+    facts = {fact.label: (fact.value, fact.note) for fact in result_facts(read_run(write_run("results")))}
+    assert facts["Training loss"] == ("3.1013", "mean of the last 2 steps")
+    assert facts["Validation loss"] == ("3.5000", "4.1k tokens, at step 40")
+    assert facts["Validation perplexity"] == ("33.12", "")
+    assert facts["Steps"] == ("40", "")
+    assert facts["Tokens per second"] == ("1.0k", "[1.0k – 1.0k]")
+    assert facts["Model TFLOP/s, attention in full"][0] == "0.21"
+    assert facts["Model TFLOP/s, attention causal"][0] == "0.19"
+    assert facts["Highest memory"] == ("1.3 GB", "rank 0")
+
+
+def test_an_unfinished_run_says_how_far_it_is(write_run: Callable[..., Path]) -> None:
+    facts = {fact.label: (fact.value, fact.note) for fact in result_facts(read_run(write_run("half", steps=25)))}
+    assert facts["Steps"] == ("25", "of 40")
+
+
+def test_the_set_up_names_what_config_yaml_names_and_nothing_else(write_run: Callable[..., Path]) -> None:
+    run = read_run(write_run("set-up"))
+    facts = {fact.label: fact.value for fact in setup_facts(run)}
+    assert facts["Positions"] == "ALiBi"
+    assert facts["Training data"] == "data/train"
+    assert facts["Tensor parallel"] == "2"
+    assert facts["Seed"] == "7"
+    assert "Parameters" not in facts
+    assert "Dropout" not in facts
+    blend = {"train": [{"prefix": "a", "weight": 3.0}, {"prefix": "b", "weight": 1.0}], "document_mask": False}
+    facts = {fact.label: fact.value for fact in setup_facts(dataclasses.replace(run, config={"data": blend}))}
+    assert facts == {"Training data": "a (3), b (1)", "Document mask": "off"}
+
+
+def test_the_environment_is_what_run_info_holds(write_run: Callable[..., Path]) -> None:
+    folder = write_run("environment")
+    info = {"num_parameters": 5, "world_size": 2, "versions": {"torch": "2.13.0"}, "command": ["a", "b"], "gpu": None}
+    (folder / "run_info.json").write_text(json.dumps(info))
+    facts = [(fact.label, fact.value) for fact in environment_facts(read_run(folder))]
+    assert facts == [("world size", "2"), ("versions torch", "2.13.0"), ("command", "a b")]

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megalibi.report.metrics import StepRecord, ValidationRecord, read_metrics
+from megalibi.report.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writers, build_writers
+
+MakeStep = Callable[..., StepRecord]
+MakeValidation = Callable[..., ValidationRecord]
+
+
+def test_each_line_is_on_disk_before_the_next_step(tmp_path: Path, make_step: MakeStep) -> None:
+    writer = JsonlWriter(tmp_path / "run" / "metrics.jsonl")
+    for step in (1, 2):
+        writer.step(make_step(step))
+        assert read_metrics(tmp_path / "run").steps[-1] == make_step(step)
+    writer.close()
+
+
+def test_truncating_leaves_each_step_once_and_writing_goes_on(
+    tmp_path: Path, make_step: MakeStep, make_validation: MakeValidation
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [make_step(1), make_step(2), make_validation(2), make_step(3), make_validation(3)]
+    path.write_text("".join(f"{record.to_json()}\n" for record in lines) + make_step(4).to_json()[:30])
+    writer = JsonlWriter(path)
+    writer.truncate_after(2)
+    writer.step(make_step(3, loss=5.0))
+    writer.close()
+    expected = [make_step(1), make_step(2), make_validation(2), make_step(3, loss=5.0)]
+    assert path.read_text() == "".join(f"{record.to_json()}\n" for record in expected)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_truncating_drops_a_last_line_that_lacks_only_its_newline(tmp_path: Path, make_step: MakeStep) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{make_step(1).to_json()}\n{make_step(2).to_json()}")
+    writer = JsonlWriter(path)
+    writer.truncate_after(2)
+    writer.close()
+    assert path.read_text() == f"{make_step(1).to_json()}\n"
+
+
+def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path: Path, make_step: MakeStep) -> None:
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    writer.step(make_step(1))
+    writer.step(make_step(2))
+    (tmp_path / "metrics.jsonl.partial").mkdir()  # so the file aside cannot be opened
+    with pytest.raises(IsADirectoryError):
+        writer.truncate_after(1)
+    assert read_metrics(tmp_path).steps == (make_step(1), make_step(2))
+
+
+def test_tensorboard_shows_what_the_resumed_run_wrote(
+    tmp_path: Path, make_step: MakeStep, make_validation: MakeValidation
+) -> None:
+    first = TensorBoardWriter(tmp_path)
+    for step in (1, 2, 3):
+        first.step(make_step(step, loss=9.0))
+    first.close()
+    resumed = TensorBoardWriter(tmp_path, resumed_step=2)
+    resumed.step(make_step(3, loss=5.0))
+    resumed.validation(make_validation(3))
+    resumed.close()
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 9.0), (2, 9.0), (3, 5.0)]
+    assert [(event.step, event.value) for event in events.Scalars("validation/loss")] == [(3, 3.5)]
+    assert "train/loss_scale" not in events.Tags()["scalars"]
+
+
+def console_to(text: io.StringIO, *, terminal: bool) -> Console:
+    return Console(file=text, force_terminal=terminal, width=100, highlight=False)
+
+
+def test_plain_lines_come_every_few_steps_and_at_both_ends(
+    make_step: MakeStep, make_validation: MakeValidation
+) -> None:
+    text = io.StringIO()
+    writer = ConsoleWriter(total_steps=18, log_every_steps=5, resumed_step=7, console=console_to(text, terminal=False))
+    for step in range(8, 19):
+        writer.step(make_step(step, loss=3.45123, grad_norm=0.8123, tokens_per_second=12_345.0, step_seconds=19.0))
+    writer.validation(make_validation(18))
+    writer.close()
+    lines = text.getvalue().splitlines()
+    assert [line.split(" | ")[0] for line in lines] == [
+        "step 8/18",
+        "step 10/18",
+        "step 15/18",
+        "step 18/18",
+        "step 18/18",
+    ]
+    assert lines[0] == (
+        "step 8/18 | loss 3.4512 | grad norm 0.812 | lr 3.00e-04 | 12.3k tokens/s | 0.21 TFLOP/s | 1.2 GB | 3m10s left"
+    )
+    assert lines[-1] == "step 18/18 | validation loss 3.5000 | perplexity 33.12 | 4.1k tokens | 2s"
+
+
+def test_plain_lines_say_the_loss_scale_and_a_skipped_step(make_step: MakeStep) -> None:
+    text = io.StringIO()
+    writer = ConsoleWriter(total_steps=2, log_every_steps=1, console=console_to(text, terminal=False))
+    writer.step(make_step(1, loss_scale=65536.0, skipped=True))
+    assert text.getvalue().startswith("step 1/2 | skipped | loss 7.0000 | grad norm 0.800 | ")
+    assert " | loss scale 65536 | " in text.getvalue()
+
+
+def test_a_terminal_gets_a_bar_with_validations_above_it(make_step: MakeStep, make_validation: MakeValidation) -> None:
+    text = io.StringIO()
+    writer = ConsoleWriter(total_steps=2, log_every_steps=1, console=console_to(text, terminal=True))
+    writer.step(make_step(1))
+    writer.validation(make_validation(1))
+    writer.step(make_step(2))
+    writer.close()
+    shown = text.getvalue()
+    assert "━" in shown
+    assert "validation loss 3.5000" in shown
+    assert "2/2 | loss 5.0000 | 1.0k tokens/s | 0s left" in shown
+    assert "\x1b[?25h" in shown  # the cursor is back
+
+
+def test_rank_zero_writes_and_the_others_do_not(
+    tmp_path: Path, make_step: MakeStep, make_validation: MakeValidation
+) -> None:
+    for rank in (1, 0):
+        folder = tmp_path / str(rank)
+        with build_writers(folder, rank=rank, total_steps=1, log_every_steps=1) as writers:
+            writers.step(make_step(1))
+            writers.validation(make_validation(1))
+        assert folder.exists() == (rank == 0)
+    assert read_metrics(tmp_path / "0").steps == (make_step(1),)
+    assert list((tmp_path / "0" / "tensorboard").iterdir())
+
+
+def test_resuming_drops_what_an_earlier_process_wrote_beyond_the_checkpoint(
+    tmp_path: Path, make_step: MakeStep
+) -> None:
+    for resumed_step, last in ((0, 4), (2, 3)):
+        with build_writers(tmp_path, rank=0, total_steps=9, log_every_steps=9, resumed_step=resumed_step) as writers:
+            for step in range(resumed_step + 1, last + 1):
+                writers.step(make_step(step))
+    assert [record.step for record in read_metrics(tmp_path).steps] == [1, 2, 3]
+
+
+def test_an_error_in_the_loop_closes_every_writer(tmp_path: Path, make_step: MakeStep) -> None:
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    with pytest.raises(RuntimeError, match="loop"), Writers([writer]):
+        raise RuntimeError("loop")
+    with pytest.raises(ValueError, match="closed"):
+        writer.step(make_step(1))

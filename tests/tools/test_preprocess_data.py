@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megalibi.data.token_file import TokenFile
+from megalibi.data.tokenizer import Tokenizer, train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "preprocess_data.py"
+
+
+@pytest.fixture(scope="module")
+def sources() -> list[str]:
+    return [path.read_text() for path in sorted((ROOT / "megalibi").rglob("*.py"))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, sources) -> Path:
+    path = tmp_path_factory.mktemp("model") / "t.model"
+    train_tokenizer(sources, 500, path)
+    return path
+
+
+@pytest.fixture
+def corpus(tmp_path, sources) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in sources))
+    return path
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(TOOL), *map(str, arguments)]
+
+
+def test_files_are_the_same_for_one_and_three_workers(tmp_path, corpus, model, sources):
+    (tmp_path / "more.txt").write_text("one more\n")
+    for workers in (1, 3):
+        arguments = ["--input", corpus, "--input", tmp_path / "more.txt", "--tokenizer", model, "--text-key", "body"]
+        output = tmp_path / f"out{workers}"
+        done = subprocess.run(
+            command(*arguments, "--workers", workers, "--output", output), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"out1{suffix}").read_bytes() == (tmp_path / f"out3{suffix}").read_bytes()
+    token_file = TokenFile(tmp_path / "out1")
+    tokenizer = Tokenizer(model)
+    texts = [text for text in sources if text]
+    assert token_file.num_documents == len(texts) + 1
+    expected = [token for text in [*texts, "one more\n"] for token in [*tokenizer.encode(text), 1]]
+    assert token_file.read(0, token_file.num_tokens).tolist() == expected
+    assert f"{len(texts) + 1} documents, {len(expected):,} tokens in " in done.stdout
+    assert "tokens/s" in done.stdout
+
+
+def test_existing_output_is_refused_in_one_line(tmp_path, corpus, model):
+    (tmp_path / "out.bin").write_text("precious")
+    arguments = ["--input", corpus, "--tokenizer", model, "--output", tmp_path / "out", "--text-key", "body"]
+    done = subprocess.run(command(*arguments), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'out'}.bin exists; choose another --output")
+    assert done.stderr.count("\n") == 1
+    assert subprocess.run(command(*arguments, "--overwrite", "--workers", 1), capture_output=True).returncode == 0
+    assert TokenFile(tmp_path / "out").num_tokens > 0
+
+
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing_half_written(tmp_path, corpus, model, interrupt):
+    """The input is a pipe that never ends, so that the interrupt comes in the middle of the work."""
+    pipe = tmp_path / "endless.jsonl"
+    pipe.write_text(corpus.read_text() * 400)
+    folder = tmp_path / "out"
+    arguments = ["--input", pipe, "--tokenizer", model, "--output", folder / "a", "--text-key", "body", "--workers", 1]
+    with subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while not ((folder / "a.bin.tmp").exists() and (folder / "a.bin.tmp").stat().st_size > 0):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, interrupt) if interrupt == signal.SIGINT else process.send_signal(interrupt)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "error: interrupted\n"
+    assert list(folder.iterdir()) == []
+
+
+def test_progress_on_a_terminal(tmp_path, corpus, model):
+    """On a terminal there is a bar with tokens per second and the time left."""
+    terminal, end = pty.openpty()
+    arguments = ["--input", corpus, "--tokenizer", model, "--output", tmp_path / "a", "--text-key", "body"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        command(*arguments, "--workers", 1), stderr=end, stdout=subprocess.DEVNULL, env=environment
+    )
+    os.close(end)
+    shown = b""
+    while True:
+        try:
+            block = os.read(terminal, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not block:
+            break
+        shown += block
+    os.close(terminal)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "tokens/s" in text
+    assert "s left" in text
+
+
+def test_progress_lines_elsewhere(tmp_path, monkeypatch):
+    import importlib.util
+    import io
+
+    from rich.console import Console
+
+    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(tool, "LINE_EVERY_SECONDS", 0.0)
+    output = io.StringIO()
+    with tool.Display(1000, Console(file=output)) as display:
+        display.update(tool.Progress(documents=3, tokens=12345, text_bytes=250))
+    assert "3 documents, 12,345 tokens, " in output.getvalue()
+    assert " tokens/s, 25%, about 0 s left" in output.getvalue()
+    with tool.Display(None, Console(file=output)) as display:
+        display.update(tool.Progress(documents=3, tokens=12345, text_bytes=250))
+    assert output.getvalue().strip().endswith("time left unknown")

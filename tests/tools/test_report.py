@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run_tool(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools" / "report.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model:\n  num_layers: 2\n")
+    return folder
+
+
+def test_the_last_line_names_the_page(run_dir: Path, tmp_path: Path) -> None:
+    done = run_tool(run_dir, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[-1]) == run_dir / "report.html"
+    assert (run_dir / "report.html").exists()
+
+
+def test_several_runs_get_a_page_of_their_own(run_dir: Path, tmp_path: Path) -> None:
+    done = run_tool(run_dir, run_dir, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "report.html"
+    assert "2 runs" in (tmp_path / "report.html").read_text()
+
+
+def test_the_output_can_be_named(run_dir: Path, tmp_path: Path) -> None:
+    done = run_tool(run_dir, "--output", tmp_path / "a" / "b.html", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a" / "b.html").exists()
+
+
+def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    done = run_tool(tmp_path, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"error: run {tmp_path}: holds neither")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_has_an_example(tmp_path: Path) -> None:
+    done = run_tool("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "python tools/report.py runs/quickstart" in done.stdout

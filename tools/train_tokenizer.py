@@ -1,0 +1,63 @@
+"""Train a sentencepiece tokenizer on text."""
+
+from __future__ import annotations
+
+import argparse
+
+from megalibi import log
+from megalibi.config.cli import run_tool
+from megalibi.data.text import iterate_pieces
+from megalibi.data.tokenizer import Tokenizer, train_tokenizer
+
+EXAMPLE = """example:
+  python tools/train_tokenizer.py --input books.parquet notes.jsonl --vocab-size 32000 --output books.model
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help=".txt, .json, .jsonl, .csv, .parquet (also .gz), a folder, or a hub name ORG/NAME[:CONFIG][@SPLIT]",
+    )
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="number of token ids")
+    parser.add_argument("--output", required=True, metavar="T.model", help="the tokenizer to write")
+    parser.add_argument("--text-key", default="text", help="column that holds the text (default: text)")
+    parser.add_argument(
+        "--character-coverage", type=float, default=0.9999, help="share of characters with their own id"
+    )
+    parser.add_argument(
+        "--max-sentences",
+        type=int,
+        default=200_000,
+        metavar="N",
+        help="sentences of about 1,000 characters to learn from, drawn at random (default: 200000); bounds the memory",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, write, and say what came of it."""
+    arguments = parse_arguments()
+    pieces = iterate_pieces(arguments.input, text_key=arguments.text_key)
+    train_tokenizer(
+        (piece.text for piece in pieces),
+        arguments.vocab_size,
+        arguments.output,
+        character_coverage=arguments.character_coverage,
+        max_sentences=arguments.max_sentences,
+    )
+    tokenizer = Tokenizer(arguments.output)
+    print(f"{arguments.output}: {tokenizer.vocab_size} ids, sha256 {tokenizer.fingerprint[:16]}")
+
+
+if __name__ == "__main__":
+    log.configure()
+    run_tool(main)
