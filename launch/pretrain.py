@@ -12,7 +12,9 @@ This is the one place where the environment is read.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -134,11 +136,14 @@ def main() -> int:
         place = find_place(os.environ)
         log.configure(rank=place.rank, world_size=place.world_size)
         run(load_config(arguments.config, arguments.overrides), place)
-    except ConfigError as error:
+    except (ConfigError, FloatingPointError) as error:
         if rank == 0:  # every rank met the same; one that alone read bad data has logged it
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
-    except Exception:
+        return 2 if isinstance(error, ConfigError) else 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.stderr.write(f"error: the disk is full on {socket.gethostname()}: {error}; free space and start again\n")
+            return 2
         log.get_logger(__name__).exception("failed")
         return 1
     return 0

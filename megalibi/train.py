@@ -32,22 +32,29 @@ from megalibi.report import StepRecord, ValidationRecord, Writers, build_writers
 
 _LOGGER = get_logger(__name__)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+REPEATED_SIGNAL_SECONDS = 2.0
+"""Launchers pass on a signal that the scheduler or the terminal has sent to every process already."""
 
 
 class StopRequest:
     """A signal asked for the end: the step is finished, a checkpoint saved, and the process exits with 0.
 
-    A second signal of the same kind ends the process at once.
+    A signal that comes more than two seconds after the first ends the process at once.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self._first_seconds = 0.0
         for number in STOP_SIGNALS:
             signal.signal(number, self._take)
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_name = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        now = time.monotonic()
+        if self.signal_name is None:
+            self.signal_name, self._first_seconds = signal.Signals(number).name, now
+        elif now - self._first_seconds > REPEATED_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def is_agreed(self, groups: ProcessGroups, device: torch.device) -> bool:
         """Return whether any rank was asked, the same answer on every rank."""
@@ -121,7 +128,7 @@ def train(config: Config, derived: Derived, groups: ProcessGroups, device: torch
 
     Raises:
         ConfigError: A damaged checkpoint, a full disk, a token id past the vocabulary.
-        FloatingPointError: The loss is no number any more.
+        FloatingPointError: The loss or the gradient is no number any more.
     """
     stop = StopRequest()
     checkpoint = find_resume(config)
@@ -175,8 +182,7 @@ def run_steps(
             samples_consumed=step * config.train.global_batch_size,
         )
         writers.step(make_record(config, derived, device, step, result, time.perf_counter() - began))
-        if not math.isfinite(result.loss) and not result.skipped:
-            raise FloatingPointError(f"the loss of step {step + 1} is {result.loss}; checkpoints before it are whole")
+        check_finite(step + 1, result, config.train.precision)
 
         done, stopping = step + 1, stop.is_agreed(groups, device)
         last = done == config.train.steps
@@ -198,6 +204,23 @@ def read_batches(loader: Loader, samples_consumed: int, groups: ProcessGroups) -
         if groups.world.rank != 0:
             _LOGGER.error("%s", error)
         raise
+
+
+def check_finite(step: int, result: StepResult, precision: str) -> None:
+    """Stop a run whose loss or gradient is no number any more, before it saves that or repeats it for ever.
+
+    Only fp16 has a remedy, to skip the step and scale the loss less; DeepSpeed skips such steps in any precision.
+
+    Raises:
+        FloatingPointError: On every rank, for all have the same result.
+    """
+    finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
+    scales_less = precision == "fp16" and result.skipped and result.loss_scale > 1.0
+    if not finite and not scales_less:
+        raise FloatingPointError(
+            f"step {step} has loss {result.loss} and gradient norm {result.grad_norm}: the run has diverged and stops; "
+            "the checkpoints before it are whole, lower optimizer.learning_rate or go back to an earlier one"
+        )
 
 
 def is_due(step: int, every_steps: int) -> bool:

@@ -6,10 +6,12 @@ Rates are measured side by side and repeated in turns, for their ratio to hold o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import multiprocessing
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -69,8 +71,9 @@ def serve_bare_encoding(tokenizer_path: str, documents: list[str], connection: C
     """In a process of its own: encode the documents with sentencepiece alone, each time one is asked to."""
     processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer_path)
     connection.send("ready")
-    while connection.recv():
-        connection.send(sum(len(processor.encode(document)) for document in documents))
+    with contextlib.suppress(EOFError):  # the other end was closed: there is no more to measure
+        while connection.recv():
+            connection.send(sum(len(processor.encode(document)) for document in documents))
 
 
 class BareEncoding:
@@ -268,6 +271,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write."""
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: remove the files that were measured
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats {arguments.repeats}: at least 1 is needed")
     measure = {"preprocess": benchmark_preprocess, "loader": benchmark_loader}[arguments.command]

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megalibi.config.cli import run_tool
-from megalibi.report.html import REPORT_FILE, write_report
+from megalibi.report.html import REPORT_FILE, write_pictures, write_report
 
 EXAMPLE = """\
 examples:
@@ -24,8 +24,12 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"default: RUN/{REPORT_FILE}; for several runs ./{REPORT_FILE}"
     )
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write the figures as PNG files there, too")
     args = parser.parse_args()
     output = args.output or (args.runs[0] / REPORT_FILE if len(args.runs) == 1 else Path(REPORT_FILE))
+    if args.pictures is not None:
+        for path in write_pictures(args.runs, args.pictures):
+            print(path)
     print(write_report(args.runs, output))
 
 

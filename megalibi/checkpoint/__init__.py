@@ -1,7 +1,15 @@
 """Checkpoints that survive a crash at any moment."""
 
-from megalibi.checkpoint.manifest import Manifest, find_checkpoint, find_damage, list_checkpoints, read_manifest
+from megalibi.checkpoint.manifest import (
+    Manifest,
+    find_checkpoint,
+    find_damage,
+    get_checkpoint,
+    list_checkpoints,
+    read_manifest,
+)
 from megalibi.checkpoint.store import CheckpointError, check_resumable, load_checkpoint, save_checkpoint
+from megalibi.checkpoint.weights import load_full_weights, load_model
 
 __all__ = [
     "CheckpointError",
@@ -9,8 +17,11 @@ __all__ = [
     "check_resumable",
     "find_checkpoint",
     "find_damage",
+    "get_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "load_full_weights",
+    "load_model",
     "read_manifest",
     "save_checkpoint",
 ]

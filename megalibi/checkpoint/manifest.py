@@ -26,6 +26,7 @@ from megalibi.config import ConfigError
 MANIFEST = "manifest.json"
 MANIFEST_CHECKSUM = "manifest.sha256"
 LATEST = "latest"
+CHECKPOINTS = "checkpoints"
 PARTIAL_SUFFIX = ".partial"
 _DISCARDED_SUFFIX = ".discarded"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -84,6 +85,9 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     sync_folder(partial)
     final = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
     if final.exists():  # a run went back to an earlier checkpoint and came here again
+        others = [checkpoint for checkpoint in list_checkpoints(final.parent) if checkpoint != final]
+        if others:  # a crash before the end must not leave a latest that names nothing
+            _replace_latest(others[-1])
         discard(final)
     os.rename(partial, final)
     sync_folder(final.parent)
@@ -116,6 +120,23 @@ def find_checkpoint(folder: Path) -> Path | None:
         newest = complete[-1].name if complete else "none"
         raise ConfigError(f"{latest} names {name!r}, which is no complete checkpoint; the newest one is {newest}")
     return folder / name
+
+
+def get_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that a user names: a step's folder, or the latest of a run's folder or its ``checkpoints``.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if (path / MANIFEST).is_file():
+        return path
+    found = find_checkpoint(path / CHECKPOINTS) or find_checkpoint(path)
+    if found is None:
+        raise ConfigError(
+            f"{path} is no checkpoint and has none: give a step's folder, a run's folder (its train.output_dir) or "
+            f"its {CHECKPOINTS}"
+        )
+    return found
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

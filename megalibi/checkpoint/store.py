@@ -109,6 +109,8 @@ def save_checkpoint(
     error = _prepare(partial) if groups.world.rank == 0 else None
     _raise_together([error], groups, partial)
     ours, engine.checkpoint_engine = engine.checkpoint_engine, recording
+    # It would leave scripts beside the checkpoints that know nothing of tensor parallelism, and raise on a full disk.
+    engine._copy_recovery_script = lambda save_path: None
     try:
         engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
     finally:
@@ -146,9 +148,6 @@ def _prepare(partial: Path) -> str | None:
 def _try_commit(partial: Path, manifest: Manifest, keep: int) -> str | None:
     try:
         final = commit(partial, manifest)
-        for script in ("zero_to_fp32.py", "zero_to_torch.py"):
-            # DeepSpeed leaves these beside its checkpoints; they know nothing of tensor parallelism.
-            (final.parent / script).unlink(missing_ok=True)
         prune(final.parent, keep)
     except OSError as error:
         return f"{partial}: {error}"

@@ -9,6 +9,8 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from megalibi.config import ConfigError
@@ -50,11 +52,17 @@ class Tokenizer:
         if self.end_of_document_id < 0:
             raise ConfigError(f"{self.path}: the model has no eos token, which ends documents; train one that has")
         pieces = [self._processor.id_to_piece(token) for token in range(self.vocab_size)]
+        self.text_bytes: npt.NDArray[np.int64] = np.array([self._count_bytes(i, p) for i, p in enumerate(pieces)])
+        """Bytes of UTF-8 text that each id stands for, [vocab_size]; control tokens stand for none."""
         probe = "  a b\n\n c "
-        keeps_whitespace = self.decode(self._processor.encode(probe)) == probe
+        ids = self._processor.encode(probe)
+        # A space put before every text is taken off by decode, and shows in the bytes alone.
+        keeps_whitespace = self.decode(ids) == probe and self.text_bytes[ids].sum() == len(probe)
         byte_tokens = [self._processor.piece_to_id(piece) for piece in _SPACE_BYTES]
         has_bytes = all(self._processor.is_byte(token) for token in byte_tokens)
         self._space_tokens = byte_tokens if keeps_whitespace and has_bytes else None
+        self.is_exact = self._space_tokens is not None
+        """Whether the texts of ids, ``text_bytes`` long and joined, are the text they were made from."""
         self.can_cut = keeps_whitespace and not any(_SPACE in piece.lstrip(_SPACE) for piece in pieces)
         """Whether a text may be cut by ``cut_at_spaces`` and the ids of its pieces joined."""
 
@@ -82,6 +90,11 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; the end-of-document token is no text."""
         return self._processor.decode(list(ids))
+
+    def _count_bytes(self, token: int, piece: str) -> int:
+        if self._processor.is_byte(token):
+            return 1
+        return 0 if self._processor.is_control(token) else len(piece.replace(_SPACE, " ").encode())
 
     def _encode_strings(self, strings: list[str]) -> list[list[int]]:
         encoded: list[list[int]] = self._processor.encode(strings, out_type=int, num_threads=1)

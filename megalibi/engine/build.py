@@ -12,10 +12,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from megalibi.config import Config, Derived
+from megalibi.config import Config, ConfigError, Derived
 from megalibi.engine.ds_config import deepspeed_config
 from megalibi.engine.optimizer import build_optimizer
 from megalibi.model import GPT, initialize
@@ -60,8 +61,16 @@ def build_engine(config: Config, derived: Derived, groups: ProcessGroups, device
         derived: What follows from it on this world.
         groups: Of this process.
         device: Where this rank computes.
+
+    Raises:
+        ConfigError: DeepSpeed refuses fp16 on this device.
     """
     _quieten_deepspeed()
+    if config.train.precision == "fp16" and config.zero.stage > 0 and not get_accelerator().is_fp16_supported():
+        raise ConfigError(
+            f"train.precision=fp16 with zero.stage={config.zero.stage} is not supported by this device: "
+            "bf16, fp32 or zero.stage=0 is allowed"
+        )
     # On a CPU DeepSpeed would compile a shared-memory collective at first use (80 s), and a process killed meanwhile
     # leaves a lock behind on which every later run waits without a word. gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megalibi.data.loader import IGNORE_INDEX, Batch
 from megalibi.data.token_file import TokenFile
 from megalibi.parallel import ProcessGroups, all_reduce_raw
+
+FORWARD_TOKENS = 8192
+"""Windows that are alike are evaluated together up to this many tokens: short ones alone would leave a device idle."""
 
 
 @torch.no_grad()
@@ -71,11 +75,25 @@ def windows(num_tokens: int, length: int, stride: int | None = None) -> Iterator
         scored_from, stop = stop + 1, min(stop + stride, last)
 
 
+def batches_of_windows(num_tokens: int, length: int, stride: int | None = None) -> Iterator[list[Window]]:
+    """Group the windows of a stream, in their order, into those that one forward pass can take: at least one.
+
+    Args:
+        num_tokens: Tokens of the stream.
+        length: Tokens the model sees at once.
+        stride: As for ``windows``.
+    """
+    batch_size = max(1, FORWARD_TOKENS // length)
+    for _, alike in groupby(windows(num_tokens, length, stride), lambda w: (w.stop - w.start, w.scored_from - w.start)):
+        while batch := list(islice(alike, batch_size)):
+            yield batch
+
+
 @torch.no_grad()
 def stream_loss(
     model: nn.Module, tokens: TokenFile, length: int, stride: int | None, num_tokens: int, *, device: torch.device
 ) -> Iterator[tuple[float, int]]:
-    """Yield the summed loss in nats and the number of scored tokens, window by window.
+    """Yield the summed loss in nats and the number of scored tokens of each forward pass.
 
     Args:
         model: A GPT whose tensor group is this process alone.
@@ -85,9 +103,11 @@ def stream_loss(
         num_tokens: How much of the text to use.
         device: Where to compute.
     """
-    for window in windows(num_tokens, length, stride):
-        stream = torch.from_numpy(tokens.read(window.start, window.stop - window.start + 1).astype(np.int64)).to(device)
-        labels: Tensor = stream[1:].clone()
-        labels[: window.scored_from - window.start - 1] = IGNORE_INDEX
-        losses_BS = model(stream[None, :-1], labels[None])
-        yield losses_BS.double().sum().item(), window.stop - window.scored_from + 1
+    for batch in batches_of_windows(num_tokens, length, stride):
+        rows = [tokens.read(window.start, window.stop - window.start + 1) for window in batch]
+        stream_BS = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
+        labels_BS = stream_BS[:, 1:].clone()
+        num_context = batch[0].scored_from - batch[0].start - 1  # predictions that an earlier window has scored
+        labels_BS[:, :num_context] = IGNORE_INDEX
+        losses_BS = model(stream_BS[:, :-1], labels_BS)
+        yield losses_BS.double().sum().item(), labels_BS[:, num_context:].numel()

@@ -11,7 +11,7 @@ from torch import Tensor
 from megalibi.parallel import Group, parallel_lm_logits, vocab_parallel_cross_entropy
 
 LOSS_CHUNK_TOKENS = 2048
-"""Positions whose logits exist at once in evaluation; training keeps all for the backward pass."""
+"""Tokens whose logits exist at once in evaluation; training keeps all for the backward pass."""
 
 
 def token_losses(
@@ -44,5 +44,6 @@ def token_losses(
 
     if torch.is_grad_enabled() or sequence_parallel:
         return losses_of(x_BSH, labels_BS)
-    chunks = zip(x_BSH.split(LOSS_CHUNK_TOKENS, 1), labels_BS.split(LOSS_CHUNK_TOKENS, 1), strict=True)
-    return torch.cat([losses_of(x, labels) for x, labels in chunks], dim=1)
+    x_NH, labels_N = x_BSH.flatten(0, 1), labels_BS.flatten()
+    chunks = zip(x_NH.split(LOSS_CHUNK_TOKENS), labels_N.split(LOSS_CHUNK_TOKENS), strict=True)
+    return torch.cat([losses_of(x, labels) for x, labels in chunks]).view_as(labels_BS)

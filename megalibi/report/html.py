@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from megalibi.config import ConfigError
 from megalibi.report import plots
 from megalibi.report.facts import Fact, describe, environment_facts, result_facts, setup_facts
+from megalibi.report.metrics import RunMetrics
 from megalibi.report.run import Evaluation, Run, read_run, summarize
 from megalibi.report.style import STYLESHEET
 from megalibi.report.units import format_bytes, format_count
@@ -58,6 +59,26 @@ def write_report(run_dirs: Sequence[Path | str], output: Path | str) -> Path:
     except OSError as error:
         raise ConfigError(f"{output} cannot be written ({error.strerror}); name a file in a folder of yours") from error
     return output
+
+
+def write_pictures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[Path]:
+    """Write the page's figures, for a README: loss.png, speed.png and, after an evaluation, extrapolation.png.
+
+    Raises:
+        ConfigError: A folder is no run's, or a file in it cannot be read.
+    """
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    metrics, evaluations = _metrics_by_name(runs), _named_evaluations(runs)
+    figures: dict[str, Figure] = {}
+    if metrics:
+        figures |= {"loss": plots.loss_curve(metrics), "speed": plots.speed_and_memory(metrics)}
+    if evaluations:
+        figures["extrapolation"] = plots.extrapolation_curve(evaluations)
+    paths = {Path(folder) / f"{name}.png": figure for name, figure in figures.items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path, figure in paths.items():
+        plots.save_figure(figure, path)
+    return list(paths)
 
 
 def render_report(runs: Sequence[Run]) -> str:
@@ -110,8 +131,12 @@ def _results(runs: Sequence[Run]) -> str:
     return _section("Results", _fact_table(runs, [result_facts(run) for run in runs]) + "".join(notes))
 
 
+def _metrics_by_name(runs: Sequence[Run]) -> dict[str, RunMetrics]:
+    return {run.name: run.metrics for run in runs if run.metrics.steps}
+
+
 def _training(runs: Sequence[Run]) -> str:
-    metrics = {run.name: run.metrics for run in runs if run.metrics.steps}
+    metrics = _metrics_by_name(runs)
     if not metrics:
         return ""
     loss = _figure(

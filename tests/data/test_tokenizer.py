@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import example, given
@@ -33,6 +34,16 @@ def tokenizer(tokenizer_path):
 def test_decoding_gives_back_every_text(tokenizer_path, text):
     tokenizer = Tokenizer(tokenizer_path)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(texts)
+@example("</s>▁ ▁x\n")
+def test_the_bytes_of_every_text(tokenizer_path, text):
+    tokenizer = Tokenizer(tokenizer_path)
+    assert tokenizer.is_exact
+    ids = np.array(tokenizer.encode(text), np.int64)
+    assert tokenizer.text_bytes[ids].sum() == len(text.encode())
+    assert tokenizer.text_bytes[tokenizer.end_of_document_id] == 0
 
 
 def test_long_texts_are_encoded_as_sentencepiece_does_at_once(tokenizer, tokenizer_path, english):
@@ -114,6 +125,12 @@ def test_a_model_without_an_end_is_refused(tmp_path, english):
             "add_dummy_prefix": False,
             "remove_extra_whitespaces": False,
             "split_by_whitespace": False,
+            "model_type": "bpe",
+        },
+        {  # as LLaMA's: a dummy space at the front, which decoding takes off again
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "byte_fallback": True,
             "model_type": "bpe",
         },
     ],

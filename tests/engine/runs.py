@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from megalibi.config import Config, config_from_dict, derive, learning_rate_at
 from megalibi.data.dataset import open_dataset
-from megalibi.data.loader import Loader
+from megalibi.data.loader import IGNORE_INDEX, Batch, Loader
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.engine.build import build_engine
-from megalibi.engine.step import train_step
+from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize
-from megalibi.parallel import build_process_groups, single_process_groups
+from megalibi.parallel import ProcessGroups, build_process_groups, single_process_groups
 
 VOCAB_SIZE = 509  # prime: padded on every tensor parallel size
+STAGES = (0, 1, 2, 3)
+CPU = torch.device("cpu")
 Curve = list[tuple[float, float]]
 """Loss and gradient norm of each step."""
 
@@ -67,32 +73,57 @@ def open_loader(config: Config, *, data_rank: int = 0, data_size: int = 1, micro
     )
 
 
-def run_ours(config: Config, steps: int) -> tuple[Curve, list[int]]:
-    """Train on this rank with DeepSpeed; return the curve and the sample hashes."""
-    device = torch.device("cpu")
-    groups = build_process_groups(config.parallel.tensor_parallel_size)
-    engine = build_engine(config, derive(config, groups.world.size), groups, device)
+@cache
+def process_groups(tensor_parallel_size: int) -> ProcessGroups:
+    """Groups of the running ranks, built once: torch keeps every group that was ever made."""
+    return build_process_groups(tensor_parallel_size)
+
+
+def build(config: Config) -> tuple[DeepSpeedEngine, ProcessGroups]:
+    groups = process_groups(config.parallel.tensor_parallel_size)
+    return build_engine(config, derive(config, groups.world.size), groups, CPU), groups
+
+
+def mask_by_content(batch: Batch) -> Batch:
+    """Take the loss off some tokens: rows keep 33 to none of theirs, so that every rank and micro batch differs."""
+    places = torch.arange(batch.tokens.shape[1])
+    first_with_loss = batch.tokens[:, :1] % 50
+    return dataclasses.replace(batch, labels=batch.labels.masked_fill(places < first_with_loss, IGNORE_INDEX))
+
+
+def iterate_ours(
+    config: Config, steps: int, *, mask_labels: bool = False
+) -> Iterator[tuple[DeepSpeedEngine, StepResult]]:
+    """Train on this rank with DeepSpeed; yield after every step."""
+    engine, groups = build(config)
     loader = open_loader(config, data_rank=groups.data.rank, data_size=groups.data.size)
-    curve, hashes = [], []
     for step in range(steps):
         consumed = step * config.train.global_batch_size
+        batches = loader.micro_batches(consumed)
         result = train_step(
             engine,
-            loader.micro_batches(consumed),
+            [mask_by_content(batch) for batch in batches] if mask_labels else batches,
             groups=groups,
-            device=device,
+            device=CPU,
             learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
             seed=config.train.seed,
             samples_consumed=consumed,
         )
-        curve.append((result.loss, result.grad_norm))
-        hashes.append(result.sample_hash)
+        yield engine, result
     loader.close()
     engine.destroy()
-    return curve, hashes
 
 
-def run_plain(config: Config, steps: int) -> Curve:
+def run_ours(configs: list[Config], steps: int, *, mask_labels: bool = False) -> list[list[StepResult]]:
+    """Train on this rank with DeepSpeed, one run after the other."""
+    return [[result for _, result in iterate_ours(config, steps, mask_labels=mask_labels)] for config in configs]
+
+
+def curve_of(results: list[StepResult]) -> Curve:
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def run_plain(config: Config, steps: int, *, mask_labels: bool = False) -> Curve:
     """Train in this process with nothing but PyTorch: the whole global batch at once, no DeepSpeed, no groups."""
     torch.set_num_threads(1)
     model = GPT(
@@ -111,7 +142,9 @@ def run_plain(config: Config, steps: int) -> Curve:
     curve = []
     for step in range(steps):
         (batch,) = loader.micro_batches(step * config.train.global_batch_size)
-        loss = model(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens).mean()
+        batch = mask_by_content(batch) if mask_labels else batch
+        losses = model(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens)
+        loss = losses.sum() / (batch.labels != IGNORE_INDEX).sum()
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_grad_norm)
@@ -121,3 +154,9 @@ def run_plain(config: Config, steps: int) -> Curve:
         curve.append((loss.item(), norm.item()))
     loader.close()
     return curve
+
+
+def largest_relative_difference(curve: Curve, curve_ref: Curve) -> float:
+    a, b = np.array(curve), np.array(curve_ref)
+    assert a.shape == b.shape
+    return float(np.max(np.abs(a - b) / np.abs(b)))

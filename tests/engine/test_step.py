@@ -1,41 +1,115 @@
 from __future__ import annotations
 
-import numpy as np
+import functools
+import math
+from typing import Any
+
 import pytest
 
 from megalibi.config import Config
-from tests.engine.runs import Curve, make_config, run_ours, run_plain, write_tokens
+from megalibi.engine.step import StepResult
+from tests.engine.runs import (
+    STAGES,
+    VOCAB_SIZE,
+    Curve,
+    curve_of,
+    largest_relative_difference,
+    make_config,
+    run_ours,
+    run_plain,
+)
 from tests.ranks import run_on_ranks
 
 FP32_RELATIVE_BOUND = 1e-5
 STEPS = 30
+FEW_STEPS = 8
 TOPOLOGIES = [(tensor, data) for tensor in (1, 2, 4) for data in (1, 2)]
 
 
-@pytest.fixture(scope="module")
-def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
+def make_stages(prefix: str, stages: tuple[int, ...] = STAGES, **sections: dict[str, Any]) -> list[Config]:
+    return [make_config(prefix, **sections, zero={"stage": stage}) for stage in stages]
 
 
-def largest_relative_difference(curve: Curve, curve_ref: Curve) -> float:
-    a, b = np.array(curve), np.array(curve_ref)
-    return float(np.max(np.abs(a - b) / np.abs(b)))
+def run_on(world_size: int, configs: list[Config], steps: int, *, mask_labels: bool = False) -> list[list[StepResult]]:
+    """Results of each run, after checking that all ranks say the same."""
+    by_rank = run_on_ranks(world_size, run_ours, configs, steps, mask_labels=mask_labels)
+    for results in by_rank[1:]:
+        assert results == by_rank[0]
+    return by_rank[0]
 
 
-def run_each(configs: list[Config], steps: int) -> list[tuple[Curve, list[int]]]:
-    return [run_ours(config, steps) for config in configs]
+def check_equal_plain(results: list[list[StepResult]], curve_ref: Curve) -> None:
+    for run in results:
+        assert largest_relative_difference(curve_of(run), curve_ref) < FP32_RELATIVE_BOUND
+        assert [r.sample_hash for r in run] == [r.sample_hash for r in results[0]]
+
+
+@functools.cache
+def plain_curve(prefix: str, heads: int = 4, hidden_size: int = 48) -> Curve:
+    curve = run_plain(make_config(prefix, model={"num_attention_heads": heads, "hidden_size": hidden_size}), STEPS)
+    assert min(norm for _, norm in curve[3:]) > 0.5  # clipping is active
+    assert curve[-1][0] < math.log(VOCAB_SIZE) - 0.3  # and something is learned: uniform guessing has ln V
+    return curve
 
 
 @pytest.mark.parametrize(("tensor", "data"), TOPOLOGIES)
 def test_trap_1_6_8_16_every_topology_and_zero_stage_equals_plain_pytorch(prefix: str, tensor: int, data: int) -> None:
-    curve_ref = run_plain(make_config(prefix), STEPS)
-    assert min(norm for _, norm in curve_ref[3:]) > 0.5  # clipping is active
-    assert curve_ref[-1][0] < 0.8 * curve_ref[0][0]  # something is learned
-    configs = [
-        make_config(prefix, parallel={"tensor_parallel_size": tensor}, zero={"stage": stage}) for stage in (0, 1, 2, 3)
-    ]
-    by_rank = run_on_ranks(tensor * data, run_each, configs, STEPS)
-    for stage in (0, 1, 2, 3):
-        for results in by_rank:
-            assert largest_relative_difference(results[stage][0], curve_ref) < FP32_RELATIVE_BOUND, stage
-            assert results[stage][1] == by_rank[0][0][1]
+    configs = make_stages(
+        prefix, parallel={"tensor_parallel_size": tensor}, train={"micro_batch_size": 4 // data}
+    )  # two micro batches each
+    check_equal_plain(run_on(tensor * data, configs, STEPS), plain_curve(prefix))
+
+
+@pytest.mark.parametrize(("heads", "hidden_size"), [(12, 48), (20, 80)])
+def test_heads_that_are_no_power_of_two_on_4_tensor_ranks(prefix: str, heads: int, hidden_size: int) -> None:
+    configs = make_stages(
+        prefix,
+        parallel={"tensor_parallel_size": 4},
+        model={"num_attention_heads": heads, "hidden_size": hidden_size},
+        train={"micro_batch_size": 8},
+    )
+    check_equal_plain(run_on(4, configs, STEPS), plain_curve(prefix, heads, hidden_size))
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "micro batch 1": {"train": {"micro_batch_size": 1}},
+    "micro batch 4": {"train": {"micro_batch_size": 4}},
+    "document mask, micro batch 1": {"data": {"document_mask": True}, "train": {"micro_batch_size": 1}},
+    "document mask, micro batch 4": {"data": {"document_mask": True}, "train": {"micro_batch_size": 4}},
+    "biases": {"model": {"bias": True}},
+    "untied": {"model": {"tie_embeddings": False}},
+    "relu, sinusoidal": {"model": {"activation": "relu", "position_method": "sinusoidal"}},
+    "recompute": {"model": {"recompute": "full", "bias": True}},
+    "sequence parallel": {
+        "parallel": {"sequence_parallel": True},
+        "data": {"seq_length": 34},
+        "model": {"bias": True, "recompute": "full"},
+    },
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_option_equals_plain_pytorch(prefix: str, variant: str) -> None:
+    sections = {**VARIANTS[variant]}
+    curve_ref = run_plain(make_config(prefix, **sections), FEW_STEPS)
+    sections["parallel"] = {"tensor_parallel_size": 2, **sections.get("parallel", {})}
+    check_equal_plain(run_on(4, make_stages(prefix, **sections), FEW_STEPS), curve_ref)
+
+
+def test_trap_8_ranks_with_unequal_token_counts_equal_plain_pytorch(prefix: str) -> None:
+    curve_ref = run_plain(make_config(prefix), FEW_STEPS, mask_labels=True)
+    assert largest_relative_difference(curve_ref, run_plain(make_config(prefix), FEW_STEPS)) > 1e-3
+    configs = make_stages(prefix, parallel={"tensor_parallel_size": 2}, train={"micro_batch_size": 1})
+    results = run_on(4, configs, FEW_STEPS, mask_labels=True)
+    check_equal_plain(results, curve_ref)
+    assert len({step.tokens for step in results[0]}) > 1
+
+
+def test_dropout_is_the_same_for_every_zero_stage_and_replayed_by_recomputation(prefix: str) -> None:
+    sections = {"parallel": {"tensor_parallel_size": 2}, "model": {"dropout": 0.1}}
+    results = run_on(4, make_stages(prefix, **sections), FEW_STEPS)
+    check_equal_plain(results, curve_of(results[0]))
+    assert largest_relative_difference(curve_of(results[0]), plain_curve(prefix)[:FEW_STEPS]) > 1e-3
+
+    sections["model"] = {"dropout": 0.1, "recompute": "full"}
+    assert run_on(4, make_stages(prefix, **sections), FEW_STEPS) == results

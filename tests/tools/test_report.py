@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megalibi.report import StepRecord
+
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -45,6 +47,19 @@ def test_the_output_can_be_named(run_dir: Path, tmp_path: Path) -> None:
     done = run_tool(run_dir, "--output", tmp_path / "a" / "b.html", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a" / "b.html").exists()
+
+
+def test_pictures(run_dir: Path, tmp_path: Path) -> None:
+    step = StepRecord(
+        step=1, tokens=9, loss=3.0, grad_norm=1.0, learning_rate=0.1, step_seconds=1.0, tokens_per_second=9.0,
+        model_tflops_per_second=0.1, model_tflops_per_second_causal=0.1, memory_bytes=1, memory_peak_bytes=1,
+        sample_hash="0" * 16,
+    )  # fmt: skip
+    (run_dir / "metrics.jsonl").write_text(step.to_json() + "\n")
+    done = run_tool(run_dir, "--pictures", tmp_path / "pictures", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("loss", "speed"):
+        assert (tmp_path / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

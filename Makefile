@@ -1,0 +1,59 @@
+# make quickstart   from nothing to a small ALiBi GPT, trained, evaluated past its training length, and its report
+# make test         every test that needs no GPU
+# make check        what must pass before a commit: format, lint, types, import law, tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SAMPLE := sample
+RUN := runs/quickstart
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: quickstart install test check lint clean
+
+quickstart: $(RUN)/report.html
+	@echo "report: $(RUN)/report.html"
+
+install: $(VENV)/.installed
+
+# torch first and by its exact version: a range would admit a newer release with gigabytes of CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(SAMPLE)/train.jsonl: $(VENV)/.installed tools/build_sample_corpus.py
+	python tools/build_sample_corpus.py --output $(SAMPLE)
+
+$(SAMPLE)/tokenizer.model: $(SAMPLE)/train.jsonl
+	python tools/train_tokenizer.py --input $(SAMPLE)/train.jsonl --vocab-size 4096 --output $@
+
+$(SAMPLE)/%.idx: $(SAMPLE)/tokenizer.model
+	python tools/preprocess_data.py --input $(SAMPLE)/$*.jsonl --tokenizer $< --output $(SAMPLE)/$* --workers 2 --overwrite
+
+# Training resumes where it was interrupted, and does nothing when it is done.
+$(RUN)/checkpoints/latest: configs/quickstart.yaml $(SAMPLE)/train.idx $(SAMPLE)/valid.idx
+	deepspeed --num_gpus 2 --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml
+	touch $@
+
+$(RUN)/evaluation.json: $(RUN)/checkpoints/latest
+	python tools/evaluate.py --checkpoint $(RUN) --data $(SAMPLE)/valid --lengths 256,512,1024,2048 \
+		--protocol nonoverlapping --output $@
+
+$(RUN)/report.html: $(RUN)/evaluation.json
+	python tools/report.py $(RUN)
+
+test: install
+	pytest
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+check: lint test
+
+clean:
+	rm -rf $(SAMPLE) runs

@@ -1,0 +1,141 @@
+"""The weights of a checkpoint, whole again: from any tensor parallel size, ZeRO stage, data ranks and precision.
+
+Where DeepSpeed puts them, T being the tensor rank and D the data rank:
+
+- ZeRO 0, 1 and 2: ``mp_rank_T_model_states.pt`` holds the tensors of the rank under ``module``.
+- ZeRO 3: each tensor of a rank is flattened, padded to a multiple of the data ranks and cut into as many equal pieces.
+  ``zero_pp_rank_D_mp_rank_T_optim_states.pt`` holds the D-th piece of every tensor, in fp32, one after the other;
+  ``zero_pp_rank_D_mp_rank_T_model_states.pt`` says in which order (``deepspeed/utils/zero_to_fp32.py``).
+
+Files are memory-mapped and read parameter by parameter: a process holds the whole tensors and one parameter more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from torch import Tensor
+
+from megalibi.checkpoint.manifest import Manifest, find_damage, read_manifest
+from megalibi.config import Config, ConfigError, config_from_dict
+from megalibi.engine.build import DTYPES
+from megalibi.model import GPT
+from megalibi.parallel import ALONE, Group, get_shard_spec, unshard
+
+# What DeepSpeed pickles into its files beside tensors: with these named, a file cannot run code of its own.
+_DEEPSPEED_TYPES = [DynamicLossScaler, LossScaler, ZeroStageEnum]
+
+Pieces = dict[str, list[Tensor]]
+"""The tensors of one tensor rank by name, each as the flat pieces it is cut into over the data ranks."""
+
+
+def load_model(checkpoint: Path, device: torch.device) -> GPT:
+    """Return the model of a checkpoint on one device, in the precision of its run, ready to be evaluated.
+
+    Args:
+        checkpoint: A step's folder.
+        device: Where the model will compute.
+
+    Raises:
+        ConfigError: The folder is no checkpoint, or a file of it is missing or damaged, and named.
+    """
+    config = config_from_dict(read_manifest(checkpoint).config)
+    # Which kernels can run is a matter of this machine, not of the one that trained.
+    model_config = dataclasses.replace(config.model, attention_backend="auto")
+    dtype = DTYPES[config.train.precision]
+    with device:
+        model = GPT(model_config, padded_vocab_size=model_config.vocab_size, group=ALONE, compute_dtype=dtype)
+    model.to(dtype).requires_grad_(False).eval()
+    weights = load_full_weights(checkpoint)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights.pop(name))
+    return model
+
+
+def load_full_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Return every parameter of the GPT by name: whole, without padding, in the run's compute precision, on the CPU.
+
+    A tied output layer is one parameter, ``embedding.weight``. Every file of the checkpoint is verified first.
+
+    Args:
+        checkpoint: A step's folder.
+
+    Raises:
+        ConfigError: The folder is no checkpoint, or a file of it is missing or damaged, and named.
+    """
+    manifest = read_manifest(checkpoint)
+    for damage in find_damage(checkpoint, manifest):
+        raise ConfigError(f"{damage}; use another checkpoint")
+    config = config_from_dict(manifest.config)
+    dtype = DTYPES[config.train.precision]
+    ranks = [_open_pieces(checkpoint, manifest, rank) for rank in range(manifest.topology["tensor_parallel_size"])]
+    return {
+        name: _make_whole(parameter, [pieces[name] for pieces in ranks], dtype)
+        for name, parameter in _tensor_rank_model(config, manifest).named_parameters()
+    }
+
+
+def _tensor_rank_model(config: Config, manifest: Manifest) -> GPT:
+    """Return what one tensor rank of the run held, without memory: its shapes and how they are cut."""
+    size = manifest.topology["tensor_parallel_size"]
+    group = Group(rank=0, size=size, ranks=tuple(range(size)), handle=None)
+    with torch.device("meta"):
+        return GPT(config.model, padded_vocab_size=manifest.derived["padded_vocab_size"], group=group)
+
+
+def _make_whole(parameter: Tensor, pieces_by_rank: Sequence[list[Tensor]], dtype: torch.dtype) -> Tensor:
+    """Return a copy of a parameter that is cut over data ranks, and over tensor ranks unless each has all of it."""
+    spec = get_shard_spec(parameter)
+    if spec is None:
+        return _join(pieces_by_rank[0], parameter.shape).to(dtype, copy=True)
+    return unshard([_join(pieces, parameter.shape) for pieces in pieces_by_rank], spec).to(dtype, copy=True)
+
+
+def _join(pieces: list[Tensor], shape: torch.Size) -> Tensor:
+    flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return flat[: shape.numel()].view(shape)
+
+
+def _open_pieces(checkpoint: Path, manifest: Manifest, tensor_rank: int) -> Pieces:
+    suffix = f"mp_rank_{tensor_rank:02d}"
+    if manifest.topology["zero_stage"] < 3:
+        module = _open_file(checkpoint, manifest, f"{suffix}_model_states.pt")["module"]
+        return {name: [tensor.flatten()] for name, tensor in module.items()}
+    pieces: Pieces = {}
+    data_size = manifest.topology["data_parallel_size"]
+    for data_rank in range(data_size):
+        prefix = f"zero_pp_rank_{data_rank}_{suffix}"
+        shapes = _open_file(checkpoint, manifest, f"{prefix}_model_states.pt")["param_shapes"]
+        optimizer = _open_file(checkpoint, manifest, f"{prefix}_optim_states.pt")["optimizer_state_dict"]
+        for name, piece in _cut_groups(shapes, optimizer["fp32_flat_groups"], data_size):
+            pieces.setdefault(name, []).append(piece)
+    return pieces
+
+
+def _cut_groups(
+    shapes: list[dict[str, torch.Size]], flat_groups: list[Tensor], data_size: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the pieces that lie one after the other in the flat groups of a data rank; none spans two groups."""
+    groups = iter(flat_groups)
+    rest = next(groups)
+    for name, shape in (item for group in shapes for item in group.items()):
+        while rest.numel() == 0:
+            rest = next(groups)
+        length = math.ceil(shape.numel() / data_size)
+        yield name, rest[:length]
+        rest = rest[length:]
+    assert rest.numel() == 0
+
+
+def _open_file(checkpoint: Path, manifest: Manifest, ending: str) -> dict[str, Any]:
+    """Open a file memory-mapped; DeepSpeed puts ``bf16_`` before some of the names."""
+    (name,) = (name for name in manifest.files if name in (ending, f"bf16_{ending}"))
+    with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
+        return torch.load(checkpoint / name, map_location="cpu", mmap=True, weights_only=True)

@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalibi.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from megalibi.config import Config, ConfigError, derive, learning_rate_at
+from megalibi.engine.build import DeepSpeedEngine
+from megalibi.engine.step import StepResult, train_step
+from megalibi.parallel import ProcessGroups
+from tests.checkpoint.full_disk import FREE_BYTES
+from tests.engine.runs import CPU, STAGES, build, make_config, open_loader, write_tokens
+from tests.ranks import run_on_ranks
+
+STEPS = 20
+SAVED_STEP = 10
+FULL_DISK_SCRIPT = Path(__file__).with_name("full_disk.py")
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+def take_steps(
+    config: Config, engine: DeepSpeedEngine, groups: ProcessGroups, first: int, last: int
+) -> list[StepResult]:
+    loader = open_loader(config, data_rank=groups.data.rank, data_size=groups.data.size)
+    batch = config.train.global_batch_size
+    results = [
+        train_step(
+            engine,
+            loader.micro_batches(step * batch),
+            groups=groups,
+            device=CPU,
+            learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
+            seed=config.train.seed,
+            samples_consumed=step * batch,
+        )
+        for step in range(first, last)
+    ]
+    loader.close()
+    return results
+
+
+def save(config: Config, engine: DeepSpeedEngine, groups: ProcessGroups, folder: str, step: int) -> Path:
+    return save_checkpoint(engine, config, derive(config, groups.world.size), groups, folder=Path(folder), step=step)
+
+
+def run_straight_and_resumed(config: Config, folder: str) -> tuple[list[StepResult], list[StepResult]]:
+    engine, groups = build(config)
+    straight = take_steps(config, engine, groups, 0, SAVED_STEP)
+    checkpoint = save(config, engine, groups, folder, SAVED_STEP)
+    straight += take_steps(config, engine, groups, SAVED_STEP, STEPS)
+    engine.destroy()
+
+    engine, groups = build(config)
+    manifest = load_checkpoint(engine, checkpoint, groups)
+    assert manifest.step == SAVED_STEP
+    assert manifest.samples_consumed == SAVED_STEP * config.train.global_batch_size
+    resumed = straight[:SAVED_STEP] + take_steps(config, engine, groups, SAVED_STEP, STEPS)
+    engine.destroy()
+    return straight, resumed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(
+    prefix: str, tmp_path: Path, stage: int, tensor: int, precision: str
+) -> None:
+    config = make_config(
+        prefix,
+        parallel={"tensor_parallel_size": tensor},
+        zero={"stage": stage},
+        train={"precision": precision},
+        model={"dropout": 0.1},
+    )
+    for straight, resumed in run_on_ranks(2, run_straight_and_resumed, config, str(tmp_path)):
+        assert resumed == straight
+        assert straight[-1].loss < straight[0].loss
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000010"]
+
+
+def test_the_loss_scale_of_fp16_survives(prefix: str, tmp_path: Path) -> None:
+    # ZeRO 0: on a CPU, DeepSpeed has fp16 at no other stage.
+    # Large weights let gradients overflow at the first scale, so that the scale has a history to remember.
+    config = make_config(prefix, zero={"stage": 0}, train={"precision": "fp16"}, model={"init_std": 0.5})
+    for straight, resumed in run_on_ranks(2, run_straight_and_resumed, config, str(tmp_path)):
+        assert resumed == straight
+        assert straight[SAVED_STEP].loss_scale < straight[0].loss_scale
+        assert any(result.skipped for result in straight[:SAVED_STEP])
+
+
+def load_damaged(config: Config, folder: str) -> dict[str, str]:
+    """Save; then flip a byte of, truncate and remove each file in turn; return what loading said of each."""
+    engine, groups = build(config)
+    checkpoint = save(config, engine, groups, folder, 1)
+    said = {}
+    for path in sorted(checkpoint.iterdir()):
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        for damage, data in (("flipped", flipped), ("truncated", whole[:-1]), ("missing", None)):
+            _on_rank_0(groups, path, data)
+            try:
+                load_checkpoint(engine, checkpoint, groups)
+            except ConfigError as error:
+                said[f"{path.name} {damage}"] = str(error)
+            _on_rank_0(groups, path, whole)
+    load_checkpoint(engine, checkpoint, groups)
+    engine.destroy()
+    return said
+
+
+def _on_rank_0(groups: ProcessGroups, path: Path, data: bytes | None) -> None:
+    import torch.distributed as dist
+
+    dist.barrier()
+    if groups.world.rank == 0:
+        path.unlink(missing_ok=True)
+        if data is not None:
+            path.write_bytes(data)
+    dist.barrier()
+
+
+def test_damage_to_any_file_is_found_on_every_rank_and_named(prefix: str, tmp_path: Path) -> None:
+    config = make_config(prefix, parallel={"tensor_parallel_size": 2})
+    by_rank = run_on_ranks(2, load_damaged, config, str(tmp_path))
+    assert by_rank[0] == by_rank[1]
+    names = sorted(path.name for path in (tmp_path / "step_00000001").iterdir())
+    assert len(names) == 6  # weights and optimizer of two ranks, manifest and its checksum
+    assert sorted(by_rank[0]) == sorted(f"{n} {d}" for n in names for d in ("flipped", "truncated", "missing"))
+    for case, message in by_rank[0].items():
+        assert "\n" not in message
+        assert case.split()[0] in message
+
+
+def save_alone(config: Config, folder: str) -> str:
+    engine, groups = build(config)
+    checkpoint = save(config, engine, groups, folder, 1)
+    engine.destroy()
+    return str(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return Path(run_on_ranks(1, save_alone, make_config(prefix), str(folder))[0])
+
+
+def replace(config: Config, section: str, **values: Any) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("model", "num_layers", 3),
+        ("model", "hidden_size", 96),
+        ("model", "num_attention_heads", 2),
+        ("model", "vocab_size", 510),
+        ("model", "position_method", "sinusoidal"),
+        ("model", "bias", True),
+        ("model", "tie_embeddings", False),
+        ("data", "seq_length", 32),
+        ("train", "global_batch_size", 16),
+        ("train", "seed", 1),
+        ("train", "precision", "bf16"),
+        ("parallel", "tensor_parallel_size", 2),
+        ("zero", "stage", 2),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_by_the_field(
+    prefix: str, checkpoint: Path, section: str, name: str, value: Any
+) -> None:
+    config = replace(make_config(prefix), section, **{name: value})
+    with pytest.raises(ConfigError) as refusal:
+        check_resumable(checkpoint, config, 1)
+    message = str(refusal.value)
+    ours = getattr(getattr(make_config(prefix), section), name)
+    assert message.startswith(f"{section}.{name}={value} does not fit the checkpoint {checkpoint}")
+    assert f"{section}.{name}={ours}:" in message
+    assert "\n" not in message
+
+
+def test_another_number_of_ranks_or_another_text_is_refused(prefix: str, checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="was written by 1 ranks, this run has 2: resume on as many"):
+        check_resumable(checkpoint, make_config(prefix), 2)
+    with pytest.raises(ConfigError, match=r"^data\.train="):
+        check_resumable(checkpoint, make_config(prefix + "_other"), 1)
+
+
+def test_what_does_not_change_the_meaning_of_a_checkpoint_may_change(prefix: str, checkpoint: Path) -> None:
+    config = make_config(prefix)
+    for section, values in (
+        ("model", {"dropout": 0.1, "attention_backend": "reference", "recompute": "full"}),
+        ("train", {"steps": 99, "micro_batch_size": 1, "output_dir": "elsewhere"}),
+        ("optimizer", {"learning_rate": 1e-4}),
+        ("checkpoint", {"every_steps": 7, "keep": 1}),
+    ):
+        config = replace(config, section, **values)
+    assert check_resumable(checkpoint, config, 1).step == 1
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    """A real one: a small tmpfs in a mount namespace of its own."""
+    mount = 'mount -t tmpfs -o size=6m tmpfs "$0" && exec "$@"'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", mount, str(tmp_path)]
+    command += [sys.executable, str(FULL_DISK_SCRIPT), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FULL_DISK_SCRIPT.parents[2], check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])  # DeepSpeed prints before it
+    assert len(result["cases"]) == len(FREE_BYTES)
+    for case in result["cases"]:
+        (error,) = (line for line in case["stderr"].splitlines() if line.startswith("error: "))
+        assert "No space left on device" in error, case
+        assert "Traceback" not in case["stderr"], case
+        assert 2 in case["codes"], case
+        assert case["checkpoints"] == ["latest", "step_00000002"], case
+        assert case["damage"] == [], case
+    assert result["after"] == {"codes": [0, 0], "last_step": 4}

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import GatheredParameters
+from torch import Tensor, nn
+
+from megalibi.checkpoint import load_full_weights, load_model, save_checkpoint
+from megalibi.config import Config, ConfigError, derive
+from megalibi.engine.build import DTYPES
+from megalibi.parallel import ShardSpec, get_shard_spec, unshard
+from tests.engine.runs import CPU, STAGES, VOCAB_SIZE, iterate_ours, make_config, process_groups, write_tokens
+from tests.ranks import run_on_ranks
+
+# The engine sums over the tensor group in another order, and in bf16 (unit roundoff 2^-9) where the run is bf16.
+LOSS_RELATIVE_BOUNDS = {"fp32": 1e-6, "bf16": 2e-4}
+STEPS = 2
+RankWeights = dict[str, tuple[Tensor, ShardSpec | None]]
+
+
+def make_configs(prefix: str, folder: Path, tensor: int, data: int) -> list[Config]:
+    """Return a run for each ZeRO stage; some sizes are odd on 2 tensor ranks, so that 2 data ranks need padding."""
+    return [
+        make_config(
+            prefix,
+            model={"hidden_size": 46, "num_attention_heads": 2, "ffn_hidden_size": 98, "bias": True,
+                   "tie_embeddings": data == 1},
+            parallel={"tensor_parallel_size": tensor},
+            zero={"stage": stage},
+            train={"precision": "fp32" if tensor == data else "bf16", "output_dir": str(folder / f"zero{stage}")},
+        )
+        for stage in STAGES
+    ]  # fmt: skip
+
+
+def train_and_save(configs: list[Config]) -> list[float]:
+    """Train each run, save a checkpoint and beside it the engine's own weights; return the losses on a batch."""
+    losses = []
+    for config in configs:
+        for step, (engine, _) in enumerate(iterate_ours(config, STEPS), start=1):
+            if step == STEPS:
+                losses.append(save_and_evaluate(engine, config))
+    return losses
+
+
+def save_and_evaluate(engine: DeepSpeedEngine, config: Config) -> float:
+    groups = process_groups(config.parallel.tensor_parallel_size)
+    folder, dtype = Path(config.train.output_dir), DTYPES[config.train.precision]
+    save_checkpoint(engine, config, derive(config, groups.world.size), groups, folder=folder, step=STEPS)
+    weights: RankWeights = {}
+    for name, parameter in engine.module.named_parameters():
+        with GatheredParameters([parameter], enabled=config.zero.stage == 3):
+            weights[name] = (parameter.detach().to(dtype, copy=True), get_shard_spec(parameter))
+    if groups.data.rank == 0:
+        torch.save(weights, folder / f"engine{groups.tensor.rank}.pt")
+    engine.eval()
+    return evaluate(engine)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module) -> float:
+    tokens = torch.tensor([[(31 * i + 7 * row) % VOCAB_SIZE for i in range(65)] for row in range(3)])
+    return model(tokens[:, :-1], tokens[:, 1:]).mean().item()
+
+
+def checkpoint_of(config: Config) -> Path:
+    return Path(config.train.output_dir) / f"step_{STEPS:08d}"
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.mark.parametrize(("tensor", "data"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_weights_and_loss_are_the_engines(prefix: str, tmp_path: Path, tensor: int, data: int) -> None:
+    configs = make_configs(prefix, tmp_path, tensor, data)
+    losses_ref = run_on_ranks(tensor * data, train_and_save, configs)[0]
+    for config, loss_ref in zip(configs, losses_ref, strict=True):
+        engine_files = [Path(config.train.output_dir) / f"engine{rank}.pt" for rank in range(tensor)]
+        ranks: list[RankWeights] = [torch.load(file, weights_only=False) for file in engine_files]
+        weights = load_full_weights(checkpoint_of(config))
+        assert list(weights) == list(ranks[0])
+        for name, (local, spec) in ranks[0].items():
+            full_ref = local if spec is None else unshard([rank[name][0] for rank in ranks], spec)
+            assert weights[name].dtype == full_ref.dtype
+            assert torch.equal(weights[name], full_ref), (config.zero.stage, name)
+
+        model = load_model(checkpoint_of(config), CPU)
+        assert (model.output.weight is model.embedding.weight) == config.model.tie_embeddings
+        bound = LOSS_RELATIVE_BOUNDS[config.train.precision]
+        assert evaluate(model) == pytest.approx(loss_ref, rel=bound, abs=0.0), config.zero.stage
+
+
+def test_a_damaged_file_is_named(prefix: str, tmp_path: Path) -> None:
+    config = make_configs(prefix, tmp_path, 1, 1)[3]
+    run_on_ranks(1, train_and_save, [config])
+    path = checkpoint_of(config) / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{path} is damaged: .*; use another checkpoint"):
+        load_model(checkpoint_of(config), CPU)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{tmp_path} is no complete checkpoint"):
+        load_full_weights(tmp_path)

@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.engine.runs import write_tokens
+
+
+@pytest.fixture(scope="session")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tokens(tmp_path_factory.mktemp("tokens"))

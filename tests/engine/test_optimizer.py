@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megalibi.config import OptimizerConfig
+from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER, LOSS_SCALE_WINDOW
+from megalibi.engine.optimizer import ClippedAdamW, build_optimizer
+from megalibi.parallel import ALONE, Group, ShardSpec, set_shard_spec
+from tests.parallel.helpers import randn, tensor_group
+from tests.ranks import run_on_ranks
+
+CONFIG = OptimizerConfig(learning_rate=1e-2, weight_decay=0.3, clip_grad_norm=0.7)
+INITIAL_SCALE = 2.0**INITIAL_LOSS_SCALE_POWER
+
+
+def make_parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(randn(0, 5, 3)), nn.Parameter(randn(1, 7)), nn.Parameter(randn(2, 2, 4))]
+
+
+def make_optimizer(parameters: list[nn.Parameter], *, fp16: bool = False, group: Group = ALONE) -> ClippedAdamW:
+    optimizer = build_optimizer(parameters, CONFIG, zero_stage=0, tensor=group, fp16=fp16)
+    assert isinstance(optimizer, ClippedAdamW)
+    return optimizer
+
+
+def set_grads(parameters: list[nn.Parameter], step: int, factor: float = 1.0) -> None:
+    for number, parameter in enumerate(parameters):
+        parameter.grad = randn(100 * step + number, *parameter.shape) * factor / (step + 1) ** 2
+
+
+def step_plain(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> float:
+    norm = nn.utils.clip_grad_norm_(parameters, CONFIG.clip_grad_norm)
+    optimizer.step()
+    return norm.item()
+
+
+def make_plain(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    groups = [
+        {"params": [parameters[0], parameters[2]], "weight_decay": CONFIG.weight_decay},
+        {"params": [parameters[1]], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=CONFIG.learning_rate, betas=(CONFIG.beta1, CONFIG.beta2), eps=CONFIG.epsilon, foreach=False
+    )
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_steps_equal_torch_with_clip_grad_norm(fp16: bool) -> None:
+    ours, plain = make_parameters(), make_parameters()
+    optimizer, optimizer_ref = make_optimizer(ours, fp16=fp16), make_plain(plain)
+    norms = []
+    for step in range(6):
+        set_grads(ours, step, factor=optimizer.loss_scale)
+        set_grads(plain, step)
+        optimizer.step()
+        norms.append(step_plain(optimizer_ref, plain))
+        assert optimizer._global_grad_norm == pytest.approx(norms[-1], rel=1e-6)
+        for parameter, parameter_ref in zip(ours, plain, strict=True):
+            torch.testing.assert_close(parameter, parameter_ref, rtol=1e-6, atol=1e-7)
+    assert max(norms) > CONFIG.clip_grad_norm > min(norms)  # clipped and not
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    parameters = make_parameters()
+    for zero_stage in (0, 1):
+        optimizer = build_optimizer(parameters, CONFIG, zero_stage=zero_stage, tensor=ALONE, fp16=False)
+        matrices, vectors = optimizer.param_groups
+        assert [p.shape for p in matrices["params"]] == [(5, 3), (2, 4)]
+        assert [p.shape for p in vectors["params"]] == [(7,)]
+        assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+        assert optimizer.defaults["fused"]
+        assert isinstance(optimizer, ClippedAdamW) == (zero_stage == 0)
+
+
+def overflow(parameters: list[nn.Parameter], value: float) -> None:
+    set_grads(parameters, 0)
+    grad = parameters[1].grad
+    assert grad is not None
+    grad[3] = value
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_overflow_skips_the_step_and_halves_the_scale(value: float) -> None:
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, fp16=True)
+    before = [p.detach().clone() for p in parameters]
+    overflow(parameters, value)
+    optimizer.step()
+    assert optimizer.overflow
+    assert optimizer.loss_scale == INITIAL_SCALE / 2
+    assert all(torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
+    assert not optimizer.state
+    set_grads(parameters, 0, factor=optimizer.loss_scale)
+    optimizer.step()
+    assert not optimizer.overflow
+    assert optimizer.loss_scale == INITIAL_SCALE / 2
+    assert not torch.equal(parameters[0], before[0])
+
+
+def test_scale_doubles_after_a_window_of_good_steps_and_never_falls_below_one() -> None:
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, fp16=True)
+    for _ in range(LOSS_SCALE_WINDOW):
+        assert optimizer.loss_scale == INITIAL_SCALE
+        set_grads(parameters, 0)
+        optimizer.step()
+    assert optimizer.loss_scale == 2 * INITIAL_SCALE
+    for _ in range(INITIAL_LOSS_SCALE_POWER + 3):
+        overflow(parameters, math.inf)
+        optimizer.step()
+    assert optimizer.loss_scale == 1.0
+
+
+def test_state_dict_round_trip_goes_on_bit_for_bit() -> None:
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, fp16=True)
+    overflow(parameters, math.inf)
+    optimizer.step()
+    for step in range(3):
+        set_grads(parameters, step, factor=optimizer.loss_scale)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+
+    restored = [nn.Parameter(p.detach().clone()) for p in parameters]
+    optimizer_restored = make_optimizer(restored, fp16=True)
+    optimizer_restored.load_state_dict(torch.load(file))
+    assert (optimizer_restored.loss_scale, optimizer_restored.good_steps) == (INITIAL_SCALE / 2, 3)
+    for both, both_optimizers in ((parameters, optimizer), (restored, optimizer_restored)):
+        set_grads(both, 4, factor=both_optimizers.loss_scale)
+        both_optimizers.step()
+    assert all(torch.equal(p, r) for p, r in zip(parameters, restored, strict=True))
+
+
+def _norm_and_scale(bad_rank: int | None) -> tuple[float, float, bool, Tensor]:
+    """A sharded and a replicated parameter; optionally a gradient that overflows on one rank."""
+    group = tensor_group()
+    sharded, replicated = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(5))
+    set_shard_spec(sharded, ShardSpec(dim=0, full_size=2 * group.size))
+    optimizer = make_optimizer([sharded, replicated], fp16=True, group=group)
+    full = randn(1, 2 * group.size, 3) * optimizer.loss_scale
+    sharded.grad = full.chunk(group.size)[group.rank].clone()
+    if group.rank == bad_rank:
+        sharded.grad[0, 0] = math.inf
+    replicated.grad = randn(2, 5) * optimizer.loss_scale
+    optimizer.step()
+    return optimizer._global_grad_norm, optimizer.loss_scale, optimizer.overflow, replicated.detach()
+
+
+def test_trap_1_norm_counts_each_shard_and_each_whole_tensor_once() -> None:
+    expected = torch.cat([randn(1, 8, 3).flatten(), randn(2, 5)]).norm().item()
+    for norm, scale, overflowed, replicated in run_on_ranks(4, _norm_and_scale, None):
+        assert norm == pytest.approx(expected, rel=1e-6)
+        assert (scale, overflowed) == (INITIAL_SCALE, False)
+        assert replicated.count_nonzero() == 5
+
+
+def test_overflow_on_one_tensor_rank_skips_the_step_on_all() -> None:
+    for _, scale, overflowed, replicated in run_on_ranks(4, _norm_and_scale, 2):
+        assert (scale, overflowed) == (INITIAL_SCALE / 2, True)
+        assert replicated.count_nonzero() == 0

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalibi.checkpoint import find_checkpoint
+from megalibi.config import ConfigError
+from megalibi.data.tokenizer import train_tokenizer
+from tests.launch.jobs import (
+    LAUNCHER_VARIABLES,
+    POLL_SECONDS,
+    SCRIPT,
+    Job,
+    exact_records,
+    last_step,
+    run_job,
+    write_job,
+)
+from tests.ranks import find_free_port
+
+LAUNCHER_TIMEOUT_SECONDS = 240.0
+TENSOR_2 = "parallel.tensor_parallel_size=2"
+FOREVER = "train.steps=1000000"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration, and beside it a finished run of one rank and files that are not what they should be."""
+    folder = tmp_path_factory.mktemp("job")
+    config = write_job(folder)
+    run_job(config)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(folder / f"tokens{suffix}", folder / f"short{suffix}")
+        shutil.copy(folder / f"tokens{suffix}", folder / f"foreign{suffix}")
+    os.truncate(folder / "short.bin", 100)
+    (folder / "foreign.idx").write_bytes(b"PNG" * 100)
+    train_tokenizer(["Ten words are enough to learn some pieces. " * 100], 600, folder / "large.model")
+    return config
+
+
+BAD_INPUT = {
+    "unknown key": ("model.hiden_size=48", "model.hiden_size is unknown: did you mean model.hidden_size?"),
+    "no value": ("model", "override 'model' is not allowed"),
+    "no file": ("train.steps=a", "train.steps='a' is not allowed: a whole number is"),
+    "heads": ("model.num_attention_heads=5", "model.num_attention_heads=5 does not divide model.hidden_size=48"),
+    "batch": ("train.global_batch_size=5", "train.global_batch_size=5 is no multiple of train.micro_batch_size=2 x 1"),
+    "tensor": ("parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size=2 does not divide the number of rank"),
+    "missing tokens": ("data.train={folder}/none", "none.idx: no such token file"),
+    "missing valid": ("data.valid={folder}/none", "none.idx: no such token file"),
+    "truncated tokens": ("data.train={folder}/short", "short.bin: truncated, 100 bytes of the 40000"),
+    "foreign tokens": ("data.train={folder}/foreign", "foreign.idx: not a Megatron-LM index"),
+    "ids": ("model.vocab_size=100", "past vocab_size=100"),
+    "no tokenizer": ("data.tokenizer={folder}/none.model", "none.model: no such tokenizer"),
+    "large tokenizer": ("data.tokenizer={folder}/large.model", "model.vocab_size=509 is below the 600 pieces of data."),
+    "no checkpoint": ("checkpoint.resume={folder}/none", "none is no complete checkpoint"),
+}  # fmt: skip
+
+
+def assert_refused(job: Job, message: str) -> None:
+    """Every rank ends with 2, and rank 0 alone says why, in one line."""
+    assert set(job.wait()) == {2}, job.output
+    (line,) = job.read_log(0).splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not any(job.read_log(rank) for rank in range(1, len(job.logs)))
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2_and_creates_nothing(config: Path, case: str) -> None:
+    override, message = BAD_INPUT[case]
+    target = config.parent / "new"
+    job = Job(config, override.format(folder=config.parent), f"train.output_dir={target}")
+    assert_refused(job, message)
+    assert not target.exists()
+
+
+def test_ranks_refuse_together_and_speak_once(config: Path) -> None:
+    target = f"train.output_dir={config.parent}/new"
+    job = Job(config, "model.padded_vocab_size=511", TENSOR_2, target, world_size=2)
+    assert_refused(job, "parallel.tensor_parallel_size=2 does not divide model.padded_vocab_size=511")
+    job = Job(config, "train.global_batch_size=6", target, world_size=2)
+    assert_refused(job, "train.micro_batch_size=2 x 2 data-parallel ranks: a multiple of 4 is allowed")
+    assert not (config.parent / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.num_layers=3", "model.num_layers=3 does not fit the checkpoint"),
+        ("train.seed=5", "train.seed=5 does not fit the checkpoint"),
+        ("checkpoint.resume=none", "checkpoint.resume=none, but"),
+    ],
+)
+def test_a_run_that_does_not_fit_its_checkpoints_is_refused_and_left_alone(
+    config: Path, override: str, message: str
+) -> None:
+    before = contents(config.parent / "run")
+    assert_refused(Job(config, override), message)
+    assert contents(config.parent / "run") == before
+
+
+def test_a_missing_configuration_is_one_line(tmp_path: Path) -> None:
+    assert_refused(Job(tmp_path / "none.yaml"), "none.yaml cannot be read: No such file or directory")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def launch(*command: str) -> subprocess.Popen[str]:
+    """Start a real launcher, in a session of its own as a scheduler does."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment["OMP_NUM_THREADS"] = "1"
+    return subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+
+
+def deepspeed(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    port = str(find_free_port())
+    return launch(
+        "deepspeed", "--num_gpus", "2", "--master_port", port, str(SCRIPT), "--config", str(config), *overrides
+    )
+
+
+def torchrun(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    port = str(find_free_port())
+    return launch(
+        "torchrun", "--nproc_per_node", "2", "--master_port", port, str(SCRIPT), "--config", str(config), *overrides
+    )
+
+
+def session_is_empty(session: int) -> bool:
+    """Return whether no process of a session runs any more; zombies, which nobody waits for in a container, do not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            return False
+    return True
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + LAUNCHER_TIMEOUT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(POLL_SECONDS)
+
+
+def slurm_environments(world_size: int) -> list[dict[str, str]]:
+    """Return what srun tells each of its tasks on one host, with the address a batch script exports."""
+    job = str(find_free_port() % 20_000)
+    return [
+        {"SLURM_JOB_ID": job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+         "SLURM_STEP_NUM_TASKS": str(world_size), "SLURM_STEP_TASKS_PER_NODE": str(world_size),
+         "MASTER_ADDR": "127.0.0.1"}
+        for rank in range(world_size)
+    ]  # fmt: skip
+
+
+def test_every_launcher_trains_the_same_and_sigterm_to_deepspeed_saves(tmp_path: Path) -> None:
+    config = write_job(tmp_path, parallel={"tensor_parallel_size": 2}, checkpoint={"every_steps": 0})
+    run = tmp_path / "run"
+    process = deepspeed(config, FOREVER)
+    wait_until(lambda: last_step(run) >= 3 or process.poll() is not None)
+    # To the whole session, as a scheduler does: the ranks get it from there and once more from deepspeed.
+    os.killpg(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=LAUNCHER_TIMEOUT_SECONDS)
+    wait_until(lambda: session_is_empty(process.pid))
+    stopped = last_step(run)
+    assert find_checkpoint(run / "checkpoints") == run / f"checkpoints/step_{stopped:08d}", stderr
+    assert f"stopped by SIGTERM after step {stopped}, checkpoint saved" in stderr
+
+    process = torchrun(config, f"train.steps={stopped + 3}")
+    _, stderr = process.communicate(timeout=LAUNCHER_TIMEOUT_SECONDS)
+    assert process.returncode == 0, stderr
+    steps = f"train.steps={stopped + 6}"
+    job = Job(config, steps, environments=slurm_environments(2))
+    job.succeed()
+
+    run_job(config, steps, f"train.output_dir={tmp_path}/straight", world_size=2)
+    assert len(exact_records(run)) == stopped + 6
+    assert exact_records(run) == exact_records(tmp_path / "straight")
+
+
+def test_bad_input_through_launchers_is_one_line_and_no_zero(config: Path) -> None:
+    for start, code in ((deepspeed, 2), (torchrun, 1)):
+        process = start(config, "model.hiden_size=48")
+        _, stderr = process.communicate(timeout=LAUNCHER_TIMEOUT_SECONDS)
+        assert process.returncode == code
+        assert [line for line in stderr.splitlines() if "hiden_size is unknown" in line] == [
+            "error: model.hiden_size is unknown: did you mean model.hidden_size?"
+        ]
+
+
+@pytest.fixture(scope="module")
+def find_place() -> Callable[[Mapping[str, str]], Any]:
+    return runpy.run_path(str(SCRIPT))["find_place"]
+
+
+def test_a_process_alone_needs_no_environment(find_place: Callable[[Mapping[str, str]], Any]) -> None:
+    for environment in ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}):  # the latter: in a batch script, without srun
+        place = find_place(environment)
+        assert (place.rank, place.world_size, place.master_address) == (0, 1, "")
+
+
+def test_every_launcher_tells_the_place(find_place: Callable[[Mapping[str, str]], Any]) -> None:
+    common = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "12"}
+    slurm = {"SLURM_JOB_ID": "123456", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1",
+             "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "MASTER_ADDR": "a"}  # fmt: skip
+    for environment, port in (
+        (common | {"LOCAL_WORLD_SIZE": "4"}, 12),  # torchrun
+        (common | {"LOCAL_SIZE": "4"}, 12),  # deepspeed
+        (slurm, 20_000 + 123_456 % 20_000),
+        (slurm | {"MASTER_PORT": "12"}, 12),
+    ):
+        place = find_place(environment)
+        assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
+        assert (place.master_address, place.master_port) == ("a", port)
+
+
+def test_half_an_environment_is_refused(find_place: Callable[[Mapping[str, str]], Any]) -> None:
+    with pytest.raises(ConfigError, match="the launcher's environment lacks 'WORLD_SIZE'"):
+        find_place({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"})

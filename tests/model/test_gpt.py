@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import resource
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalibi.model.block import Block
+from tests.model.helpers import (
+    FP32_RELATIVE_ERROR,
+    VOCAB_SIZE,
+    build_gpt,
+    losses_and_grads,
+    make_model,
+    random_tokens,
+)
+from tests.parallel.helpers import assert_close, tensor_group
+from tests.ranks import run_on_ranks
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases": {"bias": True},
+    "untied": {"tie_embeddings": False},
+    "relu": {"activation": "relu", "bias": True, "tie_embeddings": False},
+    "sinusoidal": {"position_method": "sinusoidal"},
+    "12 heads": {"num_attention_heads": 12},
+    "20 heads": {"num_attention_heads": 20, "hidden_size": 80},
+}
+CU_SEQLENS = [0, 5, 12, 13, 24]
+
+
+def _run_variants(sequence_parallel: bool) -> list[dict[str, Tensor]]:
+    group = tensor_group()
+    return [
+        losses_and_grads(build_gpt(make_model(**fields), group, sequence_parallel=sequence_parallel))
+        for fields in VARIANTS.values()
+    ]
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("size", [2, 4])
+def test_tensor_parallel_equals_one_rank_in_losses_and_all_gradients(size: int, sequence_parallel: bool) -> None:
+    by_rank = run_on_ranks(size, _run_variants, sequence_parallel)
+    for number, (variant, fields) in enumerate(VARIANTS.items()):
+        expected = losses_and_grads(build_gpt(make_model(**fields)))
+        for results in by_rank:
+            assert results[number].keys() == expected.keys()
+            for name, value in expected.items():
+                assert_close(results[number][name], value, FP32_RELATIVE_ERROR, f"{variant}: {name}")
+
+
+def test_ignored_labels_have_no_loss() -> None:
+    tokens, labels = random_tokens(2, 12)
+    losses = build_gpt(make_model())(tokens, labels)
+    assert losses.shape == (2, 12)
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses == 0, labels == -100)
+
+
+def test_model_is_causal() -> None:
+    gpt = build_gpt(make_model())
+    tokens, labels = random_tokens(1, 12)
+    changed = tokens.clone()
+    changed[0, 7] = (tokens[0, 7] + 1) % VOCAB_SIZE
+    difference = (gpt(tokens, labels) - gpt(changed, labels)).abs()[0]
+    assert difference[:7].max() == 0
+    assert difference[7:].min() > 1e-4
+
+
+def test_packed_documents_equal_separate_rows() -> None:
+    tokens, labels = random_tokens(2, 12)
+    packed = build_gpt(make_model())
+    losses = packed(tokens, labels, cu_seqlens=torch.tensor(CU_SEQLENS, dtype=torch.int32))
+    losses.sum().backward()
+    separate = build_gpt(make_model())
+    stream_tokens, stream_labels = tokens.flatten(), labels.flatten()
+    for start, stop in pairwise(CU_SEQLENS):
+        losses_ref = separate(stream_tokens[None, start:stop], stream_labels[None, start:stop])
+        losses_ref.sum().backward()
+        torch.testing.assert_close(losses.flatten()[start:stop], losses_ref[0], rtol=1e-5, atol=1e-5)
+    for (name, parameter), parameter_ref in zip(packed.named_parameters(), separate.parameters(), strict=True):
+        assert_close(parameter.grad, parameter_ref.grad, FP32_RELATIVE_ERROR, name)
+    assert not torch.allclose(losses, packed(tokens, labels), atol=1e-2)  # the mask does something
+
+
+def _run_recomputed(sequence_parallel: bool) -> list[list[dict[str, Tensor]]]:
+    group = tensor_group()
+    pairs = []
+    for dropout, key in ((0.0, None), (0.1, 99)):
+        pair = []
+        for recompute in ("none", "full"):
+            gpt = build_gpt(
+                make_model(dropout=dropout, bias=True, recompute=recompute), group, sequence_parallel=sequence_parallel
+            )
+            calls = _count_forward_passes(gpt.blocks[0])
+            pair.append(losses_and_grads(gpt, micro_batch_key=key))
+            pair[-1]["forward passes"] = torch.tensor(len(calls))
+        pairs.append(pair)
+    return pairs
+
+
+def _count_forward_passes(block: Block) -> list[Any]:
+    calls: list[Any] = []
+    block.register_forward_hook(lambda *_: calls.append(None))
+    return calls
+
+
+@pytest.mark.parametrize(("size", "sequence_parallel"), [(1, False), (2, False), (2, True)])
+def test_recomputation_changes_no_bit(size: int, sequence_parallel: bool) -> None:
+    for pairs in run_on_ranks(size, _run_recomputed, sequence_parallel):
+        for kept, recomputed in pairs:
+            assert (kept.pop("forward passes"), recomputed.pop("forward passes")) == (1, 2)
+            assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+        assert not torch.allclose(pairs[0][0]["losses"], pairs[1][0]["losses"], atol=1e-3)  # dropout does something
+
+
+def test_dropout_is_keyed() -> None:
+    gpt = build_gpt(make_model(dropout=0.1))
+    tokens, labels = random_tokens(2, 12)
+    state = torch.get_rng_state()
+    first = gpt(tokens, labels, micro_batch_key=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert torch.equal(first, gpt(tokens, labels, micro_batch_key=1))
+    assert not torch.allclose(first, gpt(tokens, labels, micro_batch_key=2), atol=1e-3)
+    assert not torch.allclose(first, gpt(tokens, labels), atol=1e-3)
+
+
+def _probabilities(poison: float) -> tuple[Tensor, float, int]:
+    """Probability of every token of the vocabulary after two tokens, with padded rows of the table set to a value."""
+    group = tensor_group()
+    gpt = build_gpt(make_model(), group)
+    padded_rows = range(gpt.embedding.vocab_start, gpt.embedding.vocab_start + gpt.embedding.vocab_size_local)
+    is_padding = torch.tensor([row >= VOCAB_SIZE for row in padded_rows])
+    with torch.no_grad():
+        gpt.embedding.weight[is_padding] = poison
+    tokens = torch.tensor([[5, 300]]).expand(VOCAB_SIZE, 2)
+    labels = torch.full((VOCAB_SIZE, 2), -100)
+    labels[:, 1] = torch.arange(VOCAB_SIZE)
+    losses = gpt(tokens, labels)
+    losses.sum().backward()
+    assert gpt.embedding.weight.grad is not None
+    return (-losses[:, 1]).exp().detach(), gpt.embedding.weight.grad[is_padding].abs().sum().item(), len(is_padding)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_trap_9_padded_rows_get_neither_probability_nor_gradient(size: int) -> None:
+    probabilities = []
+    for poison in (0.0, 50.0):
+        for probability_V, padded_grad, num_rows in run_on_ranks(size, _probabilities, poison):
+            assert num_rows * size > VOCAB_SIZE  # there is padding
+            assert probability_V.double().sum().item() == pytest.approx(1.0, abs=1e-5)
+            assert padded_grad == 0.0
+            probabilities.append(probability_V)
+    assert all(torch.equal(probability, probabilities[0]) for probability in probabilities[1:])
+
+
+TRAINED_LENGTH = 33
+EVALUATED_LENGTH = 10_000
+MEMORY_BOUND_BYTES = 300e6
+"""Above what is there before evaluation. One head's scores alone would be 400 MB, those of a layer 1.6 GB."""
+
+
+def _train_short_evaluate_long() -> tuple[float, Tensor, float]:
+    """Learn a cycle of tokens at 33; return the loss there, the losses of 10,000 tokens and the memory they took."""
+    gpt = build_gpt(make_model(num_layers=1, hidden_size=32, vocab_size=64, init_std=0.05))
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2)
+    stream = (torch.arange(EVALUATED_LENGTH + 1) * 23) % 64
+    for step in range(60):
+        starts = (torch.arange(8) * 7 + step)[:, None] + torch.arange(TRAINED_LENGTH + 1)
+        loss = gpt(stream[starts[:, :-1]], stream[starts[:, 1:]]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.no_grad():
+        losses = gpt(stream[None, :-1], stream[None, 1:])[0]
+    taken_bytes = 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib)
+    return loss.item(), losses, taken_bytes
+
+
+def test_trained_at_33_tokens_it_evaluates_10_000_in_bounded_memory() -> None:
+    ((loss, losses, taken_bytes),) = run_on_ranks(1, _train_short_evaluate_long)
+    assert loss < 0.5
+    assert losses.shape == (EVALUATED_LENGTH,)
+    assert losses[-1000:].mean() < 1.1 * loss  # what was learned holds 300 times further
+    assert taken_bytes < MEMORY_BOUND_BYTES

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megalibi.checkpoint import find_checkpoint, list_checkpoints
+from megalibi.data.dataset import open_dataset
+from megalibi.engine.step import StepResult
+from megalibi.train import check_finite, is_due
+from tests.engine.runs import VOCAB_SIZE, make_config, write_tokens
+from tests.launch.jobs import Job, exact_records, last_step, read_records, run_job, write_job
+
+FOREVER = "train.steps=1000000"
+STEPS = 20
+KILLED_AFTER_CHECKPOINT = 10
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_killed_and_resumed_is_straight_bit_for_bit_and_samples_are_the_same_everywhere(
+    tmp_path: Path, precision: str
+) -> None:
+    config = write_job(
+        tmp_path,
+        parallel={"tensor_parallel_size": 2},
+        train={"steps": STEPS, "precision": precision, "eval_every_steps": 5, "eval_samples": 5},
+        data={"valid": str(tmp_path / "tokens")},
+        checkpoint={"every_steps": KILLED_AFTER_CHECKPOINT},
+    )
+    run = tmp_path / "run"
+    straight = tmp_path / "straight"
+    run_job(config, f"train.output_dir={straight}", world_size=2)
+
+    job = Job(config, FOREVER, world_size=2)
+    job.wait_until(lambda: last_step(run) > KILLED_AFTER_CHECKPOINT)
+    job.kill()
+    checkpoint = find_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    # The job went on beyond the checkpoint; with a torn line, as a crash of the machine leaves it.
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "los')
+    job = run_job(config, f"checkpoint.resume={checkpoint.with_name('step_00000010')}", world_size=2)
+    assert "resumed from" in job.read_log(0)
+    assert exact_records(run) == exact_records(straight)
+    assert len(exact_records(run)) == STEPS + STEPS // 5
+
+    if precision == "fp32":
+        for world_size, overrides in (
+            (1, ["parallel.tensor_parallel_size=1", "train.micro_batch_size=4"]),
+            (2, ["parallel.tensor_parallel_size=1", "train.micro_batch_size=1", "zero.stage=2"]),
+        ):
+            other = tmp_path / f"other_{world_size}"
+            run_job(config, *overrides, f"train.output_dir={other}", world_size=world_size)
+            assert sample_hashes(other) == sample_hashes(straight)
+        assert len(set(sample_hashes(straight))) == STEPS
+
+
+def sample_hashes(run: Path) -> list[str]:
+    return [record["sample_hash"] for record in read_records(run) if "sample_hash" in record]
+
+
+def test_signals_save_and_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    """No checkpoint is due, so that what a restart finds is the signal's."""
+    config = write_job(tmp_path, parallel={"tensor_parallel_size": 2}, checkpoint={"every_steps": 0, "keep": 1})
+    run = tmp_path / "run"
+    for number, rank in ((signal.SIGTERM, 0), (signal.SIGINT, 1), (signal.SIGUSR1, 1)):
+        job = Job(config, FOREVER, world_size=2)
+        before = last_step(run)
+        job.wait_until(lambda before=before: last_step(run) > before + 1)
+        job.signal(number, rank)
+        job.signal(number, rank)  # launchers repeat it
+        job.succeed()
+        stopped = last_step(run)
+        assert [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step_{stopped:08d}"]
+        assert f"stopped by {number.name} after step {stopped}, checkpoint saved" in job.read_log(rank)
+
+    steps = f"train.steps={stopped + 2}"
+    run_job(config, steps, world_size=2)
+    records = read_records(run)
+    job = run_job(config, steps, world_size=2)
+    assert f"nothing to do: step {stopped + 2} of train.steps={stopped + 2} is done" in job.read_log(0)
+    assert read_records(run) == records
+
+    run_job(config, steps, f"train.output_dir={tmp_path}/straight", world_size=2)
+    assert exact_records(run) == exact_records(tmp_path / "straight")
+
+
+def test_a_rank_that_alone_meets_bad_data_ends_the_job_and_names_itself(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path, num_tokens=100_000)
+    config = write_job(tmp_path, data={"train": prefix}, checkpoint={"every_steps": 1})
+    place = spoil_one_sample(write_tokens(tmp_path, num_tokens=100_000))
+    job = Job(config, FOREVER, world_size=2)
+    codes = job.wait()
+    assert codes[1] == 2
+    assert codes[0] != 0
+    host = socket.gethostname()
+    assert f"[rank 1/2 on {host}]" in job.read_log(1)
+    assert f"tokens.bin: token {place} is id {VOCAB_SIZE}, past vocab_size={VOCAB_SIZE}" in job.read_log(1)
+    assert "Traceback" not in job.read_log(1)
+    assert f"[rank 0/2 on {host}] failed" in job.read_log(0)
+    assert find_checkpoint(tmp_path / "run" / "checkpoints") is not None
+
+
+def spoil_one_sample(prefix: str) -> int:
+    """Write an id past the vocabulary where only rank 1 of 2 will read it, after some steps; return its place."""
+    train = make_config(prefix).train
+    dataset = open_dataset(prefix, seq_length=33, seed=train.seed, vocab_size=VOCAB_SIZE)
+    samples = np.arange(12, 400)
+    samples = samples[samples % 4 >= 2]  # batches of 4 samples, the last two of which are rank 1's
+    for sample in dataset.sample_ids(samples)[:, 1].tolist():
+        place = sample * 33 + 16
+        tokens = np.memmap(f"{prefix}.bin", np.uint16, "r+")
+        good = tokens[place]
+        tokens[place] = VOCAB_SIZE
+        tokens.flush()
+        try:  # the look at some places before the start must miss it
+            open_dataset(prefix, seq_length=33, seed=train.seed, vocab_size=VOCAB_SIZE)
+        except ValueError:
+            tokens[place] = good
+        else:
+            return place
+    raise AssertionError("no place is missed")
+
+
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path) -> None:
+    config = write_job(
+        tmp_path,
+        optimizer={"learning_rate": 1e30, "warmup_steps": 0, "clip_grad_norm": 0.0},
+        checkpoint={"every_steps": 1, "keep": 0},
+    )
+    job = Job(config, FOREVER)
+    assert job.wait() == [1]
+    (error,) = [line for line in job.read_log(0).splitlines() if line.startswith("error: ")]
+    records = read_records(tmp_path / "run")
+    diverged = records[-1]
+    assert f"step {diverged['step']} has loss nan" in error
+    assert "Traceback" not in job.read_log(0)
+    assert diverged["loss"] == "NaN"  # strict JSON has no NaN
+    names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == [f"step_{step:08d}" for step in range(1, diverged["step"])]
+
+
+def test_what_is_not_finite_stops_a_run_unless_the_loss_can_be_scaled_less() -> None:
+    good = StepResult(loss=1.0, grad_norm=1.0, tokens=1, sample_hash=0, loss_scale=1.0, skipped=False)
+    check_finite(1, good, "bf16")
+    for field in ("loss", "grad_norm"):
+        for value in (float("nan"), float("inf")):
+            bad = replace(good, **{field: value})
+            skipped = replace(bad, skipped=True, loss_scale=2.0)
+            for result, precision in (
+                (bad, "fp16"),
+                (replace(skipped, loss_scale=1.0), "fp16"),
+                (skipped, "bf16"),
+                (skipped, "fp32"),
+            ):
+                with pytest.raises(FloatingPointError, match=r"^step 7 has .*the checkpoints before it are whole"):
+                    check_finite(7, result, precision)
+            check_finite(7, skipped, "fp16")
+
+
+def test_a_run_says_what_it_is(tmp_path: Path) -> None:
+    config = write_job(tmp_path, train={"steps": 1})
+    job = run_job(config)
+    run = tmp_path / "run"
+    assert "from the start" in job.read_log(0)
+    assert json.loads((run / "run_info.json").read_text())["ranks"] == "1: tensor 1 x data 1"
+    assert (run / "config.yaml").read_text() == config.read_text()
+
+
+def test_every_so_many_steps() -> None:
+    assert [step for step in range(1, 10) if is_due(step, 3)] == [3, 6, 9]
+    assert not any(is_due(step, 0) for step in range(1, 10))

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalibi.checkpoint import load_model, save_checkpoint
+from megalibi.config import Config, derive
+from megalibi.config.cli import run_tool
+from megalibi.data.token_file import TokenFile, TokenFileWriter
+from megalibi.data.tokenizer import Tokenizer, train_tokenizer
+from megalibi.report.run import EvaluationResult, read_evaluation
+from tests.engine.runs import CPU, iterate_ours, make_config, process_groups
+from tests.ranks import run_on_ranks
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "evaluate.py"
+STEPS = 6
+HEADS = 4
+LOSS_RELATIVE_BOUND = 1e-5  # fp32; other sums than in a batch of windows
+
+
+def train_and_save(config: Config) -> None:
+    for step, (engine, _) in enumerate(iterate_ours(config, STEPS), start=1):
+        if step == STEPS:
+            groups = process_groups(config.parallel.tensor_parallel_size)
+            derived = derive(config, groups.world.size)
+            folder = Path(config.train.output_dir) / "checkpoints"
+            save_checkpoint(engine, config, derived, groups, folder=folder, step=STEPS)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on real text, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("run")
+    texts = [path.read_text() for path in sorted((ROOT / "megalibi").rglob("*.py"))]
+    train_tokenizer(texts, 500, folder / "t.model")
+    tokenizer = Tokenizer(folder / "t.model")
+    with TokenFileWriter(folder / "text", tokenizer.vocab_size) as writer:
+        for text in ["naïve 日本 ▁ 🎉\n", *texts]:
+            writer.add_document([*tokenizer.encode(text), tokenizer.end_of_document_id])
+    with TokenFileWriter(folder / "foreign", 600) as writer:
+        writer.add_document([5] * 200 + [509] + [5] * 100)
+    config = make_config(
+        str(folder / "text"),
+        model={"vocab_size": 509, "num_attention_heads": HEADS},
+        data={"tokenizer": str(folder / "t.model")},
+        parallel={"tensor_parallel_size": 2},
+        train={"output_dir": str(folder)},
+    )
+    run_on_ranks(2, train_and_save, config)
+    return folder
+
+
+def arguments(run_dir: Path, **options: object) -> list[str]:
+    defaults = {"checkpoint": run_dir, "data": run_dir / "text", "lengths": "16,32", "output": run_dir / "out.json"}
+    return [str(part) for name, value in {**defaults, **options}.items() for part in (f"--{name}", value)]
+
+
+def evaluate(run_dir: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), *arguments(run_dir, **options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@torch.no_grad()
+def losses_ref(run_dir: Path, num_tokens: int, length: int, stride: int) -> list[float]:
+    """Return the loss of each token but the first, each from the window that the protocol gives it, one by one."""
+    torch.set_num_threads(1)  # so small that threads only wait for each other
+    model = load_model(run_dir / "checkpoints" / f"step_{STEPS:08d}", CPU)
+    tokens = torch.from_numpy(TokenFile(run_dir / "text").read(0, num_tokens).astype("int64"))
+    losses = []
+    for place in range(1, num_tokens):
+        stop = next(stop for stop in itertools.count(length, stride) if stop >= place)  # the first window that has it
+        stop, start = min(stop, num_tokens - 1), stop - length
+        if stride < length:
+            start = max(0, stop - length)
+        window = tokens[start : place + 1]
+        losses.append(model(window[None, :-1], window[None, 1:])[0, -1].item())
+    return losses
+
+
+def check(result: EvaluationResult, losses: list[float], num_bytes: int) -> None:
+    assert result.tokens == len(losses)
+    assert result.loss == pytest.approx(sum(losses) / len(losses), rel=LOSS_RELATIVE_BOUND, abs=0.0)
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    assert result.bits_per_byte == pytest.approx(result.loss * len(losses) / math.log(2) / num_bytes)
+    assert result.tokens_per_second is not None
+    assert result.tokens_per_second > 0
+
+
+def test_every_number_is_what_a_token_by_token_reading_gives(run_dir: Path) -> None:
+    num_tokens = 130
+    tokens = TokenFile(run_dir / "text").read(0, num_tokens).tolist()
+    tokenizer = Tokenizer(run_dir / "t.model")
+    assert tokens[0] == tokenizer.encode("n")[0]
+    num_bytes = len(tokenizer.decode(tokens).encode()) - 1  # the first token is not scored
+    done = evaluate(run_dir, tokens=num_tokens)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["length 16", "length 32"]
+    evaluation = read_evaluation(run_dir / "out.json")
+    assert (evaluation.step, evaluation.train_seq_length, evaluation.stride) == (STEPS, 33, None)
+    assert evaluation.protocol == "nonoverlapping"
+    for result in evaluation.results:
+        check(result, losses_ref(run_dir, num_tokens, result.length, result.length), num_bytes)
+        assert f"length {result.length}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, " in done.stdout
+    fields = json.loads((run_dir / "out.json").read_text())
+    assert fields["checkpoint"] == str(run_dir / "checkpoints" / f"step_{STEPS:08d}")
+    assert fields["command"].startswith("python ")
+    assert set(fields["versions"]) == {"megalibi", "torch", "python"}
+
+    output = run_dir / "new" / "sliding.json"
+    folder = run_dir / "checkpoints"
+    done = evaluate(run_dir, checkpoint=folder, protocol="sliding", stride=5, tokens=num_tokens, output=output)
+    assert done.returncode == 0, done.stderr
+    evaluation = read_evaluation(output)
+    assert (evaluation.protocol, evaluation.stride) == ("sliding", 5)
+    for result in evaluation.results:
+        check(result, losses_ref(run_dir, num_tokens, result.length, 5), num_bytes)
+    assert list(output.parent.iterdir()) == [output]
+
+
+def test_a_long_window_needs_no_memory_for_all_its_scores(run_dir: Path) -> None:
+    """10,000 tokens at once, on a terminal; all scores of a layer in fp32 would take 1.6 GB."""
+    output = run_dir / "long.json"
+    checkpoint = run_dir / "checkpoints" / f"step_{STEPS:08d}"
+    options = arguments(run_dir, checkpoint=checkpoint, lengths="64,10000", tokens=10_100, output=output)
+    terminal, end = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, str(TOOL), *options],
+        stderr=end,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    ) as process:
+        os.close(end)
+        shown = b""
+        while block := read_terminal(terminal):
+            shown += block
+    os.close(terminal)
+    assert process.returncode == 0, shown
+    assert b"length 10000" in shown
+    assert b"tokens/s" in shown
+    short, long = read_evaluation(output).results
+    assert long.tokens == short.tokens == 10_099
+    assert long.loss == pytest.approx(short.loss, rel=0.5)
+    assert long.memory_bytes is not None
+    assert short.memory_bytes is not None
+    assert long.memory_bytes - short.memory_bytes < HEADS * 10_000**2 * 4 / 8
+
+
+def read_terminal(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # the other end is closed
+        return b""
+
+
+def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path) -> None:
+    os.rename(run_dir / "t.model", run_dir / "elsewhere.model")
+    try:
+        done = evaluate(run_dir, tokens=40, lengths=16)
+        assert done.returncode == 0, done.stderr
+        assert f"no bits per byte: the tokenizer of the checkpoint is {run_dir / 't.model'}" in done.stderr
+        assert read_evaluation(run_dir / "out.json").results[0].bits_per_byte is None
+        done = evaluate(run_dir, tokens=40, lengths=16, tokenizer=run_dir / "elsewhere.model")
+        assert done.stderr == ""
+        assert read_evaluation(run_dir / "out.json").results[0].bits_per_byte is not None
+    finally:
+        os.rename(run_dir / "elsewhere.model", run_dir / "t.model")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": "16,x"}, "--lengths=16,x is not allowed: whole numbers above 0 are, as in 512,1024"),
+        ({"lengths": "0"}, "--lengths=0 is not allowed"),
+        ({"stride": 4}, "--stride=4 does not go with --protocol nonoverlapping"),
+        ({"protocol": "sliding", "stride": 17}, "--stride=17 is not allowed: from 1 to the shortest of --lengths, 16"),
+        ({"lengths": "16,400", "tokens": 400}, "--tokens=400 of it has 400 tokens, and --lengths 400 needs 401"),
+        ({"data": "none"}, "none.idx: no such token file"),
+        ({"checkpoint": "none"}, "none is no checkpoint and has none: give a step's folder, a run's folder"),
+        ({"data": "foreign"}, "foreign.bin: token 200 is id 509, past vocab_size=509"),
+        ({"output": "."}, "--output=. is a folder: give the name of a file"),
+        ({"tokenizer": "none.model"}, "none.model: no such tokenizer"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run_dir: Path,
+    options: dict[str, object],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(run_dir)
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments(run_dir, **options)])
+    with pytest.raises(SystemExit) as end:
+        run_tool(load_tool().main)
+    assert end.value.code == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def load_tool() -> Any:
+    spec = importlib.util.spec_from_file_location("evaluate", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(run_dir: Path) -> None:
+    path = run_dir / "checkpoints" / f"step_{STEPS:08d}" / "mp_rank_01_model_states.pt"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    try:
+        done = evaluate(run_dir)
+    finally:
+        path.write_bytes(content)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {path} is damaged")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_has_an_example() -> None:
+    done = subprocess.run([sys.executable, str(TOOL), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "python tools/evaluate.py --checkpoint runs/quickstart" in done.stdout
