@@ -7,8 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE := sample
 RUN := runs/quickstart
+STEPS := $(shell sed -n 's/^  steps: //p' configs/quickstart.yaml)
+FINAL := $(RUN)/checkpoints/step_$(shell printf %08d $(STEPS))/manifest.json
 export PATH := $(abspath $(BIN)):$(PATH)
 
+.PRECIOUS: $(FINAL)
 .PHONY: quickstart install test check lint clean
 
 quickstart: $(RUN)/report.html
@@ -32,12 +35,12 @@ $(SAMPLE)/tokenizer.model: $(SAMPLE)/train.jsonl
 $(SAMPLE)/%.idx: $(SAMPLE)/tokenizer.model
 	python tools/preprocess_data.py --input $(SAMPLE)/$*.jsonl --tokenizer $< --output $(SAMPLE)/$* --workers 2 --overwrite
 
-# Training resumes where it was interrupted, and does nothing when it is done.
-$(RUN)/checkpoints/latest: configs/quickstart.yaml $(SAMPLE)/train.idx $(SAMPLE)/valid.idx
-	deepspeed --num_gpus 2 --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml
+# The last step's checkpoint: an interrupted training has none, and resumes.
+$(FINAL): configs/quickstart.yaml $(SAMPLE)/train.idx $(SAMPLE)/valid.idx
+	deepspeed --quiet --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml
 	touch $@
 
-$(RUN)/evaluation.json: $(RUN)/checkpoints/latest
+$(RUN)/evaluation.json: $(FINAL)
 	python tools/evaluate.py --checkpoint $(RUN) --data $(SAMPLE)/valid --lengths 256,512,1024,2048 \
 		--protocol nonoverlapping --output $@
 

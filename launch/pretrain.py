@@ -142,7 +142,9 @@ def main() -> int:
         return 2 if isinstance(error, ConfigError) else 1
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.stderr.write(f"error: the disk is full on {socket.gethostname()}: {error}; free space and start again\n")
+            sys.stderr.write(
+                f"error: the disk is full on {socket.gethostname()}: {error}; free space and start again\n"
+            )
             return 2
         log.get_logger(__name__).exception("failed")
         return 1

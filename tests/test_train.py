@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +14,9 @@ import pytest
 from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
 from megalibi.engine.step import StepResult
-from megalibi.train import check_finite, is_due
+from megalibi.train import REPEATED_SIGNAL_SECONDS, StopRequest, check_finite, is_due
 from tests.engine.runs import VOCAB_SIZE, make_config, write_tokens
-from tests.launch.jobs import Job, exact_records, last_step, read_records, run_job, write_job
+from tests.launch.jobs import CONTEXT, Job, exact_records, last_step, read_records, run_job, write_job
 
 FOREVER = "train.steps=1000000"
 STEPS = 20
@@ -73,7 +75,6 @@ def test_signals_save_and_a_finished_run_can_be_made_longer(tmp_path: Path) -> N
         before = last_step(run)
         job.wait_until(lambda before=before: last_step(run) > before + 1)
         job.signal(number, rank)
-        job.signal(number, rank)  # launchers repeat it
         job.succeed()
         stopped = last_step(run)
         assert [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step_{stopped:08d}"]
@@ -88,6 +89,22 @@ def test_signals_save_and_a_finished_run_can_be_made_longer(tmp_path: Path) -> N
 
     run_job(config, steps, f"train.output_dir={tmp_path}/straight", world_size=2)
     assert exact_records(run) == exact_records(tmp_path / "straight")
+
+
+def stop_twice(seconds_between: float) -> None:
+    stop = StopRequest()
+    signal.raise_signal(signal.SIGTERM)
+    time.sleep(seconds_between)
+    signal.raise_signal(signal.SIGTERM)
+    os._exit(0 if stop.signal_name == "SIGTERM" else 1)
+
+
+@pytest.mark.parametrize(("seconds_between", "code"), [(0.1, 0), (REPEATED_SIGNAL_SECONDS + 0.1, -signal.SIGTERM)])
+def test_a_repeated_signal_is_a_launchers_and_a_later_one_ends_at_once(seconds_between: float, code: int) -> None:
+    process = CONTEXT.Process(target=stop_twice, args=(seconds_between,))
+    process.start()
+    process.join()
+    assert process.exitcode == code
 
 
 def test_a_rank_that_alone_meets_bad_data_ends_the_job_and_names_itself(tmp_path: Path) -> None:

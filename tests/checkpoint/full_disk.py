@@ -24,22 +24,25 @@ def leave_free(disk: Path, num_bytes: int) -> Path:
 
 
 def main() -> None:
-    disk = Path(sys.argv[1])
-    config = write_job(disk, parallel={"tensor_parallel_size": 2}, train={"steps": 2})
+    disk, elsewhere = Path(sys.argv[1]), Path(sys.argv[2])
+    config = write_job(
+        elsewhere,
+        parallel={"tensor_parallel_size": 2},
+        train={"steps": 2, "output_dir": str(disk / "run")},
+    )
     checkpoints = disk / "run" / "checkpoints"
     run_job(config, world_size=2)
     cases = []
     for free_bytes in FREE_BYTES:
-        job = Job(config, "train.steps=4", world_size=2)
-        job.wait_until(lambda: last_step(disk / "run") >= 0)
         filler = leave_free(disk, free_bytes)
+        job = Job(config, "train.steps=4", world_size=2)
         codes = job.wait()
         kept = checkpoints / "step_00000002"
         cases.append(
             {
                 "free_bytes": free_bytes,
                 "codes": codes,
-                "stderr": job.output,
+                "log": job.read_log(0),
                 "checkpoints": sorted(path.name for path in checkpoints.iterdir()),
                 "damage": list(find_damage(kept, read_manifest(kept))),
             }

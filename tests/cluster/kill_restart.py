@@ -91,6 +91,7 @@ def _live_and_die(
     config: Path, run: Path, rng: random.Random, *, start_seconds: float, cycle_seconds: float
 ) -> dict[str, Any]:
     expected = _verified_step(run)
+    began = time.time()
     job = Job(config, world_size=2)
     if rng.random() < KILLED_WHILE_STARTING:
         time.sleep(rng.uniform(0, start_seconds))
@@ -103,16 +104,15 @@ def _live_and_die(
     resumed = re.search(r"resumed from \S*step_(\d+)", log)
     if resumed:
         assert int(resumed[1]) == expected, (resumed[0], expected)
-    saving = any((run / "checkpoints").glob("*.partial")) or _unnamed_checkpoint(run)
-    phase = "saving" if saving and " | loss " in log else "stepping" if " | loss " in log else "starting"
+    phase = "starting" if " | loss " not in log else "saving" if _unfinished_save(run, began) else "stepping"
     return {"phase": phase, "resumed_from": expected, "killed_at": last_step(run)}
 
 
-def _unnamed_checkpoint(run: Path) -> bool:
-    """Return whether the kill came between the renaming of a checkpoint and of ``latest``, or while pruning."""
+def _unfinished_save(run: Path, began: float) -> bool:
+    """Return whether the life that began then left a checkpoint that ``latest`` does not name, whole or in part."""
     latest = find_checkpoint(run / "checkpoints")
-    folders = [path for path in (run / "checkpoints").iterdir() if path.is_dir()]
-    return latest is None or max(folders).name != latest.name
+    others = [path for path in (run / "checkpoints").glob("step_*") if latest is None or path.name > latest.name]
+    return any(path.stat().st_mtime > began for path in others)
 
 
 def _verified_step(run: Path) -> int:

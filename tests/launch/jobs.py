@@ -51,7 +51,6 @@ def write_job(folder: Path, **sections: dict[str, Any]) -> Path:
     small = {
         "train": {"steps": 6, "global_batch_size": 4, "output_dir": str(folder / "run"), "log_every_steps": 1},
         "checkpoint": {"every_steps": 2, "keep": 2},
-        "parallel": {"timeout_minutes": 2},
         # The rate of a step does not depend on train.steps, so that a run can be made longer.
         "optimizer": {"decay_steps": 40},
     }

@@ -44,14 +44,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(folder / f"tokens{suffix}", folder / f"foreign{suffix}")
     os.truncate(folder / "short.bin", 100)
     (folder / "foreign.idx").write_bytes(b"PNG" * 100)
-    train_tokenizer(["Ten words are enough to learn some pieces. " * 100], 600, folder / "large.model")
+    train_tokenizer([Path(__file__).read_text()], 600, folder / "large.model")
     return config
 
 
 BAD_INPUT = {
     "unknown key": ("model.hiden_size=48", "model.hiden_size is unknown: did you mean model.hidden_size?"),
     "no value": ("model", "override 'model' is not allowed"),
-    "no file": ("train.steps=a", "train.steps='a' is not allowed: a whole number is"),
+    "type": ("train.steps=a", "train.steps='a' is not allowed: a whole number is"),
     "heads": ("model.num_attention_heads=5", "model.num_attention_heads=5 does not divide model.hidden_size=48"),
     "batch": ("train.global_batch_size=5", "train.global_batch_size=5 is no multiple of train.micro_batch_size=2 x 1"),
     "tensor": ("parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size=2 does not divide the number of rank"),

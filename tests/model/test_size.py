@@ -3,7 +3,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megalibi.config import padded_vocab_size
@@ -58,5 +57,3 @@ def test_causal_flops_count_each_key_that_a_query_sees() -> None:
 def test_the_papers_model_has_1_3_billion_parameters() -> None:
     model = make_model(num_layers=25, hidden_size=2048, num_attention_heads=16, ffn_hidden_size=8192, vocab_size=50304)
     assert count_parameters(model) == pytest.approx(1.3e9, rel=0.05)
-    with torch.device("meta"):
-        assert isinstance(count_parameters(model), int)

@@ -92,13 +92,13 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, corpus, model, inter
         1,
     ]
     with subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not ((folder / "a.bin.tmp").exists() and (folder / "a.bin.tmp").stat().st_size > 0):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
         os.killpg(process.pid, interrupt) if interrupt == signal.SIGINT else process.send_signal(interrupt)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     *progress, last = errors.splitlines()
     assert last == "error: interrupted"
