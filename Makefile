@@ -19,7 +19,8 @@ quickstart: $(RUN)/report.html
 
 install: $(VENV)/.installed
 
-# torch first and by its exact version: a range would admit a newer release with gigabytes of CUDA packages.
+# torch first and by its exact version: a range would admit a newer release. Whether pip gets the build for CPUs or for
+# CUDA, which is gigabytes, is a matter of the index it is set up with.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)

@@ -93,12 +93,13 @@ def run(config: Config, place: Place) -> None:
     device = set_up_device(place)
 
     from megalibi.parallel import build_process_groups
-    from megalibi.train import check_run, train
+    from megalibi.train import Job, check_run, train
 
     derived = check_run(config, place.world_size)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
-    train(config, derived, build_process_groups(config.parallel.tensor_parallel_size, timeout), device)
+    groups = build_process_groups(config.parallel.tensor_parallel_size, timeout)
+    train(Job(config=config, derived=derived, groups=groups, device=device))
 
 
 def set_up_device(place: Place) -> torch.device:
@@ -128,17 +129,30 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
     dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
 
 
+def is_spokesman(place: Place | None) -> bool:
+    """Return whether this rank prints an error: once the ranks have met, rank 0; before, one rank of each host.
+
+    A host may lack a file that others have. Later the ranks fail together, and one that does not logs its error.
+    """
+    import torch.distributed as dist
+
+    if place is None:
+        return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    return place.rank == 0 or (place.local_rank == 0 and not dist.is_initialized())
+
+
 def main() -> int:
     """Run; turn what went wrong into one line or a traceback that names rank and host, and an exit code."""
     arguments = parse_arguments()
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    place = None
     try:
         place = find_place(os.environ)
         log.configure(rank=place.rank, world_size=place.world_size)
         run(load_config(arguments.config, arguments.overrides), place)
     except (ConfigError, FloatingPointError) as error:
-        if rank == 0:  # every rank met the same; one that alone read bad data has logged it
-            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        if is_spokesman(place):
+            host = f" [on {socket.gethostname()}]" if place is not None and place.rank > 0 else ""
+            sys.stderr.write(f"error: {' '.join(str(error).split())}{host}\n")
         return 2 if isinstance(error, ConfigError) else 1
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -43,7 +43,8 @@ def configure(*, rank: int = 0, world_size: int = 1, level: int = logging.INFO) 
     where = f" [rank {rank}/{world_size} on {socket.gethostname()}]" if world_size > 1 else ""
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{where} %(message)s", datefmt="%H:%M:%S"))
-    logger = logging.getLogger(_ROOT)
-    logger.handlers[:] = [handler]
-    logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
-    logger.propagate = False
+    for name in (_ROOT, "alibi_attention"):  # which says the back end it has chosen
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
+        logger.propagate = False

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-import signal
 import socket
 import time
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -25,41 +24,27 @@ from megalibi.data.tokenizer import Tokenizer
 from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.evaluate import validation_loss
 from megalibi.engine.step import StepResult, train_step
+from megalibi.engine.stop import StopRequest
 from megalibi.log import get_logger
 from megalibi.model import count_parameters, model_flops_per_token
-from megalibi.parallel import ProcessGroups, all_reduce_raw
+from megalibi.parallel import ProcessGroups
 from megalibi.report import StepRecord, ValidationRecord, Writers, build_writers, memory_bytes, memory_peak_bytes
 
 _LOGGER = get_logger(__name__)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-REPEATED_SIGNAL_SECONDS = 2.0
-"""Launchers pass on a signal that the scheduler or the terminal has sent to every process already."""
 
 
-class StopRequest:
-    """A signal asked for the end: the step is finished, a checkpoint saved, and the process exits with 0.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What stays the same from the first step to the last."""
 
-    A signal that comes more than two seconds after the first ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal_name: str | None = None
-        self._first_seconds = 0.0
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._take)
-
-    def _take(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.signal_name is None:
-            self.signal_name, self._first_seconds = signal.Signals(number).name, now
-        elif now - self._first_seconds > REPEATED_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def is_agreed(self, groups: ProcessGroups, device: torch.device) -> bool:
-        """Return whether any rank was asked, the same answer on every rank."""
-        asked = torch.tensor(int(self.signal_name is not None), device=device)
-        return bool(all_reduce_raw(asked, groups.world, dist.ReduceOp.MAX))
+    config: Config
+    """The run."""
+    derived: Derived
+    """What follows from it on this world."""
+    groups: ProcessGroups
+    """Of this process."""
+    device: torch.device
+    """Where this rank computes."""
 
 
 def check_run(config: Config, world_size: int) -> Derived:
@@ -96,18 +81,33 @@ def open_split(config: Config, split: tuple[DatasetConfig, ...]) -> Dataset:
 
 
 def find_resume(config: Config) -> Path | None:
-    """Return the checkpoint that ``checkpoint.resume`` means; None: the run starts anew."""
-    folder = checkpoints_folder(config)
-    if config.checkpoint.resume == "auto":
-        return find_checkpoint(folder)
-    if config.checkpoint.resume == "none":
-        found = find_checkpoint(folder)
-        if found is not None:
-            raise ConfigError(
-                f"checkpoint.resume=none, but {found} exists: use checkpoint.resume=auto or another train.output_dir"
-            )
-        return None
-    return Path(config.checkpoint.resume)
+    """Return the checkpoint that ``checkpoint.resume`` means; None: the run starts anew.
+
+    A path is where a run begins that has no checkpoints of its own yet: the same command, started again by a scheduler,
+    goes on instead of beginning there for ever.
+    """
+    folder, resume = checkpoints_folder(config), config.checkpoint.resume
+    own = find_checkpoint(folder)
+    if resume == "none" and own is not None:
+        raise ConfigError(
+            f"checkpoint.resume=none, but {own} exists: use checkpoint.resume=auto or another train.output_dir"
+        )
+    if own is None:
+        return None if resume in ("auto", "none") else Path(resume)
+    if Path(resume).resolve().parent == folder.resolve():
+        raise ConfigError(
+            f"checkpoint.resume={resume} is of this run itself: to go back to it, write its name into "
+            f"{folder / 'latest'} and use checkpoint.resume=auto"
+        )
+    return own
+
+
+def agree_on_resume(config: Config, groups: ProcessGroups) -> Path | None:
+    """Return what rank 0 resumes from, on every rank: file systems may show them different things."""
+    agreed = [find_resume(config)]
+    if groups.world.size > 1:
+        dist.broadcast_object_list(agreed)
+    return agreed[0]
 
 
 def checkpoints_folder(config: Config) -> Path:
@@ -115,27 +115,25 @@ def checkpoints_folder(config: Config) -> Path:
     return Path(config.train.output_dir) / "checkpoints"
 
 
-def train(config: Config, derived: Derived, groups: ProcessGroups, device: torch.device) -> None:
+def train(job: Job) -> None:
     """Train from the start or the checkpoint to resume from, until the last step or a signal.
 
     Every rank calls it, with torch.distributed initialised.
 
     Args:
-        config: The run.
-        derived: From check_run.
-        groups: Of this process.
-        device: Where this rank computes.
+        job: The run, checked by check_run, and this rank's place in it.
 
     Raises:
         ConfigError: A damaged checkpoint, a full disk, a token id past the vocabulary.
         FloatingPointError: The loss or the gradient is no number any more.
     """
+    config, groups = job.config, job.groups
     stop = StopRequest()
-    checkpoint = find_resume(config)
-    engine = build_engine(config, derived, groups, device)
+    checkpoint = agree_on_resume(config, groups)
+    engine = build_engine(config, job.derived, groups, job.device)
     first_step = 0 if checkpoint is None else load_checkpoint(engine, checkpoint, groups).step
     if groups.world.rank == 0:
-        describe_run(config, derived, groups, device, checkpoint)
+        describe_run(job, checkpoint)
     loader = Loader(
         open_split(config, config.data.train),
         global_batch_size=config.train.global_batch_size,
@@ -152,22 +150,15 @@ def train(config: Config, derived: Derived, groups: ProcessGroups, device: torch
         resumed_step=first_step,
     )
     with writers:
-        run_steps(config, derived, groups, device, engine, loader, writers, first_step, stop)
+        run_steps(job, engine, loader, writers, first_step, stop)
     loader.close()
 
 
 def run_steps(
-    config: Config,
-    derived: Derived,
-    groups: ProcessGroups,
-    device: torch.device,
-    engine: DeepSpeedEngine,
-    loader: Loader,
-    writers: Writers,
-    first_step: int,
-    stop: StopRequest,
+    job: Job, engine: DeepSpeedEngine, loader: Loader, writers: Writers, first_step: int, stop: StopRequest
 ) -> None:
     """Take the steps; validate and save where they are due."""
+    config, groups = job.config, job.groups
     if first_step >= config.train.steps:
         _LOGGER.info("nothing to do: step %d of train.steps=%d is done", first_step, config.train.steps)
     for step in range(first_step, config.train.steps):
@@ -176,20 +167,21 @@ def run_steps(
             engine,
             read_batches(loader, step * config.train.global_batch_size, groups),
             groups=groups,
-            device=device,
+            device=job.device,
             learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
             seed=config.train.seed,
             samples_consumed=step * config.train.global_batch_size,
         )
-        writers.step(make_record(config, derived, device, step, result, time.perf_counter() - began))
+        writers.step(make_record(job, step, result, time.perf_counter() - began))
         check_finite(step + 1, result, config.train.precision)
 
-        done, stopping = step + 1, stop.is_agreed(groups, device)
+        done, stopping = step + 1, stop.is_agreed(groups, job.device)
         last = done == config.train.steps
         if config.data.valid and not stopping and (last or is_due(done, config.train.eval_every_steps)):
-            writers.validation(validate(config, groups, device, engine, done))
+            writers.validation(validate(job, engine, done))
         if stopping or last or is_due(done, config.checkpoint.every_steps):
-            save_checkpoint(engine, config, derived, groups, folder=checkpoints_folder(config), step=done)
+            writers.sync()  # no checkpoint is on the disk before the lines of its steps
+            save_checkpoint(engine, config, job.derived, groups, folder=checkpoints_folder(config), step=done)
         if stopping:
             reason = stop.signal_name or "a signal to another rank"
             _LOGGER.warning("stopped by %s after step %d, checkpoint saved; the same command goes on", reason, done)
@@ -228,40 +220,36 @@ def is_due(step: int, every_steps: int) -> bool:
     return every_steps > 0 and step % every_steps == 0
 
 
-def make_record(
-    config: Config, derived: Derived, device: torch.device, step: int, result: StepResult, seconds: float
-) -> StepRecord:
+def make_record(job: Job, step: int, result: StepResult, seconds: float) -> StepRecord:
     """Return the line of metrics.jsonl for a step."""
-    teraflops = {
-        causal: 1e-12
-        * derived.batch_tokens
-        * model_flops_per_token(config.model, config.data.seq_length, causal=causal)
+    config, batch_tokens = job.config, job.derived.batch_tokens
+    full, causal = (
+        1e-12 * batch_tokens * model_flops_per_token(config.model, config.data.seq_length, causal=causal)
         for causal in (False, True)
-    }
+    )
     fp16 = config.train.precision == "fp16"
     return StepRecord(
         step=step + 1,
-        tokens=(step + 1) * derived.batch_tokens,
+        tokens=(step + 1) * batch_tokens,
         samples=(step + 1) * config.train.global_batch_size,
         loss=result.loss,
         grad_norm=result.grad_norm,
         learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
         step_seconds=seconds,
-        tokens_per_second=derived.batch_tokens / seconds,
-        model_tflops_per_second=teraflops[False] / seconds,
-        model_tflops_per_second_causal=teraflops[True] / seconds,
-        memory_bytes=memory_bytes(device),
-        memory_peak_bytes=memory_peak_bytes(device),
+        tokens_per_second=batch_tokens / seconds,
+        model_tflops_per_second=full / seconds,
+        model_tflops_per_second_causal=causal / seconds,
+        memory_bytes=memory_bytes(job.device),
+        memory_peak_bytes=memory_peak_bytes(job.device),
         sample_hash=format_sample_hash(result.sample_hash),
         loss_scale=result.loss_scale if fp16 else None,
         skipped=result.skipped if fp16 else None,
     )
 
 
-def validate(
-    config: Config, groups: ProcessGroups, device: torch.device, engine: DeepSpeedEngine, step: int
-) -> ValidationRecord:
+def validate(job: Job, engine: DeepSpeedEngine, step: int) -> ValidationRecord:
     """Return the loss on the first ``train.eval_samples`` samples of data.valid."""
+    config, groups = job.config, job.groups
     began = time.perf_counter()
     loader = ValidationLoader(
         open_split(config, config.data.valid),
@@ -272,11 +260,11 @@ def validate(
         document_mask=config.data.document_mask,
     )
     engine.eval()
-    loss, tokens = validation_loss(engine, loader, groups=groups, device=device)
+    loss, tokens = validation_loss(engine, loader, groups=groups, device=job.device)
     engine.train()
     return ValidationRecord(
         step=step,
-        tokens=step * config.train.global_batch_size * config.data.seq_length,
+        tokens=step * job.derived.batch_tokens,
         validation_loss=loss,
         validation_perplexity=math.exp(min(loss, 700.0)),
         validation_tokens=tokens,
@@ -284,10 +272,9 @@ def validate(
     )
 
 
-def describe_run(
-    config: Config, derived: Derived, groups: ProcessGroups, device: torch.device, checkpoint: Path | None
-) -> None:
+def describe_run(job: Job, checkpoint: Path | None) -> None:
     """Write config.yaml and run_info.json, and say what begins."""
+    config, groups, device = job.config, job.groups, job.device
     folder = Path(config.train.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save_config(config, folder / "config.yaml")
@@ -311,6 +298,6 @@ def describe_run(
         groups.data.size,
         config.zero.stage,
         config.train.precision,
-        f"{derived.batch_tokens:,}",
+        f"{job.derived.batch_tokens:,}",
         f"resumed from {checkpoint}" if checkpoint else "from the start",
     )

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +12,9 @@ import pytest
 from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
 from megalibi.engine.step import StepResult
-from megalibi.train import REPEATED_SIGNAL_SECONDS, StopRequest, check_finite, is_due
+from megalibi.train import check_finite, is_due
 from tests.engine.runs import VOCAB_SIZE, make_config, write_tokens
-from tests.launch.jobs import CONTEXT, Job, exact_records, last_step, read_records, run_job, write_job
+from tests.launch.jobs import Job, exact_records, last_step, read_records, run_job, write_job
 
 FOREVER = "train.steps=1000000"
 STEPS = 20
@@ -46,7 +44,8 @@ def test_killed_and_resumed_is_straight_bit_for_bit_and_samples_are_the_same_eve
     # The job went on beyond the checkpoint; with a torn line, as a crash of the machine leaves it.
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "los')
-    job = run_job(config, f"checkpoint.resume={checkpoint.with_name('step_00000010')}", world_size=2)
+    (run / "checkpoints" / "latest").write_text("step_00000010\n")  # go back to it
+    job = run_job(config, world_size=2)
     assert "resumed from" in job.read_log(0)
     assert exact_records(run) == exact_records(straight)
     assert len(exact_records(run)) == STEPS + STEPS // 5
@@ -91,20 +90,19 @@ def test_signals_save_and_a_finished_run_can_be_made_longer(tmp_path: Path) -> N
     assert exact_records(run) == exact_records(tmp_path / "straight")
 
 
-def stop_twice(seconds_between: float) -> None:
-    stop = StopRequest()
-    signal.raise_signal(signal.SIGTERM)
-    time.sleep(seconds_between)
-    signal.raise_signal(signal.SIGTERM)
-    os._exit(0 if stop.signal_name == "SIGTERM" else 1)
+def test_a_path_begins_a_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    config = write_job(tmp_path)
+    run_job(config, "train.steps=4")
+    seed, branch = tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "branch"
+    command = [f"checkpoint.resume={seed}", f"train.output_dir={branch}"]
+    for steps, resumed_from in ((4, seed), (6, branch / "checkpoints" / "step_00000004")):
+        job = run_job(config, *command, f"train.steps={steps}")
+        assert f"resumed from {resumed_from}" in job.read_log(0)
+    assert [record["step"] for record in read_records(branch)] == [3, 4, 5, 6]
 
-
-@pytest.mark.parametrize(("seconds_between", "code"), [(0.1, 0), (REPEATED_SIGNAL_SECONDS + 0.1, -signal.SIGTERM)])
-def test_a_repeated_signal_is_a_launchers_and_a_later_one_ends_at_once(seconds_between: float, code: int) -> None:
-    process = CONTEXT.Process(target=stop_twice, args=(seconds_between,))
-    process.start()
-    process.join()
-    assert process.exitcode == code
+    job = Job(config, f"checkpoint.resume={seed}")
+    assert job.wait() == [2]
+    assert "is of this run itself: to go back to it, write its name into" in job.read_log(0)
 
 
 def test_a_rank_that_alone_meets_bad_data_ends_the_job_and_names_itself(tmp_path: Path) -> None:

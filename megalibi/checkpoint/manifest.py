@@ -86,7 +86,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     final = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
     if final.exists():  # a run went back to an earlier checkpoint and came here again
         others = [checkpoint for checkpoint in list_checkpoints(final.parent) if checkpoint != final]
-        if others:  # a crash before the end must not leave a latest that names nothing
+        if others and _read_latest(final.parent) == final.name:  # a crash now must not leave it naming nothing
             _replace_latest(others[-1])
         discard(final)
     os.rename(partial, final)
@@ -102,6 +102,11 @@ def _replace_latest(checkpoint: Path) -> None:
     sync_folder(checkpoint.parent)
 
 
+def _read_latest(folder: Path) -> str | None:
+    latest = folder / LATEST
+    return latest.read_bytes().decode(errors="replace").strip() if latest.is_file() else None
+
+
 def find_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint that ``latest`` names, or the newest complete one if there is no ``latest``; None: none.
 
@@ -112,13 +117,14 @@ def find_checkpoint(folder: Path) -> Path | None:
         ConfigError: ``latest`` names no checkpoint.
     """
     complete = list_checkpoints(folder)
-    latest = folder / LATEST
-    if not latest.is_file():
+    name = _read_latest(folder)
+    if name is None:
         return complete[-1] if complete else None
-    name = latest.read_bytes().decode(errors="replace").strip()
     if folder / name not in complete:
         newest = complete[-1].name if complete else "none"
-        raise ConfigError(f"{latest} names {name!r}, which is no complete checkpoint; the newest one is {newest}")
+        raise ConfigError(
+            f"{folder / LATEST} names {name!r}, which is no complete checkpoint; the newest one is {newest}"
+        )
     return folder / name
 
 
@@ -210,10 +216,12 @@ def prune(folder: Path, keep: int) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
-    latest = find_checkpoint(folder)
-    others = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint != latest]
-    for checkpoint in others[: max(0, len(others) - keep + 1)] if keep else []:
-        discard(checkpoint)
+    latest, checkpoints = find_checkpoint(folder), list_checkpoints(folder)
+    if keep and latest is not None:
+        # Beyond the latest lies what a run left that went back: it goes first.
+        place = checkpoints.index(latest)
+        for checkpoint in checkpoints[place + 1 :] + checkpoints[: max(0, place + 1 - keep)]:
+            discard(checkpoint)
 
 
 def discard(checkpoint: Path) -> None:

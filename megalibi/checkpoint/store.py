@@ -131,8 +131,10 @@ def save_checkpoint(
             versions={"megalibi": megalibi.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
             files=dict(sorted(files.items())),
         )
-        error = _try_commit(partial, manifest, config.checkpoint.keep)
+        error = _try_commit(partial, manifest)
     _raise_together([error], groups, partial)
+    if groups.world.rank == 0:
+        _try_prune(folder, config.checkpoint.keep)
     return folder / checkpoint_name(step)
 
 
@@ -145,13 +147,24 @@ def _prepare(partial: Path) -> str | None:
     return None
 
 
-def _try_commit(partial: Path, manifest: Manifest, keep: int) -> str | None:
+def _try_commit(partial: Path, manifest: Manifest) -> str | None:
+    for name, entry in manifest.files.items():
+        path = partial / name
+        if not path.is_file() or path.stat().st_size != entry.size_bytes:
+            return f"{path}: rank 0 does not see what another rank wrote; put train.output_dir on a disk of all hosts"
     try:
-        final = commit(partial, manifest)
-        prune(final.parent, keep)
+        commit(partial, manifest)
     except OSError as error:
         return f"{partial}: {error}"
     return None
+
+
+def _try_prune(folder: Path, keep: int) -> None:
+    """Delete old checkpoints; the new one stands whether or not that works."""
+    try:
+        prune(folder, keep)
+    except (OSError, ConfigError) as error:
+        _LOGGER.warning("old checkpoints could not be deleted: %s", error)
 
 
 def _raise_together(errors: list[str | None], groups: ProcessGroups, partial: Path) -> None:
@@ -185,6 +198,8 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int) -> Manife
         "train": ["global_batch_size", "seed", "precision"],
         "parallel": ["tensor_parallel_size"],
         "zero": ["stage"],
+        # DeepSpeed and torch take these from the checkpoint: a changed value would be ignored without a word.
+        "optimizer": ["weight_decay", "beta1", "beta2", "epsilon", "clip_grad_norm"],
     }
     for section, names in fixed.items():
         for name in names:
@@ -208,11 +223,14 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGr
     Raises:
         ConfigError: On every rank; a file is missing or damaged, and named.
     """
-    manifest = read_manifest(checkpoint)
-    damage = list(find_damage(checkpoint, manifest, part=groups.world.rank, parts=groups.world.size))
+    try:
+        manifest = read_manifest(checkpoint)
+        damage = list(find_damage(checkpoint, manifest, part=groups.world.rank, parts=groups.world.size))
+    except ConfigError as error:  # on this rank, perhaps: its file system may show less
+        damage = [str(error)]
     all_damage = [line for lines in _all_gather_object(damage, groups) for line in lines]
     if all_damage:
-        raise ConfigError(f"{all_damage[0]}; resume from another checkpoint (checkpoint.resume=PATH)")
+        raise ConfigError(f"{all_damage[0]}; to resume from another checkpoint write its name into latest")
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     assert loaded is not None, checkpoint
     return manifest

@@ -103,7 +103,7 @@ class DatasetConfig:
     prefix: str
     """Path of the token file without .bin and .idx."""
     weight: float = 1.0
-    """Share of the samples, relative to the other weights of the blend."""
+    """Share of the samples, relative to the other weights of the blend: a decimal of a few digits, such as 0.25."""
 
     def __post_init__(self) -> None:
         """Check the weight."""
@@ -245,7 +245,7 @@ class CheckpointConfig:
     """Newest checkpoints kept; 0: all."""
     resume: str = "auto"
     """auto: from the run's latest checkpoint, if there is one; none: only into a folder without checkpoints; or the
-    path of a checkpoint."""
+    path of another run's checkpoint to begin from, as long as this run has none of its own."""
 
     def __post_init__(self) -> None:
         """Check what one section can know."""

@@ -34,14 +34,15 @@ class BlendSchedule:
     def __init__(self, weights: Sequence[float]) -> None:
         if not all(math.isfinite(weight) and weight > 0 for weight in weights):
             raise ConfigError(f"data: blend weights {list(weights)}; every weight must be a number above 0")
-        self._counts = np.array(_integer_shares(weights), np.int64)  # samples of each set in a period
-        self.period = int(self._counts.sum())
+        shares = _integer_shares(weights)
+        self.period = sum(shares)
         if self.period > _MAX_PERIOD:
             raise ConfigError(
                 f"data: blend weights {list(weights)} repeat only after {self.period} samples (at most {_MAX_PERIOD}); "
                 f"round them, for example to {_rounded(weights)}"
             )
-        self._numbers = _earliest_deadline_first(self._counts.tolist())
+        self._counts = np.array(shares, np.int64)  # samples of each set in a period
+        self._numbers = _earliest_deadline_first(shares)
         self._ranks = np.empty(self.period, np.int64)  # how often the same set came before in the period
         for number, count in enumerate(self._counts):
             self._ranks[self._numbers == number] = np.arange(count)

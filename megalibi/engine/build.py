@@ -19,7 +19,7 @@ from torch import nn
 from megalibi.config import Config, ConfigError, Derived
 from megalibi.engine.ds_config import deepspeed_config
 from megalibi.engine.optimizer import build_optimizer
-from megalibi.model import GPT, initialize
+from megalibi.model import GPT, check_backend, initialize
 from megalibi.parallel import ProcessGroups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,9 +63,10 @@ def build_engine(config: Config, derived: Derived, groups: ProcessGroups, device
         device: Where this rank computes.
 
     Raises:
-        ConfigError: DeepSpeed refuses fp16 on this device.
+        ConfigError: DeepSpeed refuses fp16 on this device, or the attention back end cannot run.
     """
     _quieten_deepspeed()
+    check_backend(config.model, device, DTYPES[config.train.precision])
     if config.train.precision == "fp16" and config.zero.stage > 0 and not get_accelerator().is_fp16_supported():
         raise ConfigError(
             f"train.precision=fp16 with zero.stage={config.zero.stage} is not supported by this device: "

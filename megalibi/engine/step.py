@@ -67,12 +67,12 @@ def train_step(
 
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     for index, batch in enumerate(batches):
-        micro_batch = samples_consumed // len(batch.tokens) + index * groups.data.size + groups.data.rank
+        first_sample = samples_consumed + (index * groups.data.size + groups.data.rank) * len(batch.tokens)
         losses_BS = engine(
             batch.tokens.to(device, non_blocking=True),
             batch.labels.to(device, non_blocking=True),
             cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True),
-            micro_batch_key=derive_key(seed, "dropout", micro_batch),
+            micro_batch_key=derive_key(seed, "dropout", first_sample),
         )
         loss = losses_BS.sum()
         loss_sum += loss.detach()

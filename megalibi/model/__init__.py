@@ -1,7 +1,8 @@
 """The GPT, from token ids to the loss of each token."""
 
+from megalibi.model.attention import check_backend
 from megalibi.model.gpt import GPT
 from megalibi.model.init import initialize
 from megalibi.model.size import count_parameters, model_flops_per_token
 
-__all__ = ["GPT", "count_parameters", "initialize", "model_flops_per_token"]
+__all__ = ["GPT", "check_backend", "count_parameters", "initialize", "model_flops_per_token"]

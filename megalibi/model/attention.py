@@ -7,12 +7,26 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
-from alibi_attention import attention
-from megalibi.config import ModelConfig
+from alibi_attention import attention, resolve_backend
+from megalibi.config import ConfigError, ModelConfig
 from megalibi.model.positions import PositionMethod
 from megalibi.parallel import ColumnParallelLinear, Group, RowParallelLinear, dropout_key, fork_rng
+
+
+def check_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Find out before the model is built whether its attention back end can run.
+
+    Raises:
+        ConfigError: It cannot, and why.
+    """
+    head_dim = model.hidden_size // model.num_attention_heads
+    try:
+        resolve_backend(model.attention_backend, device, dtype, head_dim, model.dropout > 0.0)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"model.attention_backend={model.attention_backend} cannot be used: {error}") from error
 
 
 class SelfAttention(nn.Module):

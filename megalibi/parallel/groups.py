@@ -14,8 +14,6 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megalibi.config import ConfigError
-
 
 @dataclass(frozen=True)
 class Group:
@@ -69,14 +67,12 @@ def build_process_groups(tensor_parallel_size: int, timeout: timedelta | None = 
         timeout: How long a collective may take before the job is aborted; None takes torch's default.
 
     Raises:
-        ConfigError: The tensor parallel size does not divide the number of ranks.
+        ValueError: The tensor parallel size does not divide the number of ranks.
     """
     initialized = dist.is_available() and dist.is_initialized()
     world_size = dist.get_world_size() if initialized else 1
     if tensor_parallel_size < 1 or world_size % tensor_parallel_size != 0:
-        raise ConfigError(
-            f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide the number of ranks {world_size}"
-        )
+        raise ValueError(f"tensor_parallel_size={tensor_parallel_size} does not divide the {world_size} ranks")
     if not initialized:
         return single_process_groups()
     everyone = range(world_size)

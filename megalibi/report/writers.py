@@ -31,6 +31,9 @@ class Writer(Protocol):
     def validation(self, record: ValidationRecord) -> None:
         """Take the record of one validation."""
 
+    def sync(self) -> None:
+        """Put on the disk what was taken so far."""
+
     def close(self) -> None:
         """Finish; the writer is not used afterwards."""
 
@@ -38,8 +41,8 @@ class Writer(Protocol):
 class JsonlWriter:
     """Appends one line per record to metrics.jsonl.
 
-    Each line is flushed, so a killed process loses none. Lines are not synced to the disk one by one: after a power
-    failure the run resumes from a checkpoint anyway, and `truncate_after` drops what lies beyond it.
+    Each line is flushed, so a killed process loses none. They are not synced to the disk one by one, but before each
+    checkpoint: after a power failure the run resumes from one, and `truncate_after` drops what lies beyond it.
 
     Args:
         path: The file; it and its folder are made if they do not exist.
@@ -74,6 +77,10 @@ class JsonlWriter:
     def validation(self, record: ValidationRecord) -> None:
         """Append the record of one validation."""
         self._append(record.to_json())
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file."""
@@ -129,6 +136,10 @@ class TensorBoardWriter:
         self._events.add_scalar("validation/loss", record.validation_loss, record.step)
         self._events.add_scalar("validation/perplexity", record.validation_perplexity, record.step)
 
+    def sync(self) -> None:
+        """Write out what is buffered."""
+        self._events.flush()
+
     def close(self) -> None:
         """Write out what is buffered."""
         self._events.close()
@@ -179,6 +190,9 @@ class ConsoleWriter:
             f"perplexity {record.validation_perplexity:.2f} | {format_count(record.validation_tokens)} tokens | "
             f"{format_duration(record.validation_seconds)}"
         )
+
+    def sync(self) -> None:
+        """Do nothing: what was shown was shown."""
 
     def close(self) -> None:
         """Leave the terminal as it was found."""
@@ -235,6 +249,11 @@ class Writers:
         """Hand the record of one validation to every writer."""
         for writer in self._writers:
             writer.validation(record)
+
+    def sync(self) -> None:
+        """Have every writer put on the disk what it took."""
+        for writer in self._writers:
+            writer.sync()
 
     def close(self) -> None:
         """Close every writer."""

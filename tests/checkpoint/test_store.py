@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from megalibi.checkpoint import check_resumable, load_checkpoint, save_checkpoint
+from megalibi.checkpoint import Manifest, check_resumable, list_checkpoints, load_checkpoint, save_checkpoint
+from megalibi.checkpoint.manifest import FileEntry
+from megalibi.checkpoint.store import _try_commit
 from megalibi.config import Config, ConfigError, derive, learning_rate_at
 from megalibi.engine.build import DeepSpeedEngine
 from megalibi.engine.step import StepResult, train_step
@@ -173,6 +175,8 @@ def replace(config: Config, section: str, **values: Any) -> Config:
         ("train", "global_batch_size", 16),
         ("train", "seed", 1),
         ("train", "precision", "bf16"),
+        ("optimizer", "weight_decay", 0.2),
+        ("optimizer", "clip_grad_norm", 2.0),
         ("parallel", "tensor_parallel_size", 2),
         ("zero", "stage", 2),
     ],
@@ -229,3 +233,15 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
         assert case["checkpoints"] == ["latest", "step_00000002"], case
         assert case["damage"] == [], case
     assert result["after"] == {"codes": [0, 0], "last_step": 4}
+
+
+def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path) -> None:
+    """As where each host has a disk of its own: renaming it would let the last whole checkpoint be deleted."""
+    partial = tmp_path / "step_00000002.partial"
+    partial.mkdir()
+    files = {"of_another_host.pt": FileEntry(size_bytes=1, sha256="")}
+    manifest = Manifest(step=2, samples_consumed=0, topology={}, config={}, derived={}, versions={}, files=files)
+    error = _try_commit(partial, manifest)
+    assert error is not None
+    assert "rank 0 does not see" in error
+    assert list_checkpoints(tmp_path) == []

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import random
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -133,10 +135,15 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result = kill_and_restart(Path(folder), arguments.times, arguments.seed)
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
     result |= {
         "seconds": round(time.monotonic() - began, 1),
         "command": f"python tests/cluster/kill_restart.py --times {arguments.times} --seed {arguments.seed}",
         "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit or "unknown",
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("megalibi", "torch", "deepspeed")},
     }

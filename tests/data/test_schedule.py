@@ -66,3 +66,8 @@ def test_too_long_a_period_names_weights_that_work():
         BlendSchedule([1234567.0, 3209877.3])
     rounded = str(error.value).partition("for example to ")[2]
     assert BlendSchedule(json.loads(rounded)).period <= 2**20
+
+
+def test_a_weight_beyond_64_bits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="repeat only after"):
+        BlendSchedule([1e-30, 1.0])

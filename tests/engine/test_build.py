@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -195,3 +199,29 @@ def test_bf16_gradients_are_accumulated_and_reduced_in_fp32(prefix: str) -> None
     assert share < 0.05
     assert min(run_on_ranks(1, _shares_beyond_bf16, make(2))[0]) > 0.5  # four micro batches
     assert min(run_on_ranks(2, _shares_beyond_bf16, make(4))[0]) > 0.3  # two ranks with one micro batch each
+
+
+FIRST_USE = """
+import os, pathlib, sys
+import deepspeed
+import torch.distributed as dist
+from tests.engine.runs import build, make_config
+
+os.environ["LOCAL_RANK"] = "0"
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+build(make_config(sys.argv[1]))
+compiled = list(pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("*"))
+print(deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"], compiled)
+"""
+
+
+def test_trap_14_nothing_is_compiled_at_first_use_so_no_lock_can_be_left(prefix: str, tmp_path: Path) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", FIRST_USE, prefix],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path)},
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == "False []"
