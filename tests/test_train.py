@@ -90,6 +90,17 @@ def test_signals_save_and_a_finished_run_can_be_made_longer(tmp_path: Path) -> N
     assert exact_records(run) == exact_records(tmp_path / "straight")
 
 
+def test_trap_15_a_killed_rank_ends_the_others_whatever_the_launcher_does(tmp_path: Path) -> None:
+    """deepspeed's launcher may leave the other ranks running: they must end by themselves, and say where."""
+    config = write_job(tmp_path, parallel={"tensor_parallel_size": 2})
+    job = Job(config, FOREVER, world_size=2)
+    job.wait_until(lambda: last_step(tmp_path / "run") > 2)
+    job.signal(signal.SIGKILL, rank=1)
+    assert job.wait() == [1, -signal.SIGKILL]
+    assert f"[rank 0/2 on {socket.gethostname()}] failed" in job.read_log(0)
+    assert find_checkpoint(tmp_path / "run" / "checkpoints") is not None
+
+
 def test_a_path_begins_a_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
     config = write_job(tmp_path)
     run_job(config, "train.steps=4")
