@@ -12,11 +12,12 @@ from megalibi import log
 
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
-    logger = logging.getLogger("megalibi")
-    before = (logger.handlers[:], logger.level, logger.propagate)
+    loggers = [logging.getLogger(name) for name in ("megalibi", "alibi_attention")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
     yield
-    logger.handlers[:], logger.propagate = before[0], before[2]
-    logger.setLevel(before[1])
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def test_loggers_hang_below_megalibi() -> None:

@@ -82,3 +82,15 @@ def test_bad_arguments_are_named_in_one_line(message):
     with pytest.raises(ValueError, match=message) as raised:
         attention(**arguments)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", [capability.name for capability in backends() if capability.usable])
+def test_trap_5_no_back_end_leaves_the_slopes_out_or_loses_the_distance_of_a_chunk(name: str) -> None:
+    """FlashAttention-3 documents slopes and does not take them; a bias by column alone needs the offset."""
+    generator = torch.Generator().manual_seed(5)
+    q, k, v = (torch.randn(1, 40, 4, 16, generator=generator) for _ in range(3))
+    whole = attention(q, k, v, alibi_slopes=alibi_slopes(4), backend=name)
+    assert (whole - attention(q, k, v, alibi_slopes=None, backend=name)).abs().max() > 0.1
+    assert (whole - attention(q, k, v, alibi_slopes=alibi_slopes(4), backend="reference")).abs().max() < 1e-5
+    last = attention(q[:, 30:], k, v, alibi_slopes=alibi_slopes(4), query_offset=30, backend=name)
+    assert (whole[:, 30:] - last).abs().max() < 1e-5
