@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import megalibi
-from megalibi.checkpoint import check_resumable, find_checkpoint, load_checkpoint, save_checkpoint
+from megalibi.checkpoint import CHECKPOINTS, LATEST, check_resumable, find_checkpoint, load_checkpoint, save_checkpoint
 from megalibi.config import Config, ConfigError, DatasetConfig, Derived, derive, learning_rate_at, save_config
 from megalibi.data.dataset import Dataset, open_dataset
 from megalibi.data.hashing import format_sample_hash
@@ -97,7 +97,7 @@ def find_resume(config: Config) -> Path | None:
     if Path(resume).resolve().parent == folder.resolve():
         raise ConfigError(
             f"checkpoint.resume={resume} is of this run itself: to go back to it, write its name into "
-            f"{folder / 'latest'} and use checkpoint.resume=auto"
+            f"{folder / LATEST} and use checkpoint.resume=auto"
         )
     return own
 
@@ -112,7 +112,7 @@ def agree_on_resume(config: Config, groups: ProcessGroups) -> Path | None:
 
 def checkpoints_folder(config: Config) -> Path:
     """Return the run's folder of checkpoints."""
-    return Path(config.train.output_dir) / "checkpoints"
+    return Path(config.train.output_dir) / CHECKPOINTS
 
 
 def train(job: Job) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints that survive a crash at any moment."""
 
 from megalibi.checkpoint.manifest import (
+    CHECKPOINTS,
+    LATEST,
     Manifest,
     find_checkpoint,
     find_damage,
@@ -12,6 +14,8 @@ from megalibi.checkpoint.store import CheckpointError, check_resumable, load_che
 from megalibi.checkpoint.weights import load_full_weights, load_model
 
 __all__ = [
+    "CHECKPOINTS",
+    "LATEST",
     "CheckpointError",
     "Manifest",
     "check_resumable",

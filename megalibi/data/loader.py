@@ -17,8 +17,9 @@ import torch
 from megalibi.config import ConfigError
 from megalibi.data.dataset import Dataset
 from megalibi.data.hashing import hash_samples, sum_hashes
+from megalibi.parallel import IGNORED_LABEL
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = IGNORED_LABEL
 """Label of a token that has no part in the loss, as in torch.nn.functional.cross_entropy."""
 
 Int64Array = npt.NDArray[np.int64]

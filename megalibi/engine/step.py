@@ -58,9 +58,9 @@ def train_step(
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    tokens_local = sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)
-    counts = torch.tensor([tokens_local, sum_hashes(batches)], device=device)
-    tokens, sample_hash = (int(n) for n in all_reduce_raw(counts, groups.data))
+    # int64 sums wrap around, as sample hashes are meant to.
+    counts = torch.tensor([[int((b.labels != IGNORE_INDEX).sum()), b.sample_hash] for b in batches], device=device)
+    tokens, sample_hash = (int(n) for n in all_reduce_raw(counts.sum(0), groups.data))
     loss_scale = find_loss_scale(engine)
     # ZeRO 1 to 3 multiply by the loss scale themselves.
     factor = groups.data.size / tokens * (loss_scale if engine.zero_optimization_stage() == 0 else 1.0)
@@ -87,11 +87,6 @@ def train_step(
         loss_scale=loss_scale,
         skipped=bool(getattr(engine.optimizer, "overflow", False)),
     )
-
-
-def sum_hashes(batches: Sequence[Batch]) -> int:
-    """Return the sum of the batches' sample hashes modulo 2^64, as the signed number that int64 holds."""
-    return (sum(b.sample_hash for b in batches) + 2**63) % 2**64 - 2**63
 
 
 def find_loss_scale(engine: DeepSpeedEngine) -> float:
