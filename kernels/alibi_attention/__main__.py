@@ -8,7 +8,7 @@ from dataclasses import fields
 import torch
 
 from alibi_attention import alibi_slopes, attention, backends
-from alibi_attention.capability import Capability
+from alibi_attention.capability import Call, Capability
 
 _SEQ_LENGTH, _NUM_HEADS, _HEAD_DIM = 513, 12, 64
 
@@ -19,7 +19,7 @@ def main() -> None:
     for capability in backends():
         _print_capability(capability)
         for dtype in capability.dtypes:
-            if capability.find_refusal(device, dtype, _HEAD_DIM, dropout=False) is None:
+            if capability.find_refusal(Call(device, dtype, _HEAD_DIM)) is None:
                 _print_errors(capability.name, device, dtype)
         print()
     print(f"error: largest |difference| from fp64 on {device}, {_SEQ_LENGTH} tokens, {_NUM_HEADS} heads x {_HEAD_DIM}")

@@ -9,6 +9,28 @@ import torch
 
 
 @dataclass(frozen=True)
+class Call:
+    """What a back end has to know of a call to say whether it can do it."""
+
+    device_type: str
+    """``tensor.device.type``."""
+    dtype: torch.dtype
+    """Type of q, k and v."""
+    head_dim: int
+    """Head dimension of q, k and v."""
+    dropout: bool = False
+    """Whether attention weights are dropped."""
+    documents: bool = False
+    """Whether ``cu_seqlens`` is given."""
+    gap: bool = False
+    """Whether a query stands beyond the last key, so that no alignment of the ends gives its distances."""
+
+    def __str__(self) -> str:
+        said = f"{self.device_type}, {self.dtype}, head_dim {self.head_dim}"
+        return said + "".join(f", {name}" for name in ("dropout", "documents", "gap") if getattr(self, name))
+
+
+@dataclass(frozen=True)
 class Capability:
     """What one back end can do in this installation."""
 
@@ -28,26 +50,34 @@ class Capability:
     """How it does attention dropout; empty if it cannot."""
     cu_seqlens: str
     """How it keeps documents apart."""
+    horizon: bool = False
+    """Whether it skips the keys past the horizon (horizon.py)."""
+    gap: bool = True
+    """Whether queries may stand beyond the last key."""
     max_head_dim: int | None = None
     """Largest head dimension, None for any."""
 
-    def find_refusal(self, device_type: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> str | None:
+    def find_refusal(self, call: Call) -> str | None:
         """Return why this back end cannot do such a call, or None if it can."""
         if not self.usable:
             return self.reason
-        if device_type not in self.devices:
-            return f"device {device_type} is not one of {', '.join(self.devices)}"
-        if dtype not in self.dtypes:
-            return f"dtype {dtype} is not one of {', '.join(map(str, self.dtypes))}"
-        if self.max_head_dim is not None and head_dim > self.max_head_dim:
-            return f"head_dim {head_dim} is more than {self.max_head_dim}"
-        if dropout and not self.dropout:
+        if call.device_type not in self.devices:
+            return f"device {call.device_type} is not one of {', '.join(self.devices)}"
+        if call.dtype not in self.dtypes:
+            return f"dtype {call.dtype} is not one of {', '.join(map(str, self.dtypes))}"
+        if self.max_head_dim is not None and call.head_dim > self.max_head_dim:
+            return f"head_dim {call.head_dim} is more than {self.max_head_dim}"
+        if call.dropout and not self.dropout:
             return "it has no attention dropout"
+        if call.gap and not self.gap:
+            return "it cannot place queries beyond the last key"
         return None
 
 
 class Backend(Protocol):
-    """A back end is a module with these two functions, and one line in dispatch.py."""
+    """A back end is a module with a NAME and these two functions, and one line in dispatch.py."""
+
+    NAME: str
 
     def capability(self) -> Capability:
         """Return what it can do here."""
@@ -63,5 +93,6 @@ class Backend(Protocol):
         cu_seqlens: torch.Tensor | None,
         dropout_p: float,
         query_offset: int,
+        horizon_eps: float,
     ) -> torch.Tensor:
         """Attend causally; dispatch.py has checked the arguments and filled in the defaults."""

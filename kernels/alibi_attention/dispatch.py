@@ -8,13 +8,13 @@ from functools import cache
 import torch
 
 from alibi_attention import reference, sdpa
-from alibi_attention.capability import Backend, Capability
+from alibi_attention.capability import Backend, Call, Capability
 
 _LOGGER = logging.getLogger("alibi_attention")
 
 # In the order of "auto": the first that can do a call does it.
 _ORDER: tuple[Backend, ...] = (sdpa, reference)
-_BACKENDS: dict[str, Backend] = {backend.capability().name: backend for backend in _ORDER}
+_BACKENDS: dict[str, Backend] = {backend.NAME: backend for backend in _ORDER}
 
 
 def attention(
@@ -28,6 +28,7 @@ def attention(
     cu_seqlens: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     query_offset: int | None = None,
+    horizon_eps: float = 2.0**-24,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Return softmax(softmax_scale * q k^T - slope * (i - j)) v, over the keys j <= i, in q's shape and type.
@@ -47,6 +48,8 @@ def attention(
         dropout_p: Probability with which an attention weight is dropped.
         query_offset: Position of the first query, where the first key has position 0; if None, the last query stands
             at the last key.
+        horizon_eps: Back ends with a horizon leave out keys that are proven to hold, together, at most this share of a
+            query's attention weights (horizon.py); 0 leaves out nothing. The default is half an fp32 rounding step.
         backend: "auto" or a name listed by ``backends()``.
 
     Raises:
@@ -66,7 +69,18 @@ def attention(
     if query_offset < 0:
         raise ValueError(f"query_offset={query_offset}: must be 0 or more, a query before the first key sees nothing")
 
-    name = resolve_backend(backend, q_BSHK.device, q_BSHK.dtype, q_BSHK.shape[-1], dropout_p > 0.0)
+    if not 0.0 <= horizon_eps < 1.0:
+        raise ValueError(f"horizon_eps={horizon_eps}: must be in [0, 1)")
+
+    call = Call(
+        device_type=q_BSHK.device.type,
+        dtype=q_BSHK.dtype,
+        head_dim=q_BSHK.shape[-1],
+        dropout=dropout_p > 0.0,
+        documents=cu_seqlens is not None,
+        gap=query_offset + q_BSHK.shape[1] > k_BSHK.shape[1],
+    )
+    name = _resolve(backend, call)
     # Autocast would cast the bias to 16 bits together with q, k and v.
     with torch.autocast(q_BSHK.device.type, enabled=False):
         return _BACKENDS[name].attend(
@@ -78,6 +92,7 @@ def attention(
             cu_seqlens=cu_seqlens,
             dropout_p=dropout_p,
             query_offset=query_offset,
+            horizon_eps=horizon_eps,
         )
 
 
@@ -86,35 +101,39 @@ def backends() -> list[Capability]:
     return [backend.capability() for backend in _ORDER]
 
 
-def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int, dropout: bool) -> str:
+def resolve_backend(
+    name: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    dropout: bool = False,
+    documents: bool = False,
+) -> str:
     """Return the name of the back end that ``attention(..., backend=name)`` will use for such tensors.
 
     Raises:
         ValueError: There is no back end of that name.
         RuntimeError: It cannot do such a call; the message says why.
     """
-    return _resolve(name, torch.device(device).type, dtype, head_dim, dropout)
+    return _resolve(name, Call(torch.device(device).type, dtype, head_dim, dropout, documents))
 
 
 @cache
-def _resolve(name: str, device_type: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> str:
+def _resolve(name: str, call: Call) -> str:
     """Resolve a name; cached, so that capabilities are asked once and "auto" logs its choice once."""
     if name not in ("auto", *_BACKENDS):
         raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(_BACKENDS)}")
     passed_over: list[str] = []
     for candidate in _BACKENDS if name == "auto" else (name,):
-        refusal = _BACKENDS[candidate].capability().find_refusal(device_type, dtype, head_dim, dropout)
+        refusal = _BACKENDS[candidate].capability().find_refusal(call)
         if refusal is None:
             if name == "auto":
-                _log_choice(candidate, f"{device_type}, {dtype}, head_dim {head_dim}, dropout {dropout}", passed_over)
+                because = f" (not {'; not '.join(passed_over)})" if passed_over else ""
+                _LOGGER.info("attention back end for %s: %s%s", call, candidate, because)
             return candidate
         passed_over.append(f"{candidate}: {refusal}")
     raise RuntimeError(f"backend={name!r} cannot run: {'; '.join(passed_over)}")
-
-
-def _log_choice(chosen: str, call: str, passed_over: list[str]) -> None:
-    because = f" (not {'; not '.join(passed_over)})" if passed_over else ""
-    _LOGGER.info("attention back end for %s: %s%s", call, chosen, because)
 
 
 def _check_tensors(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor) -> None:

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from alibi_attention.capability import Capability
 from alibi_attention.documents import get_lengths
 
+NAME = "reference"
+
 
 def capability() -> Capability:
     """Return what this back end can do: everything, with S x S memory."""
     return Capability(
-        name="reference",
+        name=NAME,
         usable=True,
         reason="",
         exactness="everything in fp32 (fp64 for fp64 inputs); S x S memory",
@@ -38,8 +40,9 @@ def attend(
     cu_seqlens: torch.Tensor | None,
     dropout_p: float,
     query_offset: int,
+    horizon_eps: float,
 ) -> torch.Tensor:
-    """Attend causally by the equation. See ``alibi_attention.attention`` for the arguments."""
+    """Attend causally to all keys, by the equation. See ``alibi_attention.attention`` for the arguments."""
     if cu_seqlens is not None:
         batch, seq_length = q_BSHK.shape[:2]
         q_BSHK, k_BSHK, v_BSHK = (x.flatten(0, 1).unsqueeze(0) for x in (q_BSHK, k_BSHK, v_BSHK))

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from alibi_attention.capability import Capability
 from alibi_attention.documents import attend_per_document
 
+NAME = "sdpa"
+
 # Of 1, 2, 4, 8 and 16 blocks, 4 were the fastest or close to it on a CPU at 1024 and 4096 tokens; each further block
 # saves less work and adds another pass over the gradients of k and v.
 _NUM_BLOCKS = 4
@@ -29,7 +31,7 @@ _MIN_BLOCK_QUERIES = 256
 def capability() -> Capability:
     """Return what this back end can do."""
     return Capability(
-        name="sdpa",
+        name=NAME,
         usable=True,
         reason="",
         exactness="bias, softmax and sums in fp32 (fp64 for fp64 inputs); memory linear in S on cpu, S x S on cuda",
@@ -50,8 +52,9 @@ def attend(
     cu_seqlens: torch.Tensor | None,
     dropout_p: float,
     query_offset: int,
+    horizon_eps: float,
 ) -> torch.Tensor:
-    """Attend causally through PyTorch's SDPA. See ``alibi_attention.attention`` for the arguments."""
+    """Attend causally through PyTorch's SDPA, to all keys. See ``alibi_attention.attention`` for the arguments."""
     sdpa = partial(F.scaled_dot_product_attention, scale=softmax_scale, dropout_p=dropout_p)
 
     def attend_rows(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor) -> torch.Tensor:

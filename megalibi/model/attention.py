@@ -24,7 +24,7 @@ def check_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) 
     """
     head_dim = model.hidden_size // model.num_attention_heads
     try:
-        resolve_backend(model.attention_backend, device, dtype, head_dim, model.dropout > 0.0)
+        resolve_backend(model.attention_backend, device, dtype, head_dim, dropout=model.dropout > 0.0)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"model.attention_backend={model.attention_backend} cannot be used: {error}") from error
 

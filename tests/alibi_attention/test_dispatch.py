@@ -32,7 +32,7 @@ def test_auto_says_its_choice_once(caplog, make_inputs):
         for _ in range(3):
             attention(q, k, v, alibi_slopes=alibi_slopes(2))
         attention(q, k, v, alibi_slopes=alibi_slopes(2), backend="reference")
-    expected = "attention back end for cpu, torch.float32, head_dim 4, dropout False: sdpa"
+    expected = "attention back end for cpu, torch.float32, head_dim 4: sdpa"
     assert [record.getMessage() for record in caplog.records] == [expected]
 
 
@@ -67,6 +67,7 @@ BAD_ARGUMENTS = {
     "alibi_slopes: must be on cpu": {"alibi_slopes": torch.zeros(2, device="meta")},
     "alibi_slopes: must not require a gradient": {"alibi_slopes": torch.zeros(2, requires_grad=True)},
     r"dropout_p=1\.0: must be in \[0, 1\)": {"dropout_p": 1.0},
+    r"horizon_eps=1\.0: must be in \[0, 1\)": {"horizon_eps": 1.0},
     "query_offset=-1: must be 0 or more": {"query_offset": -1},
     "query_offset=-2: must be 0 or more": {"q_BSHK": torch.zeros(2, 5, 2, 4)},
     r"cu_seqlens: must be torch\.int32": {"cu_seqlens": torch.tensor([0, 6])},
