@@ -56,6 +56,8 @@ class Capability:
     """Whether queries may stand beyond the last key."""
     max_head_dim: int | None = None
     """Largest head dimension, None for any."""
+    auto: bool = True
+    """Whether "auto" may choose it; what runs in Triton's interpreter here is chosen by name alone, for tests."""
 
     def find_refusal(self, call: Call) -> str | None:
         """Return why this back end cannot do such a call, or None if it can."""

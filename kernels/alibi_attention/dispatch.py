@@ -7,13 +7,13 @@ from functools import cache
 
 import torch
 
-from alibi_attention import reference, sdpa
+from alibi_attention import flash, folded, native, reference, sdpa, triton_kernel
 from alibi_attention.capability import Backend, Call, Capability
 
 _LOGGER = logging.getLogger("alibi_attention")
 
 # In the order of "auto": the first that can do a call does it.
-_ORDER: tuple[Backend, ...] = (sdpa, reference)
+_ORDER: tuple[Backend, ...] = (native, triton_kernel, flash, folded, sdpa, reference)
 _BACKENDS: dict[str, Backend] = {backend.NAME: backend for backend in _ORDER}
 
 
@@ -126,7 +126,10 @@ def _resolve(name: str, call: Call) -> str:
         raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(_BACKENDS)}")
     passed_over: list[str] = []
     for candidate in _BACKENDS if name == "auto" else (name,):
-        refusal = _BACKENDS[candidate].capability().find_refusal(call)
+        capability = _BACKENDS[candidate].capability()
+        refusal = capability.find_refusal(call)
+        if name == "auto" and refusal is None and not capability.auto:
+            refusal = "it runs in an interpreter here, by name alone"
         if refusal is None:
             if name == "auto":
                 because = f" (not {'; not '.join(passed_over)})" if passed_over else ""

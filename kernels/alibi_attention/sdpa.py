@@ -1,11 +1,12 @@
-"""PyTorch's scaled_dot_product_attention with the exact fp32 bias, and without an S x S tensor on a CPU.
+"""PyTorch's scaled_dot_product_attention with the exact fp32 bias, and without an S x S tensor.
 
 The ALiBi bias of a head depends on the distance i - j alone. Read the queries backwards, i' = last - i, and it depends
 on i' + j alone: all its rows are windows of one vector, each one step further on. A view with strides (1, 1) over that
 vector is the whole bias in memory that is linear in S, and a kernel that takes any strides reads it as a mask.
 
 A kernel that is given a mask computes the future too. Queries are therefore cut into a few blocks, and a block is shown
-only the keys that its last query sees.
+only the keys that its last query sees. Where a kernel needs the bias or the weights written out (masks on CUDA, dropout
+on a CPU), blocks are small, and the backward makes each anew instead of keeping it: memory stays linear in S there too.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries of a block, T keys it is shown.
 """
@@ -16,6 +17,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from alibi_attention.capability import Capability
 from alibi_attention.documents import attend_per_document
@@ -34,10 +36,10 @@ def capability() -> Capability:
         name=NAME,
         usable=True,
         reason="",
-        exactness="bias, softmax and sums in fp32 (fp64 for fp64 inputs); memory linear in S on cpu, S x S on cuda",
+        exactness="bias, softmax and sums in fp32 (fp64 for fp64 inputs); memory linear in S",
         devices=("cpu", "cuda"),
         dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-        dropout="yes, with S x S memory",
+        dropout="yes",
         cu_seqlens="loop over document lengths",
     )
 
@@ -59,7 +61,8 @@ def attend(
 
     def attend_rows(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor) -> torch.Tensor:
         # is_causal means query i sees keys 0..i, which is right only if both start at the same place.
-        if alibi_slopes is None and query_offset == 0 and q_BSHK.shape[1] == k_BSHK.shape[1]:
+        aligned = query_offset == 0 and q_BSHK.shape[1] == k_BSHK.shape[1]
+        if alibi_slopes is None and aligned and (dropout_p == 0.0 or q_BSHK.device.type != "cpu"):
             q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
             return sdpa(q_BHSK, k_BHSK, v_BHSK, is_causal=True).transpose(1, 2)
         # Without slopes the mask does causality alone: slope 0, the same for all heads.
@@ -84,22 +87,23 @@ def _attend_blocks(
     if not on_cpu and dtype != torch.float64:
         # The CUDA kernels want the mask in the type of q: an exact bias has to be fp32, and so the rest.
         q_BSHK, k_BSHK, v_BSHK = (x.float() for x in (q_BSHK, k_BSHK, v_BSHK))
-    mask_dtype = torch.promote_types(q_BSHK.dtype, torch.float32)
+    slopes_H = slopes_H.to(torch.promote_types(q_BSHK.dtype, torch.float32))
+
+    def attend_block(q_BQHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, end: int) -> torch.Tensor:
+        mask_HQT = reversed_bias(slopes_H, q_BQHK.shape[1], k_BTHK.shape[1], end - 1)
+        if not on_cpu:
+            mask_HQT = mask_HQT.contiguous()  # the CUDA kernels read a mask in aligned rows
+        q_BHQK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BQHK.flip(1), k_BTHK, v_BTHK))
+        return sdpa(q_BHQK, k_BHTK, v_BHTK, attn_mask=mask_HQT.unsqueeze(0)).transpose(1, 2).flip(1)
 
     num_queries, num_keys = q_BSHK.shape[1], k_BSHK.shape[1]
-    block_queries = max(_MIN_BLOCK_QUERIES, -(-num_queries // _NUM_BLOCKS))
-    k_BHSK, v_BHSK = k_BSHK.transpose(1, 2), v_BSHK.transpose(1, 2)
+    written_out = not on_cpu or sdpa.keywords["dropout_p"] > 0.0
+    block_queries = _MIN_BLOCK_QUERIES if written_out else max(_MIN_BLOCK_QUERIES, -(-num_queries // _NUM_BLOCKS))
     outputs, end = [], query_offset
     for q_BQHK in q_BSHK.split(block_queries, dim=1):
         end += q_BQHK.shape[1]  # the position after the block's last query
-        visible_keys = min(end, num_keys)
-        mask_HQT = reversed_bias(slopes_H.to(mask_dtype), q_BQHK.shape[1], visible_keys, end - 1)
-        if not on_cpu:
-            mask_HQT = mask_HQT.contiguous()  # the CUDA kernels read a mask in aligned rows
-        q_BHQK = q_BQHK.flip(1).transpose(1, 2)
-        k_BHTK, v_BHTK = k_BHSK[:, :, :visible_keys], v_BHSK[:, :, :visible_keys]
-        output_BHQK = sdpa(q_BHQK, k_BHTK, v_BHTK, attn_mask=mask_HQT.unsqueeze(0))
-        outputs.append(output_BHQK.transpose(1, 2).flip(1))
+        block = (q_BQHK, k_BSHK[:, : min(end, num_keys)], v_BSHK[:, : min(end, num_keys)], end)
+        outputs.append(checkpoint(attend_block, *block, use_reentrant=False) if written_out else attend_block(*block))
     return torch.cat(outputs, dim=1).to(dtype)
 
 

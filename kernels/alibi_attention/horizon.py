@@ -1,0 +1,88 @@
+"""How far a head can see: past its horizon, all keys together provably hold no more than eps of a query's attention.
+
+Query i scores key j <= i with s_ij = c q_i.k_j - m (i - j); c is the softmax scale, m > 0 the head's slope. Leave out
+the keys j <= J, J < i. With N = max |k_j| over the keys that i sees, and M the score of one key that is kept,
+
+    left-out mass = sum_(j<=J) exp(s_ij) <= exp(|c| |q_i| N - m (i - J)) (1 + e^-m + e^-2m + ...)      (Cauchy-Schwarz)
+    kept mass    >= exp(M)
+
+The series has J + 1 terms, so it is at most G = min(J + 1, 1 / (1 - e^-m)). Hence, if
+
+    |c| |q_i| N - m (i - J) + ln G <= M - ln(1 / eps)                                                            (*)
+
+the left-out keys hold at most the share eps of the row's weights: the total variation between the full and the
+truncated row is at most eps, and no component of the output moves by more than 2 eps max |v|. (*) asks for a distance
+i - J of at least (|c| |q_i| N + ln G + ln(1 / eps) - M) / m, and the largest such distance of all queries is the head's
+horizon. A far key of huge norm is in N, and pushes the horizon behind itself.
+
+Norms and M are computed in floating point: each of |q_i|, N and M is off by less than head_dim * 2^-24, relative to
+|q_i| N; NORM_MARGIN covers that three times over for head_dim <= MAX_HEAD_DIM_FP32, above which fp64 is used, and
+NORM_FLOOR what is lost where squares underflow. Where m <= 0 or anything is NaN or infinite, nothing is left out.
+
+Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+NORM_MARGIN = 1.0 + 2.0**-12
+NORM_FLOOR = 2.0**-59  # sqrt(256) times the largest number whose fp32 square is not normal
+MAX_HEAD_DIM_FP32 = 256
+
+
+def find_horizons(
+    q_BSHK: torch.Tensor,
+    k_BSHK: torch.Tensor,
+    slopes_H: torch.Tensor,
+    *,
+    softmax_scale: float,
+    horizon_eps: float,
+    query_offset: int,
+) -> torch.Tensor:
+    """Return for each head the largest distance i - j that a query of it needs, int64 [H]; O(B S H K) work.
+
+    Leaving out every key that is further away changes no row of attention weights by more than ``horizon_eps`` in total
+    variation. Each query keeps its nearest key, which is itself or, beyond the last key, that one.
+
+    Args:
+        q_BSHK: Queries, at the positions ``query_offset``, ``query_offset + 1``, ...
+        k_BSHK: Keys, at the positions 0, 1, ...
+        slopes_H: Slope of each head.
+        softmax_scale: Factor of q k^T.
+        horizon_eps: Largest share of a row's weights that may be left out; 0 for none at all.
+        query_offset: Position of the first query.
+    """
+    num_queries, num_keys = q_BSHK.shape[1], k_BSHK.shape[1]
+    if horizon_eps == 0.0:
+        return torch.full_like(slopes_H, query_offset + num_queries - 1, dtype=torch.int64)
+    position_Q = torch.arange(query_offset, query_offset + num_queries, device=q_BSHK.device)
+    nearest_Q = position_Q.clamp(max=num_keys - 1)
+    in_order = query_offset == 0 and num_queries == num_keys
+
+    compute_dtype = torch.float64 if q_BSHK.shape[-1] > MAX_HEAD_DIM_FP32 else torch.float32
+    compute_dtype = torch.promote_types(q_BSHK.dtype, compute_dtype)
+    q_BQHK, k_BSHK = q_BSHK.detach().to(compute_dtype), k_BSHK.detach().to(compute_dtype)
+    nearest_k_BQHK = k_BSHK if in_order else k_BSHK[:, nearest_Q]
+    kept_BQH = softmax_scale * torch.linalg.vecdot(q_BQHK, nearest_k_BQHK)
+    norm_q_BQH = torch.linalg.vector_norm(q_BQHK, dim=-1) + NORM_FLOOR
+    norm_k_BSH = (torch.linalg.vector_norm(k_BSHK, dim=-1) + NORM_FLOOR).cummax(dim=1).values
+    bound_BQH = abs(softmax_scale) * NORM_MARGIN * norm_q_BQH * norm_k_BSH[:, nearest_Q]
+
+    slopes_H = slopes_H.to(compute_dtype)
+    slack_H = log_key_count(slopes_H, num_keys) + math.log(1.0 / horizon_eps)
+    nearest_distance_Q1 = (position_Q - nearest_Q).to(compute_dtype)[:, None]
+    distance_BQH = nearest_distance_Q1 + ((bound_BQH - kept_BQH + slack_H) / slopes_H).ceil()
+    # Written so that NaN and the wrong side of infinity keep everything.
+    is_proven_BQH = (slopes_H > 0) & (distance_BQH >= nearest_distance_Q1) & (distance_BQH < position_Q[:, None])
+    return torch.where(is_proven_BQH, distance_BQH, position_Q[:, None]).amax(dim=(0, 1)).to(torch.int64)
+
+
+def log_key_count(slopes_H: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Return ln G for each slope: the logarithm of the series 1 + e^-m + e^-2m + ... of at most ``num_keys`` terms."""
+    of_all_terms_H = -torch.log(-torch.expm1(-slopes_H))
+    at_most = math.log(num_keys)
+    # A slope that is not positive has a series that does not fall: the comparison is false for its NaN and infinity.
+    return torch.where(of_all_terms_H < at_most, of_all_terms_H, at_most)

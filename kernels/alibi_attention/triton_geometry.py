@@ -1,0 +1,126 @@
+"""What the Triton kernels have to know of a call's shape: rows of one length, or packed documents.
+
+A row is a sequence of the batch or a packed document. Its queries and its keys are cut into blocks, and programs are
+counted in blocks (triton_common.py). Needs no Triton.
+
+Shape suffixes: B batch, S sequence, H heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from alibi_attention.documents import get_lengths
+
+_MIN_HEAD_DIM = 16  # of a matrix product
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shape of a call."""
+
+    cu_seqlens: torch.Tensor | None
+    """Boundaries of packed documents."""
+    tasks: torch.Tensor | None
+    """Of every block of packed documents: its row, its number in it, the row's first block among all; [3, blocks]."""
+    num_groups: int
+    """Heads of all rows; heads, if documents are packed, since all of them share a block's number."""
+    num_heads: int
+    """Heads of a row."""
+    num_query_blocks: int
+    """Blocks of queries in a row; in all documents, if they are packed."""
+    num_key_blocks: int
+    """Blocks of keys, likewise."""
+    num_queries: int
+    """Queries of a row; of all documents, if they are packed."""
+    num_keys: int
+    """Keys, likewise."""
+    query_offset: int
+    """Position of a row's first query."""
+    head_dim: int
+    """Head dimension."""
+    block: int
+    """Tokens of a block."""
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what every kernel is called with."""
+        return {
+            "cu_seqlens_ptr": self.cu_seqlens,
+            "tasks_ptr": self.tasks,
+            "num_groups": self.num_groups,
+            "num_heads": self.num_heads,
+            "num_query_blocks": self.num_query_blocks,
+            "num_key_blocks": self.num_key_blocks,
+            "num_queries": self.num_queries,
+            "num_keys": self.num_keys,
+            "query_offset": self.query_offset,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_K": max(_MIN_HEAD_DIM, 1 << (self.head_dim - 1).bit_length()),
+            "BLOCK": self.block,
+        }
+
+    def tensors(self, **tensors: torch.Tensor) -> dict[str, Any]:
+        """Return addresses and strides of [B, S, H, K] tensors as arguments, by the kernels' names of the tensors."""
+        arguments: dict[str, Any] = {}
+        for name, x_BSHK in tensors.items():
+            stride_b, stride_s, stride_h, _ = x_BSHK.stride()
+            arguments[f"{name}_ptr"] = x_BSHK
+            # A packed document is found by its first token alone.
+            arguments[f"{name}_stride_b"] = stride_b if self.tasks is None else 0
+            arguments[f"{name}_stride_s"] = stride_s
+            arguments[f"{name}_stride_h"] = stride_h
+        return arguments
+
+
+def make_geometry(
+    q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, cu_seqlens: torch.Tensor | None, query_offset: int, block: int
+) -> Geometry:
+    """Return the geometry of a call; packed documents have to be one row of a batch.
+
+    Raises:
+        ValueError: The boundaries do not rise from 0 to the number of tokens.
+    """
+    batch, num_queries, num_heads, head_dim = q_BSHK.shape
+    num_keys = k_BSHK.shape[1]
+    tasks = None if cu_seqlens is None else _get_tasks(cu_seqlens, num_queries, block)
+    return Geometry(
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
+        tasks=tasks,
+        num_groups=batch * num_heads,
+        num_heads=num_heads,
+        num_query_blocks=-(-num_queries // block) if tasks is None else tasks.shape[1],
+        num_key_blocks=-(-num_keys // block) if tasks is None else tasks.shape[1],
+        num_queries=num_queries,
+        num_keys=num_keys,
+        query_offset=query_offset,
+        head_dim=head_dim,
+        block=block,
+    )
+
+
+# All layers of a model get the same boundaries. They are read once: reading them waits for the GPU.
+_TASKS = WeakTensorKeyDictionary()
+
+
+def _get_tasks(cu_seqlens: torch.Tensor, num_tokens: int, block: int) -> torch.Tensor:
+    if cu_seqlens.is_inference():  # it has no version, which would tell of a change
+        return _make_tasks(cu_seqlens, num_tokens, block)
+    key = (cu_seqlens._version, num_tokens, block)
+    if cu_seqlens not in _TASKS or _TASKS[cu_seqlens][0] != key:
+        _TASKS[cu_seqlens] = (key, _make_tasks(cu_seqlens, num_tokens, block))
+    return _TASKS[cu_seqlens][1]
+
+
+def _make_tasks(cu_seqlens: torch.Tensor, num_tokens: int, block: int) -> torch.Tensor:
+    """Return ``Geometry.tasks``, the blocks with the most causal work first."""
+    lengths = torch.tensor(get_lengths(cu_seqlens, num_tokens))
+    num_blocks = (lengths + block - 1) // block
+    rows = torch.arange(len(lengths)).repeat_interleave(num_blocks)
+    first_blocks = (num_blocks.cumsum(0) - num_blocks)[rows]
+    blocks = torch.arange(len(rows)) - first_blocks
+    order = blocks.argsort(descending=True, stable=True)
+    return torch.stack([rows, blocks, first_blocks])[:, order].to(cu_seqlens.device, torch.int32)

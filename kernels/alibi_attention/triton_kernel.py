@@ -1,0 +1,176 @@
+"""Our Triton kernels: the bias from the fp32 slope in registers, and no visit to keys past a head's horizon.
+
+triton_forward.py has the horizon, triton_backward.py the gradients. Memory is linear in S. On a CPU the kernels run in
+Triton's interpreter, if the environment had TRITON_INTERPRET=1 when this was imported: for tests, by name alone.
+
+Shape suffixes: B batch, S sequence, H heads, K head dimension, N blocks; G groups, the heads of all sequences of the
+batch, or the heads alone if documents are packed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from alibi_attention.capability import Capability
+from alibi_attention.triton_geometry import Geometry, make_geometry
+
+try:
+    from alibi_attention import triton_backward, triton_forward, triton_tiles
+except ImportError as error:
+    _IMPORT_FAULT = f"its kernels cannot be imported: {error}"
+else:
+    _IMPORT_FAULT = ""
+
+NAME = "triton"
+
+_MAX_HEAD_DIM = 256
+# Fewer blocks of keys have none to leave out: the block before the diagonal is always too near.
+_MIN_HORIZON_BLOCKS = 3
+
+
+def capability() -> Capability:
+    """Return what this back end can do."""
+    interpreted = not _IMPORT_FAULT and triton_tiles.INTERPRETED
+    return Capability(
+        name=NAME,
+        usable=not _IMPORT_FAULT,
+        reason=_IMPORT_FAULT,
+        exactness="bias, softmax and sums in fp32, weights rounded to the type of v; memory linear in S",
+        devices=("cuda", "cpu") if interpreted else ("cuda",),
+        dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        dropout="",
+        cu_seqlens="native",
+        horizon=True,
+        max_head_dim=_MAX_HEAD_DIM,
+        auto=not interpreted,
+    )
+
+
+def attend(
+    q_BSHK: torch.Tensor,
+    k_BSHK: torch.Tensor,
+    v_BSHK: torch.Tensor,
+    *,
+    alibi_slopes: torch.Tensor | None,
+    softmax_scale: float,
+    cu_seqlens: torch.Tensor | None,
+    dropout_p: float,
+    query_offset: int,
+    horizon_eps: float,
+) -> torch.Tensor:
+    """Attend causally up to the horizon. See ``alibi_attention.attention`` for the arguments."""
+    if cu_seqlens is None:
+        return _Attention.apply(q_BSHK, k_BSHK, v_BSHK, alibi_slopes, None, softmax_scale, query_offset, horizon_eps)
+    qkv = (x.flatten(0, 1).unsqueeze(0) for x in (q_BSHK, k_BSHK, v_BSHK))
+    return _Attention.apply(*qkv, alibi_slopes, cu_seqlens, softmax_scale, 0, horizon_eps).view_as(q_BSHK)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_BSHK: torch.Tensor,
+        k_BSHK: torch.Tensor,
+        v_BSHK: torch.Tensor,
+        slopes_H: torch.Tensor | None,
+        cu_seqlens: torch.Tensor | None,
+        softmax_scale: float,
+        query_offset: int,
+        horizon_eps: float,
+    ) -> torch.Tensor:
+        q_BSHK, k_BSHK, v_BSHK = (_with_dense_heads(x) for x in (q_BSHK, k_BSHK, v_BSHK))
+        slopes_H = None if slopes_H is None else slopes_H.contiguous()
+        geometry = make_geometry(q_BSHK, k_BSHK, cu_seqlens, query_offset, triton_tiles.block_tokens(q_BSHK.dtype))
+        o_BSHK, lse_GS, first_keys_GN = run_forward(
+            q_BSHK, k_BSHK, v_BSHK, slopes_H, geometry, softmax_scale, horizon_eps
+        )
+        ctx.save_for_backward(q_BSHK, k_BSHK, v_BSHK, o_BSHK, lse_GS, slopes_H, first_keys_GN)
+        ctx.geometry, ctx.softmax_scale = geometry, softmax_scale
+        return o_BSHK
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do_BSHK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        do_BSHK = _with_dense_heads(do_BSHK)
+        gradients = run_backward(do_BSHK, *ctx.saved_tensors, geometry=ctx.geometry, softmax_scale=ctx.softmax_scale)
+        return *gradients, None, None, None, None, None
+
+
+def run_forward(
+    q_BSHK: torch.Tensor,
+    k_BSHK: torch.Tensor,
+    v_BSHK: torch.Tensor,
+    slopes_H: torch.Tensor | None,
+    geometry: Geometry,
+    softmax_scale: float,
+    horizon_eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return the output, the base-2 log-sum-exp [G, queries], and each query block's first key, None for no horizon."""
+    groups, shape = geometry.num_groups, geometry.arguments()
+    o_BSHK = torch.empty(q_BSHK.shape, dtype=q_BSHK.dtype, device=q_BSHK.device)
+    lse_GS = torch.empty(groups, geometry.num_queries, device=q_BSHK.device)
+    norms_GN = first_keys_GN = None
+    with torch.cuda.device_of(q_BSHK):  # Triton launches on the current device
+        if slopes_H is not None and horizon_eps > 0.0 and geometry.num_key_blocks >= _MIN_HORIZON_BLOCKS:
+            norms_GN = lse_GS.new_empty(groups, geometry.num_key_blocks)
+            first_keys_GN = lse_GS.new_empty(groups, geometry.num_query_blocks, dtype=torch.int32)
+            triton_forward.key_norms_kernel[(norms_GN.numel(),)](
+                norms_ptr=norms_GN, **geometry.tensors(k=k_BSHK), **shape
+            )
+        triton_forward.forward_kernel[(groups * geometry.num_query_blocks,)](
+            lse_ptr=lse_GS,
+            slopes_ptr=slopes_H,
+            norms_ptr=norms_GN,
+            first_keys_ptr=first_keys_GN,
+            softmax_scale=softmax_scale,
+            log2_inverse_eps=0.0 if norms_GN is None else -math.log2(horizon_eps),
+            length_bucket=geometry.num_keys.bit_length(),
+            SCAN=triton_tiles.scan_blocks(),
+            **geometry.tensors(q=q_BSHK, k=k_BSHK, v=v_BSHK, o=o_BSHK),
+            **shape,
+        )
+    return o_BSHK, lse_GS, first_keys_GN
+
+
+def run_backward(
+    do_BSHK: torch.Tensor,
+    q_BSHK: torch.Tensor,
+    k_BSHK: torch.Tensor,
+    v_BSHK: torch.Tensor,
+    o_BSHK: torch.Tensor,
+    lse_GS: torch.Tensor,
+    slopes_H: torch.Tensor | None,
+    first_keys_GN: torch.Tensor | None,
+    *,
+    geometry: Geometry,
+    softmax_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return dq, dk and dv from what ``run_forward`` was given and has returned."""
+    dq_BSHK, dk_BSHK, dv_BSHK = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BSHK, k_BSHK, v_BSHK))
+    tokens = geometry.num_groups * geometry.block
+    shared = {
+        **geometry.tensors(q=q_BSHK, k=k_BSHK, v=v_BSHK, do=do_BSHK),
+        **geometry.arguments(),
+        "lse_ptr": lse_GS,
+        "delta_ptr": torch.empty_like(lse_GS),  # written by the first kernel, read by the second
+        "slopes_ptr": slopes_H,
+        "first_keys_ptr": first_keys_GN,
+        "softmax_scale": softmax_scale,
+        "length_bucket": geometry.num_keys.bit_length(),
+    }
+    with torch.cuda.device_of(q_BSHK):
+        triton_backward.query_gradient_kernel[lambda tile: (tokens * geometry.num_query_blocks // tile["BLOCK_M"],)](
+            **geometry.tensors(o=o_BSHK), dq_ptr=dq_BSHK, **shared
+        )
+        triton_backward.key_gradient_kernel[lambda tile: (tokens * geometry.num_key_blocks // tile["BLOCK_N"],)](
+            **geometry.tensors(dk=dk_BSHK), dv_ptr=dv_BSHK, SCAN=triton_tiles.scan_blocks(), **shared
+        )
+    return dq_BSHK, dk_BSHK, dv_BSHK
+
+
+def _with_dense_heads(x_BSHK: torch.Tensor) -> torch.Tensor:
+    """Return the tensor with its last dimension contiguous; the kernels take any other stride."""
+    return x_BSHK if x_BSHK.stride(-1) == 1 else x_BSHK.contiguous()
