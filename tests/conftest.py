@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import signal
 
+import tests.flash_attn_on_cpu  # noqa: F401 - before alibi_attention, which asks it for its operators
+
 
 def pytest_configure() -> None:
     """A shell starts what runs in its background with SIGINT ignored, and children inherit that: tests send SIGINT."""

@@ -35,3 +35,15 @@ def forward_backward() -> Callable[..., list[torch.Tensor]]:
         return [x.detach().double() for x in (output, *gradients)]
 
     return run
+
+
+@pytest.fixture
+def relative_errors() -> Callable[..., list[float]]:
+    """||x - y|| / ||y|| of output, dq, dk and dv; ||output|| stands in for a gradient that is smaller, or zero."""
+
+    def measure(results, exact):
+        at_least = exact[0].norm()
+        pairs = zip(results, exact, strict=True)
+        return [((x.double() - y).norm() / torch.maximum(y.norm(), at_least)).item() for x, y in pairs]
+
+    return measure

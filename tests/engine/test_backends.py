@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+import tests.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; this file is imported in ranks
+from alibi_attention import backends
+from megalibi.config import Config
+from megalibi.data.token_file import TokenFileWriter
+from megalibi.engine.build import DTYPES
+from megalibi.engine.step import StepResult
+from tests.engine.runs import VOCAB_SIZE, Curve, curve_of, largest_relative_difference, make_config, run_ours
+from tests.ranks import run_on_ranks
+
+RELATIVE_BOUND = {"fp32": 1e-5, "bf16": 3e-3}
+"""Of losses and norms; bf16 as between ZeRO stages, where sums in another order flip roundings (test_build.py)."""
+STEPS, SEQ_LENGTH = 4, 17  # Triton's interpreter takes its time
+RUNS = [
+    (backend.name, precision)
+    for backend in backends()
+    for precision in RELATIVE_BOUND
+    if backend.usable and "cpu" in backend.devices and DTYPES[precision] in backend.dtypes
+]
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tokens in documents of 1 to 15, so that each sample holds several."""
+    random = np.random.default_rng(0)
+    prefix = str(tmp_path_factory.mktemp("short") / "tokens")
+    with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
+        for length in random.integers(1, 16, size=100):
+            writer.add_document(random.integers(0, VOCAB_SIZE, size=length))
+    return prefix
+
+
+def _train(configs: list[Config], steps: int) -> list[list[StepResult]]:
+    return run_ours(configs, steps)
+
+
+@cache
+def train(prefix: str, backend: str, precision: str) -> tuple[Curve, Curve]:
+    """Without and with a document mask, on two tensor ranks."""
+    configs = [
+        make_config(
+            prefix,
+            model={"attention_backend": backend, "num_layers": 1, "num_attention_heads": 2, "init_std": 0.2},
+            data={"document_mask": document_mask, "seq_length": SEQ_LENGTH},
+            parallel={"tensor_parallel_size": 2},
+            train={"precision": precision, "global_batch_size": 2},
+            zero={"stage": 1},
+        )
+        for document_mask in (False, True)
+    ]
+    whole, masked = run_on_ranks(2, _train, configs, STEPS)[0]
+    return curve_of(whole), curve_of(masked)
+
+
+@pytest.mark.parametrize(("backend", "precision"), RUNS)
+def test_training_with_every_back_end_gives_the_losses_of_the_reference(
+    short_documents: str, backend: str, precision: str
+) -> None:
+    curves, curves_ref = train(short_documents, backend, precision), train(short_documents, "reference", precision)
+    assert largest_relative_difference(*curves_ref) > RELATIVE_BOUND[precision]  # the mask reaches the attention
+    for curve, curve_ref in zip(curves, curves_ref, strict=True):
+        assert largest_relative_difference(curve, curve_ref) < RELATIVE_BOUND[precision]

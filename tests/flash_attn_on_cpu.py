@@ -1,0 +1,63 @@
+"""flash-attn without a GPU: the Triton kernels in its package, which are made for AMD, run by Triton's interpreter.
+
+Imported for its effect, before alibi_attention: by conftest.py, and by the test files whose functions run in ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+OPERATORS = (
+    "_flash_attn_forward",
+    "_flash_attn_backward",
+    "_flash_attn_varlen_forward",
+    "_flash_attn_varlen_backward",
+)
+
+
+def _run_on_cpu() -> None:
+    """Let flash-attn's operators take CPU tensors, in this process and in those that it starts and that import this."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["FLASH_ATTENTION_TRITON_AMD_ENABLE"] = "TRUE"
+    try:
+        from flash_attn import flash_attn_interface
+        from flash_attn.flash_attn_triton_amd.utils import MetaData
+    except ImportError:
+        return  # what is tested on it fails, and says that it is missing
+    for name in OPERATORS:
+        operator = getattr(flash_attn_interface, name)
+        operator.register_kernel("cpu")(operator._init_fn)
+    MetaData.need_alibi = _need_alibi
+    _repair_bf16()
+
+
+def _need_alibi(self: Any, alibi_slopes: torch.Tensor, batch: int, num_heads: int) -> None:
+    """MetaData.need_alibi of flash-attn 2.8.3 without its assertion that the slopes are on a GPU."""
+    assert alibi_slopes.shape == (batch, num_heads)
+    self.alibi_slopes = alibi_slopes
+
+
+def _repair_bf16() -> None:
+    """Mend Triton 3.6's interpreter: its dot multiplies the bits of bf16 numbers, its cast to bf16 does not round."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def create_dot_of_numbers(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return create_dot(self, a, b, *rest)
+
+    def cast_by_rounding(self: Any, source: Any, dtype: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+            return TensorHandle(torch.tensor(source.data).bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+        return cast(self, source, dtype)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot_of_numbers, cast_by_rounding
+
+
+if not torch.cuda.is_available():
+    _run_on_cpu()
