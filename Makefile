@@ -3,6 +3,8 @@
 # make check        what must pass before a commit: format, lint, types, import law, tests
 
 PYTHON ?= python3
+# For its interpreter, where PyTorch brought none. Not in constraints.txt: PyTorch for CUDA insists on its own version.
+TRITON := triton==3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE := sample
@@ -25,6 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	pip install -q --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	python -c 'import triton' 2>/dev/null || pip install -q --disable-pip-version-check $(TRITON)
 	touch $@
 
 # For the tests: the Python package of flash-attn without its CUDA kernels, which take hours to build. Its Triton kernels

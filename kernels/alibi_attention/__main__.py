@@ -152,7 +152,7 @@ def _describe_contract(capabilities: Sequence[Capability], lengths: Sequence[int
     lines = [
         f"Measured with `{_command()}` on {_hardware(device)}; {_versions()}; {datetime.date.today().isoformat()}."
     ]
-    if device == "cpu":
+    if not torch.cuda.is_available():
         lines.append("No GPU has been reached: nothing here was measured on one.")
     lines += [
         f"Not measured: `{capability.name}` ({capability.reason or 'it does not run on ' + device})."

@@ -125,7 +125,7 @@ def measure_times(case: Case, names: Sequence[str], repeats: int) -> dict[str, d
                 _time_calls(call, 1, case.device)  # compiles, allocates
                 count = round(_LEAST_SECONDS / _time_calls(call, 1, case.device))
                 calls[name] = (call, min(max(count, 1), _MOST_CALLS))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 skipped = " ".join(str(error).split())[:200]
         if skipped is not None:
             figures[name] = {"skipped": skipped}

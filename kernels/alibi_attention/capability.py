@@ -39,7 +39,7 @@ class Capability:
     usable: bool
     """Whether what it needs is installed."""
     reason: str
-    """Why it is not usable; empty if it is."""
+    """Why it is not usable, or not on one of the devices that it knows; empty if it is."""
     exactness: str
     """In which precision bias, softmax and sums are formed."""
     devices: tuple[str, ...]
@@ -64,7 +64,8 @@ class Capability:
         if not self.usable:
             return self.reason
         if call.device_type not in self.devices:
-            return f"device {call.device_type} is not one of {', '.join(self.devices)}"
+            because = f": {self.reason}" if self.reason else ""
+            return f"device {call.device_type} is not one of {', '.join(self.devices)}{because}"
         if call.dtype not in self.dtypes:
             return f"dtype {call.dtype} is not one of {', '.join(map(str, self.dtypes))}"
         if self.max_head_dim is not None and call.head_dim > self.max_head_dim:

@@ -72,6 +72,15 @@ def attention(
     if not 0.0 <= horizon_eps < 1.0:
         raise ValueError(f"horizon_eps={horizon_eps}: must be in [0, 1)")
 
+    # From the last key on every query sees all keys, and only their distances from each other matter to its softmax: a
+    # large part that they have in common would cost digits.
+    query_offset = min(query_offset, k_BSHK.shape[1] - 1)
+    if softmax_scale is None:
+        softmax_scale = q_BSHK.shape[-1] ** -0.5
+    elif softmax_scale <= 0.0:
+        # Kernels take maxima before they scale, which needs a scale above 0. The sign goes to q, exact in every type.
+        q_BSHK = q_BSHK * (-1.0 if softmax_scale < 0.0 else 0.0)
+        softmax_scale = -softmax_scale or 1.0
     call = Call(
         device_type=q_BSHK.device.type,
         dtype=q_BSHK.dtype,
@@ -88,7 +97,7 @@ def attention(
             k_BSHK,
             v_BSHK,
             alibi_slopes=alibi_slopes,
-            softmax_scale=q_BSHK.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+            softmax_scale=softmax_scale,
             cu_seqlens=cu_seqlens,
             dropout_p=dropout_p,
             query_offset=query_offset,

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.bias import causal_lower_right
 
 from alibi_attention.capability import Capability
 from alibi_attention.documents import attend_per_document
@@ -42,11 +41,11 @@ def capability() -> Capability:
     missing = find_missing()
     return Capability(
         name=NAME,
-        usable=not missing,
+        usable=True,
         reason=missing,
         exactness="bias, softmax and sums in fp32 (fp64 for fp64 inputs); positions count from a block on cpu, from the"
-        " middle of the sequence on cuda; memory linear in S",
-        devices=("cpu", "cuda"),
+        " middle of the sequence on cuda, which costs digits far from it; memory linear in S; horizon on cpu alone",
+        devices=("cuda",) if missing else ("cpu", "cuda"),
         dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
         dropout="",
         cu_seqlens="loop over document lengths",
@@ -68,10 +67,6 @@ def attend(
 ) -> torch.Tensor:
     """Attend causally, to the keys within each head's horizon. See ``alibi_attention.attention`` for the arguments."""
     slopes_H = q_BSHK.new_zeros(q_BSHK.shape[2], dtype=torch.float32) if alibi_slopes is None else alibi_slopes
-    if softmax_scale <= 0.0:
-        # Kernels mask before they scale, which needs a scale above 0. The sign goes to q, exact in every type.
-        q_BSHK = q_BSHK * (-1.0 if softmax_scale < 0.0 else 0.0)
-        softmax_scale = -softmax_scale or 1.0
     if q_BSHK.dtype == torch.float64:
         # The default is half a rounding step of fp32; who computes in fp64 wants to see fp64.
         horizon_eps = min(horizon_eps, _HALF_FP64_STEP)
@@ -138,6 +133,8 @@ def attend_with_extra_dims(
     v_BHTK = F.pad(v_BSHK.transpose(1, 2), (0, slope_HP.shape[1] + padding))
 
     # Queries up to the last key are a causal triangle with its corner at the lower right; those beyond see all keys.
+    from torch.nn.attention.bias import causal_lower_right  # takes seconds to import
+
     inside = max(0, min(num_queries, num_keys - query_offset))
     outputs = []
     if inside:

@@ -43,7 +43,7 @@ def capability() -> Capability:
         reason=reason,
         exactness="everything in fp32, whatever the type of q, k and v; memory linear in S",
         devices=("cpu",),
-        dtypes=_DTYPES,
+        dtypes=tuple(dtype for dtype in _DTYPES if library is None or hasattr(library, _function("forward", dtype))),
         dropout="",
         cu_seqlens="native",
         horizon=True,
@@ -168,21 +168,24 @@ def _run(direction: str, tensors: dict[str, torch.Tensor], constants: dict[str, 
         **fields,
         **constants,
     )
-    kernel = getattr(library, f"alibi_{direction}_{str(q_BSHK.dtype).removeprefix('torch.')}")
-    if kernel(ctypes.byref(problem)) != 0:
+    if getattr(library, _function(direction, q_BSHK.dtype))(ctypes.byref(problem)) != 0:
         raise MemoryError(f"alibi_attention: no memory for attention of q {tuple(q_BSHK.shape)}")
+
+
+def _function(direction: str, dtype: torch.dtype) -> str:
+    return f"alibi_{direction}_{str(dtype).removeprefix('torch.')}"
 
 
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the compiled kernel, or None and why there is none."""
-    # PyTorch's ways to find the user's compiler and cache, for its own extensions; slow to import.
-    from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root
-
-    compiler = shutil.which(get_cxx_compiler())
-    if compiler is None:
-        return None, f"no C++ compiler is found ({get_cxx_compiler()}, by CXX or by default)"
     try:
+        # PyTorch's ways to find the user's compiler and cache, for its own extensions; needs setuptools.
+        from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root
+
+        compiler = shutil.which(get_cxx_compiler())
+        if compiler is None:
+            return None, f"no C++ compiler is found ({get_cxx_compiler()}, by CXX or by default)"
         # The macros tell the compiler's version and what the processor can do.
         macros = _run_compiler(compiler, *_FLAGS, "-x", "c++", "-dM", "-E", os.devnull)
         key = hashlib.sha256(
@@ -192,7 +195,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         if not library.exists():
             _compile(compiler, library)
         return ctypes.CDLL(str(library)), ""
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         return None, f"the C++ kernel cannot be had: {error}"
 
 

@@ -108,7 +108,7 @@ def test_the_readme_says_how_it_was_measured():
     text = read_contract()
     assert re.search(r"`(TRITON_INTERPRET=1 )?python -m alibi_attention --contract .*` on .* threads?;", text)
     assert re.search(r"torch \d+\.\d+.*, python 3\.\d+.*\d{4}-\d\d-\d\d\.", text)
-    assert "No GPU has been reached" in text
+    assert "No GPU has been reached" in text or "on one NVIDIA" in text
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_nan_is_never_past_the_horizon(make_inputs, which):
     assert lost[3:, 0].all() if which == "k" else lost[3, 0]
 
 
-def test_backward_skips_what_forward_skipped(make_inputs, forward_backward):
+def test_backward_skips_what_forward_skipped(make_inputs):
     """A key that no query visited gets a gradient of exactly 0 from it; with eps 0.5 that is most of them."""
     q, k, v, _ = make_inputs(1, 1024, 1, 16)
     k, v = k.requires_grad_(), v.requires_grad_()

@@ -16,13 +16,15 @@ from tests.ranks import run_on_ranks
 
 RELATIVE_BOUND = {"fp32": 1e-5, "bf16": 3e-3}
 """Of losses and norms; bf16 as between ZeRO stages, where sums in another order flip roundings (test_build.py)."""
-STEPS, SEQ_LENGTH = 4, 17  # Triton's interpreter takes its time
+STEPS = 4
 RUNS = [
     (backend.name, precision)
     for backend in backends()
     for precision in RELATIVE_BOUND
     if backend.usable and "cpu" in backend.devices and DTYPES[precision] in backend.dtypes
 ]
+
+INTERPRETED = {backend.name for backend in backends() if not backend.auto}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def short_documents(tmp_path_factory: pytest.TempPathFactory) -> str:
     random = np.random.default_rng(0)
     prefix = str(tmp_path_factory.mktemp("short") / "tokens")
     with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
-        for length in random.integers(1, 16, size=100):
+        for length in random.integers(1, 16, size=400):
             writer.add_document(random.integers(0, VOCAB_SIZE, size=length))
     return prefix
 
@@ -41,13 +43,13 @@ def _train(configs: list[Config], steps: int) -> list[list[StepResult]]:
 
 
 @cache
-def train(prefix: str, backend: str, precision: str) -> tuple[Curve, Curve]:
+def train(prefix: str, backend: str, precision: str, seq_length: int) -> tuple[Curve, Curve]:
     """Without and with a document mask, on two tensor ranks."""
     configs = [
         make_config(
             prefix,
             model={"attention_backend": backend, "num_layers": 1, "num_attention_heads": 2, "init_std": 0.2},
-            data={"document_mask": document_mask, "seq_length": SEQ_LENGTH},
+            data={"document_mask": document_mask, "seq_length": seq_length},
             parallel={"tensor_parallel_size": 2},
             train={"precision": precision, "global_batch_size": 2},
             zero={"stage": 1},
@@ -62,7 +64,9 @@ def train(prefix: str, backend: str, precision: str) -> tuple[Curve, Curve]:
 def test_training_with_every_back_end_gives_the_losses_of_the_reference(
     short_documents: str, backend: str, precision: str
 ) -> None:
-    curves, curves_ref = train(short_documents, backend, precision), train(short_documents, "reference", precision)
+    # Several tiles and blocks, some past a horizon; Triton's interpreter takes its time.
+    seq_length = 17 if backend in INTERPRETED else 300
+    curves, curves_ref = (train(short_documents, name, precision, seq_length) for name in (backend, "reference"))
     assert largest_relative_difference(*curves_ref) > RELATIVE_BOUND[precision]  # the mask reaches the attention
     for curve, curve_ref in zip(curves, curves_ref, strict=True):
         assert largest_relative_difference(curve, curve_ref) < RELATIVE_BOUND[precision]
