@@ -17,6 +17,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 SLURM_FIRST_PORT = 20_000
 SLURM_PORTS = 20_000
+SPOKESMAN_SECONDS = 10
+"""How long the others let the spokesman speak: a launcher that sees one rank end kills the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,8 @@ def main() -> int:
         if is_spokesman(place):
             host = f" [on {socket.gethostname()}]" if place is not None and place.rank > 0 else ""
             sys.stderr.write(f"error: {' '.join(str(error).split())}{host}\n")
+        else:
+            time.sleep(SPOKESMAN_SECONDS)
         return 2 if isinstance(error, ConfigError) else 1
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

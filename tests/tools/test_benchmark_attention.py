@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,9 @@ def run(monkeypatch, capsys):
 def test_end_to_end_and_resumed(run, tmp_path):
     output, picture = tmp_path / "new" / "out.json", tmp_path / "new" / "out.png"
     command = [sys.executable, str(TOOL), *TINY, "--output", str(output), "--picture", str(picture)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # As many threads as in this process, where the second run will be: a record is of one machine and one setting.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())
     assert record["command"].startswith("python ")
