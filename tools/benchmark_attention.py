@@ -217,9 +217,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for (dtype, heads), across in zip(groups, panels, strict=True):
         for mode, axes in zip(modes, across, strict=True):
             shown = [row for row in measured if (row["dtype"], row["heads"], row["mode"]) == (dtype, heads, mode)]
+            if not shown:
+                axes.set_axis_off()
+                continue
             draw_panel(axes, shown, names)
             axes.set_title(f"{mode.replace('_', ' + ')}, {dtype}, {heads} heads", fontsize=9, color=INK)
-    handles, labels = panels[0][0].get_legend_handles_labels()
+            handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8, labelcolor=INK)
     save_figure(figure, path)
 
