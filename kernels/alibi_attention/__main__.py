@@ -163,7 +163,7 @@ def _describe_contract(capabilities: Sequence[Capability], lengths: Sequence[int
 
 
 def _command() -> str:
-    interpreted = any(backend.name == "triton" and "cpu" in backend.devices for backend in backends())
+    interpreted = any(is_interpreted(backend, "cpu") for backend in backends())
     interpreter = "TRITON_INTERPRET=1 " if interpreted else ""
     return f"{interpreter}{' '.join(['python', '-m', 'alibi_attention', *sys.argv[1:]])}"
 

@@ -85,8 +85,8 @@ class _Attention(torch.autograd.Function):
         constants: dict[str, float],
     ) -> torch.Tensor:
         q_BSHK, k_BSHK, v_BSHK = (_with_even_rows(x, flat=lengths is not None) for x in (q_BSHK, k_BSHK, v_BSHK))
-        sequences = _list_sequences(q_BSHK, k_BSHK, v_BSHK, lengths)
-        num_heads, blocks = q_BSHK.shape[2], sum(-(-row[6] // _BLOCK) for row in sequences.tolist())
+        sequences, num_blocks = _list_sequences(q_BSHK, k_BSHK, v_BSHK, lengths)
+        num_heads = q_BSHK.shape[2]
         tensors = {
             "q": q_BSHK,
             "k": k_BSHK,
@@ -94,7 +94,7 @@ class _Attention(torch.autograd.Function):
             "result_q": torch.empty(q_BSHK.shape, dtype=q_BSHK.dtype),
             "largest": torch.empty(num_heads, q_BSHK.shape[0] * q_BSHK.shape[1]),
             "inverse_sum": torch.empty(num_heads, q_BSHK.shape[0] * q_BSHK.shape[1]),
-            "first_block": torch.empty(num_heads, blocks, dtype=torch.int32),
+            "first_block": torch.empty(num_heads, num_blocks, dtype=torch.int32),
             "slopes": slopes_H,
             "sequences": sequences,
         }
@@ -120,17 +120,19 @@ def _with_even_rows(x_BSHK: torch.Tensor, flat: bool) -> torch.Tensor:
     return x_BSHK
 
 
-def _list_sequences(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int] | None) -> torch.Tensor:
-    """Return a row for each row of the batch, or for each document that has tokens: ``Sequence`` of native.cpp."""
+def _list_sequences(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int] | None
+) -> tuple[torch.Tensor, int]:
+    """Return ``Sequence`` of native.cpp for each row of the batch or document with tokens, and the number of blocks."""
     if lengths is None:
         num_queries, num_keys = [q.shape[1]] * q.shape[0], [k.shape[1]] * k.shape[0]
         bases = [[row * x.stride(0) for row in range(x.shape[0])] for x in (q, k, v)]
     else:
         num_queries = num_keys = [length for length in lengths if length > 0]
         bases = [[start * x.stride(1) for start in _starts(num_keys)] for x in (q, k, v)]
-    first_block = _starts([-(-queries // _BLOCK) for queries in num_queries])
-    columns = (*bases, _starts(num_queries), _starts(num_keys), first_block, num_queries, num_keys)
-    return torch.tensor(columns, dtype=torch.int64).T.contiguous()
+    blocks = [-(-queries // _BLOCK) for queries in num_queries]
+    columns = (*bases, _starts(num_queries), _starts(num_keys), _starts(blocks), num_queries, num_keys)
+    return torch.tensor(columns, dtype=torch.int64).T.contiguous(), sum(blocks)
 
 
 def _starts(counts: list[int]) -> list[int]:
