@@ -24,10 +24,13 @@ class Call:
     """Whether ``cu_seqlens`` is given."""
     gap: bool = False
     """Whether a query stands beyond the last key, so that no alignment of the ends gives its distances."""
+    bias: str = "alibi"
+    """What is added to the scores: "alibi" slopes, a "distance" bias, or "no" bias."""
 
     def __str__(self) -> str:
         said = f"{self.device_type}, {self.dtype}, head_dim {self.head_dim}"
-        return said + "".join(f", {name}" for name in ("dropout", "documents", "gap") if getattr(self, name))
+        said += "".join(f", {name}" for name in ("dropout", "documents", "gap") if getattr(self, name))
+        return said if self.bias == "alibi" else f"{said}, {self.bias} bias"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Capability:
     """Whether it skips the keys past the horizon (horizon.py)."""
     gap: bool = True
     """Whether queries may stand beyond the last key."""
+    distance_bias: bool = False
+    """Whether it takes a bias that is a table over distances, and gives its gradient."""
     max_head_dim: int | None = None
     """Largest head dimension, None for any."""
     auto: bool = True
@@ -74,6 +79,8 @@ class Capability:
             return "it has no attention dropout"
         if call.gap and not self.gap:
             return "it cannot place queries beyond the last key"
+        if call.bias == "distance" and not self.distance_bias:
+            return "it takes slopes alone, no distance bias"
         return None
 
 
@@ -92,6 +99,7 @@ class Backend(Protocol):
         v_BSHK: torch.Tensor,
         *,
         alibi_slopes: torch.Tensor | None,
+        distance_bias: torch.Tensor | None,
         softmax_scale: float,
         cu_seqlens: torch.Tensor | None,
         dropout_p: float,

@@ -57,6 +57,7 @@ def attend(
     v_BSHK: torch.Tensor,
     *,
     alibi_slopes: torch.Tensor | None,
+    distance_bias: torch.Tensor | None,
     softmax_scale: float,
     cu_seqlens: torch.Tensor | None,
     dropout_p: float,

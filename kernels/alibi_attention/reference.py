@@ -1,6 +1,7 @@
 """The equation, written out: every other back end is compared with this one.
 
-softmax(softmax_scale * q k^T - slope * (i - j)) v over the keys j <= i of the query's own document.
+softmax(softmax_scale * q k^T - slope * (i - j)) v over the keys j <= i of the query's own document; or, with a distance
+bias, + bias[i - j] in place of the slope's term.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries, T keys.
 """
@@ -27,6 +28,7 @@ def capability() -> Capability:
         dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
         dropout="yes",
         cu_seqlens="one mask over all tokens",
+        distance_bias=True,
     )
 
 
@@ -36,6 +38,7 @@ def attend(
     v_BSHK: torch.Tensor,
     *,
     alibi_slopes: torch.Tensor | None,
+    distance_bias: torch.Tensor | None,
     softmax_scale: float,
     cu_seqlens: torch.Tensor | None,
     dropout_p: float,
@@ -56,6 +59,9 @@ def attend(
     distance_QT = position_Q[:, None] - torch.arange(keys, device=q_BSHK.device)
     if alibi_slopes is not None:
         scores_BHQT = scores_BHQT - alibi_slopes.to(compute_dtype)[:, None, None] * distance_QT
+
+    if distance_bias is not None:
+        scores_BHQT = scores_BHQT + distance_bias.to(compute_dtype)[:, distance_QT.clamp(0, distance_bias.shape[1] - 1)]
 
     visible_QT = distance_QT >= 0
     if cu_seqlens is not None:
