@@ -20,7 +20,7 @@ from megalibi.config import Config, ConfigError, DatasetConfig, Derived, derive,
 from megalibi.data.dataset import Dataset, open_dataset
 from megalibi.data.hashing import format_sample_hash
 from megalibi.data.loader import Batch, Loader, ValidationLoader
-from megalibi.data.tokenizer import Tokenizer
+from megalibi.data.tokenizer import load_tokenizer
 from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.evaluate import validation_loss
 from megalibi.engine.step import StepResult, train_step
@@ -58,10 +58,10 @@ def check_run(config: Config, world_size: int) -> Derived:
     if config.data.valid:
         open_split(config, config.data.valid)
     if config.data.tokenizer is not None:
-        vocab_size = Tokenizer(config.data.tokenizer).vocab_size
+        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
         if vocab_size > config.model.vocab_size:
             raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size} is below the {vocab_size} pieces of data.tokenizer="
+                f"model.vocab_size={config.model.vocab_size} is below the {vocab_size} ids of data.tokenizer="
                 f"{config.data.tokenizer}: at least {vocab_size} is allowed"
             )
     checkpoint = find_resume(config)

@@ -80,16 +80,16 @@ def parse_arguments() -> argparse.Namespace:
         action="extend",
         required=True,
         metavar="FILE",
-        help=".txt, .json, .jsonl, .csv, .parquet (also .gz), a folder, or a hub name ORG/NAME[:CONFIG][@SPLIT]",
+        help=".txt, .tokens, .json, .jsonl, .csv, .parquet (also .gz), a folder, a hub name ORG/NAME[:CONFIG][@SPLIT]",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="T.model", help="a sentencepiece model")
+    parser.add_argument("--tokenizer", required=True, metavar="T.model", help="a sentencepiece model, or T.words")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
     parser.add_argument("--text-key", default="text", help="column that holds the text (default: text)")
     parser.add_argument(
         "--text-unit",
         choices=["document", "line", "paragraph"],
         default="document",
-        help="what is one document in a .txt file: all of it (default), a line, or a paragraph",
+        help="what is one document in a .txt or .tokens file: all of it (default), a line, or a paragraph",
     )
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument(

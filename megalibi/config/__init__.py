@@ -1,6 +1,13 @@
 """What a run is: frozen dataclasses, their loading from YAML, and what follows from them. No torch here."""
 
-from megalibi.config.derive import Derived, derive, learning_rate_at, padded_vocab_size
+from megalibi.config.derive import (
+    AdaptiveBand,
+    Derived,
+    adaptive_bands,
+    derive,
+    learning_rate_at,
+    padded_vocab_size,
+)
 from megalibi.config.errors import ConfigError
 from megalibi.config.load import config_from_dict, config_to_dict, load_config, save_config
 from megalibi.config.schema import (
@@ -16,6 +23,7 @@ from megalibi.config.schema import (
 )
 
 __all__ = [
+    "AdaptiveBand",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -27,6 +35,7 @@ __all__ = [
     "ParallelConfig",
     "TrainConfig",
     "ZeroConfig",
+    "adaptive_bands",
     "config_from_dict",
     "config_to_dict",
     "derive",

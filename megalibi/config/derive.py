@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megalibi.config.errors import ConfigError
-from megalibi.config.schema import Config, OptimizerConfig
+from megalibi.config.schema import Config, ModelConfig, OptimizerConfig
 
 VOCAB_MULTIPLE_PER_RANK = 128
 """The embedding table's rows per tensor rank are a multiple of this: matrix units like it (Megatron-LM's value)."""
@@ -23,7 +24,7 @@ class Derived:
     accumulation_steps: int
     """Micro batches per rank and optimizer step."""
     padded_vocab_size: int
-    """Rows of the whole embedding table."""
+    """Rows of the whole embedding table, or of all adaptive bands' together."""
     batch_tokens: int
     """Tokens per optimizer step."""
 
@@ -43,10 +44,19 @@ def derive(config: Config, world_size: int) -> Derived:
     _check_divides(tensor, "the number of ranks", world_size)
     _check_divides(tensor, "model.num_attention_heads", config.model.num_attention_heads)
     _check_divides(tensor, "model.ffn_hidden_size", config.model.ffn_hidden_size)
-    padded = config.model.padded_vocab_size or padded_vocab_size(config.model.vocab_size, tensor)
+    if config.model.adaptive_cutoffs:
+        padded = sum(band.padded_size(tensor) for band in adaptive_bands(config.model))
+    else:
+        padded = config.model.padded_vocab_size or padded_vocab_size(config.model.vocab_size, tensor)
     _check_divides(tensor, "model.padded_vocab_size", padded)
     if config.parallel.sequence_parallel:
         _check_divides(tensor, "data.seq_length", config.data.seq_length, why=" (parallel.sequence_parallel)")
+    cap = config.model.max_position_embeddings
+    if cap and config.data.seq_length > cap:
+        raise ConfigError(
+            f"data.seq_length={config.data.seq_length} is above model.max_position_embeddings={cap}: at most {cap} is "
+            "allowed with model.position_method=learned"
+        )
     data = world_size // tensor
     per_micro_step = config.train.micro_batch_size * data
     if config.train.global_batch_size % per_micro_step:
@@ -74,6 +84,38 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
+@dataclass(frozen=True)
+class AdaptiveBand:
+    """Tokens of like frequency, which share a table of one width.
+
+    Attributes:
+        start: Its first token.
+        stop: The token after its last one.
+        width: Columns of its table.
+    """
+
+    start: int
+    stop: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Return the number of tokens."""
+        return self.stop - self.start
+
+    def padded_size(self, tensor_parallel_size: int) -> int:
+        """Return the rows of the table: the tokens, padded until the tensor group divides them."""
+        return math.ceil(self.size / tensor_parallel_size) * tensor_parallel_size
+
+
+def adaptive_bands(model: ModelConfig) -> list[AdaptiveBand]:
+    """Return the bands of an adaptive embedding and softmax; one band of the full width without cutoffs."""
+    return [
+        AdaptiveBand(start, stop, model.hidden_size // model.adaptive_factor**number)
+        for number, (start, stop) in enumerate(pairwise((0, *model.adaptive_cutoffs, model.vocab_size)))
+    ]
+
+
 def learning_rate_at(step: int, optimizer: OptimizerConfig, train_steps: int) -> float:
     """Return the learning rate of a step: linear warm-up, then cosine decay (arXiv:1608.03983, equation 5).
 
@@ -85,7 +127,8 @@ def learning_rate_at(step: int, optimizer: OptimizerConfig, train_steps: int) ->
         train_steps: Where the decay ends unless ``decay_steps`` says otherwise.
     """
     if step < optimizer.warmup_steps:
-        return optimizer.learning_rate * (step + 1) / optimizer.warmup_steps
+        rise = optimizer.learning_rate - optimizer.warmup_init_learning_rate
+        return optimizer.warmup_init_learning_rate + rise * (step + 1) / optimizer.warmup_steps
     decay_steps = (optimizer.decay_steps or train_steps) - optimizer.warmup_steps
     progress = min(1.0, (step - optimizer.warmup_steps) / max(1, decay_steps))
     span = optimizer.learning_rate - optimizer.min_learning_rate

@@ -30,6 +30,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file is missing or no YAML, a key is unknown, or a value is not allowed.
     """
+    return config_from_dict(load_tree(path, overrides))
+
+
+def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file of sections and merge overrides into it; its keys and values are not checked.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, or an override is none.
+    """
     path = Path(path)
     try:
         tree = OmegaConf.create(path.read_text(encoding="utf-8"))
@@ -41,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path} cannot be read: {error.strerror}; give the path of a YAML file") from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a valid configuration: {' '.join(str(error).split())}") from error
-    return config_from_dict(typing.cast(dict[str, Any], values))
+    return typing.cast(dict[str, Any], values)
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
@@ -50,7 +59,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: A key is unknown or missing, or a value is not allowed.
     """
-    return _build(Config, tree, "")
+    return build_section(Config, tree, "")
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -63,6 +72,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     for split in ("train", "valid"):
         tree["data"][split] = list(tree["data"][split])
+    tree["model"]["adaptive_cutoffs"] = list(tree["model"]["adaptive_cutoffs"])
     return tree
 
 
@@ -77,7 +87,17 @@ def _names(section: type) -> list[str]:
     return [f.name for f in dataclasses.fields(section)]
 
 
-def _build(section: type[_Section], tree: Any, path: str) -> _Section:
+def build_section(section: type[_Section], tree: Any, path: str) -> _Section:
+    """Build a section's dataclass from nested plain values.
+
+    Args:
+        section: The dataclass.
+        tree: Its fields by name.
+        path: What an error puts before a field's name: the section's own.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value is not allowed.
+    """
     where = path or "the configuration"
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}={tree!r} is not allowed: a mapping with {', '.join(_names(section))} is")
@@ -102,10 +122,14 @@ def _join(path: str, key: object) -> str:
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, path)
+        return build_section(typing.cast(type, hint), value, path)
     if hint == tuple[DatasetConfig, ...]:
         return _convert_datasets(value, path)
-    if isinstance(hint, types.UnionType):  # str | None is the only one
+    if typing.get_origin(hint) is tuple:  # tuple[int, ...] and its like
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{path}={value!r} is not allowed: a list is")
+        return tuple(_convert(typing.get_args(hint)[0], entry, f"{path}[{i}]") for i, entry in enumerate(value))
+    if isinstance(hint, types.UnionType):  # str | None or float | None
         return None if value is None else _convert(typing.get_args(hint)[0], value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -125,6 +149,6 @@ def _convert_datasets(value: Any, path: str) -> tuple[DatasetConfig, ...]:
     if not isinstance(value, list):
         raise ConfigError(f"{path}={value!r} is not allowed: a PREFIX or a list of {{prefix, weight}} is")
     return tuple(
-        DatasetConfig(prefix=entry) if isinstance(entry, str) else _build(DatasetConfig, entry, f"{path}[{i}]")
+        DatasetConfig(prefix=entry) if isinstance(entry, str) else build_section(DatasetConfig, entry, f"{path}[{i}]")
         for i, entry in enumerate(value)
     )

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from megalibi.config import ConfigError
 from megalibi.data.text import Piece, TextUnit, iterate_pieces
 from megalibi.data.token_file import TokenFileWriter, token_dtype
-from megalibi.data.tokenizer import Tokenizer
+from megalibi.data.tokenizer import Tokenizer, load_tokenizer
+from megalibi.data.words import WordTokenizer
 
 _TASK_CHARACTERS = 262_144  # large enough that sending it costs little, small enough that workers end together
 _TASKS_PER_WORKER = 4  # being encoded or waiting: this bounds the memory
@@ -51,16 +52,16 @@ def preprocess(
     overwrite: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Encode documents, each ended by the tokenizer's end-of-document token, into OUTPUT.bin and OUTPUT.idx.
+    """Encode documents, each ended as the tokenizer ends one, into OUTPUT.bin and OUTPUT.idx.
 
     The files do not depend on the number of workers, and appear only when they are complete.
 
     Args:
         inputs: See megalibi.data.text.iterate_pieces, as for text_key and text_unit.
-        tokenizer_path: A sentencepiece model.
+        tokenizer_path: A sentencepiece model, or a word-level vocabulary (.words).
         output: PREFIX of the token file.
         text_key: The column that holds the text.
-        text_unit: What is one document in a .txt file.
+        text_unit: What is one document in a .txt or .tokens file.
         workers: Number of encoding processes.
         overwrite: Whether an existing token file may be replaced.
         report: Called with the state whenever some documents have been written.
@@ -71,11 +72,11 @@ def preprocess(
     Raises:
         ConfigError: If the output exists, an input or the tokenizer cannot be read, there is no text, or no space.
     """
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     _check_output(output, overwrite)
     if workers < 1:
         raise ConfigError(f"--workers {workers}: at least 1 process is needed")
-    pieces = iterate_pieces(inputs, text_key=text_key, text_unit=text_unit)
+    pieces = iterate_pieces(inputs, text_key=text_key, text_unit=text_unit, keep_empty=tokenizer.counts_lines)
     tasks = _tasks(pieces if tokenizer.can_cut else _join(pieces))
     try:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -148,14 +149,14 @@ def _write(writer: TokenFileWriter, results: Iterable[_Encoded], report: Callabl
     return progress
 
 
-_worker_tokenizer: Tokenizer | None = None  # one a process: tasks must not carry it
+_worker_tokenizer: Tokenizer | WordTokenizer | None = None  # one a process: tasks must not carry it
 
 
 def _start_worker(tokenizer_path: str) -> None:
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us in order
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _worker_tokenizer = Tokenizer(tokenizer_path)
+    _worker_tokenizer = load_tokenizer(tokenizer_path)
 
 
 def _exit_with_parent() -> None:
@@ -172,7 +173,7 @@ def _encode_task(pieces: list[Piece]) -> _Encoded:
     length = 0
     for ids, piece in zip(encoded, pieces, strict=True):
         if piece.ends_document:
-            ids.append(_worker_tokenizer.end_of_document_id)
+            ids += _worker_tokenizer.end_of_document(piece.text)
         length += len(ids)
         if piece.ends_document:
             document_ends.append(length)

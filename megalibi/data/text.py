@@ -6,6 +6,7 @@ Long documents come in pieces, so that one of them neither fills the memory nor 
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
 import lzma
 import re
@@ -21,6 +22,7 @@ TextUnit = Literal["document", "line", "paragraph"]
 PIECE_CHARACTERS = 65_536
 """Documents longer than this are cut, where they have a space to cut at."""
 
+_TEXT_SUFFIXES = (".txt", ".tokens")  # WikiText's files are called wiki.train.tokens
 _BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 """How compressed files are opened, by suffix."""
@@ -36,25 +38,26 @@ class Piece(NamedTuple):
 
 
 def iterate_pieces(
-    inputs: Iterable[str], *, text_key: str = "text", text_unit: TextUnit = "document"
+    inputs: Iterable[str], *, text_key: str = "text", text_unit: TextUnit = "document", keep_empty: bool = False
 ) -> Iterator[Piece]:
-    """Yield the documents of several inputs, in order; empty documents are left out.
+    """Yield the documents of several inputs, in order.
 
     Args:
-        inputs: Files (.txt, .json, .jsonl, .ndjson, .csv, .parquet, also compressed), folders that ``datasets`` can
-            load, or hub names: ORG/NAME[:CONFIG][@SPLIT].
-        text_key: The column that holds the text; .txt files have none.
-        text_unit: What is one document in a .txt file: the whole file, a line, or a paragraph (blank lines between).
+        inputs: Files (.txt, .tokens, .json, .jsonl, .ndjson, .csv, .parquet, also compressed), folders that
+            ``datasets`` can load, or hub names: ORG/NAME[:CONFIG][@SPLIT].
+        text_key: The column that holds the text; .txt and .tokens files have none.
+        text_unit: What is one document in such a file: the whole file, a line, or a paragraph (blank lines between).
+        keep_empty: Yield empty rows and lines too, for whom line ends are tokens.
 
     Raises:
         ConfigError: If an input is missing, not readable, or has no such column.
     """
     for name in inputs:
         suffix = format_suffix(name)
-        if suffix == ".txt":
-            yield from _read_text_file(name, text_unit)
+        if suffix in _TEXT_SUFFIXES:
+            yield from _read_text_file(name, text_unit, keep_empty)
         else:
-            yield from _read_dataset(name, suffix, text_key)
+            yield from _read_dataset(name, suffix, text_key, keep_empty)
 
 
 def format_suffix(name: str) -> str:
@@ -65,11 +68,11 @@ def format_suffix(name: str) -> str:
     """
     path = Path(name)
     suffix = (path.with_suffix("") if path.suffix in OPENERS else path).suffix
-    known = suffix == ".txt" or suffix in _BUILDERS
+    known = suffix in _TEXT_SUFFIXES or suffix in _BUILDERS
     if known and not path.is_file():
         raise ConfigError(f"{name}: no such file")
     if path.is_file() and not known:
-        allowed = ", ".join([".txt", *_BUILDERS])
+        allowed = ", ".join([".txt", *_BUILDERS, ".tokens"])
         raise ConfigError(f"{name}: format not known from its name; {allowed} are read, also compressed")
     if not known and not path.is_dir() and not _HUB_NAME.fullmatch(name):
         raise ConfigError(f"{name}: neither a file, nor a folder, nor a hub name ORG/NAME[:CONFIG][@SPLIT]")
@@ -106,19 +109,23 @@ def _first_cut(text: str, start: int) -> int:
     return len(text) if cut < 0 else cut
 
 
-def _document_pieces(text: str) -> Iterator[Piece]:
+def _document_pieces(text: str, keep_empty: bool = False) -> Iterator[Piece]:
     pieces = cut_at_spaces(text, PIECE_CHARACTERS)
     held = next(pieces, None)
     for piece in pieces:
         assert held is not None
         yield Piece(held, False)
         held = piece
-    if held is not None:
-        yield Piece(held, True)
+    if held is not None or keep_empty:
+        yield Piece(held or "", True)
 
 
-def _read_text_file(name: str, text_unit: TextUnit) -> Iterator[Piece]:
-    readers = {"document": _whole_file, "line": _lines, "paragraph": _paragraphs}
+def _read_text_file(name: str, text_unit: TextUnit, keep_empty: bool) -> Iterator[Piece]:
+    readers: dict[str, Callable[[TextIO], Iterator[Piece]]] = {
+        "document": _whole_file,
+        "line": functools.partial(_lines, keep_empty=keep_empty),
+        "paragraph": _paragraphs,
+    }
     try:
         # newline="": line ends are text, and come back as they were.
         with OPENERS.get(Path(name).suffix, open)(name, "rt", encoding="utf-8", newline="") as file:
@@ -140,9 +147,9 @@ def _whole_file(file: TextIO) -> Iterator[Piece]:
         yield Piece(held, True)
 
 
-def _lines(file: TextIO) -> Iterator[Piece]:
+def _lines(file: TextIO, *, keep_empty: bool) -> Iterator[Piece]:
     for line in file:
-        yield from _document_pieces(line.rstrip("\r\n"))
+        yield from _document_pieces(line.rstrip("\r\n"), keep_empty)
 
 
 def _paragraphs(file: TextIO) -> Iterator[Piece]:
@@ -156,7 +163,7 @@ def _paragraphs(file: TextIO) -> Iterator[Piece]:
     yield from _document_pieces("".join(lines).rstrip("\r\n"))
 
 
-def _read_dataset(name: str, suffix: str, text_key: str) -> Iterator[Piece]:
+def _read_dataset(name: str, suffix: str, text_key: str, keep_empty: bool) -> Iterator[Piece]:
     import datasets  # not at the top: every worker imports this module, and this takes a second
     import pyarrow
 
@@ -170,7 +177,7 @@ def _read_dataset(name: str, suffix: str, text_key: str) -> Iterator[Piece]:
                     raise ConfigError(
                         f"{name}: column {text_key!r} holds {value.type}, not text; choose with --text-key"
                     )
-                yield from _document_pieces(text or "")
+                yield from _document_pieces(text or "", keep_empty)
     except ConfigError:
         raise
     except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:

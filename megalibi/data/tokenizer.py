@@ -1,4 +1,4 @@
-"""The tokenizer: sentencepiece, trained such that decoding gives back every text exactly."""
+"""The tokenizer: sentencepiece, trained such that decoding gives back every text exactly (or words: words.py)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import sentencepiece
 
 from megalibi.config import ConfigError
 from megalibi.data.text import cut_at_spaces
+from megalibi.data.words import SUFFIX, WordTokenizer
 
 _SPACE = "\u2581"  # how sentencepiece writes a space within a piece
 _SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
@@ -65,6 +66,8 @@ class Tokenizer:
         """Whether the texts of ids, ``text_bytes`` long and joined, are the text they were made from."""
         self.can_cut = keeps_whitespace and not any(_SPACE in piece.lstrip(_SPACE) for piece in pieces)
         """Whether a text may be cut by ``cut_at_spaces`` and the ids of its pieces joined."""
+        self.counts_lines = False
+        """Whether line ends are tokens, so that even an empty document is a line."""
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, without an end-of-document token."""
@@ -86,6 +89,10 @@ class Tokenizer:
                 ids += next(encoded)
             results.append(ids)
         return results
+
+    def end_of_document(self, text: str) -> list[int]:
+        """Return the ids that follow the text at the end of a document."""
+        return [self.end_of_document_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids; the end-of-document token is no text."""
@@ -109,6 +116,15 @@ class Tokenizer:
         assert self._space_tokens is not None
         first, *others = self._processor.encode(string.split(_SPACE), out_type=int, num_threads=1)
         return [*first, *(token for part in others for token in (*self._space_tokens, *part))]
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | WordTokenizer:
+    """Return the word-level vocabulary of a ``.words`` file, or the sentencepiece model of any other.
+
+    Raises:
+        ConfigError: If the file is missing or is not what its name says.
+    """
+    return WordTokenizer(path) if os.fspath(path).endswith(SUFFIX) else Tokenizer(path)
 
 
 def train_tokenizer(

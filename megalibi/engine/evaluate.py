@@ -8,11 +8,11 @@ from itertools import groupby, islice
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalibi.data.loader import IGNORE_INDEX, Batch
 from megalibi.data.token_file import TokenFile
-from megalibi.parallel import ProcessGroups, all_reduce_raw
+from megalibi.parallel import ALONE, Group, ProcessGroups, all_reduce_raw
 
 FORWARD_TOKENS = 8192
 """Windows that are alike are evaluated together up to this many tokens: short ones alone would leave a device idle."""
@@ -91,23 +91,46 @@ def batches_of_windows(num_tokens: int, length: int, stride: int | None = None) 
 
 @torch.no_grad()
 def stream_loss(
-    model: nn.Module, tokens: TokenFile, length: int, stride: int | None, num_tokens: int, *, device: torch.device
-) -> Iterator[tuple[float, int]]:
-    """Yield the summed loss in nats and the number of scored tokens of each forward pass.
+    model: nn.Module,
+    tokens: TokenFile,
+    length: int,
+    stride: int | None,
+    num_tokens: int,
+    *,
+    device: torch.device,
+    data: Group = ALONE,
+) -> Iterator[Tensor]:
+    """Yield the summed loss in nats and the number of scored tokens by position in the window, [2, length] in fp64.
+
+    Position p has seen p + 1 tokens of its window. The data ranks take the forward passes in turns, and every rank
+    gets the sums of all of them: each must take all that is yielded. What is computed together does not depend on the
+    number of ranks, so that their results differ by the order of fp64 sums alone.
 
     Args:
-        model: A GPT whose tensor group is this process alone.
+        model: A GPT; the ranks of its tensor group are at the same position of ``data``.
         tokens: The text.
         length: Tokens the model sees at once.
         stride: None for nonoverlapping windows.
         num_tokens: How much of the text to use.
         device: Where to compute.
+        data: The ranks that share the windows.
     """
-    for batch in batches_of_windows(num_tokens, length, stride):
-        rows = [tokens.read(window.start, window.stop - window.start + 1) for window in batch]
-        stream_BS = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)
-        labels_BS = stream_BS[:, 1:].clone()
-        num_context = batch[0].scored_from - batch[0].start - 1  # predictions that an earlier window has scored
-        labels_BS[:, :num_context] = IGNORE_INDEX
-        losses_BS = model(stream_BS[:, :-1], labels_BS)
-        yield losses_BS.double().sum().item(), labels_BS[:, num_context:].numel()
+    batches = batches_of_windows(num_tokens, length, stride)
+    while turn := list(islice(batches, data.size)):
+        sums_2S = torch.zeros(2, length, dtype=torch.float64, device=device)
+        if data.rank < len(turn):
+            _add_losses(sums_2S, model, tokens, turn[data.rank])
+        yield all_reduce_raw(sums_2S, data).cpu()
+
+
+def _add_losses(sums_2S: Tensor, model: nn.Module, tokens: TokenFile, batch: list[Window]) -> None:
+    """Add the losses of windows that are alike, and how many they are."""
+    rows = [tokens.read(window.start, window.stop - window.start + 1) for window in batch]
+    stream_BS = torch.from_numpy(np.stack(rows).astype(np.int64)).to(sums_2S.device)
+    labels_BS = stream_BS[:, 1:].clone()
+    num_context = batch[0].scored_from - batch[0].start - 1  # predictions that an earlier window has scored
+    labels_BS[:, :num_context] = IGNORE_INDEX
+    losses_BS = model(stream_BS[:, :-1], labels_BS)
+    scored = slice(num_context, labels_BS.shape[1])
+    sums_2S[0, scored] += losses_BS[:, scored].double().sum(0)
+    sums_2S[1, scored] += len(batch)

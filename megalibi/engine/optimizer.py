@@ -1,4 +1,4 @@
-"""AdamW, and for ZeRO 0 what DeepSpeed leaves undone there: the global norm, clipping and the loss scale."""
+"""AdamW and Nesterov, and for ZeRO 0 what DeepSpeed leaves undone there: the global norm, clipping, the loss scale."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from megalibi.parallel import Group, all_reduce_raw, get_shard_spec
 
 def build_optimizer(
     parameters: Iterable[nn.Parameter], optimizer: OptimizerConfig, *, zero_stage: int, tensor: Group, fp16: bool
-) -> torch.optim.AdamW:
-    """Return torch's fused AdamW with two groups: matrices, which decay, and vectors, which do not.
+) -> torch.optim.Optimizer:
+    """Return a fused optimizer of torch with two groups: matrices, which decay, and vectors, which do not.
 
     torch's fused step runs on the CPU too, needs nothing compiled and is as fast as DeepSpeed's CPU Adam.
 
     Args:
         parameters: Of the model; under ZeRO 3 already cut.
-        optimizer: Rates, betas, decay.
+        optimizer: Kind, rates, betas, decay.
         zero_stage: 0 adds the norm, the clipping and the loss scale.
         tensor: The tensor group, over which the norm is summed.
         fp16: ZeRO 0 only: scale the loss dynamically.
@@ -33,52 +33,75 @@ def build_optimizer(
     for parameter in parameters:
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves an empty tensor behind
         (matrices if len(shape) > 1 else vectors).append(parameter)
+    options: dict[str, Any] = {"lr": optimizer.learning_rate, "fused": True}
+    if zero_stage == 0:
+        options |= {"clip_grad_norm": optimizer.clip_grad_norm, "tensor": tensor, "dynamic_loss_scale": fp16}
+    if optimizer.kind == "nesterov":
+        groups = [
+            {"params": matrices, "decoupled_weight_decay": optimizer.weight_decay},
+            {"params": vectors, "decoupled_weight_decay": 0.0},
+        ]
+        options["momentum"] = optimizer.momentum
+        return ClippedNesterov(groups, **options) if zero_stage == 0 else Nesterov(groups, **options)
     groups = [
         {"params": matrices, "weight_decay": optimizer.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    betas = (optimizer.beta1, optimizer.beta2)
-    if zero_stage > 0:
-        return torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=betas, eps=optimizer.epsilon, fused=True)
-    return ClippedAdamW(
-        groups,
-        lr=optimizer.learning_rate,
-        betas=betas,
-        eps=optimizer.epsilon,
-        clip_grad_norm=optimizer.clip_grad_norm,
-        tensor=tensor,
-        dynamic_loss_scale=fp16,
-    )
+    options |= {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.epsilon}
+    return ClippedAdamW(groups, **options) if zero_stage == 0 else torch.optim.AdamW(groups, **options)
 
 
-class ClippedAdamW(torch.optim.AdamW):
-    """AdamW that clips by the global norm over the tensor group and, for fp16, owns a dynamic loss scale.
+class Nesterov(torch.optim.SGD):
+    """Nesterov's momentum, the same as fairseq's nag, with which the paper trained on WikiText-103.
+
+    nag keeps the learning rate in its momentum and corrects it when the rate changes: with v = -buffer / rate its steps
+    are v = momentum v + gradient, weight -= rate (gradient + momentum v), which are torch's. Its weight decay is
+    decoupled, as AdamW's, where torch's SGD adds it to the gradient (fairseq/optim/nag.py).
+
+    Args:
+        groups: Parameter groups with ``decoupled_weight_decay``.
+        lr: Learning rate.
+        momentum: Decay of the momentum.
+        fused: torch's one kernel for a step.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float, fused: bool) -> None:
+        super().__init__(groups, lr=lr, momentum=momentum, nesterov=True, fused=fused)
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Decay the weights, then step."""
+        assert closure is None
+        for group in self.param_groups:
+            weights = [parameter.data for parameter in group["params"] if parameter.grad is not None]
+            if group["decoupled_weight_decay"] > 0.0 and weights:  # ZeRO 3 steps one group after the other
+                torch._foreach_mul_(weights, 1.0 - group["lr"] * group["decoupled_weight_decay"])
+        super().step()
+
+
+class _Clipped(torch.optim.Optimizer):
+    """An optimizer that clips by the global norm over the tensor group and, for fp16, owns a dynamic loss scale.
 
     It works on reduced gradients, so it serves ZeRO 0 only. The attribute names are those by which the DeepSpeed engine
     finds the norm (``_global_grad_norm``) and a skipped step (``overflow``).
 
     Args:
         groups: Parameter groups.
-        lr: Learning rate.
-        betas: Decay of the moments.
-        eps: Added to the denominator.
         clip_grad_norm: Scale gradients down to this norm; 0: never.
         tensor: The tensor group.
         dynamic_loss_scale: Divide gradients by a scale that halves on overflow and doubles after 1000 good steps.
+        options: Of the optimizer itself.
     """
 
     def __init__(
         self,
         groups: list[dict[str, Any]],
         *,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
         clip_grad_norm: float,
         tensor: Group,
         dynamic_loss_scale: bool,
+        **options: Any,
     ) -> None:
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        super().__init__(groups, **options)
         self.clip_grad_norm = clip_grad_norm
         self.tensor = tensor
         self.dynamic_loss_scale = dynamic_loss_scale
@@ -122,10 +145,18 @@ class ClippedAdamW(torch.optim.AdamW):
             self.loss_scale *= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """Return AdamW's state and the loss scale's."""
+        """Return the optimizer's state and the loss scale's."""
         return {**super().state_dict(), "loss_scale": self.loss_scale, "good_steps": self.good_steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned."""
         super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
         self.loss_scale, self.good_steps = state_dict["loss_scale"], state_dict["good_steps"]
+
+
+class ClippedAdamW(_Clipped, torch.optim.AdamW):
+    """AdamW for ZeRO 0."""
+
+
+class ClippedNesterov(_Clipped, Nesterov):
+    """Nesterov for ZeRO 0."""

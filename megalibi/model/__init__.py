@@ -3,6 +3,13 @@
 from megalibi.model.attention import check_backend
 from megalibi.model.gpt import GPT
 from megalibi.model.init import initialize
-from megalibi.model.size import count_parameters, model_flops_per_token
+from megalibi.model.size import count_parameters, model_flops_per_token, recomputed_flops_per_token
 
-__all__ = ["GPT", "check_backend", "count_parameters", "initialize", "model_flops_per_token"]
+__all__ = [
+    "GPT",
+    "check_backend",
+    "count_parameters",
+    "initialize",
+    "model_flops_per_token",
+    "recomputed_flops_per_token",
+]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alibi_attention import attention, resolve_backend
 from megalibi.config import ConfigError, ModelConfig
-from megalibi.model.positions import PositionMethod
+from megalibi.model.positions import METHODS, PositionMethod, ScoreBias
 from megalibi.parallel import ColumnParallelLinear, Group, RowParallelLinear, dropout_key, fork_rng
 
 
@@ -22,9 +22,10 @@ def check_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) 
     Raises:
         ConfigError: It cannot, and why.
     """
-    head_dim = model.hidden_size // model.num_attention_heads
+    head_dim, dropout = model.hidden_size // model.num_attention_heads, model.attention_dropout_probability > 0.0
     try:
-        resolve_backend(model.attention_backend, device, dtype, head_dim, dropout=model.dropout > 0.0)
+        bias = METHODS[model.position_method].bias
+        resolve_backend(model.attention_backend, device, dtype, head_dim, dropout=dropout, bias=bias)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"model.attention_backend={model.attention_backend} cannot be used: {error}") from error
 
@@ -35,7 +36,7 @@ class SelfAttention(nn.Module):
     Args:
         model: The network.
         layer: Index of the block this stands in.
-        positions: Where the scores get their slopes, and q and k their rotation.
+        positions: Acts on q and k.
         group: The tensor group.
         sequence_parallel: Activations outside are cut along the sequence.
     """
@@ -46,10 +47,11 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.num_heads_local = model.num_attention_heads // group.size
-        self.dropout_p = model.dropout
+        self.dropout_p = model.attention_dropout_probability
         self.backend = model.attention_backend
         self.group = group
-        self.positions = positions
+        # The method alone: as a module of each layer its parameters would be listed once a layer.
+        self.apply_to_query_key = positions.apply_to_query_key
         hidden_size = model.hidden_size
         # q, k and v of this rank's heads in one matrix product: three parts, each cut over the group.
         self.qkv = ColumnParallelLinear(
@@ -59,11 +61,13 @@ class SelfAttention(nn.Module):
             hidden_size, hidden_size, bias=model.bias, group=group, sequence_parallel=sequence_parallel
         )
 
-    def forward(self, x_BSH: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None) -> Tensor:
+    def forward(
+        self, x_BSH: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None, bias: ScoreBias
+    ) -> Tensor:
         """Return what attention adds to the residual stream, [B, S, H]."""
         qkv = self.qkv(x_BSH)  # [B, S, 3AK], the whole sequence
         q_BSAK, k_BSAK, v_BSAK = qkv.unflatten(-1, (3, self.num_heads_local, -1)).unbind(2)
-        q_BSAK, k_BSAK = self.positions.apply_to_query_key(q_BSAK, k_BSAK)
+        q_BSAK, k_BSAK = self.apply_to_query_key(q_BSAK, k_BSAK)
         dropout_p = 0.0
         random: AbstractContextManager[None] = nullcontext()
         if self.dropout_p > 0.0 and micro_batch_key is not None:
@@ -75,7 +79,8 @@ class SelfAttention(nn.Module):
                 q_BSAK,
                 k_BSAK,
                 v_BSAK,
-                alibi_slopes=self.positions.score_slopes(x_BSH.device),
+                alibi_slopes=bias.alibi_slopes,
+                distance_bias=bias.distance_bias,
                 cu_seqlens=cu_seqlens,
                 dropout_p=dropout_p,
                 backend=self.backend,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megalibi.config import ModelConfig
 from megalibi.model.attention import SelfAttention
-from megalibi.model.positions import PositionMethod
+from megalibi.model.positions import PositionMethod, ScoreBias
 from megalibi.parallel import (
     ColumnParallelLinear,
     Group,
@@ -44,28 +44,35 @@ class Block(nn.Module):
         self.attention_norm = LayerNorm(model, group=group, sequence_parallel=sequence_parallel)
         self.attention = SelfAttention(model, layer, positions, group=group, sequence_parallel=sequence_parallel)
         self.mlp_norm = LayerNorm(model, group=group, sequence_parallel=sequence_parallel)
-        self.mlp = MLP(model, group=group, sequence_parallel=sequence_parallel)
+        self.mlp = MLP(model, layer, group=group, sequence_parallel=sequence_parallel)
         self.dropout = ResidualDropout(model.dropout, layer, group=group, sequence_parallel=sequence_parallel)
 
-    def forward(self, x_BSH: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None) -> Tensor:
+    def forward(
+        self, x_BSH: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None, *bias: Tensor | None
+    ) -> Tensor:
         """Return the residual stream after this block.
 
         Args:
             x_BSH: The residual stream.
             cu_seqlens: Document boundaries that attention does not cross; None: it sees the whole row.
             micro_batch_key: Keys dropout; None: no dropout.
+            bias: The fields of a ScoreBias, one by one: activation checkpointing finds only tensors that are arguments
+                themselves.
         """
-        y_BSH = self.attention(self.attention_norm(x_BSH), cu_seqlens, micro_batch_key)
+        y_BSH = self.attention(self.attention_norm(x_BSH), cu_seqlens, micro_batch_key, ScoreBias(*bias))
         x_BSH = x_BSH + self.dropout(y_BSH, "attention output", micro_batch_key)
-        y_BSH = self.mlp(self.mlp_norm(x_BSH))
+        y_BSH = self.mlp(self.mlp_norm(x_BSH), micro_batch_key)
         return x_BSH + self.dropout(y_BSH, "mlp output", micro_batch_key)
 
 
 class MLP(nn.Module):
     """down(activation(up(x))): a column-parallel layer, then a row-parallel one, one reduction in all."""
 
-    def __init__(self, model: ModelConfig, *, group: Group, sequence_parallel: bool) -> None:
+    def __init__(self, model: ModelConfig, layer: int, *, group: Group, sequence_parallel: bool) -> None:
         super().__init__()
+        self.layer = layer
+        self.dropout_p = model.activation_dropout
+        self.group = group
         hidden_size, ffn_hidden_size = model.hidden_size, model.ffn_hidden_size
         self.activation = _ACTIVATIONS[model.activation]
         self.up = ColumnParallelLinear(
@@ -75,9 +82,14 @@ class MLP(nn.Module):
             ffn_hidden_size, hidden_size, bias=model.bias, group=group, sequence_parallel=sequence_parallel
         )
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
+    def forward(self, x_BSH: Tensor, micro_batch_key: int | None = None) -> Tensor:
         """Return what the feed-forward layer adds to the residual stream, [B, S, H]."""
-        return self.down(self.activation(self.up(x_BSH)))
+        y_BSF = self.activation(self.up(x_BSH))  # F columns of this rank
+        if self.dropout_p > 0.0 and micro_batch_key is not None:
+            # Inside the tensor-parallel region: each rank drops on its own columns.
+            key = dropout_key(micro_batch_key, layer=self.layer, site="activation", shard_rank=self.group.rank)
+            y_BSF = keyed_dropout(y_BSF, self.dropout_p, key)
+        return self.down(y_BSF)
 
 
 class LayerNorm(nn.Module):

@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalibi.config import ModelConfig
+from megalibi.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from megalibi.model.block import Block, LayerNorm, ResidualDropout
 from megalibi.model.loss import token_losses
 from megalibi.model.positions import build_position_method
-from megalibi.parallel import Group, ShardSpec, VocabParallelEmbedding, scatter_to_sequence, set_shard_spec
+from megalibi.parallel import (
+    Group,
+    ShardSpec,
+    VocabParallelEmbedding,
+    all_gather_raw,
+    parallel_lm_logits,
+    scatter_to_sequence,
+    set_shard_spec,
+)
 
 
 class GPT(nn.Module):
@@ -26,7 +35,7 @@ class GPT(nn.Module):
 
     Args:
         model: The network.
-        padded_vocab_size: Rows of the whole embedding table.
+        padded_vocab_size: Rows of the whole embedding table; adaptive bands are padded each on its own.
         group: The tensor group that shares the layers.
         sequence_parallel: Cut the activations between the layers along the sequence.
         compute_dtype: Of the activations.
@@ -49,14 +58,22 @@ class GPT(nn.Module):
         self.recompute = model.recompute == "full"
         parallel: dict[str, Any] = {"group": group, "sequence_parallel": self.sequence_parallel}
 
-        self.embedding = VocabParallelEmbedding(model.vocab_size, padded_vocab_size, model.hidden_size, group=group)
+        self.embedding: VocabParallelEmbedding | AdaptiveEmbedding
+        self.output: OutputLayer | AdaptiveSoftmax
+        if model.adaptive_cutoffs:
+            self.embedding = AdaptiveEmbedding(model, group=group)
+        else:
+            self.embedding = VocabParallelEmbedding(model.vocab_size, padded_vocab_size, model.hidden_size, group=group)
         self.positions = build_position_method(model, group)
         self.dropout = ResidualDropout(model.dropout, -1, **parallel)
         self.blocks = nn.ModuleList(
             Block(model, layer, self.positions, **parallel) for layer in range(model.num_layers)
         )
-        self.final_norm = LayerNorm(model, **parallel)
-        self.output = OutputLayer(model, padded_vocab_size, self.embedding, **parallel)
+        self.final_norm = LayerNorm(model, **parallel) if model.final_norm else nn.Identity()
+        if isinstance(self.embedding, AdaptiveEmbedding):
+            self.output = AdaptiveSoftmax(model, self.embedding, **parallel)
+        else:
+            self.output = OutputLayer(model, padded_vocab_size, self.embedding, **parallel)
 
     def forward(
         self,
@@ -74,19 +91,37 @@ class GPT(nn.Module):
             cu_seqlens: int32 document boundaries over the B * S tokens, which attention does not cross.
             micro_batch_key: Keys dropout; None: no dropout.
         """
+        return self.output(self._last_hidden(tokens_BS, cu_seqlens, micro_batch_key), labels_BS, micro_batch_key)
+
+    @torch.no_grad()
+    def log_probs(self, tokens_BS: Tensor, *, first: int = 0) -> Tensor:
+        """Return the log-probability of every next token, fp32 [B, S - first, V], the same on the whole tensor group.
+
+        It takes the memory that ``forward`` avoids: what needs the loss alone should not ask for it.
+
+        Args:
+            tokens_BS: Token ids.
+            first: The first position to predict from; not under sequence parallelism.
+        """
+        assert first == 0 or not self.sequence_parallel
+        return self.output.log_probs(self._last_hidden(tokens_BS, None, None)[:, first:])
+
+    def _last_hidden(self, tokens_BS: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None) -> Tensor:
+        """Return what the output layer reads, [B, S, H]; under sequence parallelism this rank's part of it."""
         x_BSH = self.positions.add_to_embedding(self.embedding(tokens_BS, self.compute_dtype))
         if self.sequence_parallel:
             x_BSH = scatter_to_sequence(x_BSH, self.group)
         x_BSH = self.dropout(x_BSH, "embedding", micro_batch_key)
+        bias = self.positions.score_bias(tokens_BS.shape[1], x_BSH.device)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 # Dropout is keyed, so there is no random state to put back for the second forward pass.
                 x_BSH = checkpoint(
-                    block, x_BSH, cu_seqlens, micro_batch_key, use_reentrant=True, preserve_rng_state=False
+                    block, x_BSH, cu_seqlens, micro_batch_key, *bias, use_reentrant=True, preserve_rng_state=False
                 )
             else:
-                x_BSH = block(x_BSH, cu_seqlens, micro_batch_key)
-        return self.output(self.final_norm(x_BSH), labels_BS)
+                x_BSH = block(x_BSH, cu_seqlens, micro_batch_key, *bias)
+        return self.final_norm(x_BSH)
 
 
 class OutputLayer(nn.Module):
@@ -117,8 +152,8 @@ class OutputLayer(nn.Module):
             self.weight = nn.Parameter(torch.empty(spec.local_size(group.size), model.hidden_size))
             set_shard_spec(self.weight, spec)
 
-    def forward(self, x_BSH: Tensor, labels_BS: Tensor) -> Tensor:
-        """Return the loss of each token, fp32 [B, S]."""
+    def forward(self, x_BSH: Tensor, labels_BS: Tensor, micro_batch_key: int | None = None) -> Tensor:
+        """Return the loss of each token, fp32 [B, S]; nothing is dropped here."""
         return token_losses(
             x_BSH,
             self.weight,
@@ -128,3 +163,10 @@ class OutputLayer(nn.Module):
             vocab_start=self.vocab_start,
             sequence_parallel=self.sequence_parallel,
         )
+
+    @torch.no_grad()
+    def log_probs(self, x_BSH: Tensor) -> Tensor:
+        """Return the log-probability of every token of the vocabulary, fp32 [B, S, V], the same on every rank."""
+        parallel: dict[str, Any] = {"group": self.group, "sequence_parallel": self.sequence_parallel}
+        logits_BSV = all_gather_raw(parallel_lm_logits(x_BSH, self.weight, **parallel), self.group, dim=2)
+        return logits_BSV[..., : self.vocab_size].float().log_softmax(-1)

@@ -42,4 +42,5 @@ def initialize(
                 parameter.fill_(1.0)
             else:
                 std = residual_std if name.endswith(("proj.weight", "down.weight")) else model.init_std
+                std = getattr(parameter, "init_std", std)  # an adaptive layer's own, from its shape
                 init_normal_(parameter, seed=seed, name=name, std=std, rank=group.rank, size=group.size)

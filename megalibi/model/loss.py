@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, H hidden, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,12 @@ def token_losses(
 
     if torch.is_grad_enabled() or sequence_parallel:
         return losses_of(x_BSH, labels_BS)
-    x_NH, labels_N = x_BSH.flatten(0, 1), labels_BS.flatten()
+    return in_chunks(losses_of, x_BSH.flatten(0, 1), labels_BS.flatten()).view_as(labels_BS)
+
+
+def in_chunks(losses_of: Callable[[Tensor, Tensor], Tensor], x_NH: Tensor, labels_N: Tensor) -> Tensor:
+    """Return the losses of N tokens; in evaluation chunk by chunk, so that few logits exist at once."""
+    if torch.is_grad_enabled():
+        return losses_of(x_NH, labels_N)
     chunks = zip(x_NH.split(LOSS_CHUNK_TOKENS), labels_N.split(LOSS_CHUNK_TOKENS), strict=True)
-    return torch.cat([losses_of(x, labels) for x, labels in chunks]).view_as(labels_BS)
+    return torch.cat([losses_of(x, labels) for x, labels in chunks])

@@ -1,4 +1,4 @@
-"""Every file in configs/ is a run that can start on the hardware its header names."""
+"""Every file in configs/ is a run, or a study of runs, that can start on the hardware its header names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import Derived, derive, load_config
+from megalibi.config import Config, Derived, derive, load_config
 from megalibi.model import count_parameters
+from megalibi.studies.compare import CompareStudy
+from megalibi.studies.extrapolation import ExtrapolationStudy
+from megalibi.studies.study import load_study
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+STUDIES = {path: CompareStudy for path in CONFIGS if path.stem.startswith("compare_")} | {
+    path: ExtrapolationStudy for path in CONFIGS if path.stem.startswith("extrapolation_")
+}
+RUNS = [path for path in CONFIGS if path not in STUDIES]
 
 
 def header_of(path: Path) -> str:
@@ -23,10 +30,18 @@ def read_number(text: str) -> int:
     return int(text.replace(",", ""))
 
 
-def derive_as_stated(path: Path) -> Derived:
+def load(path: Path) -> Config:
+    return load_study(path, (), STUDIES[path])[1] if path in STUDIES else load_config(path)
+
+
+def stated_ranks(path: Path) -> int:
     ranks = re.search(r"^# Hardware: (\d+) ranks? on ", header_of(path), re.MULTILINE)
     assert ranks, f"{path}: the header does not say '# Hardware: N ranks on ...'"
-    return derive(load_config(path), int(ranks[1]))
+    return int(ranks[1])
+
+
+def derive_as_stated(path: Path) -> Derived:
+    return derive(load(path), stated_ranks(path))
 
 
 def test_there_are_the_configs_that_are_promised() -> None:
@@ -36,7 +51,13 @@ def test_there_are_the_configs_that_are_promised() -> None:
         assert [name for name in names if size in name], size
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_header_of_a_study_states_the_ranks_of_its_runs(path: Path) -> None:
+    study, _ = load_study(path, (), STUDIES[path])
+    assert study.ranks == stated_ranks(path)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_header_states_hardware_as_configured(path: Path) -> None:
     config, derived, header = load_config(path), derive_as_stated(path), header_of(path)
     hardware = re.search(r"^# Hardware: .*\((.*)\)", header, re.MULTILINE)
@@ -49,8 +70,8 @@ def test_header_states_hardware_as_configured(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_header_states_tokens_per_step_and_memory(path: Path) -> None:
-    config, derived, header = load_config(path), derive_as_stated(path), header_of(path)
+def test_header_states_tokens_per_step(path: Path) -> None:
+    config, derived, header = load(path), derive_as_stated(path), header_of(path)
     tokens = re.search(r"^# Tokens per step: ([\d,]+) x ([\d,]+) = ([\d,]+)\.", header, re.MULTILINE)
     assert tokens, f"{path}: the header does not say '# Tokens per step: samples x tokens = product.'"
     assert [read_number(text) for text in tokens.groups()] == [
@@ -58,7 +79,13 @@ def test_header_states_tokens_per_step_and_memory(path: Path) -> None:
         config.data.seq_length,
         derived.batch_tokens,
     ]
-    assert re.search(r"\d GB of .*(memory|weights)", header), f"{path}: the header does not say how much memory"
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_header_states_memory(path: Path) -> None:
+    assert re.search(r"\d GB of .*(memory|weights)", header_of(path)), (
+        f"{path}: the header does not say how much memory"
+    )
 
 
 def stated_parameters(path: Path) -> float | None:
@@ -68,14 +95,14 @@ def stated_parameters(path: Path) -> float | None:
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if stated_parameters(path)], ids=lambda path: path.stem)
 def test_parameters_are_as_many_as_stated(path: Path) -> None:
-    assert count_parameters(load_config(path).model) == pytest.approx(stated_parameters(path), rel=0.05)
+    assert count_parameters(load(path).model) == pytest.approx(stated_parameters(path), rel=0.05)
 
 
 def test_the_papers_models_are_those_of_the_paper() -> None:
     paths = [path for path in CONFIGS if "1.3b" in path.stem]
     assert len(paths) >= 2
     for path in paths:
-        model = load_config(path).model
+        model = load(path).model
         sizes = (model.num_layers, model.hidden_size, model.num_attention_heads, model.ffn_hidden_size)
         assert sizes == (25, 2048, 16, 8192)
         assert count_parameters(model) == pytest.approx(1.3e9, rel=0.05)

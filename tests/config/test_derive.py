@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from megalibi.config import Config, ConfigError, OptimizerConfig, config_from_dict, derive, learning_rate_at
+from megalibi.config import (
+    AdaptiveBand,
+    Config,
+    ConfigError,
+    OptimizerConfig,
+    adaptive_bands,
+    config_from_dict,
+    derive,
+    learning_rate_at,
+)
 
 
 def make_config(**sections: dict[str, Any]) -> Config:
@@ -65,6 +74,37 @@ def test_trap_9_vocabulary_is_padded_to_128_per_tensor_rank() -> None:
 def test_what_ranks_cannot_divide(sections: dict[str, Any], world_size: int, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         derive(make_config(**sections), world_size)
+
+
+def test_adaptive_bands_are_padded_each_on_its_own() -> None:
+    config = make_config(model={"adaptive_cutoffs": [41, 122]})
+    assert adaptive_bands(config.model) == [
+        AdaptiveBand(0, 41, 64), AdaptiveBand(41, 122, 16), AdaptiveBand(122, 1000, 4)
+    ]  # fmt: skip
+    assert derive(config, 1).padded_vocab_size == 1000
+    sections = {"model": {"adaptive_cutoffs": [41, 122]}, "parallel": {"tensor_parallel_size": 4}}
+    assert derive(make_config(**sections), 4).padded_vocab_size == 44 + 84 + 880
+
+
+def test_the_papers_warm_up_starts_above_zero_and_its_cosine_ends_at_the_minimum() -> None:
+    """fairseq's cosine scheduler: 16,000 updates of warm-up from 1e-7 to 1, then one period of 270,000 to 1e-4."""
+    optimizer = OptimizerConfig(
+        learning_rate=1.0, min_learning_rate=1e-4, warmup_steps=16_000, warmup_init_learning_rate=1e-7
+    )
+
+    def fairseq(update: int) -> float:
+        if update < 16_000:
+            return 1e-7 + update * (1.0 - 1e-7) / 16_000
+        return 1e-4 + 0.5 * (1.0 - 1e-4) * (1.0 + math.cos(math.pi * (update - 16_000) / 270_000))
+
+    for step in (16_000, 17_000, 100_000, 285_999, 286_000):
+        assert learning_rate_at(step, optimizer, 286_000) == pytest.approx(fairseq(step), rel=1e-12)
+    for step in (0, 1, 777, 15_998, 15_999):  # the rate of a warm-up step is the one it ends with
+        assert learning_rate_at(step, optimizer, 286_000) == pytest.approx(fairseq(step + 1), rel=1e-12)
+    with pytest.raises(
+        ConfigError, match=r"optimizer\.warmup_init_learning_rate=2\.0 is above optimizer\.learning_rate=1"
+    ):
+        OptimizerConfig(learning_rate=1.0, warmup_init_learning_rate=2.0)
 
 
 def test_learning_rate_warms_up_then_falls_as_a_cosine() -> None:

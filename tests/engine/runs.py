@@ -123,6 +123,22 @@ def curve_of(results: list[StepResult]) -> Curve:
     return [(result.loss, result.grad_norm) for result in results]
 
 
+class PlainNag(torch.optim.Optimizer):
+    """fairseq's nag, written down from its formula: the momentum holds the learning rate, corrected when that moves."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            correction = rate / group.get("old_rate", rate)
+            for weight in group["params"]:
+                buffer = self.state[weight].setdefault("buffer", torch.zeros_like(weight))
+                weight *= 1 - rate * group["weight_decay"]
+                weight += momentum**2 * correction * buffer - (1 + momentum) * rate * weight.grad
+                buffer.mul_(momentum * correction).sub_(rate * weight.grad)
+            group["old_rate"] = rate
+
+
 def run_plain(config: Config, steps: int, *, mask_labels: bool = False) -> Curve:
     """Train in this process with nothing but PyTorch: the whole global batch at once, no DeepSpeed, no groups."""
     torch.set_num_threads(1)
@@ -133,11 +149,12 @@ def run_plain(config: Config, steps: int, *, mask_labels: bool = False) -> Curve
     o = config.optimizer
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        betas=(o.beta1, o.beta2),
-        eps=o.epsilon,
-    )
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer: torch.optim.Optimizer
+    if o.kind == "nesterov":
+        optimizer = PlainNag(groups, {"momentum": o.momentum})
+    else:
+        optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=o.epsilon)
     loader = open_loader(config, micro_batch_size=config.train.global_batch_size)
     curve = []
     for step in range(steps):

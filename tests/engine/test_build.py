@@ -130,7 +130,7 @@ def _inspect(config: Config) -> dict[str, Any]:
     parameters = list(model.parameters())
     inspected = {
         "tensor rank": groups.tensor.rank,
-        "slopes": model.positions.score_slopes(CPU),
+        "slopes": model.positions.score_bias(1, CPU).alibi_slopes,
         "state": list(model.state_dict()),
         "dtypes": {parameter.dtype for parameter in parameters},
         "elements": sum(parameter.numel() for parameter in parameters),

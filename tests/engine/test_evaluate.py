@@ -4,18 +4,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from megalibi.config import derive
+from megalibi.config import padded_vocab_size
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import ValidationLoader
 from megalibi.data.token_file import TokenFile
 from megalibi.engine.evaluate import FORWARD_TOKENS, Window, batches_of_windows, stream_loss, validation_loss, windows
 from megalibi.model import GPT, initialize
-from megalibi.parallel import ALONE
+from megalibi.parallel import ALONE, Group, ProcessGroups
 from tests.engine.runs import CPU, VOCAB_SIZE, make_config, process_groups
 from tests.ranks import run_on_ranks
 
 FP32_RELATIVE_BOUND = 1e-5
+FP64_RELATIVE_BOUND = 1e-13
+"""Of sums of the same fp32 losses in another order, at most 40,000 of them."""
 
 
 def context_of(token: int, num_tokens: int, length: int, stride: int | None) -> int:
@@ -75,25 +78,90 @@ def test_two_protocols_on_ten_tokens() -> None:
     ]
 
 
-def build_model(prefix: str) -> GPT:
+def build_model(prefix: str, group: Group = ALONE) -> GPT:
     config = make_config(prefix)
-    model = GPT(config.model, padded_vocab_size=derive(config, 1).padded_vocab_size, group=ALONE)
-    initialize(model, config.model, seed=5, group=ALONE)
+    model = GPT(config.model, padded_vocab_size=padded_vocab_size(VOCAB_SIZE, group.size), group=group)
+    initialize(model, config.model, seed=5, group=group)
     return model
 
 
-@pytest.mark.parametrize(("length", "stride"), [(16, None), (16, 5), (16, 1), (16, 16), (200, None), (7, 3)])
-def test_stream_loss_equals_token_by_token(prefix: str, length: int, stride: int | None) -> None:
-    model, tokens, num_tokens = build_model(prefix), TokenFile(prefix), 97
+@torch.no_grad()
+def sums_one_by_one(model: GPT, tokens: TokenFile, length: int, stride: int | None, num_tokens: int) -> Tensor:
+    """Give each token the context that the definition gives it, alone; sum by how many tokens that is."""
     stream = torch.from_numpy(tokens.read(0, num_tokens).astype("int64"))
-    expected = 0.0
+    sums_2S = torch.zeros(2, length, dtype=torch.float64)
     for token in range(1, num_tokens):
-        start = context_of(token, num_tokens, length, None if stride == length else stride)
-        with torch.no_grad():
-            expected += model(stream[None, start:token], stream[None, start + 1 : token + 1])[0, -1].item()
-    parts = list(stream_loss(model, tokens, length, stride, num_tokens, device=CPU))
-    assert sum(count for _, count in parts) == num_tokens - 1
-    assert sum(loss for loss, _ in parts) == pytest.approx(expected, rel=FP32_RELATIVE_BOUND)
+        start = context_of(token, num_tokens, length, stride)
+        loss = model(stream[None, start:token], stream[None, start + 1 : token + 1])[0, -1].double()
+        sums_2S[:, token - start - 1] += torch.stack([loss, torch.ones_like(loss)])
+    return sums_2S
+
+
+def sums_of(
+    model: GPT, tokens: TokenFile, case: tuple[int, int | None, int], groups: ProcessGroups | None = None
+) -> Tensor:
+    turns = stream_loss(model, tokens, *case, device=CPU, data=ALONE if groups is None else groups.data)
+    return torch.stack(list(turns)).sum(0)
+
+
+def assert_same(sums_2S: Tensor, expected_2S: Tensor, bound: float) -> None:
+    """The counts are the same, and the losses of every position as near as the bound, relative."""
+    assert torch.equal(sums_2S[1], expected_2S[1])
+    torch.testing.assert_close(sums_2S[0], expected_2S[0], rtol=bound, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("length", "stride", "num_tokens"),
+    [
+        (16, None, 97),  # blocks that fill the text
+        (16, None, 92),  # and a last one of 11
+        (16, None, 98),  # and a last one of 1
+        (16, 5, 97),
+        (16, 5, 83),
+        (16, 1, 97),
+        (16, 15, 60),
+        (200, None, 97),  # longer than the text
+        (200, 7, 97),
+        (7, 3, 50),
+        (1, None, 20),
+    ],
+)
+def test_both_protocols_equal_token_by_token(prefix: str, length: int, stride: int | None, num_tokens: int) -> None:
+    model, tokens = build_model(prefix), TokenFile(prefix)
+    sums_2S = sums_of(model, tokens, (length, stride, num_tokens))
+    assert sums_2S[1].sum() == num_tokens - 1
+    assert_same(sums_2S, sums_one_by_one(model, tokens, length, stride, num_tokens), FP32_RELATIVE_BOUND)
+
+
+@pytest.mark.parametrize(("length", "num_tokens"), [(16, 97), (16, 92), (7, 50), (200, 97)])
+def test_a_stride_of_the_length_gives_the_nonoverlapping_losses_exactly(
+    prefix: str, length: int, num_tokens: int
+) -> None:
+    model, tokens = build_model(prefix), TokenFile(prefix)
+    expected_2S = sums_of(model, tokens, (length, None, num_tokens))
+    assert torch.equal(sums_of(model, tokens, (length, length, num_tokens)), expected_2S)
+
+
+# Several forward passes, a last short one, and turns that leave a rank without one.
+CASES: list[tuple[int, int | None, int]] = [(64, None, 20_001), (64, None, 33_000), (48, 31, 17_000), (500, 100, 2_000)]
+
+
+def _sums_on_ranks(prefix: str, tensor_parallel_size: int) -> list[Tensor]:
+    groups = process_groups(tensor_parallel_size)
+    model, tokens = build_model(prefix, groups.tensor), TokenFile(prefix)
+    return [sums_of(model, tokens, case, groups) for case in CASES]
+
+
+@pytest.mark.parametrize(("world_size", "tensor"), [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_any_number_of_ranks_gives_the_losses_of_one(prefix: str, world_size: int, tensor: int) -> None:
+    model, tokens = build_model(prefix), TokenFile(prefix)
+    torch.set_num_threads(1)  # as in the ranks: the sums of a matrix product depend on it
+    by_rank = run_on_ranks(world_size, _sums_on_ranks, prefix, tensor)
+    for number, case in enumerate(CASES):
+        expected_2S = sums_of(model, tokens, case)
+        for sums in by_rank:
+            assert torch.equal(sums[number], by_rank[0][number])
+            assert_same(sums[number], expected_2S, FP64_RELATIVE_BOUND if tensor == 1 else FP32_RELATIVE_BOUND)
 
 
 def _validate(prefix: str, num_samples: int, micro_batch_sizes: list[int]) -> list[tuple[float, int]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 
 from megalibi.config import OptimizerConfig
 from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER, LOSS_SCALE_WINDOW
-from megalibi.engine.optimizer import ClippedAdamW, build_optimizer
+from megalibi.engine.optimizer import ClippedAdamW, ClippedNesterov, Nesterov, build_optimizer
 from megalibi.parallel import ALONE, Group, ShardSpec, set_shard_spec
+from tests.engine.runs import PlainNag
 from tests.parallel.helpers import randn, tensor_group
 from tests.ranks import run_on_ranks
 
@@ -75,6 +77,30 @@ def test_matrices_decay_and_vectors_do_not() -> None:
         assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
         assert optimizer.defaults["fused"]
         assert isinstance(optimizer, ClippedAdamW) == (zero_stage == 0)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_nesterov_is_fairseqs_nag_while_the_learning_rate_moves(zero_stage: int) -> None:
+    config = dataclasses.replace(CONFIG, kind="nesterov", momentum=0.9)
+    ours, plain = make_parameters(), make_parameters()
+    optimizer = build_optimizer(ours, config, zero_stage=zero_stage, tensor=ALONE, fp16=False)
+    assert isinstance(optimizer, ClippedNesterov if zero_stage == 0 else Nesterov)
+    groups = [
+        {"params": [plain[0], plain[2]], "weight_decay": CONFIG.weight_decay},
+        {"params": [plain[1]], "weight_decay": 0.0},
+    ]
+    optimizer_ref = PlainNag(groups, {"momentum": 0.9})
+    for step, learning_rate in enumerate((1e-7, 0.5, 1.0, 0.9, 0.3, 1e-4, 1e-4)):
+        for group in (*optimizer.param_groups, *optimizer_ref.param_groups):
+            group["lr"] = learning_rate
+        set_grads(ours, step)
+        set_grads(plain, step)
+        if zero_stage == 1:
+            nn.utils.clip_grad_norm_(ours, CONFIG.clip_grad_norm)  # DeepSpeed's work there
+        optimizer.step()
+        step_plain(optimizer_ref, plain)
+        for parameter, parameter_ref in zip(ours, plain, strict=True):
+            torch.testing.assert_close(parameter, parameter_ref, rtol=1e-5, atol=1e-6)
 
 
 def overflow(parameters: list[nn.Parameter], value: float) -> None:

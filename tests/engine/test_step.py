@@ -71,6 +71,8 @@ def test_heads_that_are_no_power_of_two_on_4_tensor_ranks(prefix: str, heads: in
     check_equal_plain(run_on(4, configs, STEPS), plain_curve(prefix, heads, hidden_size))
 
 
+NESTEROV = {"kind": "nesterov", "learning_rate": 0.3, "warmup_init_learning_rate": 1e-7, "weight_decay": 0.01}
+ADAPTIVE = {"adaptive_cutoffs": [41, 122], "final_norm": False, "bias": True, "activation": "relu"}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "micro batch 1": {"train": {"micro_batch_size": 1}},
     "micro batch 4": {"train": {"micro_batch_size": 4}},
@@ -79,6 +81,21 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "biases": {"model": {"bias": True}},
     "untied": {"model": {"tie_embeddings": False}},
     "relu, sinusoidal": {"model": {"activation": "relu", "position_method": "sinusoidal"}},
+    "rotary": {"model": {"position_method": "rotary"}},
+    "t5_bias": {"model": {"position_method": "t5_bias"}},
+    "t5_bias, recompute, document mask": {
+        "model": {"position_method": "t5_bias", "recompute": "full"},
+        "data": {"document_mask": True},
+    },
+    "learned, recompute": {"model": {"position_method": "learned", "max_position_embeddings": 40, "recompute": "full"}},
+    "none": {"model": {"position_method": "none"}},
+    "nesterov": {"optimizer": NESTEROV},
+    "adaptive": {"model": ADAPTIVE, "optimizer": NESTEROV},
+    "adaptive, untied, sequence parallel, recompute": {
+        "parallel": {"sequence_parallel": True},
+        "data": {"seq_length": 34},
+        "model": {**ADAPTIVE, "tie_embeddings": False, "recompute": "full"},
+    },
     "recompute": {"model": {"recompute": "full", "bias": True}},
     "sequence parallel": {
         "parallel": {"sequence_parallel": True},

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megalibi.model.attention import SelfAttention
-from megalibi.model.positions import build_position_method
+from megalibi.model.positions import ScoreBias, build_position_method
 from megalibi.parallel import ALONE
 from tests.model.helpers import make_model
 from tests.parallel.helpers import load_full, randn, tensor_group
@@ -32,14 +32,15 @@ def attend_slowly(x_SH: Tensor, qkv: Tensor, proj: Tensor, slopes: list[float]) 
 
 def test_attention_equals_the_definition() -> None:
     model = make_model(num_attention_heads=HEADS, hidden_size=HIDDEN)
-    attention = SelfAttention(model, 0, build_position_method(model, ALONE), group=ALONE, sequence_parallel=False)
+    positions = build_position_method(model, ALONE)
+    attention = SelfAttention(model, 0, positions, group=ALONE, sequence_parallel=False)
     qkv, proj, x = randn(1, 3 * HIDDEN, HIDDEN), randn(2, HIDDEN, HIDDEN), randn(3, 2, 7, HIDDEN)
     load_full(attention.qkv.weight, qkv, ALONE)
     load_full(attention.proj.weight, proj, ALONE)
     # The paper's rule for 6 heads: those of 4, then every second one of 8.
     slopes = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
     with torch.no_grad():
-        output = attention(x, None, None)
+        output = attention(x, None, None, positions.score_bias(7, x.device))
     for row in range(2):
         expected = attend_slowly(x[row].double(), qkv.double(), proj.double(), slopes)
         torch.testing.assert_close(output[row].double(), expected, rtol=1e-4, atol=1e-3)
@@ -55,7 +56,7 @@ def _heads_output(micro_batch_key: int | None) -> Tensor:
     with torch.no_grad():
         for seed, parameter in enumerate(attention.parameters()):
             parameter.copy_(randn(seed, *parameter.shape))
-        attention(randn(9, 2, 8, model.hidden_size), None, micro_batch_key)
+        attention(randn(9, 2, 8, model.hidden_size), None, micro_batch_key, ScoreBias())
     return captured[0]
 
 

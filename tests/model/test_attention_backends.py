@@ -41,7 +41,7 @@ def _attend(backend: str, num_heads: int, dtype: torch.dtype) -> dict[str, Tenso
         load_full(attention.qkv.weight, randn(1, 3 * hidden_size, hidden_size) / hidden_size**0.5, group)
         load_full(attention.proj.weight, randn(2, hidden_size, hidden_size) / hidden_size**0.5, group)
         x = randn(3, 1, SEQ_LENGTH, hidden_size, dtype=dtype).requires_grad_()
-        output = attention(x, documents, None)
+        output = attention(x, documents, None, positions.score_bias(SEQ_LENGTH, x.device))
         output.backward(randn(4, 1, SEQ_LENGTH, hidden_size, dtype=dtype))
         assert x.grad is not None
         results[f"{kind}: output"], results[f"{kind}: gradient of x"] = output.detach(), x.grad

@@ -31,7 +31,7 @@ def test_layer_norm_equals_its_formula(bias: bool) -> None:
 @pytest.mark.parametrize(("activation", "function"), [("gelu", F.gelu), ("relu", torch.relu)])
 def test_mlp_equals_its_formula(activation: str, function) -> None:
     model = make_model(activation=activation, bias=True)
-    mlp = MLP(model, group=ALONE, sequence_parallel=False)
+    mlp = MLP(model, 0, group=ALONE, sequence_parallel=False)
     with torch.no_grad():
         for seed, parameter in enumerate(mlp.parameters()):
             parameter.copy_(randn(seed, *parameter.shape))
@@ -42,10 +42,11 @@ def test_mlp_equals_its_formula(activation: str, function) -> None:
 
 def test_block_adds_attention_then_mlp_each_behind_its_norm() -> None:
     model = make_model()
-    block = build_gpt(model).blocks[0]
+    gpt = build_gpt(model)
+    block, bias = gpt.blocks[0], gpt.positions.score_bias(5, torch.device("cpu"))
     x = randn(1, 2, 5, model.hidden_size)
-    middle = x + block.attention(block.attention_norm(x), None, None)
-    torch.testing.assert_close(block(x, None, None), middle + block.mlp(block.mlp_norm(middle)))
+    middle = x + block.attention(block.attention_norm(x), None, None, bias)
+    torch.testing.assert_close(block(x, None, None, *bias), middle + block.mlp(block.mlp_norm(middle)))
 
 
 def _drop_ones(sequence_parallel: bool) -> Tensor:
@@ -78,13 +79,14 @@ def _norm_and_bias_grads(sequence_parallel: bool) -> dict[str, Tensor]:
     """Gradients of what every rank holds in full."""
     group = tensor_group()
     model = make_model(bias=True)
-    block = Block(model, 0, build_position_method(model, group), group=group, sequence_parallel=sequence_parallel)
+    positions = build_position_method(model, group)
+    block = Block(model, 0, positions, group=group, sequence_parallel=sequence_parallel)
     block.load_state_dict(build_gpt(model, group).blocks[0].state_dict())
     x = randn(1, 2, 8, model.hidden_size)
     upstream = randn(2, 2, 8, model.hidden_size)
     if sequence_parallel:
         x, upstream = scatter_to_sequence(x, group), scatter_to_sequence(upstream, group)
-    block(x, None, None).backward(upstream)
+    block(x, None, None, *positions.score_bias(8, x.device)).backward(upstream)
     replicated = ("attention_norm.", "mlp_norm.", "proj.bias", "down.bias")
     return {
         name: parameter.grad.clone()
@@ -99,3 +101,38 @@ def test_trap_7_gradients_of_norms_and_row_biases_are_whole_under_sequence_paral
     for grads in run_on_ranks(4, _norm_and_bias_grads, True):
         for name, grad in expected.items():
             assert_close(grads[name], grad, FP32_RELATIVE_ERROR, name)
+
+
+def _dropped_columns(p: float) -> Tensor:
+    """What an MLP of identities gives for ones: which columns of its hidden layer this rank drops."""
+    group = tensor_group()
+    model = make_model(activation="relu", hidden_size=32, ffn_hidden_size=32, activation_dropout=p)
+    mlps = [MLP(model, layer, group=group, sequence_parallel=False) for layer in (0, 1)]
+    with torch.no_grad():
+        for mlp in mlps:
+            for linear, dim in ((mlp.up, 0), (mlp.down, 1)):
+                linear.weight.copy_(torch.eye(32).chunk(group.size, dim=dim)[group.rank])
+    ones = torch.ones(2, 5, 32)
+    assert torch.equal(mlps[0](ones), ones)  # no key, no dropout
+    return torch.stack([mlp(ones, 3) for mlp in mlps]).detach()
+
+
+def test_activation_dropout_is_of_the_ranks_own_columns_and_keyed_by_layer() -> None:
+    for size in (1, 2):
+        by_rank = run_on_ranks(size, _dropped_columns, 0.5)
+        assert all(torch.equal(kept, by_rank[0]) for kept in by_rank)  # after the sum over the ranks
+        first, second = by_rank[0]
+        assert set(first.unique().tolist()) == {0.0, 2.0}
+        assert not torch.equal(first, second)
+        if size == 2:
+            assert not torch.equal(first[..., :16], first[..., 16:])
+    assert torch.equal(run_on_ranks(1, _dropped_columns, 0.0)[0], torch.ones(2, 2, 5, 32))
+
+
+@pytest.mark.parametrize(
+    ("fields", "p"), [({}, 0.3), ({"attention_dropout": 0.1}, 0.1), ({"attention_dropout": 0.0}, 0.0)]
+)
+def test_attention_dropout_is_dropout_unless_it_is_given(fields: dict[str, float], p: float) -> None:
+    gpt = build_gpt(make_model(dropout=0.3, **fields))
+    assert gpt.blocks[0].attention.dropout_p == p
+    assert gpt.blocks[0].dropout.p == gpt.dropout.p == 0.3

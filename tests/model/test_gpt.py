@@ -26,6 +26,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {"tie_embeddings": False},
     "relu": {"activation": "relu", "bias": True, "tie_embeddings": False},
     "sinusoidal": {"position_method": "sinusoidal"},
+    "rotary": {"position_method": "rotary"},
+    "t5_bias": {"position_method": "t5_bias"},
+    "t5_bias, 12 heads": {"position_method": "t5_bias", "num_attention_heads": 12},
+    "learned": {"position_method": "learned", "max_position_embeddings": 16},
+    "none": {"position_method": "none"},
     "12 heads": {"num_attention_heads": 12},
     "20 heads": {"num_attention_heads": 20, "hidden_size": 80},
 }
@@ -70,12 +75,14 @@ def test_model_is_causal() -> None:
     assert difference[7:].min() > 1e-4
 
 
-def test_packed_documents_equal_separate_rows() -> None:
+# Methods that act on distances alone: a document knows nothing of where in the row it stands.
+@pytest.mark.parametrize("method", ["alibi", "rotary", "t5_bias", "none"])
+def test_packed_documents_equal_separate_rows(method: str) -> None:
     tokens, labels = random_tokens(2, 12)
-    packed = build_gpt(make_model())
+    packed = build_gpt(make_model(position_method=method))
     losses = packed(tokens, labels, cu_seqlens=torch.tensor(CU_SEQLENS, dtype=torch.int32))
     losses.sum().backward()
-    separate = build_gpt(make_model())
+    separate = build_gpt(make_model(position_method=method))
     stream_tokens, stream_labels = tokens.flatten(), labels.flatten()
     for start, stop in pairwise(CU_SEQLENS):
         losses_ref = separate(stream_tokens[None, start:stop], stream_labels[None, start:stop])
@@ -89,12 +96,11 @@ def test_packed_documents_equal_separate_rows() -> None:
 def _run_recomputed(sequence_parallel: bool) -> list[list[dict[str, Tensor]]]:
     group = tensor_group()
     pairs = []
-    for dropout, key in ((0.0, None), (0.1, 99)):
+    for method, dropout, key in (("alibi", 0.0, None), ("alibi", 0.1, 99), ("t5_bias", 0.0, None)):
         pair = []
         for recompute in ("none", "full"):
-            gpt = build_gpt(
-                make_model(dropout=dropout, bias=True, recompute=recompute), group, sequence_parallel=sequence_parallel
-            )
+            model = make_model(dropout=dropout, bias=True, recompute=recompute, position_method=method)
+            gpt = build_gpt(model, group, sequence_parallel=sequence_parallel)
             calls = _count_forward_passes(gpt.blocks[0])
             pair.append(losses_and_grads(gpt, micro_batch_key=key))
             pair[-1]["forward passes"] = torch.tensor(len(calls))
@@ -188,3 +194,24 @@ def test_trained_at_33_tokens_it_evaluates_10_000_in_bounded_memory() -> None:
     assert losses.shape == (EVALUATED_LENGTH,)
     assert losses[-1000:].mean() < 1.1 * loss  # what was learned holds 300 times further
     assert taken_bytes < MEMORY_BOUND_BYTES
+
+
+LONG = 16_384
+LONG_MEMORY_BOUND_BYTES = 400e6
+"""One head's scores alone would be 1.07 GB; the widest activation is 25 MB, the logits of a chunk 2.5 MB."""
+
+
+def _evaluate_long(method: str) -> float:
+    """Return the memory that 16,384 tokens at once took."""
+    gpt = build_gpt(make_model(position_method=method, num_layers=1))
+    tokens, labels = random_tokens(1, LONG)
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with torch.no_grad():
+        assert torch.isfinite(gpt(tokens, labels)).all()
+    return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib)
+
+
+@pytest.mark.parametrize("method", ["sinusoidal", "rotary", "t5_bias", "none"])
+def test_every_method_evaluates_16384_tokens_in_bounded_memory(method: str) -> None:
+    (taken_bytes,) = run_on_ranks(1, _evaluate_long, method)
+    assert taken_bytes < LONG_MEMORY_BOUND_BYTES

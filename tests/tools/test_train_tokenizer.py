@@ -50,3 +50,27 @@ def test_a_mistake_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path / 'none.txt'}: no such file\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_word_level_vocabulary_is_made_and_encoded_by_its_suffix(tmp_path):
+    (tmp_path / "wiki.tokens").write_text(" \n = Title = \n \n the cat and the <unk> \n")
+    output = tmp_path / "wiki.words"
+    done = run("--input", tmp_path / "wiki.tokens", "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{output}: 16 ids, sha256 ")  # 9 of them, up to a multiple of 8
+    assert output.read_text().startswith("<s> 0\n<pad> 0\n</s> 4\n<unk> 1\n= 2\nthe 2\nTitle 1\n")
+    preprocess = [TOOL.with_name("preprocess_data.py"), "--input", tmp_path / "wiki.tokens", "--tokenizer", output]
+    done = subprocess.run(
+        [sys.executable, *map(str, preprocess), "--output", tmp_path / "wiki", "--workers", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 documents, 12 tokens in " in done.stdout  # 8 words and 4 line ends
+
+
+def test_a_sentencepiece_model_needs_a_size(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    done = run("--input", tmp_path / "a.txt", "--output", tmp_path / "t.model")
+    assert done.returncode == 2
+    assert done.stderr == "error: --vocab-size is missing: a number of token ids, 32000 for example\n"

@@ -5,15 +5,42 @@ A new method is one file beside this one: a subclass that overrides the place wh
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
+from megalibi.config import ModelConfig
+from megalibi.parallel import Group
+
+
+class ScoreBias(NamedTuple):
+    """What is added to the scores, for the heads of this rank: arguments of ``alibi_attention.attention``."""
+
+    alibi_slopes: Tensor | None = None
+    """Slopes of a linear bias, fp32 [A]."""
+    distance_bias: Tensor | None = None
+    """A bias by the distance between query and key, fp32 [A, D], D at least the length."""
+
 
 class PositionMethod(nn.Module):
-    """How the model knows order. The base class does nothing in all three places.
+    """How the model knows order. The base class does nothing in all three places: that is the method ``none``.
 
-    Shapes: B batch, S sequence, H hidden, A heads of this rank, K head dimension.
+    A method with parameters holds them in a module of its own and calls it where it uses them: ZeRO 3 makes parameters
+    whole when the module that holds them is called.
+
+    Shapes: B batch, S sequence, H hidden, A heads of this rank, K head dimension, D distances.
+
+    Args:
+        model: The network.
+        group: The tensor group, which shares the heads.
     """
+
+    bias = "no"
+    """Which bias ``score_bias`` gives: "alibi" slopes, a "distance" bias or "no" bias; it decides the back end."""
+
+    def __init__(self, model: ModelConfig, group: Group) -> None:
+        super().__init__()
 
     def add_to_embedding(self, x_BSH: Tensor) -> Tensor:
         """Act on the embedded tokens; position 0 is the first token of the row."""
@@ -23,6 +50,6 @@ class PositionMethod(nn.Module):
         """Act on queries and keys, in every layer."""
         return q_BSAK, k_BSAK
 
-    def score_slopes(self, device: torch.device) -> Tensor | None:
-        """Return the slopes of a linear bias on the scores, fp32 [A], for the heads of this rank; None for no bias."""
-        return None
+    def score_bias(self, seq_length: int, device: torch.device) -> ScoreBias:
+        """Return what is added to the scores of every layer: asked for once per forward pass."""
+        return ScoreBias()

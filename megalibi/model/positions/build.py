@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from megalibi.config import ModelConfig
-from megalibi.model.positions.absolute import Sinusoidal
 from megalibi.model.positions.alibi import Alibi
 from megalibi.model.positions.base import PositionMethod
+from megalibi.model.positions.learned import Learned
+from megalibi.model.positions.rotary import Rotary
+from megalibi.model.positions.sinusoidal import Sinusoidal
+from megalibi.model.positions.t5_bias import T5Bias
 from megalibi.parallel import Group
+
+METHODS: dict[str, type[PositionMethod]] = {
+    "alibi": Alibi,
+    "sinusoidal": Sinusoidal,
+    "rotary": Rotary,
+    "t5_bias": T5Bias,
+    "learned": Learned,
+    "none": PositionMethod,
+}
+"""One for each of ``config.schema.POSITION_METHODS``."""
 
 
 def build_position_method(model: ModelConfig, group: Group) -> PositionMethod:
     """Return ``model.position_method`` for this rank of the tensor group."""
-    if model.position_method == "alibi":
-        return Alibi(model.num_attention_heads, group)
-    assert model.position_method == "sinusoidal", model.position_method  # the schema allows no other
-    return Sinusoidal()
+    return METHODS[model.position_method](model, group)

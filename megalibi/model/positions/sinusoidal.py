@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from megalibi.config import ModelConfig
 from megalibi.model.positions.base import PositionMethod
+from megalibi.parallel import Group
 
 
 class Sinusoidal(PositionMethod):
@@ -15,16 +17,27 @@ class Sinusoidal(PositionMethod):
 
     The first half of the hidden dimensions are sines, the second half cosines, as in fairseq (the paper's code), with
     frequencies 10000^(-i / (hidden_size / 2 - 1)). The table is no state: it is computed for the length at hand.
+
+    There and in the source, token embeddings start with a standard deviation of 1. Ours start with ``init_std`` unless
+    they are adaptive, and the table is scaled by as much: beside tokens 50 times smaller it would drown them, and the
+    model learns next to nothing for hundreds of steps.
     """
+
+    def __init__(self, model: ModelConfig, group: Group) -> None:
+        super().__init__(model, group)
+        self.scale = 1.0 if model.adaptive_cutoffs else model.init_std
 
     def add_to_embedding(self, x_BSH: Tensor) -> Tensor:
         """Add the table to every row."""
-        return x_BSH + sinusoidal_table(x_BSH.shape[1], x_BSH.shape[2], x_BSH.device).to(x_BSH.dtype)
+        table_SH = self.scale * sinusoidal_table(x_BSH.shape[1], x_BSH.shape[2], x_BSH.device)
+        return x_BSH + table_SH.to(x_BSH.dtype)
 
 
 def sinusoidal_table(seq_length: int, hidden_size: int, device: torch.device) -> Tensor:
     """Return the position embeddings, fp32 [S, H]."""
     half = hidden_size // 2
-    frequencies = torch.exp(torch.arange(half, device=device) * -(math.log(10_000.0) / max(1, half - 1)))
-    angles_SF = torch.arange(seq_length, device=device)[:, None] * frequencies[None, :]
-    return torch.cat([angles_SF.sin(), angles_SF.cos()], dim=1)
+    # fp64: at position 16,384 an angle would be off by 1e-3 in fp32.
+    steps = torch.arange(half, device=device, dtype=torch.float64)
+    frequencies = torch.exp(steps * -(math.log(10_000.0) / max(1, half - 1)))
+    angles_SF = torch.arange(seq_length, device=device, dtype=torch.float64)[:, None] * frequencies[None, :]
+    return torch.cat([angles_SF.sin(), angles_SF.cos()], dim=1).float()

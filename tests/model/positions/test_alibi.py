@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from alibi_attention import alibi_slopes
-from megalibi.model.positions import Alibi
+from megalibi.model.positions import PositionMethod
+from megalibi.model.positions.alibi import Alibi
 from megalibi.parallel import ALONE
 from tests.model.helpers import build_gpt, make_model
 from tests.parallel.helpers import fake_group
@@ -12,10 +13,19 @@ from tests.parallel.helpers import fake_group
 CPU = torch.device("cpu")
 
 
+def slopes_of(positions: PositionMethod) -> torch.Tensor:
+    slopes = positions.score_bias(8, CPU).alibi_slopes
+    assert slopes is not None
+    return slopes
+
+
 @pytest.mark.parametrize("heads", [4, 12, 20, 24])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_trap_2_each_rank_has_the_slopes_of_its_own_heads(heads: int, size: int) -> None:
-    by_rank = [Alibi(heads, fake_group(rank, size)).score_slopes(CPU) for rank in range(size)]
+    by_rank = [
+        slopes_of(Alibi(make_model(num_attention_heads=heads, hidden_size=heads * 4), fake_group(rank, size)))
+        for rank in range(size)
+    ]
     assert all(len(slopes) == heads // size for slopes in by_rank)
     assert torch.equal(torch.cat(by_rank), alibi_slopes(heads))
 
@@ -24,10 +34,10 @@ def test_trap_2_each_rank_has_the_slopes_of_its_own_heads(heads: int, size: int)
 def test_trap_2_slopes_are_no_state_and_are_never_cast(called_before: bool) -> None:
     gpt = build_gpt(make_model(num_attention_heads=12))
     if called_before:
-        gpt.positions.score_slopes(CPU)
+        slopes_of(gpt.positions)
     for cast in (gpt.bfloat16, gpt.half, gpt.double, gpt.float):
         cast()
-        slopes = gpt.positions.score_slopes(CPU)
+        slopes = slopes_of(gpt.positions)
         assert slopes.dtype == torch.float32
         assert torch.equal(slopes, alibi_slopes(12))
     assert not [name for name in gpt.state_dict() if "position" in name or "slope" in name]
@@ -36,6 +46,6 @@ def test_trap_2_slopes_are_no_state_and_are_never_cast(called_before: bool) -> N
 
 def test_alibi_leaves_embedding_and_queries_alone() -> None:
     x = torch.randn(2, 3, 4)
-    positions = Alibi(4, ALONE)
+    positions = Alibi(make_model(), ALONE)
     assert positions.add_to_embedding(x) is x
     assert positions.apply_to_query_key(x, x) == (x, x)

@@ -5,30 +5,41 @@ import math
 import pytest
 import torch
 
-from megalibi.model.positions import Sinusoidal, sinusoidal_table
+from megalibi.model.positions.sinusoidal import Sinusoidal, sinusoidal_table
+from megalibi.parallel import ALONE
+from tests.model.helpers import build_gpt, make_model
 
 CPU = torch.device("cpu")
+FP32_ROUNDING = 1e-7
 
 
 @pytest.mark.parametrize("hidden_size", [2, 4, 16, 48])
 def test_table_equals_the_formula(hidden_size: int) -> None:
     half = hidden_size // 2
-    table = sinusoidal_table(300, hidden_size, CPU)
+    table = sinusoidal_table(16_384, hidden_size, CPU)
     assert table.dtype == torch.float32
-    for position in (0, 1, 7, 299):
+    for position in (0, 1, 7, 299, 16_383):
         for i in range(half):
             angle = position * 10_000 ** (-i / max(1, half - 1))
-            assert table[position, i].item() == pytest.approx(math.sin(angle), abs=1e-4)
-            assert table[position, half + i].item() == pytest.approx(math.cos(angle), abs=1e-4)
+            assert table[position, i].item() == pytest.approx(math.sin(angle), abs=FP32_ROUNDING)
+            assert table[position, half + i].item() == pytest.approx(math.cos(angle), abs=FP32_ROUNDING)
 
 
 def test_table_of_a_longer_sequence_begins_with_that_of_a_shorter() -> None:
     assert torch.equal(sinusoidal_table(1000, 32, CPU)[:10], sinusoidal_table(10, 32, CPU))
 
 
-def test_every_row_gets_the_table_in_its_own_dtype() -> None:
+def test_every_row_gets_the_table_in_its_own_dtype_at_the_scale_of_the_tokens() -> None:
     x = torch.randn(2, 5, 8).bfloat16()
-    y = Sinusoidal().add_to_embedding(x)
+    positions = Sinusoidal(make_model(init_std=0.25), ALONE)
+    y = positions.add_to_embedding(x)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, x + sinusoidal_table(5, 8, CPU).bfloat16())
-    assert not Sinusoidal().state_dict()
+    assert torch.equal(y, x + (0.25 * sinusoidal_table(5, 8, CPU)).bfloat16())
+
+
+def test_at_the_start_the_table_has_half_the_variance_of_the_tokens() -> None:
+    gpt = build_gpt(make_model(position_method="sinusoidal", init_std=0.02))
+    x = gpt.embedding(torch.arange(300)[None])
+    table = gpt.positions.add_to_embedding(torch.zeros_like(x))
+    assert (table.square().mean() / x.square().mean()).item() == pytest.approx(0.5, rel=0.05)  # sin^2 + cos^2 = 1
+    assert not gpt.positions.state_dict()

@@ -1,0 +1,113 @@
+"""The word-level vocabulary: for text whose words stand between spaces already, as WikiText-103's do.
+
+Its ids are those of fairseq-preprocess, which the paper used: four special tokens, then the words by falling frequency
+(equally frequent ones in the order of their characters), then unused entries up to a multiple of 8. A line end is a
+token, so a text that ends without one gets it, and an empty document is an empty line.
+
+The file is text, an id a line: the word, a space, how often it was seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megalibi.config import ConfigError
+from megalibi.data.text import Piece
+
+SUFFIX = ".words"
+"""Of vocabulary files; it tells them from sentencepiece models."""
+_SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+_LINE_END = _SPECIAL.index("</s>")
+_UNKNOWN = _SPECIAL.index("<unk>")
+_MULTIPLE = 8
+
+
+class WordTokenizer:
+    """A word-level vocabulary, with the methods of a Tokenizer.
+
+    Args:
+        path: The ``.words`` file.
+
+    Raises:
+        ConfigError: If the file is missing or is no such vocabulary.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        if not Path(path).is_file():
+            raise ConfigError(f"{self.path}: no such vocabulary; make one with tools/train_tokenizer.py")
+        content = Path(path).read_bytes()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+        try:
+            lines = content.decode().removesuffix("\n").split("\n")
+            self._words = [word for word, count in (line.split(" ") for line in lines) if int(count) >= 0]
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: no vocabulary, a word and its count a line: {error}") from error
+        self._ids = {word: token for token, word in enumerate(self._words)}
+        if tuple(self._words[: len(_SPECIAL)]) != _SPECIAL or len(self._ids) < len(self._words):
+            raise ConfigError(f"{self.path}: no vocabulary that begins with {' '.join(_SPECIAL)} and repeats no word")
+        self.vocab_size = len(self._words)
+        self.end_of_document_id = _LINE_END
+        self.is_exact = False
+        """Spaces and unknown words of the original text are lost, so its bytes cannot be counted."""
+        self.can_cut = True
+        self.counts_lines = True
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text: its words, and a token for each line end that is in it."""
+        ids: list[int] = []
+        for number, line in enumerate(text.split("\n")):
+            if number > 0:
+                ids.append(_LINE_END)
+            ids.extend(self._ids.get(word, _UNKNOWN) for word in line.split())
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of several texts."""
+        return [self.encode(text) for text in texts]
+
+    def end_of_document(self, text: str) -> list[int]:
+        """Return the ids that follow the text at the end of a document: a line end, unless it ends with one."""
+        return [] if text.endswith("\n") else [_LINE_END]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the words between spaces, and the line ends."""
+        lines = " ".join("\n" if token == _LINE_END else self._words[token] for token in ids)
+        return lines.replace(" \n", "\n").replace("\n ", "\n")
+
+
+def count_words(pieces: Iterable[Piece], output: str | os.PathLike[str], *, vocab_size: int | None = None) -> None:
+    """Count the words of documents and write their vocabulary, aside and then renamed.
+
+    Args:
+        pieces: From ``iterate_pieces``, empty documents kept.
+        output: The ``.words`` file.
+        vocab_size: Number of ids, the special ones included; None: all words, and unused ids up to a multiple of 8.
+
+    Raises:
+        ConfigError: If there is no text, or fewer words than ``vocab_size``.
+    """
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        counts.update(piece.text.split())
+        counts["</s>"] += piece.text.count("\n") + (piece.ends_document and not piece.text.endswith("\n"))
+    special = [(word, counts.pop(word, 0)) for word in _SPECIAL]
+    if not counts:
+        raise ConfigError("there are no words in this text")
+    num_all = len(special) + len(counts)
+    size = vocab_size or math.ceil(num_all / _MULTIPLE) * _MULTIPLE
+    if vocab_size is not None and not len(special) < vocab_size <= num_all:
+        raise ConfigError(f"vocab_size={vocab_size} is not allowed: {len(special) + 1} to {num_all} are, for this text")
+    words = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[: size - len(special)]
+    unused = [(f"madeupword{number:04d}", 0) for number in range(size - len(special) - len(words))]
+    path = Path(output)
+    aside = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(f"{word} {count}\n" for word, count in (*special, *words, *unused))
+    aside.write_bytes(lines.encode())  # not write_text: line ends are part of the fingerprint
+    aside.replace(path)

@@ -1,0 +1,44 @@
+"""Learned absolute position embeddings (as in GPT-2): a row for every position, and none past the last one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalibi.config import ConfigError, ModelConfig
+from megalibi.model.positions.base import PositionMethod
+from megalibi.parallel import Group
+
+
+class Learned(PositionMethod):
+    """Add the row of the position to the embedded token; ``model.max_position_embeddings`` is the number of rows."""
+
+    def __init__(self, model: ModelConfig, group: Group) -> None:
+        super().__init__(model, group)
+        self.table = PositionTable(model.max_position_embeddings, model.hidden_size)
+
+    def add_to_embedding(self, x_BSH: Tensor) -> Tensor:
+        """Add the table to every row.
+
+        Raises:
+            ConfigError: The row is longer than the table.
+        """
+        return x_BSH + self.table(x_BSH.shape[1]).to(x_BSH.dtype)
+
+
+class PositionTable(nn.Module):
+    """The learned rows, [positions, H], whole on every rank of the tensor group."""
+
+    def __init__(self, max_positions: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_positions, hidden_size))
+
+    def forward(self, seq_length: int) -> Tensor:
+        """Return the first rows, [S, H]."""
+        if seq_length > len(self.weight):
+            raise ConfigError(
+                f"{seq_length} tokens at once are more than model.max_position_embeddings={len(self.weight)}: "
+                "model.position_method=learned has no embedding for a later position"
+            )
+        return F.embedding(torch.arange(seq_length, device=self.weight.device), self.weight)
