@@ -3,45 +3,56 @@
 Every token but the first is scored once. nonoverlapping: the text is cut into blocks, and a block's first tokens have
 little context. sliding: windows overlap and each scores its last STRIDE tokens, which have LENGTH - STRIDE tokens of
 context or more (but for the first window).
+
+Several ranks (torchrun, deepspeed or srun) share the windows; the result is that of one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
-import os
 import platform
-import shlex
 import sys
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
-import megalibi
 from megalibi import log
-from megalibi.config import ConfigError
-from megalibi.config.cli import run_tool
-from megalibi.data.token_file import TokenFile, check_ids
-from megalibi.data.tokenizer import Tokenizer
-from megalibi.engine.evaluate import stream_loss
-from megalibi.report import memory_peak_bytes
+from megalibi.config import Config, ConfigError, config_from_dict
+from megalibi.data.token_file import TokenFile
+from megalibi.data.tokenizer import Tokenizer, load_tokenizer
+from megalibi.data.words import WordTokenizer
+from megalibi.parallel import ProcessGroups, build_process_groups
+from megalibi.report.by_position import bin_positions, format_table, position_curve, to_columns
+from megalibi.report.plots import save_figure
+from megalibi.report.record import check_writable, describe_run, write_json
 from megalibi.report.run import EvaluationResult
+from megalibi.studies.evaluation import (
+    Evaluation,
+    check_and_measure,
+    check_lengths,
+    check_tensor_parallel_size,
+    evaluate,
+)
 
-EXAMPLE = """example:
+# launch/ is no package; its scripts find each other by their folder, and so does this one.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+from ranks import Place, init_distributed, run_rank, set_up_device
+
+EXAMPLE = """examples:
   python tools/evaluate.py --checkpoint runs/quickstart --data sample/valid --lengths 256,512,1024,2048 \\
       --protocol nonoverlapping --output runs/quickstart/evaluation.json
+  torchrun --nproc_per_node 8 tools/evaluate.py --checkpoint runs/large --data data/valid --lengths 1024,2048 \\
+      --protocol sliding --stride 512 --tensor-parallel-size 2 --by-position --output runs/large/evaluation.json
 """
 LINE_EVERY_SECONDS = 10.0
-CHECK_TOKENS = 1 << 20
 _LOGGER = log.get_logger("evaluate")
 
 
@@ -64,6 +75,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", metavar="T.model", help="for bits per byte (default: data.tokenizer of the checkpoint)"
     )
+    parser.add_argument(
+        "--by-position", action="store_true", help="print and write the loss by the tokens seen of the window, too"
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the loss by the tokens seen")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share one model (default: 1)"
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it
     return parser.parse_args()
 
 
@@ -109,25 +128,11 @@ def open_tokenizer(given: str | None, of_checkpoint: str | None) -> Tokenizer | 
     if path is None or (given is None and not Path(path).is_file()):
         _LOGGER.warning("no bits per byte: the tokenizer of the checkpoint is %s; --tokenizer names one", path)
         return None
-    tokenizer = Tokenizer(path)
-    if not tokenizer.is_exact:
+    tokenizer = load_tokenizer(path)
+    if isinstance(tokenizer, WordTokenizer) or not tokenizer.is_exact:
         _LOGGER.warning("no bits per byte: %s does not keep texts as they are, so their bytes cannot be counted", path)
         return None
     return tokenizer
-
-
-def check_and_measure(text: TokenFile, num_tokens: int, vocab_size: int, tokenizer: Tokenizer | None) -> int | None:
-    """Check every token that will be used, and return the bytes of text of those that are scored."""
-    num_bytes = 0
-    for start in range(0, num_tokens, CHECK_TOKENS):
-        tokens = text.read(start, min(CHECK_TOKENS, num_tokens - start))
-        check_ids(tokens, vocab_size, text, start)
-        if tokenizer is not None:
-            check_ids(tokens, tokenizer.vocab_size, text, start)
-            num_bytes += int(tokenizer.text_bytes[tokens].sum())
-    if tokenizer is None:
-        return None
-    return num_bytes - int(tokenizer.text_bytes[text.read(0, 1)].sum())  # the first token is not scored
 
 
 class Display:
@@ -167,37 +172,6 @@ class Display:
             self._next_line = now + LINE_EVERY_SECONDS
 
 
-def evaluate(
-    model: nn.Module,
-    text: TokenFile,
-    length: int,
-    stride: int | None,
-    num_tokens: int,
-    num_bytes: int | None,
-    device: torch.device,
-) -> EvaluationResult:
-    """Score the text at one length."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    loss_sum, scored, start = 0.0, 0, time.perf_counter()
-    with Display(length, num_tokens - 1, Console(file=sys.stderr)) as display:
-        for batch_loss_sum, batch_scored in stream_loss(model, text, length, stride, num_tokens, device=device):
-            loss_sum, scored = loss_sum + batch_loss_sum, scored + batch_scored
-            display.update(scored, loss_sum / scored)
-    loss = loss_sum / scored
-    if not math.isfinite(loss):
-        raise ConfigError(f"the loss at length {length} is {loss}: the checkpoint's model does not compute numbers")
-    return EvaluationResult(
-        length=length,
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # beyond, it is no floating point number
-        bits_per_byte=loss_sum / math.log(2) / num_bytes if num_bytes else None,
-        tokens=scored,
-        tokens_per_second=scored / (time.perf_counter() - start),
-        memory_bytes=memory_peak_bytes(device),
-    )
-
-
 def describe(result: EvaluationResult) -> str:
     """Return the line that is printed for a length."""
     bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits/byte, "
@@ -207,77 +181,87 @@ def describe(result: EvaluationResult) -> str:
     )
 
 
-def set_up_device() -> torch.device:
-    """Return the GPU, or the CPU with all its cores."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed, which the checkpoint's reader imports, warns of no GPU
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    return torch.device("cpu")
+def join_ranks(place: Place, device: torch.device, config: Config, tensor_parallel_size: int) -> ProcessGroups:
+    """Join the other ranks, if there are any."""
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    if place.world_size > 1:
+        init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
+    return build_process_groups(tensor_parallel_size, timeout)
 
 
-def check_output(output: Path) -> None:
-    """Make the output's folder; find out before the work that the file can be written there."""
-    if output.is_dir():
-        raise ConfigError(f"--output={output} is a folder: give the name of a file, such as evaluation.json")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output={output} cannot be written: {error.strerror}") from error
-    if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"--output={output} cannot be written: its folder is read-only")
+def evaluate_lengths(
+    evaluation: Evaluation, lengths: list[int]
+) -> tuple[list[dict[str, Any]], dict[int, NDArray[np.float64]]]:
+    """Evaluate at each length; rank 0 prints what came of it.
+
+    Returns:
+        The results, and by length the sums by position, [2, S].
+    """
+    results, sums, speaks = [], {}, evaluation.groups.world.rank == 0
+    console = Console(file=sys.stderr, quiet=not speaks)
+    for length in lengths:
+        with Display(length, evaluation.num_tokens - 1, console) as display:
+            result, sums[length] = evaluate(evaluation, length, display.update)
+        results.append(dataclasses.asdict(result))
+        if speaks:
+            print(describe(result), flush=True)
+    return results, sums
 
 
-def write(evaluation: dict[str, Any], output: Path) -> None:
-    """Write the file aside and rename it."""
-    aside = output.with_name(output.name + ".tmp")
-    try:
-        aside.write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
-        aside.replace(output)
-    except OSError as error:
-        raise ConfigError(f"--output={output} cannot be written: {error.strerror}") from error
-
-
-def main() -> None:
+def main(arguments: argparse.Namespace, place: Place) -> None:
     """Check everything, evaluate, write, and say what came of it."""
-    arguments = parse_arguments()
     lengths = parse_lengths(arguments.lengths)
     stride = choose_stride(arguments.protocol, arguments.stride, lengths)
     text = TokenFile(arguments.data)
     num_tokens = count_tokens(text, arguments.tokens, lengths)
-    check_output(arguments.output)
-    device = set_up_device()
+    for option, output in (("--output", arguments.output), ("--picture", arguments.picture)):
+        if output is not None:
+            check_writable(output, option)
+    device = set_up_device(place)
     from megalibi.checkpoint import get_checkpoint, load_model, read_manifest  # after the device: it imports DeepSpeed
 
     checkpoint = get_checkpoint(arguments.checkpoint)
     manifest = read_manifest(checkpoint)
-    tokenizer = open_tokenizer(arguments.tokenizer, manifest.config["data"]["tokenizer"])
-    num_bytes = check_and_measure(text, num_tokens, manifest.config["model"]["vocab_size"], tokenizer)
-    model = load_model(checkpoint, device)
-    results = []
-    for length in lengths:
-        results.append(evaluate(model, text, length, stride, num_tokens, num_bytes, device))
-        print(describe(results[-1]), flush=True)
-    evaluation = {
+    config = config_from_dict(manifest.config)
+    check_lengths(config, lengths)
+    check_tensor_parallel_size(config, arguments.tensor_parallel_size, place.world_size)
+    tokenizer = open_tokenizer(arguments.tokenizer, config.data.tokenizer)
+    num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, tokenizer)
+    groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
+    evaluation = Evaluation(
+        model=load_model(checkpoint, device, groups.tensor),
+        text=text,
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        stride=stride,
+        groups=groups,
+        device=device,
+    )
+    results, sums = evaluate_lengths(evaluation, lengths)
+    if place.rank > 0:
+        return
+    if arguments.by_position:
+        print(format_table({length: bin_positions(sums_2S) for length, sums_2S in sums.items()}))
+        for row in results:
+            row["by_position"] = to_columns(sums[row["length"]])
+    if arguments.picture is not None:
+        save_figure(position_curve(sums, train_seq_length=config.data.seq_length), arguments.picture)
+    fields = {
         "checkpoint": str(checkpoint),
         "step": manifest.step,
-        "train_seq_length": manifest.config["data"]["seq_length"],
+        "train_seq_length": config.data.seq_length,
         "protocol": arguments.protocol,
         "stride": stride,
         "data": arguments.data,
-        "results": [dataclasses.asdict(result) for result in results],
-        "command": shlex.join(["python", *sys.argv]),
+        "results": results,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "versions": {
-            "megalibi": megalibi.__version__,
-            "torch": version("torch"),
-            "python": platform.python_version(),
-        },
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "ranks": place.world_size,
+        "tensor_parallel_size": arguments.tensor_parallel_size,
+        **describe_run(str(device)),
     }
-    write(evaluation, arguments.output)
+    write_json(fields, arguments.output)
 
 
 if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+    arguments = parse_arguments()
+    run_rank(lambda place: main(arguments, place))

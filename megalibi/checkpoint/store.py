@@ -27,7 +27,7 @@ from megalibi.checkpoint.manifest import (
     prune,
     read_manifest,
 )
-from megalibi.config import Config, ConfigError, Derived, config_to_dict
+from megalibi.config import Config, ConfigError, Derived, config_from_dict, config_to_dict
 from megalibi.log import get_logger
 from megalibi.parallel import ProcessGroups
 
@@ -191,23 +191,24 @@ def check_resumable(checkpoint: Path, config: Config, world_size: int) -> Manife
             number of ranks.
     """
     manifest = read_manifest(checkpoint)
-    ours = config_to_dict(config)
+    # Through a Config: a checkpoint that is older than a field has the field's default.
+    ours, theirs = config_to_dict(config), config_to_dict(config_from_dict(manifest.config))
     fixed = {
-        "model": [name for name in ours["model"] if name not in ("dropout", "attention_backend", "recompute")],
+        "model": [name for name in ours["model"] if not name.endswith(("dropout", "attention_backend", "recompute"))],
         "data": ["train", "seq_length"],
         "train": ["global_batch_size", "seed", "precision"],
         "parallel": ["tensor_parallel_size"],
         "zero": ["stage"],
         # DeepSpeed and torch take these from the checkpoint: a changed value would be ignored without a word.
-        "optimizer": ["weight_decay", "beta1", "beta2", "epsilon", "clip_grad_norm"],
+        "optimizer": ["kind", "weight_decay", "beta1", "beta2", "epsilon", "momentum", "clip_grad_norm"],
     }
     for section, names in fixed.items():
         for name in names:
-            theirs = manifest.config[section].get(name)
-            if ours[section][name] != theirs:
+            value, their_value = ours[section][name], theirs[section][name]
+            if value != their_value:
                 raise ConfigError(
-                    f"{section}.{name}={ours[section][name]} does not fit the checkpoint {checkpoint}, which has "
-                    f"{section}.{name}={theirs}: resume with that value, or start anew in another train.output_dir"
+                    f"{section}.{name}={value} does not fit the checkpoint {checkpoint}, which has "
+                    f"{section}.{name}={their_value}: resume with that value, or start anew in another train.output_dir"
                 )
     if manifest.topology["world_size"] != world_size:
         raise ConfigError(

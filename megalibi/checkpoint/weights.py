@@ -7,7 +7,7 @@ Where DeepSpeed puts them, T being the tensor rank and D the data rank:
   ``zero_pp_rank_D_mp_rank_T_optim_states.pt`` holds the D-th piece of every tensor, in fp32, one after the other;
   ``zero_pp_rank_D_mp_rank_T_model_states.pt`` says in which order (``deepspeed/utils/zero_to_fp32.py``).
 
-Files are memory-mapped and read parameter by parameter: a process holds the whole tensors and one parameter more.
+Files are memory-mapped and read parameter by parameter: a process that loads a model holds one whole tensor beside it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 
 from megalibi.checkpoint.manifest import Manifest, find_damage, read_manifest
-from megalibi.config import Config, ConfigError, config_from_dict
+from megalibi.config import Config, ConfigError, config_from_dict, padded_vocab_size
 from megalibi.engine.build import DTYPES
 from megalibi.model import GPT
-from megalibi.parallel import ALONE, Group, get_shard_spec, unshard
+from megalibi.parallel import ALONE, Group, get_shard_spec, shard, unshard
 
 # What DeepSpeed pickles into its files beside tensors: with these named, a file cannot run code of its own.
 _DEEPSPEED_TYPES = [DynamicLossScaler, LossScaler, ZeroStageEnum]
@@ -36,12 +36,13 @@ Pieces = dict[str, list[Tensor]]
 """The tensors of one tensor rank by name, each as the flat pieces it is cut into over the data ranks."""
 
 
-def load_model(checkpoint: Path, device: torch.device) -> GPT:
-    """Return the model of a checkpoint on one device, in the precision of its run, ready to be evaluated.
+def load_model(checkpoint: Path, device: torch.device, group: Group = ALONE) -> GPT:
+    """Return the model of a checkpoint, in the precision of its run, ready to be evaluated.
 
     Args:
-        checkpoint: A step's folder.
+        checkpoint: A step's folder, of a run on any topology.
         device: Where the model will compute.
+        group: The tensor group that shares the layers; every rank of it loads its own slices.
 
     Raises:
         ConfigError: The folder is no checkpoint, or a file of it is missing or damaged, and named.
@@ -50,12 +51,15 @@ def load_model(checkpoint: Path, device: torch.device) -> GPT:
     # Which kernels can run is a matter of this machine, not of the one that trained.
     model_config = dataclasses.replace(config.model, attention_backend="auto")
     dtype = DTYPES[config.train.precision]
+    rows = model_config.vocab_size if group.size == 1 else padded_vocab_size(model_config.vocab_size, group.size)
     with device:
-        model = GPT(model_config, padded_vocab_size=model_config.vocab_size, group=ALONE, compute_dtype=dtype)
+        model = GPT(model_config, padded_vocab_size=rows, group=group, compute_dtype=dtype)
     model.to(dtype).requires_grad_(False).eval()
-    weights = load_full_weights(checkpoint)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights.pop(name))
+    parameters = dict(model.named_parameters())
+    for name, full in _full_weights(checkpoint):
+        spec = get_shard_spec(parameters[name])
+        parameters.pop(name).copy_(full if spec is None else shard(full, spec, group.rank, group.size))
+    assert not parameters, f"no weights for {', '.join(parameters)}"
     return model
 
 
@@ -70,16 +74,19 @@ def load_full_weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises:
         ConfigError: The folder is no checkpoint, or a file of it is missing or damaged, and named.
     """
+    return dict(_full_weights(checkpoint))
+
+
+def _full_weights(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield what ``load_full_weights`` returns, one parameter after the other."""
     manifest = read_manifest(checkpoint)
     for damage in find_damage(checkpoint, manifest):
         raise ConfigError(f"{damage}; use another checkpoint")
     config = config_from_dict(manifest.config)
     dtype = DTYPES[config.train.precision]
     ranks = [_open_pieces(checkpoint, manifest, rank) for rank in range(manifest.topology["tensor_parallel_size"])]
-    return {
-        name: _make_whole(parameter, [pieces[name] for pieces in ranks], dtype)
-        for name, parameter in _tensor_rank_model(config, manifest).named_parameters()
-    }
+    for name, parameter in _tensor_rank_model(config, manifest).named_parameters():
+        yield name, _make_whole(parameter, [pieces[name] for pieces in ranks], dtype)
 
 
 def _tensor_rank_model(config: Config, manifest: Manifest) -> GPT:

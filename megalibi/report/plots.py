@@ -50,7 +50,7 @@ def loss_curve(runs: Mapping[str, RunMetrics], *, against: Literal["steps", "tok
         runs: Metrics by the name to show.
         against: The horizontal axis.
     """
-    figure, (axes,) = _figure(height_inches=3.5)
+    figure, (axes,) = new_figure(height_inches=3.5)
     several = len(runs) > 1
     top = 0.0
     for number, (name, metrics) in enumerate(runs.items()):
@@ -77,7 +77,7 @@ def loss_curve(runs: Mapping[str, RunMetrics], *, against: Literal["steps", "tok
     axes.set_xlabel("training tokens" if against == "tokens" else "optimizer steps")
     axes.set_ylabel("loss (nats per token)")
     axes.xaxis.set_major_formatter(_tick_label)
-    _legend(axes, loc="upper right")
+    place_legend(axes, loc="upper right")
     return figure
 
 
@@ -87,7 +87,7 @@ def extrapolation_curve(evaluations: Mapping[str, Evaluation]) -> Figure:
     Args:
         evaluations: Evaluations by the name to show.
     """
-    figure, (axes,) = _figure(height_inches=3.3)
+    figure, (axes,) = new_figure(height_inches=3.3)
     lengths = sorted({result.length for evaluation in evaluations.values() for result in evaluation.results})
     for number, (name, evaluation) in enumerate(evaluations.items()):
         axes.plot(
@@ -129,7 +129,7 @@ def speed_and_memory(runs: Mapping[str, RunMetrics]) -> Figure:
     Args:
         runs: Metrics by the name to show.
     """
-    figure, (speed, memory) = _figure(height_inches=2.6, columns=2)
+    figure, (speed, memory) = new_figure(height_inches=2.6, columns=2)
     several = len(runs) > 1
     for number, (name, metrics) in enumerate(runs.items()):
         color = SERIES_COLORS[number % len(SERIES_COLORS)]
@@ -153,7 +153,7 @@ def speed_and_memory(runs: Mapping[str, RunMetrics]) -> Figure:
         axes.set_xlabel("optimizer steps")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
         axes.yaxis.set_major_formatter(_tick_label)
-        _legend(axes, loc="lower right")
+        place_legend(axes, loc="lower right")
     return figure
 
 
@@ -193,10 +193,11 @@ def _field(against: Literal["steps", "tokens"]) -> str:
     return "step" if against == "steps" else "tokens"
 
 
-def _figure(*, height_inches: float, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
+def new_figure(*, height_inches: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """Return an empty figure of the report's width and look, and its panels from left to right, row by row."""
     figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
-    grid = figure.subplots(1, columns, squeeze=False)
-    for axes in grid[0]:
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=_FONT_POINTS, colors=INK, length=3, color=MUTED)
@@ -205,14 +206,15 @@ def _figure(*, height_inches: float, columns: int = 1) -> tuple[Figure, Sequence
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(MUTED)
-    return figure, grid[0]
+    return figure, panels
 
 
 def _tick_label(value: float, _position: float) -> str:
     return format_count(value).replace(".0", "") if abs(value) >= 1000 else f"{value:g}"
 
 
-def _legend(axes: Axes, *, loc: Literal["upper right", "lower right"]) -> None:
+def place_legend(axes: Axes, *, loc: Literal["upper right", "lower right"]) -> None:
+    """Add a legend if any line has a label."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=loc, frameon=False, fontsize=_FONT_POINTS, labelcolor=INK)
 

@@ -90,6 +90,20 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000010"]
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_adaptive_model_under_nesterov_resumes_bit_for_bit(prefix: str, tmp_path: Path, stage: int) -> None:
+    config = make_config(
+        prefix,
+        zero={"stage": stage},
+        optimizer={"kind": "nesterov", "learning_rate": 0.3, "weight_decay": 0.01},
+        model={"adaptive_cutoffs": [41, 122], "dropout": 0.1, "activation_dropout": 0.1,
+               "adaptive_softmax_dropout": 0.2},
+    )  # fmt: skip
+    for straight, resumed in run_on_ranks(2, run_straight_and_resumed, config, str(tmp_path)):
+        assert resumed == straight
+        assert straight[-1].loss < straight[0].loss
+
+
 def test_the_loss_scale_of_fp16_survives(prefix: str, tmp_path: Path) -> None:
     # ZeRO 0: on a CPU, DeepSpeed has fp16 at no other stage.
     # Large weights let gradients overflow at the first scale, so that the scale has a history to remember.

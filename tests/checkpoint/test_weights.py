@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megalibi.checkpoint import load_full_weights, load_model, save_checkpoint
 from megalibi.config import Config, ConfigError, derive
 from megalibi.engine.build import DTYPES
-from megalibi.parallel import ShardSpec, get_shard_spec, unshard
+from megalibi.parallel import ShardSpec, get_shard_spec, shard, unshard
 from tests.engine.runs import CPU, STAGES, VOCAB_SIZE, iterate_ours, make_config, process_groups, write_tokens
 from tests.ranks import run_on_ranks
 
@@ -75,6 +75,18 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
+def load_shares(checkpoints: list[Path]) -> list[float]:
+    """Load each checkpoint's model on this rank and another; compare its slices, and return the losses on a batch."""
+    group, losses = process_groups(2).tensor, []
+    for checkpoint in checkpoints:
+        model, weights = load_model(checkpoint, CPU, group), load_full_weights(checkpoint)
+        for name, parameter in model.named_parameters():
+            spec = get_shard_spec(parameter)
+            assert torch.equal(parameter, weights[name] if spec is None else shard(weights[name], spec, group.rank, 2))
+        losses.append(evaluate(model))
+    return losses
+
+
 @pytest.mark.parametrize(("tensor", "data"), [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_weights_and_loss_are_the_engines(prefix: str, tmp_path: Path, tensor: int, data: int) -> None:
     configs = make_configs(prefix, tmp_path, tensor, data)
@@ -93,6 +105,8 @@ def test_weights_and_loss_are_the_engines(prefix: str, tmp_path: Path, tensor: i
         assert (model.output.weight is model.embedding.weight) == config.model.tie_embeddings
         bound = LOSS_RELATIVE_BOUNDS[config.train.precision]
         assert evaluate(model) == pytest.approx(loss_ref, rel=bound, abs=0.0), config.zero.stage
+    for losses in run_on_ranks(2, load_shares, [checkpoint_of(config) for config in configs]):
+        assert losses == pytest.approx(losses_ref, rel=bound, abs=0.0)
 
 
 def test_a_damaged_file_is_named(prefix: str, tmp_path: Path) -> None:

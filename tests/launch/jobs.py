@@ -1,4 +1,4 @@
-"""Real jobs for tests: each rank is a process of its own that runs launch/pretrain.py, and can be signalled and killed.
+"""Real jobs for tests: each rank is a process of its own that runs a script, and can be signalled and killed.
 
 The ranks are forked from a server that has imported torch and DeepSpeed once, so that a job starts in a second or two
 instead of ten; from there on they are what a launcher starts.
@@ -73,32 +73,28 @@ def torchrun_environment(world_size: int) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-class Job:
-    """The ranks of one run of launch/pretrain.py.
+class ScriptJob:
+    """The ranks of one run of a script.
 
     Args:
-        config: Path of the configuration; what the ranks print goes into files beside it.
-        overrides: ``section.field=value`` strings.
-        world_size: Number of ranks, told as torchrun does.
-        environments: What another launcher tells each rank.
+        script: What each rank runs.
+        arguments: Of the command line.
+        folder: Where what the ranks print goes, a file for each.
+        environments: What a launcher tells each rank.
     """
 
     _count = 0
 
     def __init__(
-        self,
-        config: Path,
-        *overrides: str,
-        world_size: int = 1,
-        environments: Sequence[Mapping[str, str]] | None = None,
+        self, script: Path, arguments: Sequence[str], folder: Path, environments: Sequence[Mapping[str, str]]
     ) -> None:
-        Job._count += 1
+        ScriptJob._count += 1
         self.logs: list[Path] = []
         self.processes = []
-        for rank, environment in enumerate(environments or torchrun_environment(world_size)):
-            log = config.parent / f"job{Job._count}_rank{rank}.log"
+        for rank, environment in enumerate(environments):
+            log = folder / f"job{ScriptJob._count}_rank{rank}.log"
             process = CONTEXT.Process(
-                target=_run_rank, args=(str(config), list(overrides), dict(environment), str(log)), daemon=True
+                target=_run_rank, args=(str(script), list(arguments), dict(environment), str(log)), daemon=True
             )
             process.start()
             self.logs.append(log)
@@ -147,6 +143,27 @@ class Job:
         return "\n".join(f"--- rank {rank}\n{self.read_log(rank)}" for rank in range(len(self.logs)))
 
 
+class Job(ScriptJob):
+    """The ranks of one run of launch/pretrain.py.
+
+    Args:
+        config: Path of the configuration; what the ranks print goes into files beside it.
+        overrides: ``section.field=value`` strings.
+        world_size: Number of ranks, told as torchrun does.
+        environments: What another launcher tells each rank.
+    """
+
+    def __init__(
+        self,
+        config: Path,
+        *overrides: str,
+        world_size: int = 1,
+        environments: Sequence[Mapping[str, str]] | None = None,
+    ) -> None:
+        arguments = ["--config", str(config), *overrides]
+        super().__init__(SCRIPT, arguments, config.parent, environments or torchrun_environment(world_size))
+
+
 def run_job(config: Path, *overrides: str, world_size: int = 1) -> Job:
     """Run a job to a good end."""
     job = Job(config, *overrides, world_size=world_size)
@@ -154,7 +171,7 @@ def run_job(config: Path, *overrides: str, world_size: int = 1) -> Job:
     return job
 
 
-def _run_rank(config: str, overrides: list[str], environment: dict[str, str], log: str) -> None:
+def _run_rank(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -164,8 +181,9 @@ def _run_rank(config: str, overrides: list[str], environment: dict[str, str], lo
         os.environ.pop(name, None)
     os.environ.update(environment, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)  # torch was loaded before the variable was set
-    sys.argv = [str(SCRIPT), "--config", config, *overrides]
-    runpy.run_path(str(SCRIPT), run_name="__main__")
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))  # as Python does for a script, and runpy does not
+    runpy.run_path(script, run_name="__main__")
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:

@@ -1,20 +1,17 @@
 from __future__ import annotations
 
 import os
-import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megalibi.checkpoint import find_checkpoint
-from megalibi.config import ConfigError
 from megalibi.data.tokenizer import train_tokenizer
 from tests.launch.jobs import (
     LAUNCHER_VARIABLES,
@@ -205,34 +202,3 @@ def test_bad_input_through_launchers_is_one_line_and_no_zero(config: Path) -> No
         assert [line for line in stderr.splitlines() if "hiden_size is unknown" in line] == [
             "error: model.hiden_size is unknown: did you mean model.hidden_size?"
         ]
-
-
-@pytest.fixture(scope="module")
-def find_place() -> Callable[[Mapping[str, str]], Any]:
-    return runpy.run_path(str(SCRIPT))["find_place"]
-
-
-def test_a_process_alone_needs_no_environment(find_place: Callable[[Mapping[str, str]], Any]) -> None:
-    for environment in ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}):  # the latter: in a batch script, without srun
-        place = find_place(environment)
-        assert (place.rank, place.world_size, place.master_address) == (0, 1, "")
-
-
-def test_every_launcher_tells_the_place(find_place: Callable[[Mapping[str, str]], Any]) -> None:
-    common = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "12"}
-    slurm = {"SLURM_JOB_ID": "123456", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1",
-             "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "MASTER_ADDR": "a"}  # fmt: skip
-    for environment, port in (
-        (common | {"LOCAL_WORLD_SIZE": "4"}, 12),  # torchrun
-        (common | {"LOCAL_SIZE": "4"}, 12),  # deepspeed
-        (slurm, 20_000 + 123_456 % 20_000),
-        (slurm | {"MASTER_PORT": "12"}, 12),
-    ):
-        place = find_place(environment)
-        assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (5, 8, 1, 4)
-        assert (place.master_address, place.master_port) == ("a", port)
-
-
-def test_half_an_environment_is_refused(find_place: Callable[[Mapping[str, str]], Any]) -> None:
-    with pytest.raises(ConfigError, match="the launcher's environment lacks 'WORLD_SIZE'"):
-        find_place({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"})

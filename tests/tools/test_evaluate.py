@@ -16,12 +16,14 @@ import pytest
 import torch
 
 from megalibi.checkpoint import load_model, save_checkpoint
-from megalibi.config import Config, derive
+from megalibi.config import Config, ConfigError, derive
 from megalibi.config.cli import run_tool
 from megalibi.data.token_file import TokenFile, TokenFileWriter
 from megalibi.data.tokenizer import Tokenizer, train_tokenizer
 from megalibi.report.run import EvaluationResult, read_evaluation
+from megalibi.studies.evaluation import check_lengths
 from tests.engine.runs import CPU, iterate_ours, make_config, process_groups
+from tests.launch.jobs import ScriptJob, torchrun_environment
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +31,10 @@ TOOL = ROOT / "tools" / "evaluate.py"
 STEPS = 6
 HEADS = 4
 LOSS_RELATIVE_BOUND = 1e-5  # fp32; other sums than in a batch of windows
+
+ALONE = {"rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1, "master_address": "", "master_port": 0}
+SAME_SUMS_RELATIVE_BOUND = 1e-13
+"""Of fp64 sums of the same fp32 losses in another order."""
 
 ONLY_THE_BACK_END = r"\S+ INFO attention back end for [^\n]+\n"
 """All that is said beside the results: which back end the model took."""
@@ -123,6 +129,8 @@ def test_every_number_is_what_a_token_by_token_reading_gives(run_dir: Path) -> N
     assert fields["checkpoint"] == str(run_dir / "checkpoints" / f"step_{STEPS:08d}")
     assert fields["command"].startswith("python ")
     assert set(fields["versions"]) == {"megalibi", "torch", "python"}
+    assert fields.keys() >= {"commit", "date", "device", "hardware"}
+    assert (fields["ranks"], fields["tensor_parallel_size"]) == (1, 1)
 
     output = run_dir / "new" / "sliding.json"
     folder = run_dir / "checkpoints"
@@ -133,6 +141,63 @@ def test_every_number_is_what_a_token_by_token_reading_gives(run_dir: Path) -> N
     for result in evaluation.results:
         check(result, losses_ref(run_dir, num_tokens, result.length, 5), num_bytes)
     assert list(output.parent.iterdir()) == [output]
+
+
+def evaluate_on_ranks(run_dir: Path, world_size: int, **options: object) -> tuple[dict[str, Any], str]:
+    """Run the tool on ranks, as deepspeed starts it; return what it wrote, and what rank 0 printed."""
+    output = run_dir / f"ranks{world_size}.json"
+    command = [*arguments(run_dir, lengths="16,64", tokens=30_000, output=output, **options), "--by-position"]
+    job = ScriptJob(TOOL, [*command, "--local_rank=0"], run_dir, torchrun_environment(world_size))
+    job.succeed()
+    assert not any(job.read_log(rank) for rank in range(1, world_size)), job.output
+    return json.loads(output.read_text()), job.read_log(0)
+
+
+@pytest.mark.parametrize(("world_size", "tensor", "protocol"), [(2, 1, "sliding"), (4, 2, "nonoverlapping")])
+def test_any_number_of_ranks_gives_the_numbers_of_one(
+    run_dir: Path, world_size: int, tensor: int, protocol: str
+) -> None:
+    """The checkpoint is cut over 2 tensor ranks; it is read by as many, or by one."""
+    one, _ = evaluate_on_ranks(run_dir, 1, protocol=protocol)
+    many, printed = evaluate_on_ranks(run_dir, world_size, protocol=protocol, **{"tensor-parallel-size": tensor})
+    assert (many["ranks"], many["tensor_parallel_size"]) == (world_size, tensor)
+    bound = SAME_SUMS_RELATIVE_BOUND if tensor == 1 else LOSS_RELATIVE_BOUND
+    for result, expected in zip(many["results"], one["results"], strict=True):
+        assert result["tokens"] == expected["tokens"] == 29_999
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            assert result[name] == pytest.approx(expected[name], rel=bound, abs=0.0)
+        assert result["by_position"]["tokens"] == expected["by_position"]["tokens"]
+        assert result["by_position"]["loss"] == pytest.approx(expected["by_position"]["loss"], rel=1e-5, abs=0.0)
+        assert f"length {result['length']}: loss {result['loss']:.4f}" in printed
+
+
+def test_by_position_tells_the_loss_of_every_number_of_tokens_seen(run_dir: Path) -> None:
+    num_tokens, length, stride = 300, 16, 6
+    picture = run_dir / "positions.png"
+    command = [*arguments(run_dir, tokens=num_tokens, protocol="sliding", stride=stride, picture=picture)]
+    done = subprocess.run([sys.executable, str(TOOL), *command, "--by-position"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = [min(place, length) if place <= length else 0 for place in range(1, num_tokens)]
+    for place in range(length + 1, num_tokens):  # the first window that has it, counted from its end
+        stop = min(next(stop for stop in itertools.count(length, stride) if stop >= place), num_tokens - 1)
+        seen[place - 1] = length - (stop - place)
+    losses = losses_ref(run_dir, num_tokens, length, stride)
+    row = json.loads((run_dir / "out.json").read_text())["results"][0]["by_position"]
+    assert row["seen"] == sorted(set(seen))
+    for tokens_seen, loss, tokens in zip(row["seen"], row["loss"], row["tokens"], strict=True):
+        expected = [loss for loss, number in zip(losses, seen, strict=True) if number == tokens_seen]
+        assert tokens == len(expected)
+        assert loss == pytest.approx(sum(expected) / len(expected), rel=LOSS_RELATIVE_BOUND, abs=0.0)
+    assert re.search(r"^tokens seen +16 +32$", done.stdout, re.MULTILINE)
+    assert re.search(r"^9 to 16( +\d+\.\d{4}){2}$", done.stdout, re.MULTILINE)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_length_past_what_the_model_has_learned_is_refused(run_dir: Path) -> None:
+    config = make_config(str(run_dir / "text"), model={"position_method": "learned", "max_position_embeddings": 64})
+    check_lengths(config, [16, 64])
+    with pytest.raises(ConfigError, match=r"--lengths=65 .* model.max_position_embeddings=64, so at most 64 is"):
+        check_lengths(config, [16, 65])
 
 
 def test_a_long_window_needs_no_memory_for_all_its_scores(run_dir: Path) -> None:
@@ -197,6 +262,9 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
         ({"data": "foreign"}, "foreign.bin: token 200 is id 509, past vocab_size=509"),
         ({"output": "."}, "--output=. is a folder: give the name of a file"),
         ({"tokenizer": "none.model"}, "none.model: no such tokenizer"),
+        ({"tensor-parallel-size": 0}, "--tensor-parallel-size=0 is not allowed: 1 or more is"),
+        ({"tensor-parallel-size": 2}, "--tensor-parallel-size=2 does not divide the number of ranks=1"),
+        ({"picture": "."}, "--picture=. is a folder: give the name of a file"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -208,8 +276,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(run_dir)
     monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments(run_dir, **options)])
+    tool = load_tool()
     with pytest.raises(SystemExit) as end:
-        run_tool(load_tool().main)
+        run_tool(lambda: tool.main(tool.parse_arguments(), tool.Place(**ALONE)))
     assert end.value.code == 2
     output, errors = capsys.readouterr()
     assert output == ""

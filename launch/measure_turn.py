@@ -1,0 +1,48 @@
+"""Time a few steps of a run and measure their memory, in processes of their own; no checkpoint is written.
+
+tools/compare_1p3b.py starts it for each of its turns. It runs under deepspeed, torchrun, srun, or alone as one process.
+
+Example:
+    python launch/measure_turn.py --config configs/books_24m_alibi.yaml --output turn.json train.steps=4
+"""
+
+from __future__ import annotations
+
+import argparse
+from datetime import timedelta
+from pathlib import Path
+
+from ranks import Place, init_distributed, run_rank, set_up_device
+
+from megalibi.config import Config, load_config
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="YAML file of the run; its train.steps are timed")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .json to write")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK says it too
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the file")
+    return parser.parse_args()
+
+
+def run(config: Config, place: Place, output: Path) -> None:
+    """Check everything, set up the device and torch.distributed, and measure."""
+    # The imports stand here because they take seconds, and the configuration is known to be sound by now.
+    device = set_up_device(place)
+
+    from megalibi.parallel import build_process_groups
+    from megalibi.studies.compare_turn import measure_turn
+    from megalibi.train import Job, check_run
+
+    derived = check_run(config, place.world_size)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
+    groups = build_process_groups(config.parallel.tensor_parallel_size, timeout)
+    measure_turn(Job(config=config, derived=derived, groups=groups, device=device), output)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    run_rank(lambda place: run(load_config(arguments.config, arguments.overrides), place, arguments.output))

@@ -1,0 +1,128 @@
+"""Evaluate a checkpoint on tasks of lm-evaluation-harness (pip install 'megalibi[lm-eval]').
+
+Tasks of your own are YAML files in the harness's format, in the folder --include-path. The harness's own tasks load
+their texts from Hugging Face's hub, unless these are on this machine already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megalibi import log
+from megalibi.config import ConfigError, config_from_dict
+from megalibi.config.cli import run_tool
+from megalibi.data.tokenizer import load_tokenizer
+from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.studies.evaluation import check_lengths
+
+# launch/ is no package; its scripts find each other by their folder, and so does this one.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
+from ranks import find_place, set_up_device
+
+EXAMPLE = """examples:
+  python tools/lm_evaluate.py --checkpoint runs/quickstart --tasks lambada_openai,hellaswag \\
+      --output runs/quickstart/tasks.json
+  python tools/lm_evaluate.py --checkpoint runs/quickstart --tasks my_task --include-path my_tasks --offline \\
+      --output runs/quickstart/my_task.json
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="a step's folder, or a run's: its latest step"
+    )
+    parser.add_argument("--tasks", required=True, metavar="NAMES", help="names of tasks, groups or tags: a,b")
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with task files of your own")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .json to write")
+    parser.add_argument(
+        "--tokenizer", metavar="T.model", help="of the model (default: data.tokenizer of the checkpoint)"
+    )
+    parser.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens the model sees at once (default: its training length)"
+    )
+    parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
+    parser.add_argument("--offline", action="store_true", help="do not ask the hub for anything")
+    return parser.parse_args()
+
+
+def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the checkpoint as a model of the harness, and what the output says of it."""
+    place = find_place({})  # alone: the harness is not told of other ranks
+    device = set_up_device(place)
+    from megalibi.checkpoint import get_checkpoint, load_model, read_manifest  # after the device: it imports DeepSpeed
+    from megalibi.studies.lm_harness import HarnessModel
+
+    checkpoint = get_checkpoint(arguments.checkpoint)
+    manifest = read_manifest(checkpoint)
+    config = config_from_dict(manifest.config)
+    max_length = config.data.seq_length if arguments.max_length is None else arguments.max_length
+    if max_length < 1:
+        raise ConfigError(f"--max-length={max_length} is not allowed: 1 or more is")
+    check_lengths(config, [max_length])
+    path = arguments.tokenizer or config.data.tokenizer
+    if path is None:
+        raise ConfigError("the checkpoint names no tokenizer: give one, --tokenizer T.model")
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"--tokenizer={path} has {tokenizer.vocab_size} pieces: at most model.vocab_size="
+            f"{config.model.vocab_size} is allowed"
+        )
+    model = HarnessModel(load_model(checkpoint, device), tokenizer, max_length=max_length, device=device)
+    facts = {"checkpoint": str(checkpoint), "step": manifest.step, "train_seq_length": config.data.seq_length}
+    return model, {**facts, "max_length": max_length, "tokenizer": path}
+
+
+def describe(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a line for each task and metric, with its standard error where the harness has one."""
+    for task, figures in results.items():
+        for key, value in figures.items():
+            metric, _, filtered = key.partition(",")  # such as acc,none
+            if not filtered or metric.endswith("_stderr"):
+                continue
+            error = figures.get(f"{metric}_stderr,{filtered}")
+            spread = f" +- {error:.4f}" if isinstance(error, float) else ""
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            yield f"{task}: {name} {value:.4f}{spread}"
+
+
+def main() -> None:
+    """Check, ask, write, and print what came of it."""
+    arguments = parse_arguments()
+    check_writable(arguments.output, "--output")
+    if arguments.offline:  # read when the packages are imported
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    from megalibi.studies.lm_harness import open_tasks, simple_evaluate  # here: it says if the harness is missing
+
+    names = arguments.tasks.split(",")
+    tasks = open_tasks(names, arguments.include_path)
+    model, facts = load(arguments)
+    results = simple_evaluate(
+        model,
+        tasks=names,
+        task_manager=tasks,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        log_samples=False,
+    )
+    assert results is not None  # as on any rank but 0
+    kept = ("results", "groups", "n-shot", "n-samples", "higher_is_better")
+    fields = {**facts, "tasks": names, **{name: results[name] for name in kept if name in results}}
+    write_json({**fields, **describe_run(str(model.device), ("torch", "lm_eval"))}, arguments.output)
+    for line in describe(results["results"]):
+        print(line)
+
+
+if __name__ == "__main__":
+    log.configure()
+    run_tool(main)
