@@ -1,0 +1,112 @@
+"""Perplexity against time, and what the paper reads off it: Figure 5 of arXiv:2108.12409 and its "11% faster"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+NUM_POINTS = 5
+"""Points of training at which the times of two models are compared (section 4.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """A checkpoint."""
+
+    updates: int
+    """Optimizer steps done."""
+    hours: float
+    """Time they took."""
+    perplexity: float
+    """Of the validation text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A perplexity that two models reach, and when."""
+
+    perplexity: float
+    hours: float
+    """Of the model."""
+    baseline_hours: float
+    """Of the one it is compared with."""
+
+    @property
+    def speedup(self) -> float:
+        """How much faster the model gets there: 0.1 is 10%."""
+        return self.baseline_hours / self.hours - 1.0
+
+
+class Curve:
+    """Perplexity as a falling function of time: its logarithm is linear between checkpoints.
+
+    A checkpoint that is no better than an earlier one is left out: what was reached stays reached.
+
+    Args:
+        points: At least one, by rising time.
+    """
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        best = np.minimum.accumulate([point.perplexity for point in points])
+        kept = [p for i, p in enumerate(points) if i == 0 or p.perplexity < best[i - 1]]
+        self.hours = np.array([point.hours for point in kept])
+        self.log_perplexities = np.log([point.perplexity for point in kept])
+
+    @property
+    def highest(self) -> float:
+        """Perplexity of the first checkpoint."""
+        return float(np.exp(self.log_perplexities[0]))
+
+    @property
+    def lowest(self) -> float:
+        """Perplexity of the best checkpoint."""
+        return float(np.exp(self.log_perplexities[-1]))
+
+    def hours_to(self, perplexity: float) -> float:
+        """Return when a perplexity between the highest and the lowest is reached."""
+        return float(np.interp(-np.log(perplexity), -self.log_perplexities, self.hours))
+
+    def perplexity_at(self, hours: float) -> float:
+        """Return the perplexity at a time between the first checkpoint and the best one."""
+        return float(np.exp(np.interp(hours, self.hours, self.log_perplexities)))
+
+
+def compare_times(points: Sequence[Point], baseline_points: Sequence[Point]) -> list[Level]:
+    """Return when two models reach what the baseline reaches at five evenly spaced moments of its training.
+
+    "By sampling five evenly distributed points across the training process, we compute that our L = 1024 model reaches
+    a given perplexity value, on average, 11% faster" (arXiv:2108.12409, section 4.2). The moments are evenly spaced in
+    time from the highest to the lowest perplexity that the two have in common.
+
+    Args:
+        points: Of the model, by rising time.
+        baseline_points: Of the one it is compared with.
+
+    Returns:
+        Five levels by falling perplexity; none if the two have no range of perplexities in common.
+    """
+    curve, baseline = Curve(points), Curve(baseline_points)
+    highest, lowest = min(curve.highest, baseline.highest), max(curve.lowest, baseline.lowest)
+    if highest <= lowest:
+        return []
+    moments = np.linspace(baseline.hours_to(highest), baseline.hours_to(lowest), NUM_POINTS)
+    perplexities = [highest, *(baseline.perplexity_at(hours) for hours in moments[1:-1]), lowest]
+    return [Level(perplexity=p, hours=curve.hours_to(p), baseline_hours=baseline.hours_to(p)) for p in perplexities]
+
+
+def mean_speedup(levels: Sequence[Level]) -> float:
+    """Return how much faster the model is on average over the levels."""
+    return float(np.mean([level.speedup for level in levels]))
+
+
+def last_before(points: Sequence[Point], hours: float) -> Point | None:
+    """Return the last checkpoint that was there at a time: where a run stopped then would stand. None: there was none.
+
+    Args:
+        points: By rising time.
+        hours: The time.
+    """
+    earlier = [point for point in points if point.hours <= hours]
+    return earlier[-1] if earlier else None

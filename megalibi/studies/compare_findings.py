@@ -1,0 +1,149 @@
+"""What the paper says of its 1.3B models, and whether it came out so here: by stated rules, from the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megalibi.studies.compare import ALIBI, ATTENTIONS, SINUSOIDAL, Model
+from megalibi.studies.compare_curves import mean_speedup
+from megalibi.studies.compare_results import Pair, Results, format_percent
+from megalibi.studies.extrapolation import EXPLODED, FLAT, Finding
+from megalibi.studies.published import get_fact, get_table, memory_saving, update_rate_gain
+
+SAME_MEMORY = 0.01
+"""Memories within this of each other are the same: the paper's ALiBi takes 0 to 0.7% more (sections 1 and 3)."""
+SAME_TIME = 0.03
+"""Times within this of each other are the same."""
+SAME_PERPLEXITY = 0.02
+"""Perplexities within this of each other are the same: in Table 12 the main pair's are 1% apart."""
+
+
+def judge(results: Results) -> list[Finding]:
+    """Say for each of the paper's statements on the main pair whether it holds here; what is not measured is left out.
+
+    Args:
+        results: Of a comparison.
+    """
+    pair = results.study.pairs()[-1]
+    findings: list[Finding] = []
+    for attention in ATTENTIONS:
+        findings += _judge_speed(results, pair, attention)
+        findings += _judge_equal_lengths(results, attention)
+        findings += _judge_curves(results, pair, attention)
+    return [*findings, *_judge_equal_updates(results, pair), *_judge_extrapolation(results)]
+
+
+def _paper_pair(number: int, column: str) -> str:
+    table = get_table(number)
+    ours = table.row(method=ALIBI, train_length=1024)[column]
+    return f"{ours} against {table.row(method=SINUSOIDAL, train_length=2048)[column]}"
+
+
+def _paper_rise(method: str) -> str:
+    row = get_table(12).row(method=method, train_length=512)
+    return f"{row['512']} at 512, {row['2048']} at 2,048 (Table 12)"
+
+
+def _judge_speed(results: Results, pair: Pair, attention: str) -> Iterator[Finding]:
+    gain, saving = results.rate_gain(*pair, attention), results.memory_saving(*pair, attention)
+    if gain is not None:
+        yield Finding(
+            expected=f"ALiBi at half the length makes more updates an hour: {update_rate_gain():.1%} (Table 11)",
+            rule="the lower quartile of the gain, turn by turn, is above 0",
+            measured=f"{attention} attention: {gain.median:+.1%} (quartiles {gain.low:+.1%} to {gain.high:+.1%})",
+            holds=gain.low > 0.0,
+        )
+    if saving is not None:
+        yield Finding(
+            expected=f"and takes less memory: {memory_saving():.1%}, {_paper_pair(11, 'memory_gb')} GB (Table 11)",
+            rule=f"the allocator's peak is lower by more than {SAME_MEMORY:.0%}",
+            measured=f"{attention} attention: {format_percent(saving)} less",
+            holds=saving > SAME_MEMORY,
+        )
+
+
+def _judge_equal_lengths(results: Results, attention: str) -> Iterator[Finding]:
+    pairs = [(Model(method=ALIBI, length=n), Model(method=SINUSOIDAL, length=n)) for n in results.study.lengths]
+    savings = {pair[0].length: results.memory_saving(*pair, attention) for pair in pairs}
+    more = {length: -saving for length, saving in savings.items() if saving is not None}
+    if more:
+        yield Finding(
+            expected="at equal length ALiBi and sinusoidal positions take the same memory (Table 12)",
+            rule=f"at every length the allocator's peaks are within {SAME_MEMORY:.0%}",
+            measured=f"{attention} attention: ALiBi {_by_length(more)}",
+            holds=all(abs(value) <= SAME_MEMORY for value in more.values()),
+        )
+    gains = {pair[0].length: results.rate_gain(*pair, attention) for pair in pairs}
+    faster = {length: gain.median for length, gain in gains.items() if gain is not None}
+    if faster:
+        yield Finding(
+            expected="and the same time (Table 12)",
+            rule=f"at every length the median updates an hour are within {SAME_TIME:.0%}",
+            measured=f"{attention} attention: ALiBi {_by_length(faster)}",
+            holds=all(abs(value) <= SAME_TIME for value in faster.values()),
+        )
+
+
+def _by_length(values: dict[int, float]) -> str:
+    return ", ".join(f"{format_percent(value, sign='+')} at {length:,}" for length, value in values.items())
+
+
+def _judge_curves(results: Results, pair: Pair, attention: str) -> Iterator[Finding]:
+    levels, equal_time = results.levels(pair, attention), results.equal_time(pair, attention)
+    if levels:
+        each = ", ".join(f"{level.speedup:+.1%} at {level.perplexity:.4g}" for level in levels)
+        yield Finding(
+            expected=f"ALiBi at half the length reaches a given perplexity {get_fact('time_to_perplexity').value:.0%} "
+            "faster on average (section 4.2)",
+            rule="on average over five points of training it is faster",
+            measured=f"{attention} attention: {mean_speedup(levels):+.1%} on average; {each}",
+            holds=mean_speedup(levels) > 0.0,
+        )
+    if equal_time and equal_time.sinusoidal:
+        ours, theirs = equal_time.alibi, equal_time.sinusoidal
+        yield Finding(
+            expected=f"and is better after equal time: {_paper_pair(11, '2048')} (Table 11)",
+            rule="its perplexity is lower than that of the sinusoidal model's last checkpoint by then",
+            measured=f"{attention} attention: {ours.perplexity:.2f} after {ours.updates:,} updates, "
+            f"{theirs.perplexity:.2f} after {theirs.updates:,}",
+            holds=ours.perplexity < theirs.perplexity,
+        )
+
+
+def _judge_equal_updates(results: Results, pair: Pair) -> Iterator[Finding]:
+    length = pair[1].length
+    ours, theirs = (_final(results, model, length) for model in pair)
+    if ours is not None and theirs is not None:
+        yield Finding(
+            expected=f"after equal updates the two are about as good: {_paper_pair(12, '2048')} (Table 12)",
+            rule=f"perplexities at {length:,} are within {SAME_PERPLEXITY:.0%}",
+            measured=f"{ours:.2f} with {pair[0]}, {theirs:.2f} with {pair[1]}: {ours / theirs - 1.0:+.1%}",
+            holds=abs(ours / theirs - 1.0) <= SAME_PERPLEXITY,
+        )
+
+
+def _judge_extrapolation(results: Results) -> Iterator[Finding]:
+    first, last = results.study.lengths[0], results.study.lengths[-1]
+    sinusoidal, alibi = (
+        [_final(results, Model(method=method, length=first), length) for length in (first, last)]
+        for method in (SINUSOIDAL, ALIBI)
+    )
+    if sinusoidal[0] is not None and sinusoidal[1] is not None:
+        yield Finding(
+            expected=f"sinusoidal positions trained at the shortest length explode past it: {_paper_rise(SINUSOIDAL)}",
+            rule=f"at {last:,} the perplexity is {EXPLODED:g} or more times that at {first:,}",
+            measured=f"{sinusoidal[0]:.2f} to {sinusoidal[1]:.2f}",
+            holds=sinusoidal[1] >= EXPLODED * sinusoidal[0],
+        )
+    if alibi[0] is not None and alibi[1] is not None:
+        yield Finding(
+            expected=f"ALiBi trained there does not: {_paper_rise(ALIBI)}",
+            rule=f"at {last:,} the perplexity is at most {FLAT:.0%} above that at {first:,}",
+            measured=f"{alibi[0]:.2f} to {alibi[1]:.2f}",
+            holds=alibi[1] <= (1.0 + FLAT) * alibi[0],
+        )
+
+
+def _final(results: Results, model: Model, length: int) -> float | None:
+    quality = results.qualities.get(model)
+    return None if quality is None else quality.final(length)

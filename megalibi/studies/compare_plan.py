@@ -1,0 +1,73 @@
+"""What a comparison will need, before anything is allocated: shapes and memory, from the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from megalibi.config import Config, ConfigError, derive
+from megalibi.model import GPT
+from megalibi.parallel import ALONE
+from megalibi.studies.compare import CompareStudy, Variant, variant_config, variants
+from megalibi.studies.memory import MemoryByKind
+from megalibi.studies.plan import plan_memory
+from megalibi.studies.plan_gpus import GIB, USABLE
+
+PLANNED = {"unfused": "unfused", "fast": "fused"}
+"""Our kinds of attention as the plan calls them."""
+
+
+def plan_variants(base: Config, study: CompareStudy, *, device_type: str) -> dict[Variant, MemoryByKind]:
+    """Return the memory that a rank of each variant will hold at its peak.
+
+    Args:
+        base: The study's configuration.
+        study: Its section.
+        device_type: Where the ranks compute.
+
+    Raises:
+        ConfigError: A variant's configuration does not fit the ranks.
+    """
+    plans = {}
+    for variant in variants(study):
+        config = variant_config(base, study, variant)
+        plans[variant] = plan_memory(
+            config, derive(config, study.ranks), attention=PLANNED[variant.attention], device_type=device_type
+        )
+    return plans
+
+
+def find_shapes(base: Config) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight of the whole model, by name; the methods compared have the same ones."""
+    padded = derive(base, base.parallel.tensor_parallel_size).padded_vocab_size
+    with torch.device("meta"):
+        model = GPT(base.model, padded_vocab_size=padded, group=ALONE)
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
+def check_fits(plans: Mapping[Variant, MemoryByKind], gpu: str, memory_bytes: int) -> None:
+    """Refuse GPUs that are too small, before anything is allocated.
+
+    Args:
+        plans: From plan_variants.
+        gpu: What each rank computes on.
+        memory_bytes: Of one.
+
+    Raises:
+        ConfigError: With what the largest variant needs, for what, and what to change.
+    """
+    variant, memory = max(plans.items(), key=lambda plan: plan[1].total)
+    if memory.total > USABLE * memory_bytes:
+        raise ConfigError(
+            f"{variant.name} needs {memory.total / GIB:.1f} GiB ({describe_memory(memory)}) on each GPU, and "
+            f"{USABLE:.0%} of {gpu}'s {memory_bytes / GIB:.1f} are there for it: set model.recompute=full, lower "
+            "train.micro_batch_size with data.seq_length, or take more ranks (study.ranks with "
+            "parallel.tensor_parallel_size or zero.stage)"
+        )
+
+
+def describe_memory(memory: MemoryByKind) -> str:
+    """Return the parts of a memory in GiB, the largest first; small ones are left out."""
+    parts = {name.replace("_", " "): getattr(memory, name) / GIB for name in MemoryByKind.__dataclass_fields__}
+    return ", ".join(f"{name} {part:.1f}" for name, part in sorted(parts.items(), key=lambda p: -p[1]) if part >= 0.05)

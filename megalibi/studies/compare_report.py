@@ -1,0 +1,129 @@
+"""The page of a comparison, in Markdown: what the paper's numbers mean, what was measured, and the paper's beside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from megalibi.studies.compare import ALIBI, ATTENTIONS, SINUSOIDAL, Model
+from megalibi.studies.compare_curves import NUM_POINTS, mean_speedup
+from megalibi.studies.compare_findings import judge
+from megalibi.studies.compare_results import Results
+from megalibi.studies.compare_tables import (
+    PAPER_LENGTHS,
+    equal_time_table,
+    equal_updates_table,
+    format_table,
+    gain_table,
+    level_table,
+    paper_levels,
+    plan_table,
+    speed_table,
+)
+from megalibi.studies.published import get_fact, get_table, memory_saving, update_rate_gain
+
+_PAPER_CAPTION = (
+    "In italics the paper's: 1.3 B parameters on CC100 and RoBERTa's corpora, on V100s with attention that held its "
+    "scores; another text, vocabulary, model and machine than here, so only ratios can be compared."
+)
+
+
+def write_report(results: Results, *, facts: Sequence[str], picture: str | None) -> str:
+    """Return the Markdown page.
+
+    Args:
+        results: Of a comparison; what is not measured is a dash.
+        facts: Sentences on what was run, and where.
+        picture: File name of Figure 5's analogue, if there is one.
+    """
+    parts = [
+        ["# ALiBi at half the length against sinusoidal positions", "", *facts],
+        ["## What the paper's 11% are", "", *_explain_paper()],
+        ["## What the paper found, and what came out here", "", *_findings(results)],
+        ["## Speed and memory", "", *_speed_and_memory(results)],
+        ["## Perplexity against hours (Figure 5)", "", *_figure_5(results, picture)],
+        ["## After equal time (Table 11)", "", *equal_time_table(results), "", *_explain_equal_time()],
+        ["## After equal updates (Table 12)", "", *equal_updates_table(results), "", _explain_equal_updates(results)],
+    ]
+    return "\n".join("\n".join(part) + "\n" for part in parts)
+
+
+def _explain_paper() -> Iterator[str]:
+    fact, table = get_fact("time_to_perplexity"), get_table(11)
+    short, long = Model(method=ALIBI, length=PAPER_LENGTHS[1]), Model(method=SINUSOIDAL, length=PAPER_LENGTHS[2])
+    ours, theirs = (table.row(method=model.method, train_length=model.length) for model in (short, long))
+    levels = paper_levels((short, long))
+    yield (
+        f'"11% faster" is the time to a given perplexity: "{fact.text}" ({fact.source}). The computation used here '
+        f"gives {mean_speedup(levels):.1%} on the digitised points of its Figure 5, from {levels[0].speedup:.1%} at "
+        f"perplexity {levels[0].perplexity:.2f} to {levels[-1].speedup:.1%} at {levels[-1].perplexity:.2f}. It is not "
+        f"the rate of updates, which is {update_rate_gain():.1%} higher: {ours['updates_thousands']}k against "
+        f"{theirs['updates_thousands']}k in the same time ({table.source})."
+    )
+    yield ""
+    yield (
+        f'"11% less memory" is {ours["memory_gb"]} against {theirs["memory_gb"]} GB, {memory_saving():.1%} less. It '
+        "comes from the shorter length: with as many tokens in a batch, attention that holds the scores of all pairs "
+        "of tokens holds half as many at half the length. At equal length ALiBi and sinusoidal positions take the same "
+        "memory (Table 12), and attention that never holds the scores has nothing to save there."
+    )
+
+
+def _findings(results: Results) -> Iterator[str]:
+    findings = judge(results)
+    if not findings:
+        yield "Nothing is measured yet."
+        return
+    rows = ([("yes" if f.holds else "**no**"), f.expected, f.measured, f.rule] for f in findings)
+    yield from format_table(["", "the paper found", "here", "rule"], rows, left=4)
+
+
+def _speed_and_memory(results: Results) -> Iterator[str]:
+    for attention, backend in ATTENTIONS.items():
+        yield f"**{attention}** attention, `model.attention_backend={backend}`:"
+        yield ""
+        yield from speed_table(results, attention)
+        yield ""
+    yield from gain_table(results)
+    yield ""
+    yield (
+        "Medians of all counted steps, quartiles in brackets; gains are taken turn by turn. Device: the most that the "
+        "GPU, or without one the process with its libraries, held. Allocator: the most bytes of tensors that one rank "
+        "held, and what they were, in GB; in brackets what the plan below says. " + _PAPER_CAPTION
+    )
+    yield ""
+    yield "The plan: what a rank holds at its peak, computed from the shapes."
+    yield ""
+    yield from plan_table(results)
+
+
+def _figure_5(results: Results, picture: str | None) -> Iterator[str]:
+    if picture is not None:
+        yield f"![Perplexity against hours of training, ALiBi and sinusoidal positions]({picture})"
+        yield ""
+    yield "How much earlier ALiBi reaches a perplexity:"
+    yield ""
+    yield from level_table(results)
+    yield ""
+    yield (
+        "Hours are updates times the median time of an update in the turns, with each kind of attention: trainings "
+        "that share a machine have no fair clock of their own. Both clocks are of the same trainings. The "
+        f"{NUM_POINTS} perplexities are those of the sinusoidal model at {NUM_POINTS} moments, evenly spaced in time "
+        "from the highest to the lowest perplexity that both models reach; between checkpoints the logarithm of the "
+        "perplexity is taken to be linear in time. The paper's row is the same computation on its digitised Figure 5, "
+        "whose sinusoidal curve ends when ALiBi's training does."
+    )
+
+
+def _explain_equal_time() -> Iterator[str]:
+    yield (
+        "The sinusoidal model is the last checkpoint that was there when ALiBi's training was done; its learning rate "
+        "had not come down to its end by then. " + _PAPER_CAPTION
+    )
+
+
+def _explain_equal_updates(results: Results) -> str:
+    return (
+        f"After {results.updates:,} updates each. Perplexity by evaluation length, blocks that do not overlap. Hours "
+        "by the turns' clock; as run: the sum of the steps' wall times, beside whatever else the machine did. "
+        + _PAPER_CAPTION
+    )

@@ -1,0 +1,192 @@
+"""The tables of a comparison in Markdown, with the paper's numbers beside; what is not measured is a dash."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from megalibi.report.units import format_count
+from megalibi.studies.compare import ATTENTIONS, Model, Variant
+from megalibi.studies.compare_curves import Level, Point, compare_times, mean_speedup
+from megalibi.studies.compare_results import Pair, Results, format_percent
+from megalibi.studies.memory import MemoryByKind
+from megalibi.studies.published import get_curves, get_table
+
+PAPER_LENGTHS = (512, 1024, 2048)
+_FIGURE_5 = {1024: "5 left", 2048: "5 right"}  # by the length of the sinusoidal model
+_NONE = "-"
+_KINDS = [field.name for field in dataclasses.fields(MemoryByKind)]
+_KIND_NAMES = [kind.replace("_", " ") for kind in _KINDS]
+
+
+def format_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Iterator[str]:
+    """Yield the lines of a Markdown table.
+
+    Args:
+        heads: Of the columns.
+        rows: Of cells.
+        left: So many columns are flush left; the others are numbers.
+    """
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "---|" * left + "--:|" * (len(heads) - left)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def speed_table(results: Results, attention: str) -> Iterator[str]:
+    """Yield speed and memory of every model with one kind of attention."""
+    heads = ["model", "tokens/s", "updates/hour", "seconds of an update", "device, GB", "allocator, GB"]
+    heads += _KIND_NAMES
+    return format_table(
+        heads, (_speed_row(results, Variant(model=model, attention=attention)) for model in results.study.models())
+    )
+
+
+def _speed_row(results: Results, variant: Variant) -> list[str]:
+    speed = results.speeds.get(variant)
+    if speed is None:
+        return [str(variant.model), *[_NONE] * (5 + len(_KINDS))]
+    seconds = speed.step_seconds
+    return [
+        str(variant.model),
+        format_count(speed.tokens_per_second),
+        f"{speed.updates_per_hour:,.0f}",
+        f"{seconds.median:.3g} [{seconds.low:.3g}, {seconds.high:.3g}]",
+        _gigabytes(speed.device_bytes),
+        *_kind_cells(speed.memory),
+    ]
+
+
+def _kind_cells(memory: MemoryByKind) -> list[str]:
+    return [_gigabytes(memory.total), *(_gigabytes(getattr(memory, kind)) for kind in _KINDS)]
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g}" if num_bytes else "0"
+
+
+def plan_table(results: Results) -> Iterator[str]:
+    """Yield the memory of every variant as it is computed."""
+    rows = ([str(variant.model), variant.attention, *_kind_cells(plan)] for variant, plan in results.plans.items())
+    return format_table(["model", "attention", "in all, GB", *_KIND_NAMES], rows, left=2)
+
+
+def gain_table(results: Results) -> Iterator[str]:
+    """Yield what each pair's ALiBi gains in updates an hour and in memory."""
+    heads = ["", *(f"more updates an hour, {attention}" for attention in ATTENTIONS), "*paper*"]
+    heads += [*(f"less memory, {attention} (planned)" for attention in ATTENTIONS), "*paper*"]
+    return format_table(heads, (_gain_row(results, pair) for pair in results.study.pairs()))
+
+
+def _gain_row(results: Results, pair: Pair) -> list[str]:
+    gains = [results.rate_gain(*pair, attention) for attention in ATTENTIONS]
+    savings = [results.memory_saving(*pair, attention) for attention in ATTENTIONS]
+    plans = [results.planned_saving(*pair, attention) for attention in ATTENTIONS]
+    ours, theirs = (find_paper_row(results, 11, model) for model in pair)
+    return [
+        f"{pair[0]} against {pair[1]}",
+        *(_NONE if g is None else f"{g.median:+.1%} [{g.low:+.1%}, {g.high:+.1%}]" for g in gains),
+        f"*{ours['updates_thousands'] / theirs['updates_thousands'] - 1.0:+.1%}*" if ours and theirs else _NONE,
+        *(f"{_percent(saving)} ({_percent(plan)})" for saving, plan in zip(savings, plans, strict=True)),
+        f"*{1.0 - ours['memory_gb'] / theirs['memory_gb']:.1%}*" if ours and theirs else _NONE,
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return _NONE if value is None else format_percent(value)
+
+
+def find_paper_row(results: Results, table: int, model: Model) -> Mapping[str, Any] | None:
+    """Return the paper's row of a model; None if this comparison has other lengths than the paper's."""
+    if results.study.lengths != PAPER_LENGTHS:
+        return None
+    return get_table(table).row(method=model.method, train_length=model.length)
+
+
+def paper_levels(pair: Pair) -> list[Level]:
+    """Return what our computation makes of the paper's Figure 5, from its digitised points."""
+    curves = get_curves(_FIGURE_5[pair[1].length])
+    ours, theirs = (
+        [Point(updates=0, hours=hours, perplexity=perplexity) for hours, perplexity in curves[model.name]]
+        for model in pair
+    )
+    return compare_times(ours, theirs)
+
+
+def level_table(results: Results) -> Iterator[str]:
+    """Yield how much earlier ALiBi reaches five perplexities, for each pair and kind of attention."""
+    rows = []
+    for pair in results.study.pairs():
+        for attention in ATTENTIONS:
+            rows.append([f"{pair[0]} against {pair[1]}", attention, *_level_cells(results.levels(pair, attention))])
+        if results.study.lengths == PAPER_LENGTHS:
+            cells = [f"*{cell}*" for cell in _level_cells(paper_levels(pair))]
+            rows.append([f"{pair[0]} against {pair[1]}", "*paper*", *cells])
+    return format_table(["", "attention", "mean", "first", "second", "third", "fourth", "fifth"], rows, left=2)
+
+
+def _level_cells(levels: Sequence[Level]) -> list[str]:
+    if not levels:
+        return [_NONE] * 6
+    return [f"{mean_speedup(levels):+.1%}", *(f"{level.speedup:+.1%} at {level.perplexity:.4g}" for level in levels)]
+
+
+def equal_time_table(results: Results) -> Iterator[str]:
+    """Yield Table 11's analogue: each pair when ALiBi's training is done."""
+    heads = ["model", "attention", "allocator, GB", "updates", "hours", "evaluated at", "perplexity"]
+    heads += ["*GB*", "*updates*", "*GPU hours*", "*perplexity*"]
+    rows = []
+    for pair in results.study.pairs():
+        for attention in ATTENTIONS:
+            equal = results.equal_time(pair, attention)
+            points = {pair[0]: equal.alibi, pair[1]: equal.sinusoidal} if equal else {}
+            for model in reversed(pair):
+                cells = [_memory_cell(results, model, attention), *_point_cells(points.get(model))]
+                cells[3:3] = [f"{pair[1].length:,}"]
+                rows.append([str(model), attention, *cells, *_paper_cells_11(results, model, pair[1].length)])
+    return format_table(heads, rows, left=2)
+
+
+def _point_cells(point: Point | None) -> list[str]:
+    return [_NONE] * 3 if point is None else [f"{point.updates:,}", f"{point.hours:.3g}", f"{point.perplexity:,.2f}"]
+
+
+def _memory_cell(results: Results, model: Model, attention: str) -> str:
+    speed = results.find_speed(model, attention)
+    return _NONE if speed is None else _gigabytes(speed.memory.total)
+
+
+def _paper_cells_11(results: Results, model: Model, length: int) -> list[str]:
+    row = find_paper_row(results, 11, model)
+    if row is None:
+        return [_NONE] * 4
+    hours = f"{row['gpu_hours_thousands']}k"
+    return [f"*{c}*" for c in (row["memory_gb"], f"{row['updates_thousands']}k", hours, row[str(length)])]
+
+
+def equal_updates_table(results: Results) -> Iterator[str]:
+    """Yield Table 12's analogue: every model after all updates, ALiBi also far beyond its length."""
+    beyond = [2 * results.study.lengths[-1], results.study.longest_evaluation]
+    heads = ["model", *(f"GB, {attention}" for attention in ATTENTIONS), *(f"hours, {a}" for a in ATTENTIONS)]
+    heads += ["hours of steps as run", *(f"at {length:,}" for length in (*results.study.lengths, *beyond))]
+    heads += ["*GB*", "*GPU hours*", *(f"*at {length:,}*" for length in PAPER_LENGTHS)]
+    return format_table(heads, (_row_12(results, model, beyond) for model in results.study.models()))
+
+
+def _row_12(results: Results, model: Model, beyond: Sequence[int]) -> list[str]:
+    quality, paper = results.qualities.get(model), find_paper_row(results, 12, model)
+    hours = [results.hours(model, attention) for attention in ATTENTIONS]
+    finals = [quality.final(length) if quality else None for length in (*results.study.lengths, *beyond)]
+    theirs = [_NONE] * 5
+    if paper is not None:
+        cells = [paper["memory_gb"], f"{paper['gpu_hours_thousands']}k", *(paper[str(n)] for n in PAPER_LENGTHS)]
+        theirs = [_NONE if cell is None else f"*{cell}*" for cell in cells]
+    return [
+        str(model),
+        *(_memory_cell(results, model, attention) for attention in ATTENTIONS),
+        *(_NONE if value is None else f"{value:.3g}" for value in hours),
+        f"{quality.wall_seconds / 3600.0:.3g}" if quality else _NONE,
+        *(_NONE if value is None else f"{value:,.2f}" for value in finals),
+        *theirs,
+    ]

@@ -1,0 +1,70 @@
+"""The paper's Figure 4: perplexity against evaluation length, a line for each method, both protocols side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from megalibi.report.plots import INK, MUTED, PAPER, SERIES_COLORS, new_figure
+from megalibi.studies.extrapolation import METHOD_NAMES, NONOVERLAPPING, PROTOCOLS, Curves, Perplexities
+
+CLIP_RATIO = 1.5
+"""The axis ends at this many times the best perplexity at the training length: what explodes would flatten the rest."""
+_MARGIN = 0.06
+_MARKERS = ("o", "s", "D", "^", "v", "P")
+_SMALL_POINTS = 7.5
+_ROW = 0.062  # height of a row of written values, as a fraction of a panel's
+
+
+def extrapolation_figure(curves: Curves, *, train_length: int, stride: int) -> Figure:
+    """Draw perplexity against evaluation length; values past the end of the axis are written above it.
+
+    Args:
+        curves: Perplexities by protocol and method.
+        train_length: Of the models, marked.
+        stride: Of sliding evaluation.
+    """
+    figure, panels = new_figure(height_inches=4.1, columns=len(PROTOCOLS))
+    top = CLIP_RATIO * min(curve[train_length] for lines in curves.values() for curve in lines.values())
+    low = min(value for lines in curves.values() for curve in lines.values() for value in curve.values())
+    for axes, protocol in zip(panels, PROTOCOLS, strict=True):
+        _draw_panel(axes, curves[protocol], train_length, top)
+        axes.set_ylim(low - _MARGIN * (top - low), top)
+        title = "nonoverlapping" if protocol == NONOVERLAPPING else f"sliding, stride {stride}"
+        axes.set_xlabel(f"evaluation length (tokens), {title}")
+    panels[0].set_ylabel("perplexity")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False, labelcolor=INK
+    )
+    return figure
+
+
+def _draw_panel(axes: Axes, curves: Mapping[str, Perplexities], train_length: int, top: float) -> None:
+    written = 0
+    for number, (method, name) in enumerate(METHOD_NAMES.items()):
+        if method not in curves:
+            continue
+        color, curve = SERIES_COLORS[number], curves[method]
+        style = {"marker": _MARKERS[number], "markersize": 5, "markeredgecolor": PAPER, "linewidth": 1.8}
+        axes.plot(list(curve), list(curve.values()), color=color, label=name, **style)  # type: ignore[arg-type]
+        above = {length: value for length, value in curve.items() if value > top}
+        for length, value in above.items():
+            axes.annotate(
+                f"{value:,.0f}" if value < 1e5 else f"{value:.0e}",
+                xy=(length, 1.02 + _ROW * written),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                color=color,
+                fontsize=_SMALL_POINTS,
+            )
+        written += bool(above)
+    if written:
+        axes.annotate("beyond", xy=(0.0, 1.02), xycoords="axes fraction", color=MUTED, fontsize=_SMALL_POINTS)
+    axes.axvline(train_length, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted({length for curve in curves.values() for length in curve})))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

@@ -1,0 +1,127 @@
+"""The table of an extrapolation study, with the paper's nearest numbers beside, in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from megalibi.studies import published
+from megalibi.studies.extrapolation import (
+    METHOD_NAMES,
+    NONOVERLAPPING,
+    PROTOCOLS,
+    SLIDING,
+    Curves,
+    Finding,
+    Perplexities,
+)
+
+NEAREST_RATIO = 1.5
+"""A row of the paper stands beside ours if its multiple of the training length is within this factor."""
+
+
+def nearest_train_length(train_length: int) -> int:
+    """Return the training length of the paper's extrapolation tables that is nearest, as a ratio."""
+    return min(published.EXTRAPOLATION_TABLES, key=lambda length: abs(math.log(length / train_length)))
+
+
+def find_published(method: str, protocol: str, multiple: float, train_length: int) -> tuple[int, float] | None:
+    """Return the paper's evaluation length nearest to a multiple of its training length, and the perplexity there.
+
+    Args:
+        method: A position method.
+        protocol: nonoverlapping or sliding.
+        multiple: Evaluation length over training length.
+        train_length: The paper's.
+
+    Returns:
+        None where the paper has no number within NEAREST_RATIO.
+    """
+    curve = published.extrapolation(method, train_length, protocol)
+    distances = {length: abs(math.log(length / (multiple * train_length))) for length in curve}
+    near = {length: distance for length, distance in distances.items() if distance <= math.log(NEAREST_RATIO)}
+    if not near:
+        return None
+    length = min(near, key=lambda length: near[length])
+    return length, curve[length]
+
+
+def write_report(
+    curves: Curves, findings: Sequence[Finding], *, train_length: int, stride: int, facts: Sequence[str]
+) -> str:
+    """Return the Markdown page of a study.
+
+    Args:
+        curves: Perplexities by protocol and method.
+        findings: From judge.
+        train_length: Of the models.
+        stride: Of sliding evaluation.
+        facts: Sentences on what was trained and scored.
+    """
+    titles = {
+        NONOVERLAPPING: "Nonoverlapping: blocks, each token scored once",
+        SLIDING: f"Sliding: each window scores its last {stride} tokens",
+    }
+    lines = ["# Train short, test long", "", *facts, ""]
+    for protocol in PROTOCOLS:
+        lines += [f"## {titles[protocol]}", "", *_table(curves[protocol], protocol, train_length), ""]
+    lines += ["## What the paper found, and what came out here", ""]
+    lines += ["| | the paper found | here | rule |", "|---|---|---|---|"]
+    lines += [f"| {'yes' if f.holds else '**no**'} | {f.expected} | {f.measured} | {f.rule} |" for f in findings]
+    return "\n".join([*lines, ""])
+
+
+def _table(curves: Mapping[str, Perplexities], protocol: str, train_length: int) -> Iterator[str]:
+    methods = [method for method in METHOD_NAMES if method in curves]
+    paper_length = nearest_train_length(train_length)
+    quoted = [method for method in methods if published.extrapolation(method, paper_length, protocol)]
+    heads = [
+        "tokens",
+        *(METHOD_NAMES[method] for method in methods),
+        "paper's tokens",
+        *(f"*{METHOD_NAMES[method]}*" for method in quoted),
+    ]
+    yield "| " + " | ".join(heads) + " |"
+    yield "|" + "--:|" * len(heads)
+    for length in sorted({length for curve in curves.values() for length in curve}):
+        multiple = length / train_length
+        ours = [_cell(curves[method].get(length)) for method in methods]
+        theirs = [find_published(method, protocol, multiple, paper_length) for method in quoted]
+        where = sorted({found[0] for found in theirs if found is not None})
+        place = ", ".join(f"{place:,} ({place / paper_length:.3g} x)" for place in where) or "-"
+        cells = [f"{length:,} ({multiple:.3g} x)", *ours, place, *(_cell(found and found[1]) for found in theirs)]
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+    yield _caption(quoted, protocol, train_length, paper_length)
+
+
+def _cell(perplexity: float | None) -> str:
+    return "-" if perplexity is None else f"{perplexity:,.2f}" if perplexity < 1e5 else f"{perplexity:.2e}"
+
+
+def _caption(quoted: Sequence[str], protocol: str, train_length: int, paper_length: int) -> str:
+    same_length = ""
+    if protocol == NONOVERLAPPING:
+        source = published.get_table(published.EXTRAPOLATION_TABLES[paper_length]).source
+        same_length = _same_length(train_length)
+    else:
+        tables = sorted(published.SLIDING_TABLES[method] for method in quoted)
+        source = f"{published.SOURCE}, Table {', '.join(map(str, tables))}, stride 1"
+    return (
+        f"Perplexity. In italics the paper's: 247 M parameters trained on WikiText-103 at {paper_length} tokens, "
+        f"its row nearest to the same multiple of the training length ({source}). Another text, tokenizer, model and "
+        f"length than here ({train_length:,}), so only the shapes can be compared.{same_length}"
+    )
+
+
+def _same_length(train_length: int) -> str:
+    """Quote the paper's ALiBi model of our training length, if there is one."""
+    table = published.get_table(5)
+    try:
+        row = table.row(method="alibi", train_length=train_length)
+    except KeyError:
+        return ""
+    cells = [
+        f"{row[name]:.2f} at {int(name):,}" for name in table.columns if name.isdecimal() and row[name] is not None
+    ]
+    return f" Its ALiBi trained at {train_length:,}: {', '.join(cells)} ({table.source})."

@@ -1,0 +1,69 @@
+"""GPUs that a plan can be held against."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from megalibi.config import ConfigError
+
+GIB = 1 << 30
+USABLE = 0.95
+"""Of a GPU's memory: the rest is taken by CUDA itself, by NCCL and by gaps in the allocator's blocks. An assumption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU."""
+
+    name: str
+    """As it is asked for."""
+    memory_bytes: int
+    """Of its data sheet, 2^30 bytes for each GB: drivers show up to 2% less."""
+    peak_flops_per_second: float
+    """Dense matrix products of 16-bit numbers summed in fp32: bf16, but fp16 on V100, which has no bf16."""
+    source: str
+    """Where both stand."""
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a plan may fill."""
+        return int(USABLE * self.memory_bytes)
+
+
+def _gpu(name: str, memory_gib: float, peak_tflops: float, source: str) -> Gpu:
+    return Gpu(name=name, memory_bytes=int(memory_gib * GIB), peak_flops_per_second=peak_tflops * 1e12, source=source)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("V100-16GB", 16, 125, "NVIDIA V100 data sheet, SXM2"),
+        _gpu("V100-32GB", 32, 125, "NVIDIA V100 data sheet, SXM2"),
+        _gpu("A100-40GB", 40, 312, "NVIDIA A100 data sheet"),
+        _gpu("A100-80GB", 80, 312, "NVIDIA A100 data sheet"),
+        _gpu("A6000", 48, 154.8, "NVIDIA Ampere GA102 architecture paper, RTX A6000"),
+        _gpu("A10", 24, 125, "NVIDIA A10 data sheet"),
+        _gpu("RTX4090", 24, 165.2, "NVIDIA Ada GPU architecture paper, GeForce RTX 4090"),
+        _gpu("L40S", 48, 362, "NVIDIA L40S data sheet"),
+        _gpu("H100", 80, 989.4, "NVIDIA H100 data sheet, SXM"),
+        _gpu("H100-PCIE", 80, 756, "NVIDIA H100 data sheet, PCIe"),
+        _gpu("H200", 141, 989.4, "NVIDIA H200 data sheet, SXM"),
+    )
+}
+"""By name. Data sheets that state figures with sparsity state twice these."""
+
+
+def get_gpu(name: str) -> Gpu:
+    """Return a GPU by its name, in any case.
+
+    Raises:
+        ConfigError: It is not in the table.
+    """
+    if name.upper() in GPUS:
+        return GPUS[name.upper()]
+    near = difflib.get_close_matches(name.upper(), GPUS, n=1, cutoff=0.3)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(
+        f"gpu={name} is not known: {hint}One of {', '.join(GPUS)} is, or a memory alone with --gpu-memory-gib"
+    )

@@ -1,0 +1,168 @@
+"""ZeRO 2, and ZeRO 1 in fp32 and fp16, as DeepSpeed (0.19.8) runs them: zero/stage_1_and_2.py.
+
+Gradients pass through a bucket, each rank's part of whose sum is kept. What is kept is a flat fp32 tensor in 16 bits,
+and in fp32 the gradients themselves, moved into a tensor of their own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors as flatten
+
+from megalibi.studies.memory import GRADIENTS
+from megalibi.studies.plan_zero import FlatStage, Rank, fill_buckets
+
+
+class Stage1Or2(FlatStage):
+    """Gradients pass through a bucket, from which this rank keeps its part of their sum."""
+
+    def __init__(self, rank: Rank) -> None:
+        super().__init__(rank)
+        self.is_stage_2 = rank.config.zero.stage == 2
+        self.dtype = self.flat_weights[0].dtype
+        self.is_low = self.dtype != torch.float32
+        self.bucket_elements = rank.config.zero.bucket_elements
+        self.buffers: list[Tensor] = []
+        self.bucket: list[nn.Parameter] = []
+        self.in_bucket = 0
+        self.is_last = False
+        self.accumulated: dict[nn.Parameter, Tensor] = {}  # stage 1 in 16 bits: fp32 sums over micro batches
+        self.owned: dict[int, Tensor] = {}  # 16 bits: this rank's part of the sum, by group
+        self.kept: list[Tensor] = []  # fp32: the same, gradient by gradient
+        self.arena: Tensor | None = None
+        self._locate()
+
+    def _locate(self) -> None:
+        """Find which part of each parameter is whose."""
+        self.group_of: dict[nn.Parameter, int] = {}
+        self.owners: dict[nn.Parameter, list[int]] = {}
+        for number, (group, flat) in enumerate(zip(self.rank.groups, self.flat_weights, strict=True)):
+            part, start = len(flat) // self.rank.data.size, 0
+            for parameter in group:
+                stop = start + parameter.numel()
+                self.group_of[parameter] = number
+                self.owners[parameter] = list(range(start // part, (stop - 1) // part + 1))
+                start = stop
+
+    def _is_owned(self, parameter: nn.Parameter) -> bool:
+        return self.rank.data.rank in self.owners[parameter]
+
+    def begin_micro_step(self, last: bool) -> None:
+        """Remember whether this one's gradients end the sum."""
+        self.is_last = last
+
+    def take_gradient(self, parameter: nn.Parameter) -> None:
+        """Take a gradient into the bucket (stage 2), or into the sum over micro batches (stage 1)."""
+        if not self.buffers:
+            dtype = torch.float32 if self.is_low and not self.is_stage_2 else self.dtype
+            for _ in range(2 if self.rank.overlap else 1):
+                self.buffers.append(torch.empty(self.bucket_elements, dtype=dtype, device="meta"))
+        if self.is_low and not self.is_stage_2:
+            assert parameter.grad is not None
+            cast = parameter.grad.to(torch.float32)
+            self.accumulated.setdefault(parameter, cast)
+            self.rank.trace.mark(self.accumulated[parameter], GRADIENTS)
+            parameter.grad = None
+        if self.is_stage_2 or (self.rank.overlap and self.is_last):
+            self._put_in_bucket(parameter)
+
+    def _put_in_bucket(self, parameter: nn.Parameter) -> None:
+        elements = parameter.numel()
+        if self.in_bucket + elements > self.bucket_elements:
+            self._reduce_bucket()
+        if elements <= self.bucket_elements:
+            view = self.buffers[0][self.in_bucket : self.in_bucket + elements].view(parameter.shape)
+            if parameter in self.accumulated:
+                self.accumulated[parameter] = view
+            else:
+                parameter.grad = None
+                parameter.grad = view
+        self.bucket.append(parameter)
+        self.in_bucket += elements
+
+    def _reduce_bucket(self) -> None:
+        if not self.bucket:
+            return
+        slices = self._slices()
+        for small in fill_buckets(slices, self.bucket_elements):
+            flat = flatten(small)
+            self.rank.all_reduce(flat.to(torch.float32))
+            del flat
+        for parameter in self.bucket:
+            if self.is_low:
+                self.accumulated.pop(parameter, None) if self._is_owned(parameter) else None
+                if self.is_stage_2 and not self._is_owned(parameter):
+                    parameter.grad = None
+            elif self._is_owned(parameter):
+                self._keep(parameter)
+            elif self.is_stage_2:
+                parameter.grad = None
+        self.bucket, self.in_bucket = [], 0
+
+    def _slices(self) -> list[Tensor]:
+        """Cut the bucket as average_tensor does: a slice for each run of one owner."""
+        parts: list[tuple[int, bool]] = []  # owner, whether it goes straight into this rank's part
+        sizes: list[int] = []
+        for parameter in self.bucket:
+            owners = self.owners[parameter]
+            for owner in owners:  # where a parameter is split does not matter to the memory, that it is does
+                direct = self.is_low and owner == self.rank.data.rank
+                if direct and self.group_of[parameter] not in self.owned:
+                    number = self.group_of[parameter]
+                    part = len(self.flat_weights[number]) // self.rank.data.size
+                    self.owned[number] = self.rank.hold(part, GRADIENTS)
+                if parts and not direct and parts[-1] == (owner, False):
+                    sizes[-1] += parameter.numel() // len(owners)
+                else:
+                    parts.append((owner, direct))
+                    sizes.append(parameter.numel() // len(owners))
+        sizes[-1] += self.in_bucket - sum(sizes)
+        if self.in_bucket > self.bucket_elements:
+            whole = self.accumulated.get(self.bucket[0], self.bucket[0].grad)
+            assert whole is not None
+            return list(whole.view(-1).split(sizes))
+        return list(self.buffers[0][: self.in_bucket].split(sizes))
+
+    def _keep(self, parameter: nn.Parameter) -> None:
+        if self.arena is None:
+            self.arena = self.rank.hold(sum(p.numel() for p in self.owners if self._is_owned(p)), GRADIENTS, self.dtype)
+        parameter.grad = None
+        parameter.grad = self.arena[: parameter.numel()].view(parameter.shape)
+
+    def end_micro_step(self, last: bool) -> None:
+        """Reduce what is left; fp32 keeps the first micro batch's gradients and adds the others' to them."""
+        if not self.is_stage_2:
+            if not last:
+                return
+            if not self.rank.overlap:
+                for group in self.rank.groups:
+                    for parameter in group:
+                        self._put_in_bucket(parameter)
+        self._reduce_bucket()
+        if self.arena is not None and not self.kept:
+            self.kept = [self.arena]
+        self.arena = None
+        self.buffers = []
+        for parameter in self.rank.model.parameters():
+            parameter.grad = None
+
+    def step(self) -> None:
+        """Measure in fp64, copy what is not flat yet, update, gather."""
+        for parameter in self.owners:
+            if self._is_owned(parameter):
+                torch.empty(self._owned_elements(parameter), dtype=torch.float64, device="meta")
+        for number, flat in enumerate(self.flat_weights):
+            if not self.is_low:
+                gradient = self.rank.hold(len(flat) // self.rank.data.size, GRADIENTS)
+                if number == len(self.flat_weights) - 1:
+                    self.kept = []
+                del gradient
+            self.owned.pop(number, None)
+        self.accumulated.clear()
+        self.gather_weights()
+
+    def _owned_elements(self, parameter: nn.Parameter) -> int:
+        return math.ceil(parameter.numel() / len(self.owners[parameter]))

@@ -1,0 +1,142 @@
+"""The numbers of the paper that studies quote, with their places in it; published.json has them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from types import MappingProxyType
+from typing import Any
+
+Cell = str | float | None
+"""A number; a method's name; or None where the paper has none."""
+Curve = tuple[tuple[float, float], ...]
+"""Points of a figure by rising x."""
+
+SOURCE = "arXiv:2108.12409v2"
+EXTRAPOLATION_TABLES = {512: 2, 1024: 3, 3072: 4}
+"""Training length -> table: perplexity of four methods at many lengths, nonoverlapping."""
+SLIDING_TABLES = {"sinusoidal": 13, "t5_bias": 14, "alibi": 15}
+"""Method -> table: perplexity at a few lengths, sliding with stride 1. There is none for rotary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table of the paper."""
+
+    number: int
+    """As the paper counts."""
+    page: int
+    """Of the PDF."""
+    caption: str
+    """What it shows, in our words."""
+    columns: tuple[str, ...]
+    """Names of a row's cells; a column named as a length holds the perplexity at that length."""
+    rows: tuple[tuple[Cell, ...], ...]
+    """In the paper's order."""
+
+    @property
+    def source(self) -> str:
+        """Where it stands, for a caption."""
+        return f"{SOURCE}, Table {self.number}, p. {self.page}"
+
+    def row(self, **keys: Cell) -> Mapping[str, Any]:
+        """Return the one row that has these cells, by column.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for cells in self.rows:
+            row = dict(zip(self.columns, cells, strict=True))
+            if all(row[name] == value for name, value in keys.items()):
+                return row
+        raise KeyError(f"Table {self.number} has no row with {keys}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fact:
+    """A sentence of the paper."""
+
+    text: str
+    source: str
+    value: float | None = None
+    """Its number, if it says one."""
+
+
+def get_table(number: int) -> Table:
+    """Return a table of the paper.
+
+    Raises:
+        KeyError: No study quotes it.
+    """
+    fields = _read()["tables"][str(number)]
+    rows = tuple(tuple(row) for row in fields["rows"])
+    return Table(
+        number=number, page=fields["page"], caption=fields["caption"], columns=tuple(fields["columns"]), rows=rows
+    )
+
+
+def get_curves(figure: str) -> Mapping[str, Curve]:
+    """Return the curves of a figure, ``METHOD_TRAININGLENGTH`` -> points, digitised.
+
+    Args:
+        figure: "5 left" or "5 right" (GPU hours, perplexity), or "6" (evaluation length, perplexity).
+
+    Raises:
+        KeyError: No study quotes it.
+    """
+    series = _read()["figures"][figure]["series"]
+    return {name: tuple((x, y) for x, y in points) for name, points in series.items()}
+
+
+def get_fact(name: str) -> Fact:
+    """Return a sentence of the paper.
+
+    Raises:
+        KeyError: No study quotes it.
+    """
+    return Fact(**_read()["facts"][name])
+
+
+def extrapolation(method: str, train_length: int, protocol: str) -> dict[int, float]:
+    """Return the paper's WikiText-103 perplexities by evaluation length; empty if it has none.
+
+    Args:
+        method: A position method.
+        train_length: 512, 1024 or 3072.
+        protocol: nonoverlapping (Tables 2 to 4), or sliding with stride 1 (Tables 13 to 15).
+    """
+    if protocol == "nonoverlapping":
+        table = get_table(EXTRAPOLATION_TABLES[train_length])
+        if method not in table.columns:
+            return {}
+        column = table.columns.index(method)
+        cells = {row[0]: row[column] for row in table.rows}
+    elif method in SLIDING_TABLES:
+        row = get_table(SLIDING_TABLES[method]).row(train_length=train_length)
+        cells = {int(name): cell for name, cell in row.items() if name.isdecimal()}
+    else:
+        return {}
+    return {int(length): float(cell) for length, cell in cells.items() if cell is not None}  # type: ignore[arg-type]
+
+
+def update_rate_gain() -> float:
+    """Return how many more updates an hour ALiBi at 1,024 makes than sinusoidal at 2,048 (Table 11): 13.1%."""
+    table = get_table(11)
+    alibi = table.row(method="alibi", train_length=1024)["updates_thousands"]
+    return alibi / table.row(method="sinusoidal", train_length=2048)["updates_thousands"] - 1.0
+
+
+def memory_saving() -> float:
+    """Return how much less memory ALiBi at 1,024 takes than sinusoidal at 2,048 (Table 11): 10.6%."""
+    table = get_table(11)
+    alibi = table.row(method="alibi", train_length=1024)["memory_gb"]
+    return 1.0 - alibi / table.row(method="sinusoidal", train_length=2048)["memory_gb"]
+
+
+@functools.cache
+def _read() -> Mapping[str, Any]:
+    text = (resources.files("megalibi.studies") / "published.json").read_text(encoding="utf-8")
+    return MappingProxyType(json.loads(text))

@@ -1,0 +1,187 @@
+"""The trainings of a study: launch/pretrain.py as processes, none of them done twice.
+
+A study's folder has for each run NAME.yaml (a run's configuration, which a user could start by hand), NAME.log (what
+it said) and NAME/ (its train.output_dir).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megalibi.checkpoint import CHECKPOINTS, LATEST, find_checkpoint, find_damage, get_checkpoint, read_manifest
+from megalibi.config import Config, ConfigError, config_from_dict, config_to_dict, save_config
+from megalibi.log import get_logger
+from megalibi.report.metrics import METRICS_FILE, StepRecord, parse_line
+from megalibi.report.units import format_count, format_duration
+from megalibi.studies.jobs import JobProgress, run_jobs
+from megalibi.studies.machine import Machine
+from megalibi.train import check_run
+
+_LOGGER = get_logger(__name__)
+_TAIL_BYTES = 1 << 14  # some forty lines of metrics.jsonl
+
+FREE_FIELDS = frozenset(
+    {
+        "train.output_dir",
+        "train.log_every_steps",
+        "train.eval_every_steps",
+        "train.eval_samples",
+        "checkpoint.every_steps",
+        "checkpoint.keep",
+        "checkpoint.resume",
+        "parallel.timeout_minutes",
+        "data.valid",
+        "data.tokenizer",
+    }
+)
+"""What may change between two commands of a study: no weight depends on it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One run; ``train.output_dir`` of its configuration is FOLDER/NAME."""
+
+    config: Config
+    machine: Machine
+
+    @property
+    def folder(self) -> Path:
+        """The run's own."""
+        return Path(self.config.train.output_dir)
+
+    @property
+    def name(self) -> str:
+        """As the console calls it."""
+        return self.folder.name
+
+    @property
+    def log(self) -> Path:
+        """Where its output goes."""
+        return self.folder.parent / f"{self.name}.log"
+
+    @property
+    def config_path(self) -> Path:
+        """The YAML that it is started with."""
+        return self.folder.parent / f"{self.name}.yaml"
+
+    def prepare(self) -> None:
+        """Write the YAML."""
+        save_config(self.config, self.config_path)
+
+    def command(self, slot: int) -> list[str]:
+        """Return what trains."""
+        return [*self.machine.launch(slot), "--config", str(self.config_path)]
+
+    def environment(self, slot: int) -> dict[str, str]:
+        """Return the environment to train in."""
+        return self.machine.environment_of(slot, self.machine.ranks)
+
+    def progress(self) -> JobProgress | None:
+        """Return how far the training is, from metrics.jsonl."""
+        records = _read_last_steps(self.folder / METRICS_FILE)
+        if not records:
+            return None
+        last, total = records[-1], self.config.train.steps
+        left = (total - last.step) * sum(record.step_seconds for record in records) / len(records)
+        words = f"step {last.step}/{total} | loss {last.loss:.4f} | {format_count(last.tokens_per_second)} tokens/s"
+        return JobProgress(done=last.step, total=total, words=f"{words} | {format_duration(left)} left")
+
+    def finish(self, exit_code: int) -> str | None:
+        """Return what is wrong, judged by the last step's checkpoint: launchers have exit codes of their own."""
+        checkpoint = find_checkpoint(self.folder / CHECKPOINTS)
+        if checkpoint is not None and read_manifest(checkpoint).step >= self.config.train.steps:
+            return None
+        return f"failed with exit code {exit_code}" if exit_code else "was stopped before its last step"
+
+    def find_finished(self) -> Path | None:
+        """Return the checkpoint of the last step, if it is there; an unfinished run will go on, or begin.
+
+        A newest checkpoint that is damaged is put aside, with a warning: the run goes on from the one before it.
+
+        Raises:
+            ConfigError: The run has a checkpoint of another configuration.
+        """
+        while (checkpoint := find_checkpoint(self.folder / CHECKPOINTS)) is not None:
+            try:
+                manifest = read_manifest(checkpoint)
+                damage = next(find_damage(checkpoint, manifest), None)
+            except ConfigError as error:
+                damage = str(error)
+            if damage is None:
+                self._check_same(manifest.config)
+                return checkpoint if manifest.step >= self.config.train.steps else None
+            _LOGGER.warning("%s; put aside as %s", damage, _put_aside(checkpoint))
+        return None
+
+    def _check_same(self, saved: Mapping[str, Any]) -> None:
+        ours, theirs = _flatten(config_to_dict(self.config)), _flatten(config_to_dict(config_from_dict(dict(saved))))
+        changed = [
+            f"{field}={ours[field]}, not {theirs[field]}"
+            for field in ours
+            if field not in FREE_FIELDS and ours[field] != theirs[field]
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.folder} was trained with another configuration than this study's: {'; '.join(changed)}; give "
+                "the values it was trained with, or another train.output_dir"
+            )
+
+
+def _put_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that it is none any more, and forget ``latest``: then the newest that is left counts."""
+    aside = checkpoint.with_name(checkpoint.name + ".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    checkpoint.with_name(LATEST).unlink(missing_ok=True)
+    return aside
+
+
+def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
+
+
+def _read_last_steps(path: Path) -> list[StepRecord]:
+    """Return the records of the last steps of metrics.jsonl, or none."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines(keepends=True)
+    records = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the first and the last may be parts of lines
+            records.append(parse_line(line))
+    return [record for record in records if isinstance(record, StepRecord)]
+
+
+def run_trainings(trainings: Sequence[Training], console: Console) -> dict[str, Path]:
+    """Train what is not trained yet; interrupted runs go on.
+
+    Args:
+        trainings: All on the same machine.
+        console: Where to show progress.
+
+    Returns:
+        The checkpoint of each run's last step, by the run's name.
+
+    Raises:
+        ConfigError: A configuration cannot be used or is not that of the run's checkpoints, which is found out before
+            anything starts; or a training failed, after the others have ended.
+    """
+    missing = [training for training in trainings if training.find_finished() is None]
+    for training in missing:
+        check_run(training.config, training.machine.ranks)
+    known = [training.name for training in trainings if training not in missing]
+    if known:
+        console.print(f"trained already: {', '.join(known)}", highlight=False, soft_wrap=True)
+    if missing:
+        run_jobs(missing, at_once=missing[0].machine.jobs, console=console)
+    return {training.name: get_checkpoint(training.folder) for training in trainings}

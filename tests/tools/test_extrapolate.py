@@ -1,0 +1,188 @@
+"""The whole study on a tiny model: interrupted, gone on with, damaged, and asked again."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megalibi.checkpoint import find_checkpoint, read_manifest
+from megalibi.config import config_to_dict
+from megalibi.config.cli import run_tool
+from tests.engine.runs import make_config, write_tokens
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "extrapolate.py"
+METHODS = ("alibi", "sinusoidal")
+STEPS = 120
+INTERRUPTED_FROM = 3
+TIMEOUT_SECONDS = 240.0
+NONOVERLAPPING_TOKENS, SLIDING_TOKENS = 2000, 200
+Runner = Callable[..., tuple[int, str, str]]
+"""Takes a command line; returns exit code, output and errors."""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The YAML of a study; its runs are in the folder ``runs`` beside it."""
+    folder = tmp_path_factory.mktemp("study")
+    prefix = write_tokens(folder, num_tokens=20_000)
+    base = make_config(
+        prefix,
+        data={"seq_length": 16, "valid": prefix},
+        train={"steps": STEPS, "output_dir": str(folder / "runs"), "eval_samples": 8, "precision": "bf16"},
+        checkpoint={"every_steps": 0},
+    )
+    section = {"methods": list(METHODS), "lengths": [16, 32], "stride": 4}
+    section |= {"nonoverlapping_tokens": NONOVERLAPPING_TOKENS, "sliding_tokens": SLIDING_TOKENS}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"study": section, **config_to_dict(base)}))
+    return path
+
+
+def command_of(study: Path, *arguments: str) -> list[str]:
+    return [str(TOOL), str(study), "--jobs", "2", "--output", str(study.parent / "results"), *arguments]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    """Run the tool in this process, which has its imports; trainings and evaluations are processes as ever."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    spec = importlib.util.spec_from_file_location("extrapolate", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run_tool_here(*command: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", list(command))
+        with pytest.raises(SystemExit) as end:
+            run_tool(tool.main)
+        return (end.value.code or 0, *capsys.readouterr())  # type: ignore[return-value]
+
+    return run_tool_here
+
+
+def step_of(study: Path, method: str) -> int:
+    metrics = study.parent / "runs" / method / "metrics.jsonl"
+    return metrics.read_text().count('"step_seconds"') if metrics.exists() else 0
+
+
+def interrupt(study: Path) -> dict[str, int]:
+    """Interrupt the study when every training is on its way; return the step that each has saved."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *command_of(study)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while min(step_of(study, method) for method in METHODS) < INTERRUPTED_FROM:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode == 130, output + errors
+    assert "error: interrupted" in errors
+    return {method: last_step(study, method) for method in METHODS}
+
+
+def last_checkpoint(study: Path, method: str) -> Path:
+    checkpoint = find_checkpoint(study.parent / "runs" / method / "checkpoints")
+    assert checkpoint is not None, method
+    return checkpoint
+
+
+def last_step(study: Path, method: str) -> int:
+    return read_manifest(last_checkpoint(study, method)).step
+
+
+def contents(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def check_results(results: dict[str, Any]) -> None:
+    for protocol, tokens in (("nonoverlapping", NONOVERLAPPING_TOKENS), ("sliding", SLIDING_TOKENS)):
+        for method in METHODS:
+            rows = results["results"][protocol][method]
+            assert [row["length"] for row in rows] == [16, 32]
+            assert all(row["tokens"] == tokens - 1 for row in rows)
+            assert all(1.0 < row["perplexity"] < 509.0 for row in rows)  # something was learned
+    assert results["seeds_per_method"] == 1
+    assert [results["trainings"][method]["steps"] for method in METHODS] == [STEPS, STEPS]
+    assert {"command", "commit", "date", "hardware", "versions"} <= set(results)
+    assert results["command"].startswith(f"python {TOOL}")
+
+
+def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: Path, run: Runner) -> None:
+    saved = interrupt(study)
+    assert all(INTERRUPTED_FROM <= step < STEPS for step in saved.values())
+    weights = last_checkpoint(study, "sinusoidal") / "mp_rank_00_model_states.pt"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+
+    code, output, errors = run(*command_of(study))
+    assert code == 0, output + errors
+    runs, results = study.parent / "runs", study.parent / "results"
+    assert f"resumed from {runs}/alibi/checkpoints/step_{saved['alibi']:08d}" in (runs / "alibi.log").read_text()
+    assert weights.parent.with_suffix(".damaged").is_dir()
+    assert (runs / "sinusoidal.log").read_text().count("from the start") == 2  # the only checkpoint was damaged
+    assert "resumed" not in (runs / "sinusoidal.log").read_text()
+    assert [last_step(study, method) for method in METHODS] == [STEPS, STEPS]
+    check_results(json.loads((results / "results.json").read_text()))
+    assert "| 32 (2 x) |" in (results / "table.md").read_text()
+    assert (results / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+    before = contents(runs)
+    code, output, errors = run(*command_of(study))
+    assert code == 0, output + errors
+    assert "trained already: alibi, sinusoidal" in output
+    assert "6 of 6 evaluations known already" in output
+    assert "started" not in output
+    assert contents(runs) == before
+
+    # Another question: the models stay, and what is asked anew is scored anew, and alone.
+    code, output, errors = run(*command_of(study, "study.methods=[alibi]", "study.lengths=[16,48]"))
+    assert code == 0, output + errors
+    assert [line.split(":")[0] for line in output.splitlines() if ": started" in line] == [
+        "alibi nonoverlapping 16,48",
+        "alibi sliding 48",
+    ]
+    page = (results / "table.md").read_text()
+    assert "| 48 (3 x) |" in page
+    assert "| 32 (2 x) |" not in page
+
+
+BAD_INPUT = {
+    "method": ("study.methods=[alibi,rope]", "study.methods: rope is not allowed"),
+    "unknown key": ("study.strid=3", "study.strid is unknown: did you mean study.stride?"),
+    "training length": ("data.seq_length=20", "study.lengths=[16, 32] does not begin with data.seq_length=20"),
+    "batch": ("train.global_batch_size=5", "train.global_batch_size=5 is no multiple of train.micro_batch_size=2"),
+    "jobs": ("--jobs=0", "jobs=0 is not allowed"),
+    "text": ("data.train=/nowhere/tokens", "/nowhere/tokens.idx: no such token file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_code_2(study: Path, run: Runner, case: str) -> None:
+    argument, message = BAD_INPUT[case]
+    code, _, errors = run(*command_of(study, argument, f"train.output_dir={study.parent / 'none'}"))
+    assert code == 2
+    (line,) = errors.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (study.parent / "none").exists()
+
+
+def test_help_has_an_example(run: Runner) -> None:
+    code, output, _ = run(str(TOOL), "--help")
+    assert code == 0
+    assert "python tools/extrapolate.py configs/extrapolation_small.yaml --jobs 2" in output

@@ -1,0 +1,222 @@
+"""Train short, test long: train a model for each position method, evaluate all past their training length, compare.
+
+Trains each of study.methods at data.seq_length, evaluates it at study.lengths by both protocols, and writes what the
+paper's Figure 4 shows: results.json, table.md and figure.png. Interrupt it, and the same command goes on; what is
+trained or evaluated is not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from megalibi import log
+from megalibi.config import Config, config_to_dict
+from megalibi.config.cli import run_tool
+from megalibi.report.metrics import read_metrics
+from megalibi.report.plots import save_figure
+from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.report.run import EvaluationResult, read_evaluation, summarize
+from megalibi.report.units import format_count, format_duration
+from megalibi.studies.extrapolation import (
+    NONOVERLAPPING,
+    PROTOCOLS,
+    SLIDING,
+    Curves,
+    ExtrapolationStudy,
+    Finding,
+    judge,
+    method_config,
+)
+from megalibi.studies.extrapolation_plot import extrapolation_figure
+from megalibi.studies.extrapolation_report import write_report
+from megalibi.studies.machine import Machine
+from megalibi.studies.study import load_study
+
+if TYPE_CHECKING:
+    from megalibi.studies.scores import Scoring
+
+ROOT = Path(__file__).parents[1]
+EXAMPLE = """examples:
+  python tools/extrapolate.py configs/extrapolation_small.yaml --jobs 2
+  python tools/extrapolate.py configs/extrapolation_small.yaml study.methods=[alibi,rotary] train.steps=200 \\
+      train.output_dir=runs/extrapolation_short
+"""
+Results = dict[str, dict[str, dict[int, EvaluationResult]]]
+"""Protocol -> method -> length -> result."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a study's YAML: a run, and the section study")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the file")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: results/ and the name of CONFIG")
+    parser.add_argument(
+        "--launcher", default="", metavar="COMMAND", help="what starts the ranks of a training, before pretrain.py"
+    )
+    return parser.parse_intermixed_args()
+
+
+def make_machine(arguments: argparse.Namespace, study: ExtrapolationStudy) -> Machine:
+    """Return how processes are started: each gets its share of the cores unless OMP_NUM_THREADS is set already."""
+    return Machine(
+        pretrain=ROOT / "launch" / "pretrain.py",
+        evaluate=ROOT / "tools" / "evaluate.py",
+        environment=os.environ,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        gpus=torch.cuda.device_count(),
+        jobs=arguments.jobs,
+        ranks=study.ranks,
+        launcher=tuple(shlex.split(arguments.launcher)),
+    )
+
+
+def plan_scorings(
+    study: ExtrapolationStudy, base: Config, checkpoints: dict[str, Path], machine: Machine
+) -> list[Scoring]:
+    """Return every evaluation: quick ones first, and sliding ones apart, so that little is lost to an interruption."""
+    from megalibi.studies.scores import Scoring
+
+    calls = [
+        *((NONOVERLAPPING, method, study.lengths_of(method)) for method in study.methods),
+        *((SLIDING, method, (n,)) for n in study.lengths for method in study.methods if n in study.lengths_of(method)),
+    ]
+    return [
+        Scoring(
+            label=method,
+            checkpoint=checkpoints[method],
+            data=base.data.valid[0].prefix,
+            protocol=protocol,
+            stride=study.stride if protocol == SLIDING else None,
+            tokens=study.tokens_of(protocol),
+            lengths=lengths,
+            output=evaluation_path(base, method, protocol),
+            machine=machine,
+        )
+        for protocol, method, lengths in calls
+    ]
+
+
+def evaluation_path(base: Config, method: str, protocol: str) -> Path:
+    """Return where the evaluations of a run by a protocol are: in its folder, where its report finds them."""
+    return Path(method_config(base, method).train.output_dir) / f"evaluation_{protocol}.json"
+
+
+def read_results(study: ExtrapolationStudy, base: Config) -> Results:
+    """Return every result that the study asks for."""
+    results: Results = {}
+    for protocol in PROTOCOLS:
+        for method in study.methods:
+            known = {row.length: row for row in read_evaluation(evaluation_path(base, method, protocol)).results}
+            rows = {length: known[length] for length in study.lengths_of(method)}
+            results.setdefault(protocol, {})[method] = rows
+    return results
+
+
+def describe_training(base: Config, method: str) -> dict[str, Any]:
+    """Return what a run's metrics say of it."""
+    summary = summarize(read_metrics(method_config(base, method).train.output_dir))
+    if summary is None:
+        return {}
+    return {
+        "steps": summary.steps,
+        "tokens": summary.tokens,
+        "loss": summary.loss,
+        "validation_loss": summary.validation.validation_loss if summary.validation else None,
+        "tokens_per_second": summary.tokens_per_second.median,
+        "seconds": summary.train_seconds,
+    }
+
+
+def describe_study(study: ExtrapolationStudy, base: Config, trainings: dict[str, dict[str, Any]]) -> list[str]:
+    """Return sentences on what was trained and scored."""
+    model = base.model
+    tokens = base.train.steps * base.train.global_batch_size * base.data.seq_length
+    seconds = {method: training["seconds"] for method, training in trainings.items() if training}
+    times = ", ".join(f"{method} {format_duration(value)}" for method, value in seconds.items())
+    return [
+        f"{model.num_layers} layers, {model.hidden_size} wide, {model.num_attention_heads} heads, trained at "
+        f"{base.data.seq_length:,} tokens for {base.train.steps:,} steps ({format_count(tokens)} tokens, the same for "
+        f"all, {base.train.precision}, seed {base.train.seed}). One run of each method (n = 1): no spread is known.",
+        f"Scored: the first {study.nonoverlapping_tokens:,} tokens of the validation text without overlap, the first "
+        f"{study.sliding_tokens:,} sliding.",
+        f"Time in steps: {times}.",
+    ]
+
+
+def write_results(
+    output: Path, study: ExtrapolationStudy, base: Config, results: Results, findings: list[Finding], curves: Curves
+) -> None:
+    """Write results.json, table.md and figure.png."""
+    trainings = {method: describe_training(base, method) for method in study.methods}
+    record = {
+        **describe_run("cuda" if torch.cuda.is_available() else "cpu", ("torch", "deepspeed")),
+        "study": asdict(study),
+        "config": config_to_dict(base),
+        "seeds_per_method": 1,
+        "trainings": trainings,
+        "results": {
+            protocol: {method: [asdict(row) for row in rows.values()] for method, rows in of_protocol.items()}
+            for protocol, of_protocol in results.items()
+        },
+        "findings": [asdict(finding) for finding in findings],
+    }
+    write_json(record, output / "results.json")
+    page = write_report(
+        curves,
+        findings,
+        train_length=base.data.seq_length,
+        stride=study.stride,
+        facts=describe_study(study, base, trainings),
+    )
+    (output / "table.md").write_text(page, encoding="utf-8")
+    figure = extrapolation_figure(curves, train_length=base.data.seq_length, stride=study.stride)
+    save_figure(figure, output / "figure.png")
+
+
+def main() -> None:
+    """Check everything, train, evaluate, write, and say what came of it."""
+    arguments = parse_arguments()
+    study, base = load_study(arguments.config, arguments.overrides, ExtrapolationStudy)
+    study.check_base(base)
+    machine = make_machine(arguments, study)
+    output = arguments.output or ROOT / "results" / arguments.config.stem
+    check_writable(output / "results.json", "--output")
+    if machine.gpus == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
+    # After that: they import DeepSpeed.
+    from megalibi.studies.runs import Training, run_trainings
+    from megalibi.studies.scores import run_scorings
+
+    console = Console(highlight=False, soft_wrap=True)
+    trainings = [Training(config=method_config(base, method), machine=machine) for method in study.methods]
+    checkpoints = run_trainings(trainings, console)
+    run_scorings(plan_scorings(study, base, checkpoints, machine), console)
+    results = read_results(study, base)
+    curves = {
+        protocol: {m: {length: row.perplexity for length, row in rows.items()} for m, rows in of_protocol.items()}
+        for protocol, of_protocol in results.items()
+    }
+    findings = judge(curves, base.data.seq_length)
+    write_results(output, study, base, results, findings, curves)
+    for finding in findings:
+        print(
+            f"{'as in the paper' if finding.holds else 'NOT as in the paper'}: {finding.expected}: {finding.measured}"
+        )
+    print(f"results: {output}/results.json, table.md, figure.png")
+
+
+if __name__ == "__main__":
+    log.configure()
+    run_tool(main)
