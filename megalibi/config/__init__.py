@@ -10,12 +10,12 @@ from megalibi.config.derive import (
 )
 from megalibi.config.errors import ConfigError
 from megalibi.config.load import config_from_dict, config_to_dict, load_config, save_config
+from megalibi.config.model import ModelConfig
 from megalibi.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     DatasetConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     TrainConfig,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megalibi.config.errors import ConfigError
-from megalibi.config.schema import Config, ModelConfig, OptimizerConfig
+from megalibi.config.model import ModelConfig
+from megalibi.config.schema import Config, OptimizerConfig
 
 VOCAB_MULTIPLE_PER_RANK = 128
 """The embedding table's rows per tensor rank are a multiple of this: matrix units like it (Megatron-LM's value)."""

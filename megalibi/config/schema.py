@@ -7,158 +7,14 @@ ranks is in derive.py. Units are in the names. Nothing here imports torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any
 
+from megalibi.config.checks import check_at_least, check_fraction, check_one_of
 from megalibi.config.errors import ConfigError
+from megalibi.config.model import ModelConfig
 
-POSITION_METHODS = ("alibi", "sinusoidal", "rotary", "t5_bias", "learned", "none")
-ACTIVATIONS = ("gelu", "relu")
 PRECISIONS = ("fp32", "bf16", "fp16")
-RECOMPUTATIONS = ("none", "full")
 OPTIMIZERS = ("adamw", "nesterov")
-
-
-def _check_at_least(section: str, minimum: float, **fields: float) -> None:
-    for name, value in fields.items():
-        if not (math.isfinite(value) and value >= minimum):
-            raise ConfigError(f"{section}.{name}={value} is not allowed: a number of at least {minimum} is")
-
-
-def _check_one_of(section: str, name: str, value: Any, allowed: Iterable[Any]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{section}.{name}={value} is not allowed: one of {', '.join(map(str, allowed))} is")
-
-
-def _check_fraction(section: str, **fields: float) -> None:
-    for name, value in fields.items():
-        if not 0.0 <= value < 1.0:
-            raise ConfigError(f"{section}.{name}={value} is not allowed: a number from 0 up to, but not, 1 is")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The network: a pre-norm GPT."""
-
-    num_layers: int
-    """Number of transformer blocks."""
-    hidden_size: int
-    """Width of the residual stream."""
-    num_attention_heads: int
-    """Attention heads of the whole model; the tensor group divides them. Any count: powers of two are not needed."""
-    ffn_hidden_size: int
-    """Width of the feed-forward layer; 4 x hidden_size in the paper's models."""
-    vocab_size: int
-    """Token ids are below this number; at least the tokenizer's."""
-    padded_vocab_size: int = 0
-    """Rows of the embedding table. 0: the next multiple of 128 x tensor_parallel_size. Padded rows never get
-    probability. Fix it to keep one table size over several tensor_parallel_size."""
-    position_method: str = "alibi"
-    """How the model knows order: alibi (arXiv:2108.12409), sinusoidal (arXiv:1706.03762, section 3.5), rotary
-    (arXiv:2104.09864), t5_bias (arXiv:1910.10683, section 2.1), learned (a row for every position) or none."""
-    max_position_embeddings: int = 0
-    """Rows of learned positions, and so the most tokens that such a model sees at once. Only for learned, which needs
-    it; no other method has a length cap."""
-    t5_num_buckets: int = 32
-    """Buckets of distances of t5_bias; the first half of them hold one distance each."""
-    t5_max_distance: int = 128
-    """From this distance on all share t5_bias's last bucket."""
-    activation: str = "gelu"
-    """Of the feed-forward layer: gelu (the exact one, by erf) or relu."""
-    bias: bool = False
-    """Biases in linear layers and layer norms. Off, the model exports exactly to bias-free ALiBi formats."""
-    tie_embeddings: bool = True
-    """Use the embedding table as the output layer's weight too."""
-    adaptive_cutoffs: tuple[int, ...] = ()
-    """Where the vocabulary, sorted by falling frequency, is cut into bands of an adaptive embedding (arXiv:1809.10853)
-    and softmax (arXiv:1609.04309); WikiText-103's are 20000 and 60000. Empty: one table for all tokens."""
-    adaptive_factor: int = 4
-    """Each adaptive band's rows are narrower than those of the band before by this factor."""
-    final_norm: bool = True
-    """A layer norm between the last block and the output layer."""
-    dropout: float = 0.0
-    """Probability of dropping after the embedding, on attention probabilities and before each residual sum."""
-    attention_dropout: float | None = None
-    """The same on attention probabilities alone; none: as ``dropout``."""
-    activation_dropout: float = 0.0
-    """The same after the activation of the feed-forward layer."""
-    adaptive_softmax_dropout: float = 0.0
-    """The same before the adaptive softmax, and on the narrow hidden states of its later bands."""
-    attention_backend: str = "auto"
-    """Back end of alibi_attention; `python -m alibi_attention` lists them. auto takes the best that can run."""
-    layer_norm_epsilon: float = 1e-5
-    """Added to the variance in layer norms."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights; layers that write to the residual stream get init_std / sqrt(2 x layers)
-    (GPT-2, section 2.3). Adaptive tables and projections have theirs from their shapes, as in fairseq."""
-    recompute: str = "none"
-    """Activation checkpointing: none, or full (each block keeps only its input and is computed again in backward)."""
-
-    def __post_init__(self) -> None:
-        """Check what one section can know."""
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"):
-            _check_at_least("model", 1, **{name: getattr(self, name)})
-        _check_one_of("model", "position_method", self.position_method, POSITION_METHODS)
-        _check_one_of("model", "activation", self.activation, ACTIVATIONS)
-        _check_one_of("model", "recompute", self.recompute, RECOMPUTATIONS)
-        for name in ("dropout", "attention_dropout", "activation_dropout", "adaptive_softmax_dropout"):
-            _check_fraction("model", **{name: getattr(self, name) or 0.0})
-        _check_at_least("model", 0.0, init_std=self.init_std, layer_norm_epsilon=self.layer_norm_epsilon)
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"model.num_attention_heads={self.num_attention_heads} does not divide "
-                f"model.hidden_size={self.hidden_size}"
-            )
-        if self.padded_vocab_size and self.padded_vocab_size < self.vocab_size:
-            raise ConfigError(
-                f"model.padded_vocab_size={self.padded_vocab_size} is below model.vocab_size={self.vocab_size}: "
-                "0 (computed) or at least model.vocab_size is allowed"
-            )
-        self._check_positions()
-        self._check_adaptive()
-
-    @property
-    def attention_dropout_probability(self) -> float:
-        """What is dropped of attention probabilities."""
-        return self.dropout if self.attention_dropout is None else self.attention_dropout
-
-    def _check_adaptive(self) -> None:
-        cutoffs = self.adaptive_cutoffs
-        if any(low >= high for low, high in pairwise((0, *cutoffs, self.vocab_size))):
-            raise ConfigError(
-                f"model.adaptive_cutoffs={list(cutoffs)} is not allowed: rising numbers between 0 and model.vocab_size="
-                f"{self.vocab_size} are"
-            )
-        _check_at_least("model", 1, adaptive_factor=self.adaptive_factor)
-        if self.hidden_size < self.adaptive_factor ** len(cutoffs):
-            raise ConfigError(
-                f"model.adaptive_factor={self.adaptive_factor} leaves the last of {len(cutoffs) + 1} bands no width of "
-                f"model.hidden_size={self.hidden_size}"
-            )
-        if cutoffs and self.padded_vocab_size:
-            raise ConfigError(
-                f"model.padded_vocab_size={self.padded_vocab_size} is not allowed with model.adaptive_cutoffs: each "
-                "band is padded on its own; 0 is"
-            )
-
-    def _check_positions(self) -> None:
-        method, head_dim = self.position_method, self.hidden_size // self.num_attention_heads
-        if method == "sinusoidal" and self.hidden_size % 2:
-            raise ConfigError(f"model.hidden_size={self.hidden_size} is odd: sinusoidal positions need an even one")
-        if method == "rotary" and head_dim % 2:
-            raise ConfigError(
-                f"model.hidden_size={self.hidden_size} over model.num_attention_heads={self.num_attention_heads} is "
-                f"{head_dim} a head: rotary positions need an even number"
-            )
-        if (method == "learned") != (self.max_position_embeddings > 0):
-            raise ConfigError(
-                f"model.max_position_embeddings={self.max_position_embeddings} with model.position_method={method} is "
-                "not allowed: learned needs 1 or more, all others 0"
-            )
-        _check_at_least("model", 2, t5_num_buckets=self.t5_num_buckets)
-        _check_at_least("model", self.t5_num_buckets // 2 + 1, t5_max_distance=self.t5_max_distance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +50,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Check what one section can know."""
-        _check_at_least("data", 1, seq_length=self.seq_length)
+        check_at_least("data", 1, seq_length=self.seq_length)
         if not self.train:
             raise ConfigError("data.train is empty: a PREFIX or a list of {prefix, weight} is allowed")
 
@@ -214,9 +70,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         """Check what one section can know."""
-        _check_at_least("parallel", 1, tensor_parallel_size=self.tensor_parallel_size)
-        _check_at_least("parallel", 0.01, timeout_minutes=self.timeout_minutes)
-        _check_one_of("parallel", "context_parallel_size", self.context_parallel_size, (1,))
+        check_at_least("parallel", 1, tensor_parallel_size=self.tensor_parallel_size)
+        check_at_least("parallel", 0.01, timeout_minutes=self.timeout_minutes)
+        check_one_of("parallel", "context_parallel_size", self.context_parallel_size, (1,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +86,8 @@ class ZeroConfig:
 
     def __post_init__(self) -> None:
         """Check what one section can know."""
-        _check_one_of("zero", "stage", self.stage, (0, 1, 2, 3))
-        _check_at_least("zero", 1, bucket_elements=self.bucket_elements)
+        check_one_of("zero", "stage", self.stage, (0, 1, 2, 3))
+        check_at_least("zero", 1, bucket_elements=self.bucket_elements)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,12 +122,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Check what one section can know."""
-        _check_one_of("optimizer", "kind", self.kind, OPTIMIZERS)
+        check_one_of("optimizer", "kind", self.kind, OPTIMIZERS)
         for name in ("learning_rate", "min_learning_rate", "warmup_steps", "decay_steps", "weight_decay"):
-            _check_at_least("optimizer", 0.0, **{name: getattr(self, name)})
-        _check_at_least("optimizer", 0.0, warmup_init_learning_rate=self.warmup_init_learning_rate)
-        _check_at_least("optimizer", 0.0, epsilon=self.epsilon, clip_grad_norm=self.clip_grad_norm)
-        _check_fraction("optimizer", beta1=self.beta1, beta2=self.beta2, momentum=self.momentum)
+            check_at_least("optimizer", 0.0, **{name: getattr(self, name)})
+        check_at_least("optimizer", 0.0, warmup_init_learning_rate=self.warmup_init_learning_rate)
+        check_at_least("optimizer", 0.0, epsilon=self.epsilon, clip_grad_norm=self.clip_grad_norm)
+        check_fraction("optimizer", beta1=self.beta1, beta2=self.beta2, momentum=self.momentum)
         for name in ("min_learning_rate", "warmup_init_learning_rate"):
             if getattr(self, name) > self.learning_rate:
                 raise ConfigError(
@@ -305,9 +161,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check what one section can know."""
         for name in ("steps", "global_batch_size", "micro_batch_size", "log_every_steps", "eval_samples"):
-            _check_at_least("train", 1, **{name: getattr(self, name)})
-        _check_at_least("train", 0, eval_every_steps=self.eval_every_steps, seed=self.seed)
-        _check_one_of("train", "precision", self.precision, PRECISIONS)
+            check_at_least("train", 1, **{name: getattr(self, name)})
+        check_at_least("train", 0, eval_every_steps=self.eval_every_steps, seed=self.seed)
+        check_one_of("train", "precision", self.precision, PRECISIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,7 +180,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         """Check what one section can know."""
-        _check_at_least("checkpoint", 0, every_steps=self.every_steps, keep=self.keep)
+        check_at_least("checkpoint", 0, every_steps=self.every_steps, keep=self.keep)
 
 
 @dataclass(frozen=True, kw_only=True)

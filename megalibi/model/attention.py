@@ -61,9 +61,7 @@ class SelfAttention(nn.Module):
             hidden_size, hidden_size, bias=model.bias, group=group, sequence_parallel=sequence_parallel
         )
 
-    def forward(
-        self, x_BSH: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None, bias: ScoreBias
-    ) -> Tensor:
+    def forward(self, x_BSH: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None, bias: ScoreBias) -> Tensor:
         """Return what attention adds to the residual stream, [B, S, H]."""
         qkv = self.qkv(x_BSH)  # [B, S, 3AK], the whole sequence
         q_BSAK, k_BSAK, v_BSAK = qkv.unflatten(-1, (3, self.num_heads_local, -1)).unbind(2)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalibi.config import Config, ConfigError
-from megalibi.config.schema import POSITION_METHODS
+from megalibi.config.model import POSITION_METHODS
 
 NONOVERLAPPING, SLIDING = PROTOCOLS = ("nonoverlapping", "sliding")
 METHOD_NAMES = {

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalibi.config.schema import POSITION_METHODS
+from megalibi.config.model import POSITION_METHODS
 from megalibi.model import check_backend
 from megalibi.model.positions import METHODS, ScoreBias, build_position_method
 from megalibi.parallel import ALONE
