@@ -1,0 +1,190 @@
+"""The whole comparison at scale smoke, on a tiny model and a text of its own; and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalibi.config.cli import run_tool
+from tests.engine.runs import VOCAB_SIZE, write_tokens
+from tests.studies.warm_python import warm_python
+
+TOOL = Path(__file__).parents[2] / "tools" / "compare_1p3b.py"
+STEPS = 4
+LENGTHS = (16, 32)
+VALID_TOKENS = 600
+PLAN_BOUND = 0.03
+"""What a plan promises: its bytes are within this of the tensors' true ones."""
+MODELS = {f"{method}_{length}" for method in ("alibi", "sinusoidal") for length in LENGTHS}
+VARIANTS = {f"{model}_{attention}" for model in MODELS for attention in ("unfused", "fast")}
+TINY = [
+    f"study.lengths={list(LENGTHS)}",
+    "study.turns=1",
+    "study.steps_per_turn=2",
+    f"study.valid_tokens={VALID_TOKENS}",
+    "model.num_layers=1",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    f"model.vocab_size={VOCAB_SIZE}",
+    "data.tokenizer=null",
+    f"data.seq_length={LENGTHS[-1]}",
+    f"train.steps={STEPS}",
+    "train.eval_samples=4",
+    f"checkpoint.every_steps={STEPS // 2}",
+]
+Runner = Callable[..., tuple[int, str, str]]
+"""Takes arguments; returns exit code, output and errors."""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    """Run the tool in this process, which has its imports; turns, trainings and evaluations are processes as ever."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    spec = importlib.util.spec_from_file_location("compare_1p3b", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run_here(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+        with pytest.raises(SystemExit) as end:
+            run_tool(tool.main)
+        return (end.value.code or 0, *capsys.readouterr())  # type: ignore[return-value]
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with warm_python(tmp_path_factory.mktemp("python")) as executable:
+        yield str(executable)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    write_tokens(folder, num_tokens=20_000)
+    return folder
+
+
+def arguments_of(folder: Path, *more: str) -> list[str]:
+    text = ["--data", str(folder / "tokens"), "--valid", str(folder / "tokens")]
+    where = ["--output", str(folder / "results"), f"train.output_dir={folder / 'runs'}"]
+    return ["--scale", "smoke", *text, *where, *TINY, *more]
+
+
+def contents(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def check_results(results: dict[str, Any]) -> None:
+    assert set(results["speed"]) == set(results["planned_memory_bytes"]) == VARIANTS
+    for name, speed in results["speed"].items():
+        seconds = speed["step_seconds"]
+        assert 0.0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+        assert speed["allocator_peak_bytes"] == sum(speed["memory_bytes"].values())
+        planned = sum(results["planned_memory_bytes"][name].values())
+        assert planned == pytest.approx(speed["allocator_peak_bytes"], rel=PLAN_BOUND)
+        assert speed["device_peak_bytes"] > speed["allocator_peak_bytes"]
+    assert set(results["quality"]) == MODELS
+    by_updates = {name: quality["perplexity_by_updates_and_length"] for name, quality in results["quality"].items()}
+    last = {name: by_length[str(STEPS)] for name, by_length in by_updates.items()}
+    assert set(last["alibi_16"]) == {"16", "32", "64", "128"}
+    assert set(last["sinusoidal_16"]) == {"16", "32"}
+    assert set(last["sinusoidal_32"]) == {"32"}
+    assert all(1.0 < perplexity < VOCAB_SIZE for lengths in last.values() for perplexity in lengths.values())
+    for pair in results["pairs"]:
+        assert (pair["alibi"], pair["sinusoidal"]) == ("alibi_16", "sinusoidal_32")
+        assert [[point["updates"] for point in curve] for curve in pair["curves"]] == [[2, 4], [2, 4]]
+    assert {"command", "commit", "date", "hardware", "versions", "config", "shapes"} <= set(results)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its turns and the plan are a CPU's")
+def test_smoke_from_nothing_to_the_report_and_again(
+    folder: Path, python: str, run: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", python)
+    arguments = arguments_of(folder)
+    code, output, errors = run(*arguments, "--part", "speed")
+    assert code == 0, errors
+    results = json.loads((folder / "results" / "results.json").read_text())
+    assert (set(results["speed"]), results["quality"]) == (VARIANTS, {})
+
+    # A turn that was interrupted is measured again, the others are not.
+    turn = folder / "runs" / "speed" / "alibi_32_fast" / "turn_1.json"
+    turn.unlink()
+    before = contents(folder / "runs")
+    code, output, errors = run(*arguments)
+    assert code == 0, errors
+    assert f"{len(VARIANTS) - 1} of {len(VARIANTS)} turns measured already" in output
+    after = contents(folder / "runs")
+    measured = [name for name in before if name.endswith(".json")]
+    assert all(before[name] == after[name] for name in measured)
+    assert turn.is_file()
+    check_results(json.loads((folder / "results" / "results.json").read_text()))
+    assert (folder / "results" / "figure5.png").read_bytes().startswith(b"\x89PNG")
+    assert "in the paper:" in output
+
+    trained = contents(folder / "runs")
+    page = (folder / "results" / "report.md").read_text()
+    code, output, errors = run(*arguments)
+    assert code == 0, errors
+    assert contents(folder / "runs") == trained  # nothing was done twice
+    assert (folder / "results" / "report.md").read_text() == page
+
+    code, output, errors = run(*arguments, "model.activation=relu")
+    assert code == 2
+    assert "was measured with another configuration" in errors
+    assert "model.activation=relu, not gelu" in errors
+
+
+BAD_INPUT = {
+    "study key": (["study.turn=3"], "study.turn is unknown: did you mean study.turns?"),
+    "length": (["study.lengths=[16,24]"], "no multiple of the 24 of study.lengths"),
+    "falling": (["study.lengths=[32,16]"], "study.lengths=[32, 16] is not allowed: two or more rising lengths are"),
+    "tokens": (["study.valid_tokens=128"], "study.valid_tokens=128 is not allowed: more than 128"),
+    "keep": (["checkpoint.keep=2"], "checkpoint.keep=2"),
+    "text": (["data.train=none"], "none.idx: no such token file"),
+    "two texts": (["data.valid=[a,b]"], "data.valid has 2 token files"),
+}
+
+
+@pytest.mark.parametrize(("more", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line(folder: Path, run: Runner, more: list[str], message: str) -> None:
+    code, _, errors = run(*arguments_of(folder, f"train.output_dir={folder / 'refused'}", *more))
+    assert (code, len(errors.splitlines())) == (2, 1)
+    assert message in errors
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_large_scale_without_a_gpu_says_what_it_needs(tmp_path: Path, run: Runner) -> None:
+    code, _, errors = run("--scale", "1.3b", "--output", str(tmp_path), "model.num_layers=1")
+    assert code == 2
+    assert re.fullmatch(
+        r"error: --scale=1.3b needs a GPU with room for \d+\.\d GiB, and there is none: --plan computes .*\n", errors
+    )
+
+
+def test_plan_of_the_large_scale(tmp_path: Path, run: Runner) -> None:
+    code, _, errors = run("--scale", "1.3b", "--plan", "--output", str(tmp_path), "study.lengths=[1024,2048]")
+    assert code == 0, errors
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["shapes"]["embedding.weight"] == [50304, 2048]
+    assert results["shapes"]["blocks.24.mlp.up.weight"] == [8192, 2048]
+    assert (results["speed"], results["quality"], results["findings"]) == ({}, {}, [])
+    saving = {pair["attention"]: pair["planned_memory_saving"] for pair in results["pairs"]}
+    assert saving["unfused"] == pytest.approx(0.09, abs=0.03)  # the paper's is 10.6%
+    assert saving["fast"] == pytest.approx(0.0, abs=0.001)
+    assert "Nothing is measured yet." in (tmp_path / "report.md").read_text()
+    assert not (tmp_path / "figure5.png").exists()

@@ -1,0 +1,210 @@
+"""ALiBi against sinusoidal positions at twice the length, and both at every length: the paper's 1.3B comparison.
+
+Part one, speed: every model with attention that holds its scores (unfused) and with the fast one, in turns of fresh
+processes. Part two, quality: the models trained to equal updates, their checkpoints evaluated. Writes report.md,
+figure5.png and results.json. Interrupt it, and the same command goes on; nothing is done twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from megalibi import log
+from megalibi.config import Config, ConfigError, config_to_dict
+from megalibi.config.cli import run_tool
+from megalibi.model import count_parameters
+from megalibi.report.plots import save_figure
+from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.studies.compare import CompareStudy
+from megalibi.studies.machine import Machine
+from megalibi.studies.study import load_study
+
+if TYPE_CHECKING:
+    from megalibi.studies.compare import Variant
+    from megalibi.studies.compare_results import Results
+    from megalibi.studies.memory import MemoryByKind
+
+ROOT = Path(__file__).parents[1]
+PICTURE = "figure5.png"
+SCALES = ("smoke", "small", "1.3b")
+EXAMPLE = """examples:
+  python tools/compare_1p3b.py --scale smoke
+  python tools/compare_1p3b.py --scale small --data data/books-train --valid data/books-valid --jobs 2
+  python tools/compare_1p3b.py --scale 1.3b --plan
+  python tools/compare_1p3b.py --scale 1.3b --part speed --data data/train --valid data/valid study.turns=5
+smoke: minutes on 2 CPU cores, on the text of `make quickstart`; its numbers mean nothing. small: hours of CPU, minutes
+of a GPU. 1.3b: one GPU of 80 GB, or more ranks.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the scale's")
+    parser.add_argument("--scale", choices=SCALES, required=True, help="configs/compare_SCALE.yaml")
+    parser.add_argument("--data", metavar="PREFIX", help="token file to train on (data.train)")
+    parser.add_argument("--valid", metavar="PREFIX", help="token file to evaluate on (data.valid)")
+    parser.add_argument("--part", choices=["speed", "quality", "all"], default="all", help="default: %(default)s")
+    parser.add_argument("--plan", action="store_true", help="run nothing: shapes, parameters, memory, from no device")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: results/compare_SCALE")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="trainings and evaluations at once; turns run alone"
+    )
+    parser.add_argument("--launcher", default="", metavar="COMMAND", help="what starts the ranks, before the script")
+    return parser.parse_intermixed_args()  # overrides may stand anywhere
+
+
+def load(arguments: argparse.Namespace) -> tuple[CompareStudy, Config]:
+    """Return the study of the scale, on the text that is given."""
+    given = {"data.train": arguments.data, "data.valid": arguments.valid}
+    overrides = [f"{field}={prefix}" for field, prefix in given.items() if prefix is not None]
+    return load_study(
+        ROOT / "configs" / f"compare_{arguments.scale}.yaml", [*overrides, *arguments.overrides], CompareStudy
+    )
+
+
+def make_machine(arguments: argparse.Namespace, study: CompareStudy) -> Machine:
+    """Return how processes are started: each gets its share of the cores unless OMP_NUM_THREADS is set already."""
+    return Machine(
+        pretrain=ROOT / "launch" / "pretrain.py",
+        evaluate=ROOT / "tools" / "evaluate.py",
+        environment=os.environ,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        gpus=torch.cuda.device_count(),
+        jobs=arguments.jobs,
+        ranks=study.ranks,
+        launcher=tuple(shlex.split(arguments.launcher)),
+    )
+
+
+def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryByKind], gpus: int) -> None:
+    """Refuse what cannot run here.
+
+    Raises:
+        ConfigError: With what is needed and what to do instead.
+    """
+    from megalibi.studies.compare_plan import check_fits
+    from megalibi.studies.plan_gpus import GIB
+
+    if gpus:
+        gpu = torch.cuda.get_device_properties(0)
+        check_fits(plans, gpu.name, gpu.total_memory)
+    elif arguments.scale == "1.3b":
+        largest = max(memory.total for memory in plans.values())
+        raise ConfigError(
+            f"--scale=1.3b needs a GPU with room for {largest / GIB:.1f} GiB, and there is none: --plan computes "
+            "shapes, parameters and memory without one, --scale small runs on a CPU"
+        )
+
+
+def describe_study(arguments: argparse.Namespace, study: CompareStudy, base: Config, gpus: int) -> list[str]:
+    """Return sentences on what was run, and where."""
+    model, batch, micro = base.model, base.train.global_batch_size, base.train.micro_batch_size
+    where = torch.cuda.get_device_name() if gpus else "a CPU; no GPU has run this, and no number here is of one"
+    layers = count_parameters(model) - model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    sentences = [
+        f"{count_parameters(model):,} parameters, {layers:,} of them outside the embedding: {model.num_layers} layers, "
+        f"{model.hidden_size} wide, {model.num_attention_heads} heads, feed-forward {model.ffn_hidden_size}. At every "
+        f"length {batch * base.data.seq_length:,} tokens in an update and {micro * base.data.seq_length:,} in a micro "
+        f"batch; {base.train.precision}, ZeRO {base.zero.stage}, ranks: {study.ranks}. One training of each model "
+        "(n = 1)."
+    ]
+    if arguments.plan:
+        sentences.append("The plan alone: nothing was run, measured columns are empty.")
+    else:
+        sentences.append(f"On {where}.")
+    if arguments.scale == "smoke":
+        sentences.append("A rehearsal: these numbers mean nothing.")
+    return sentences
+
+
+def write_results(output: Path, arguments: argparse.Namespace, base: Config, results: Results, gpus: int) -> None:
+    """Write results.json, report.md and, once there are curves, figure5.png."""
+    from megalibi.studies.compare_findings import judge
+    from megalibi.studies.compare_plan import find_shapes
+    from megalibi.studies.compare_plot import training_curves
+    from megalibi.studies.compare_report import write_report
+
+    record = {
+        **describe_run("cuda" if gpus else "cpu", ("torch", "deepspeed")),
+        "config": config_to_dict(base),
+        "shapes": find_shapes(base),
+        **results.to_json(),
+        "findings": [asdict(finding) for finding in judge(results)],
+    }
+    write_json(record, output / "results.json")
+    picture = PICTURE if results.has_curves else None
+    if picture:
+        save_figure(training_curves(results), output / picture)
+    facts = describe_study(arguments, results.study, base, gpus)
+    (output / "report.md").write_text(write_report(results, facts=facts, picture=picture), encoding="utf-8")
+
+
+def main() -> None:
+    """Check everything, measure, train, evaluate, write, and say what came of it."""
+    arguments = parse_arguments()
+    study, base = load(arguments)
+    machine = make_machine(arguments, study)
+    output = arguments.output or ROOT / "results" / f"compare_{arguments.scale}"
+    check_writable(output / "results.json", "--output")
+    if machine.gpus == 0:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
+    # After that: they import DeepSpeed.
+    from megalibi.studies.compare_findings import judge
+    from megalibi.studies.compare_plan import plan_variants
+    from megalibi.studies.compare_quality import (
+        check_quality,
+        evaluate_models,
+        plan_scorings,
+        read_qualities,
+        train_models,
+    )
+    from megalibi.studies.compare_results import Results
+    from megalibi.studies.compare_speed import plan_turns, read_speeds, run_turns
+
+    console = Console(highlight=False, soft_wrap=True)
+    check_quality(base)
+    plans = plan_variants(base, study, device_type="cuda" if machine.gpus or arguments.plan else "cpu")
+    turns = plan_turns(base, study, replace(machine, pretrain=ROOT / "launch" / "measure_turn.py"))
+    if not arguments.plan:
+        check_devices(arguments, plans, machine.gpus)
+
+    def write() -> Results:
+        results = Results(
+            study=study,
+            updates=base.train.steps,
+            plans=plans,
+            speeds=read_speeds(turns, study),
+            qualities=read_qualities(base, plan_scorings(base, study, machine)),
+        )
+        write_results(output, arguments, base, results, machine.gpus)
+        return results
+
+    if not arguments.plan and arguments.part != "quality":
+        run_turns(turns, console)
+        write()  # part two takes longer
+    if not arguments.plan and arguments.part != "speed":
+        train_models(base, study, machine, console)
+        evaluate_models(plan_scorings(base, study, machine), console)
+    results = write()
+    for finding in judge(results):
+        print(
+            f"{'as in the paper' if finding.holds else 'NOT as in the paper'}: {finding.expected}: {finding.measured}"
+        )
+    print(f"results: {output}/results.json, report.md{f', {PICTURE}' if results.has_curves else ''}")
+
+
+if __name__ == "__main__":
+    log.configure()
+    run_tool(main)
