@@ -66,6 +66,7 @@ def windows(num_tokens: int, length: int, stride: int | None = None) -> Iterator
         stride: Tokens between windows; None: ``length``.
     """
     stride = stride or length
+    assert 1 <= stride <= length, (stride, length)
     last = num_tokens - 1  # the last token is only predicted
     stop = min(length, last)
     scored_from = 1

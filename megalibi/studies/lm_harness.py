@@ -166,7 +166,9 @@ class HarnessModel(TemplateLM):
         """Yield the losses of the scored tokens of each text, without the memory of log-probabilities."""
         for text in texts:
             stream_BS = self._tensor([text.tokens])
-            yield self.model(stream_BS[:, :-1], stream_BS[:, 1:])[0, -text.num_scored :]
+            with torch.no_grad():  # the harness does not say so
+                losses_BS = self.model(stream_BS[:, :-1], stream_BS[:, 1:])
+            yield losses_BS[0, -text.num_scored :]
 
     def _score(self, texts: Sequence[Scored]) -> Iterator[tuple[float, bool]]:
         """Yield the log-likelihood of each text, and whether every scored token is the likeliest; one forward pass."""
@@ -180,7 +182,8 @@ class HarnessModel(TemplateLM):
             log_probs_SV = log_probs_BSV[row, stop - text.num_scored : stop]
             targets_S = stream_BS[row, len(text.tokens) - text.num_scored : len(text.tokens)]
             likelihood = log_probs_SV.gather(1, targets_S[:, None]).double().sum().item()
-            yield likelihood, bool((log_probs_SV.argmax(1) == targets_S).all())
+            written_S = log_probs_SV[:, : self._tokens.vocab_size].argmax(1)
+            yield likelihood, bool((written_S == targets_S).all())
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Yield the indices of texts of about one length that fit into a forward pass; long ones first, alone."""

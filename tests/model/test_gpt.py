@@ -93,6 +93,20 @@ def test_packed_documents_equal_separate_rows(method: str) -> None:
     assert not torch.allclose(losses, packed(tokens, labels), atol=1e-2)  # the mask does something
 
 
+@pytest.mark.parametrize("method", ["sinusoidal", "learned"])
+def test_absolute_positions_count_from_the_row_and_the_mask_holds(method: str) -> None:
+    cap = {"max_position_embeddings": 12} if method == "learned" else {}
+    gpt = build_gpt(make_model(position_method=method, **cap))
+    tokens, labels = random_tokens(1, 12)
+    documents = torch.tensor([0, 5, 12], dtype=torch.int32)
+    changed = tokens.clone()
+    changed[0, 2] = (tokens[0, 2] + 1) % VOCAB_SIZE
+    losses = gpt(tokens, labels, cu_seqlens=documents)[0]
+    assert torch.equal(losses[5:], gpt(changed, labels, cu_seqlens=documents)[0, 5:])  # not seen across documents
+    alone = gpt(tokens[:, 5:], labels[:, 5:])[0]
+    assert not torch.allclose(losses[5:], alone, atol=1e-2)  # there its first token has position 0, here 5
+
+
 def _run_recomputed(sequence_parallel: bool) -> list[list[dict[str, Tensor]]]:
     group = tensor_group()
     pairs = []
@@ -211,7 +225,7 @@ def _evaluate_long(method: str) -> float:
     return 1024.0 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib)
 
 
-@pytest.mark.parametrize("method", ["sinusoidal", "rotary", "t5_bias", "none"])
+@pytest.mark.parametrize("method", ["alibi", "sinusoidal", "rotary", "t5_bias", "none"])
 def test_every_method_evaluates_16384_tokens_in_bounded_memory(method: str) -> None:
     (taken_bytes,) = run_on_ranks(1, _evaluate_long, method)
     assert taken_bytes < LONG_MEMORY_BOUND_BYTES

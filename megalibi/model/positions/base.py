@@ -43,7 +43,7 @@ class PositionMethod(nn.Module):
         super().__init__()
 
     def add_to_embedding(self, x_BSH: Tensor) -> Tensor:
-        """Act on the embedded tokens; position 0 is the first token of the row."""
+        """Act on the embedded tokens; position 0 is the first token of the row, whatever documents begin in it."""
         return x_BSH
 
     def apply_to_query_key(self, q_BSAK: Tensor, k_BSAK: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,10 @@ from megalibi.parallel import Group
 
 
 class Learned(PositionMethod):
-    """Add the row of the position to the embedded token; ``model.max_position_embeddings`` is the number of rows."""
+    """Add the row of the position to the embedded token; ``model.max_position_embeddings`` is the number of rows.
+
+    The table is a matrix, and so decays as the token embedding does.
+    """
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__(model, group)

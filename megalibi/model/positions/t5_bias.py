@@ -27,7 +27,7 @@ class T5Bias(PositionMethod):
 
 
 class BucketTable(nn.Module):
-    """The learned numbers, [A, buckets]."""
+    """The learned numbers, [A, buckets]: a matrix, which weight decay takes in as it does all matrices."""
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__()
