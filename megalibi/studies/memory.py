@@ -166,9 +166,13 @@ def _trace_attention_backward(trace: MemoryTrace, attention: SelfAttention, on: 
         if inputs[0].requires_grad:
             inputs[0].register_hook(lambda grad: trace.enter(ATTENTION_WORKSPACE))
 
+    def leave(grad: Tensor) -> None:
+        trace.leave()
+        trace.mark(grad, OTHER)
+
     def end(module: nn.Module, inputs: tuple[Tensor, ...], qkv: Tensor) -> None:
         if qkv.requires_grad:
-            qkv.register_hook(lambda grad: (trace.leave(), trace.mark(grad, OTHER))[0])
+            qkv.register_hook(leave)
 
     on(attention.proj.register_forward_pre_hook, begin)
     on(attention.qkv.register_forward_hook, end)
@@ -179,10 +183,10 @@ def _query_and_key_are_inputs(trace: MemoryTrace, attention: SelfAttention) -> I
     """What a position method makes of q and k goes into attention, and is none of its workspace."""
     apply = attention.apply_to_query_key
 
-    def applied(*query_and_key: Tensor) -> tuple[Tensor, Tensor]:
+    def applied(q_BSAK: Tensor, k_BSAK: Tensor) -> tuple[Tensor, Tensor]:
         trace.enter(ACTIVATIONS)
         try:
-            return apply(*query_and_key)
+            return apply(q_BSAK, k_BSAK)
         finally:
             trace.leave()
 

@@ -62,8 +62,9 @@ def get_gpu(name: str) -> Gpu:
     """
     if name.upper() in GPUS:
         return GPUS[name.upper()]
-    near = difflib.get_close_matches(name.upper(), GPUS, n=1, cutoff=0.3)
-    hint = f"did you mean {near[0]}? " if near else ""
+    near = [known for known in GPUS if known.startswith(name.upper())]
+    near = near or difflib.get_close_matches(name.upper(), GPUS, n=1, cutoff=0.3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
     raise ConfigError(
         f"gpu={name} is not known: {hint}One of {', '.join(GPUS)} is, or a memory alone with --gpu-memory-gib"
     )

@@ -92,15 +92,17 @@ class Stage1Or2(FlatStage):
             self.rank.all_reduce(flat.to(torch.float32))
             del flat
         for parameter in self.bucket:
-            if self.is_low:
-                self.accumulated.pop(parameter, None) if self._is_owned(parameter) else None
-                if self.is_stage_2 and not self._is_owned(parameter):
-                    parameter.grad = None
-            elif self._is_owned(parameter):
-                self._keep(parameter)
-            elif self.is_stage_2:
-                parameter.grad = None
+            self._let_go(parameter)
         self.bucket, self.in_bucket = [], 0
+
+    def _let_go(self, parameter: nn.Parameter) -> None:
+        """Drop a gradient that is reduced, or keep it if it is this rank's and has no flat tensor."""
+        if self._is_owned(parameter) and self.is_low:
+            self.accumulated.pop(parameter, None)
+        elif self._is_owned(parameter):
+            self._keep(parameter)
+        elif self.is_stage_2:
+            parameter.grad = None
 
     def _slices(self) -> list[Tensor]:
         """Cut the bucket as average_tensor does: a slice for each run of one owner."""
@@ -151,9 +153,9 @@ class Stage1Or2(FlatStage):
 
     def step(self) -> None:
         """Measure in fp64, copy what is not flat yet, update, gather."""
-        for parameter in self.owners:
+        for parameter, owners in self.owners.items():
             if self._is_owned(parameter):
-                torch.empty(self._owned_elements(parameter), dtype=torch.float64, device="meta")
+                torch.empty(math.ceil(parameter.numel() / len(owners)), dtype=torch.float64, device="meta")
         for number, flat in enumerate(self.flat_weights):
             if not self.is_low:
                 gradient = self.rank.hold(len(flat) // self.rank.data.size, GRADIENTS)
@@ -163,6 +165,3 @@ class Stage1Or2(FlatStage):
             self.owned.pop(number, None)
         self.accumulated.clear()
         self.gather_weights()
-
-    def _owned_elements(self, parameter: nn.Parameter) -> int:
-        return math.ceil(parameter.numel() / len(self.owners[parameter]))

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from megalibi.studies.memory import GRADIENTS, OPTIMIZER_STATES, OTHER, WEIGHTS
 from megalibi.studies.plan_zero import Rank, Stage0
 
+# DeepSpeed's defaults of zero_optimization: stage3_param_persistence_threshold, stage3_prefetch_bucket_size,
+# stage3_max_live_parameters, stage3_max_reuse_distance, sub_group_size.
 PERSISTENT_ELEMENTS = 100_000
 PREFETCH_ELEMENTS = 50_000_000
 LIVE_ELEMENTS = 1_000_000_000
@@ -39,7 +41,8 @@ class Stage3(Stage0):
         self.groups = [list(group) for group in rank.groups]
         self.bucket: list[nn.Parameter] = []
         self.in_bucket = 0
-        self.whole: dict[nn.Parameter, Tensor | None] = {}  # gathered; None: still in the tensor of its gathering
+        self.whole: dict[nn.Parameter, None] = {}  # an ordered set
+        # The tensor that a parameter comes in, and what comes with it; until the module that needs it waits for it.
         self.gathering: dict[nn.Parameter, tuple[Tensor, list[nn.Parameter]]] = {}
         for parameter in self.shapes:
             if rank.data.size == 1:
@@ -146,13 +149,9 @@ class Stage3(Stage0):
 
     def _reduce(self, parameters: list[nn.Parameter], large: Tensor | None) -> None:
         elements = sum(self.parts[p] for p in parameters) * self.rank.data.size
-        is_view = len(parameters) == 1 and elements == self.shapes[parameters[0]].numel()
-        if large is not None:
-            large = large.to(torch.float32)
-        if large is None and is_view:
-            together = self.buffer[:elements]
-        else:
-            together = large if large is not None and is_view else torch.empty(elements, device="meta")
+        cast = self.buffer[:elements] if large is None else large.to(torch.float32)
+        needs_copy = len(parameters) > 1 or elements != self.shapes[parameters[0]].numel()  # to interleave or to pad
+        together = torch.empty(elements, device="meta") if needs_copy else cast
         self.rank.reduce_scatter(together)
         for parameter in parameters:
             parameter.grad = None

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from megalibi.config import Config, config_from_dict, derive
 from megalibi.data.loader import Batch
+from megalibi.engine.build import build_engine
 from megalibi.engine.step import train_step
+from megalibi.parallel import ProcessGroups
 from megalibi.studies.memory import MemoryByKind, measure_memory
 from megalibi.studies.plan_communication import CollectiveLog, sum_sent_bytes
-from tests.engine.runs import CPU, build
+from tests.engine.runs import CPU, process_groups
 
 VOCAB_SIZE = 2048
 
@@ -48,17 +50,18 @@ def draw_tokens(config: Config, num_batches: int) -> list[Batch]:
             for t in tokens]  # fmt: skip
 
 
-def build_step(config: Config) -> tuple[Any, Any, Callable[[], object]]:
+def build_step(config: Config, device: torch.device = CPU) -> tuple[Any, ProcessGroups, Callable[[], object]]:
     """The engine, its groups, and what takes a step."""
+    groups = process_groups(config.parallel.tensor_parallel_size)
     get_accelerator().is_fp16_supported = lambda: True
     try:
-        engine, groups = build(config)
+        engine = build_engine(config, derive(config, groups.world.size), groups, device)
     finally:
         del get_accelerator().is_fp16_supported
 
     def step() -> object:
         batches = draw_tokens(config, derive(config, groups.world.size).accumulation_steps)
-        return train_step(engine, batches, groups=groups, device=CPU, learning_rate=1e-4, seed=1, samples_consumed=0)
+        return train_step(engine, batches, groups=groups, device=device, learning_rate=1e-4, seed=1, samples_consumed=0)
 
     return engine, groups, step
 

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalibi.config.cli import run_tool
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "plan_run.py"
+CONFIG = ROOT / "configs" / "quickstart.yaml"
+STUDY = ROOT / "configs" / "compare_smoke.yaml"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the tool in this process: its exit code, standard output and standard error."""
+    spec = importlib.util.spec_from_file_location("plan_run", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_tool(tool.main)
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def test_end_to_end(tmp_path):
+    output = tmp_path / "new" / "plan.json"
+    command = [
+        sys.executable,
+        str(TOOL),
+        str(CONFIG),
+        "--gpu",
+        "h100",
+        "train.micro_batch_size=4",
+        "--json",
+        str(output),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    plan = json.loads(output.read_text())
+    assert {"command", "commit", "date", "hardware", "versions", "config"} <= set(plan)
+    assert plan["ranks"] == 2  # tensor parallel 2
+    assert plan["config"]["train"]["micro_batch_size"] == 4
+    assert plan["memory"]["total"] == sum(size for kind, size in plan["memory"].items() if kind != "total")
+    assert plan["fits"] is True
+    for words in (f"{plan['parameters']:,}", "4,096", "attention causal", "optimizer states", "tensor all-reduce"):
+        assert words in done.stdout
+    assert f"largest train.micro_batch_size that fits: {plan['largest_micro_batch']}" in done.stdout
+
+
+def test_a_gpu_that_is_too_small_gets_advice(run):
+    code, out, _ = run(CONFIG, "--gpu-memory-gib", "0.05")
+    assert code == 0
+    assert "does not fit" in out
+    assert "no train.micro_batch_size fits: set model.recompute=full" in out
+    assert "peak, and longer" not in out  # nothing is known of its speed
+
+
+def test_a_study_is_planned_as_the_run_it_varies(run):
+    code, out, _ = run(STUDY, "--attention", "unfused", "--ranks", "1")
+    assert code == 0
+    assert "unfused attention" in out
+    assert "GiB" not in out  # no GPU was named
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "H1000"], "gpu=H1000 is not known: did you mean H100?"),
+        (["--ranks", "0"], "--ranks=0 is not allowed"),
+        (["--ranks", "3"], "parallel.tensor_parallel_size=2 does not divide the number of ranks=3"),
+        (["--gpu-memory-gib", "-1"], "--gpu-memory-gib=-1 is not allowed"),
+        (["--attention", "flash"], "attention=flash is not allowed: one of fused, unfused is"),
+        (["zero.stag=1"], "zero.stag is unknown"),
+        (["--json", str(ROOT)], f"--json={ROOT} is a folder"),
+    ],
+)
+def test_a_mistake_is_one_line(run, arguments, message):
+    code, out, err = run(CONFIG, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_a_missing_file_is_one_line(run):
+    code, _, err = run("no_such.yaml")
+    assert code == 2
+    assert err.startswith("error: no_such.yaml cannot be read")
+
+
+def test_help_has_examples(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "python tools/plan_run.py configs/gpt_1.3b_alibi_1024.yaml --gpu H100" in out

@@ -1,0 +1,152 @@
+"""Say what a run will take, without a GPU: parameters, arithmetic, memory, communication, the micro batch that fits.
+
+Memory is that of the first rank at the peak of a step, by the model's own code on the meta device and a replay of what
+DeepSpeed allocates. Tests hold it to the bytes that real steps hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from megalibi import log
+from megalibi.config import Config, ConfigError, config_from_dict, config_to_dict
+from megalibi.config.cli import run_tool
+from megalibi.config.load import load_tree
+from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.report.units import format_bytes
+from megalibi.studies.memory import MemoryByKind
+from megalibi.studies.plan_gpus import GIB, USABLE, Gpu, get_gpu
+
+if TYPE_CHECKING:
+    from megalibi.studies.plan import RunPlan
+
+EXAMPLE = """examples:
+  python tools/plan_run.py configs/gpt_1.3b_alibi_1024.yaml --gpu H100 --ranks 8
+  python tools/plan_run.py configs/gpt_125m_alibi_1024.yaml --gpu V100-32GB zero.stage=2 model.recompute=full
+"""
+TABLE_WIDTH = 120
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", type=Path, help="a run's YAML, or a study's")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the file")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of the job (default: parallel.tensor_parallel_size)")
+    parser.add_argument("--gpu", metavar="NAME", help="find out what fits it: H100, A100-80GB, V100-32GB, ...")
+    parser.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of another GPU, or less of this one")
+    parser.add_argument(
+        "--attention", default="fused", metavar="KIND", help="fused, or unfused: scores written out (default: fused)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
+    return parser.parse_intermixed_args()
+
+
+def read_config(arguments: argparse.Namespace) -> Config:
+    """Return the run; what a study varies is left out."""
+    tree = load_tree(arguments.config, arguments.overrides)
+    tree.pop("study", None)
+    return config_from_dict(tree)
+
+
+def choose_gpu(arguments: argparse.Namespace) -> Gpu | None:
+    """Return the GPU to hold the plan against."""
+    gpu = None if arguments.gpu is None else get_gpu(arguments.gpu)
+    if arguments.gpu_memory_gib is None:
+        return gpu
+    if not arguments.gpu_memory_gib > 0:
+        raise ConfigError(f"--gpu-memory-gib={arguments.gpu_memory_gib:g} is not allowed: a number above 0 is")
+    memory_bytes = int(arguments.gpu_memory_gib * GIB)
+    if gpu is None:
+        return Gpu(name="the GPU", memory_bytes=memory_bytes, peak_flops_per_second=0.0, source="--gpu-memory-gib")
+    return dataclasses.replace(gpu, memory_bytes=memory_bytes)
+
+
+def describe(config: Config, plan: RunPlan) -> Table:
+    """Return the plan as a table."""
+    table = Table("", "", "", box=None, show_header=False, pad_edge=False)
+    parallel, train = config.parallel, config.train
+    table.add_row(
+        "ranks",
+        f"{plan.ranks} = tensor {parallel.tensor_parallel_size} x data {plan.data_parallel_size}",
+        f"ZeRO {config.zero.stage}, {train.precision}, recompute {config.model.recompute}",
+    )
+    per_rank = f"{plan.parameters_per_rank:,} on a tensor rank, padding included"
+    table.add_row("parameters", f"{plan.parameters:,}", per_rank)
+    samples = (
+        f"{train.micro_batch_size} x {plan.data_parallel_size} data ranks x {plan.accumulation_steps} micro batches"
+    )
+    table.add_row("tokens per step", f"{plan.batch_tokens:,}", f"{config.data.seq_length:,} x {samples}")
+    conventions = {
+        "full": "attention in full",
+        "causal": "attention causal",
+        "recomputed": "in full, with recomputation",
+    }
+    rows = [(f"{getattr(plan.flops, name) / 1e12:,.1f}", words) for name, words in conventions.items()]
+    add_rows(table, "TFLOP per step", rows)
+    kinds = MemoryByKind.__dataclass_fields__
+    rows = [(format_bytes(getattr(plan.memory, kind)), kind.replace("_", " ")) for kind in kinds]
+    rows.append((format_bytes(plan.memory.total), "in all, at the peak of a step"))
+    add_rows(table, f"memory of a rank, {plan.attention} attention", rows)
+    rows = [(format_bytes(sent), f"{kind}, by rings") for kind, sent in plan.sent_bytes.items()]
+    add_rows(table, "a rank sends per step", rows or [("0 B", "")])
+    return table
+
+
+def add_rows(table: Table, title: str, rows: list[tuple[str, str]]) -> None:
+    """Add rows of which the first has a title."""
+    for number, (figure, words) in enumerate(rows):
+        table.add_row("" if number else title, figure, words)
+
+
+def describe_fit(plan: RunPlan, gpu: Gpu) -> list[str]:
+    """Return the lines about the GPU."""
+    largest = plan.largest_micro_batch
+    lines = [
+        f"{gpu.name}: {gpu.memory_bytes / GIB:.1f} GiB, of which {USABLE:.0%} are planned with: it "
+        f"{'fits' if plan.fits else 'does not fit'}",
+        f"largest train.micro_batch_size that fits: {largest}"
+        if largest
+        else "no train.micro_batch_size fits: set model.recompute=full, shorten data.seq_length, raise zero.stage, or "
+        "take more ranks with parallel.tensor_parallel_size",
+    ]
+    if plan.seconds_at_peak is not None:
+        lines.append(f"a step takes {plan.seconds_at_peak:.3g} s at the GPUs' peak, and longer in truth")
+    return lines
+
+
+def main() -> None:
+    """Plan, print, write."""
+    arguments = parse_arguments()
+    config, gpu = read_config(arguments), choose_gpu(arguments)
+    ranks = arguments.ranks if arguments.ranks is not None else config.parallel.tensor_parallel_size
+    if ranks < 1:
+        raise ConfigError(f"--ranks={ranks} is not allowed: a number of at least 1 is")
+    if arguments.json is not None:
+        check_writable(arguments.json, "--json")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed warns of no GPU
+    from megalibi.studies.plan import plan_run
+
+    plan = plan_run(config, ranks, gpu, arguments.attention)
+    console = Console(highlight=False, width=TABLE_WIDTH)
+    console.print(describe(config, plan))
+    for line in describe_fit(plan, gpu) if gpu is not None else ():
+        console.print(line, soft_wrap=True)
+    if arguments.json is not None:
+        fields = {**dataclasses.asdict(plan), "config": config_to_dict(config)}
+        fields["memory"]["total"] = plan.memory.total
+        write_json({**fields, **describe_run("cpu", ("torch", "deepspeed"))}, arguments.json)
+
+
+if __name__ == "__main__":
+    log.configure()
+    run_tool(main)
