@@ -12,7 +12,7 @@ from megalibi.report.plots import INK, MUTED, PAPER, SERIES_COLORS, new_figure
 from megalibi.studies.extrapolation import METHOD_NAMES, NONOVERLAPPING, PROTOCOLS, Curves, Perplexities
 
 CLIP_RATIO = 1.5
-"""The axis ends at this many times the best perplexity at the training length: what explodes would flatten the rest."""
+"""The axis ends at this many times the worst perplexity at the training length: what explodes would flatten the rest."""
 _MARGIN = 0.06
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _SMALL_POINTS = 7.5
@@ -28,8 +28,10 @@ def extrapolation_figure(curves: Curves, *, train_length: int, stride: int) -> F
         stride: Of sliding evaluation.
     """
     figure, panels = new_figure(height_inches=4.1, columns=len(PROTOCOLS))
-    top = CLIP_RATIO * min(curve[train_length] for lines in curves.values() for curve in lines.values())
-    low = min(value for lines in curves.values() for curve in lines.values() for value in curve.values())
+    drawn = [curve for lines in curves.values() for curve in lines.values()]
+    low = min(value for curve in drawn for value in curve.values())
+    highest = max(value for curve in drawn for value in curve.values())
+    top = min(CLIP_RATIO * max(curve[train_length] for curve in drawn), highest + _MARGIN * (highest - low))
     for axes, protocol in zip(panels, PROTOCOLS, strict=True):
         _draw_panel(axes, curves[protocol], train_length, top)
         axes.set_ylim(low - _MARGIN * (top - low), top)

@@ -60,9 +60,15 @@ def write_report(
     """
     titles = {
         NONOVERLAPPING: "Nonoverlapping: blocks, each token scored once",
-        SLIDING: f"Sliding: each window scores its last {stride} tokens",
+        SLIDING: f"Sliding: each window scores its last {stride} tokens, the first all of its own",
     }
-    lines = ["# Train short, test long", "", *facts, ""]
+    least = train_length - stride
+    caveat = (
+        f"Sliding at {train_length:,} tokens scores tokens with {least:,} to {train_length - 1:,} others before them, and "
+        "longer windows give them more; the paper's stride of 1 gives every token a full window. Sinusoidal tables are "
+        "scaled to the token embeddings' initial standard deviation, which is 1 in the paper's code."
+    )
+    lines = ["# Train short, test long", "", *facts, "", caveat, ""]
     for protocol in PROTOCOLS:
         lines += [f"## {titles[protocol]}", "", *_table(curves[protocol], protocol, train_length), ""]
     lines += ["## What the paper found, and what came out here", ""]
