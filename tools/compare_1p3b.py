@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,8 +23,9 @@ from megalibi.config.cli import run_tool
 from megalibi.model import count_parameters
 from megalibi.report.plots import save_figure
 from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.report.units import format_bytes
 from megalibi.studies.compare import CompareStudy
-from megalibi.studies.machine import Machine
+from megalibi.studies.machine import describe_machine
 from megalibi.studies.study import load_study
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ EXAMPLE = """examples:
   python tools/compare_1p3b.py --scale 1.3b --plan
   python tools/compare_1p3b.py --scale 1.3b --part speed --data data/train --valid data/valid study.turns=5
 smoke: minutes on 2 CPU cores, on the text of `make quickstart`; its numbers mean nothing. small: hours of CPU, minutes
-of a GPU. 1.3b: one GPU of 80 GB, or more ranks.
+of a GPU. 1.3b: --part speed takes one GPU of 80 GB, or more ranks; --part quality is meant for a cluster.
 """
 
 
@@ -57,7 +57,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--valid", metavar="PREFIX", help="token file to evaluate on (data.valid)")
     parser.add_argument("--part", choices=["speed", "quality", "all"], default="all", help="default: %(default)s")
     parser.add_argument("--plan", action="store_true", help="run nothing: shapes, parameters, memory, from no device")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: results/compare_SCALE")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="default: results/compare_SCALE, and with --plan results/compare_SCALE_plan",
+    )
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="trainings and evaluations at once; turns run alone"
     )
@@ -74,18 +79,9 @@ def load(arguments: argparse.Namespace) -> tuple[CompareStudy, Config]:
     )
 
 
-def make_machine(arguments: argparse.Namespace, study: CompareStudy) -> Machine:
-    """Return how processes are started: each gets its share of the cores unless OMP_NUM_THREADS is set already."""
-    return Machine(
-        pretrain=ROOT / "launch" / "pretrain.py",
-        evaluate=ROOT / "tools" / "evaluate.py",
-        environment=os.environ,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        gpus=torch.cuda.device_count(),
-        jobs=arguments.jobs,
-        ranks=study.ranks,
-        launcher=tuple(shlex.split(arguments.launcher)),
-    )
+def find_output(arguments: argparse.Namespace) -> Path:
+    """Return where the results go: a plan has a folder of its own."""
+    return arguments.output or ROOT / "results" / f"compare_{arguments.scale}{'_plan' if arguments.plan else ''}"
 
 
 def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryByKind], gpus: int) -> None:
@@ -108,6 +104,18 @@ def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryB
         )
 
 
+def describe_disk(study: CompareStudy, base: Config) -> str:
+    """Return how much part two keeps on disk."""
+    a_model = -(-base.train.steps // base.checkpoint.every_steps)  # and one at the end
+    # fp32 weights and two moments of each, beside the weights that the model computes with.
+    a_checkpoint = count_parameters(base.model) * (12 if base.train.precision == "fp32" else 14)
+    models = len(study.models())
+    return (
+        f"Part two keeps all checkpoints of its {models} trainings: {models} x {a_model} x "
+        f"{format_bytes(a_checkpoint)} = {format_bytes(models * a_model * a_checkpoint)} on disk."
+    )
+
+
 def describe_study(arguments: argparse.Namespace, study: CompareStudy, base: Config, gpus: int) -> list[str]:
     """Return sentences on what was run, and where."""
     model, batch, micro = base.model, base.train.global_batch_size, base.train.micro_batch_size
@@ -118,7 +126,8 @@ def describe_study(arguments: argparse.Namespace, study: CompareStudy, base: Con
         f"{model.hidden_size} wide, {model.num_attention_heads} heads, feed-forward {model.ffn_hidden_size}. At every "
         f"length {batch * base.data.seq_length:,} tokens in an update and {micro * base.data.seq_length:,} in a micro "
         f"batch; {base.train.precision}, ZeRO {base.zero.stage}, ranks: {study.ranks}. One training of each model "
-        "(n = 1)."
+        "(n = 1).",
+        describe_disk(study, base),
     ]
     if arguments.plan:
         sentences.append("The plan alone: nothing was run, measured columns are empty.")
@@ -155,14 +164,14 @@ def main() -> None:
     """Check everything, measure, train, evaluate, write, and say what came of it."""
     arguments = parse_arguments()
     study, base = load(arguments)
-    machine = make_machine(arguments, study)
-    output = arguments.output or ROOT / "results" / f"compare_{arguments.scale}"
+    machine = describe_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
+    output = find_output(arguments)
     check_writable(output / "results.json", "--output")
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.
     from megalibi.studies.compare_findings import judge
-    from megalibi.studies.compare_plan import plan_variants
+    from megalibi.studies.compare_plan import plan_variants, select_plans
     from megalibi.studies.compare_quality import (
         check_quality,
         evaluate_models,
@@ -178,15 +187,15 @@ def main() -> None:
     plans = plan_variants(base, study, device_type="cuda" if machine.gpus or arguments.plan else "cpu")
     turns = plan_turns(base, study, replace(machine, pretrain=ROOT / "launch" / "measure_turn.py"))
     if not arguments.plan:
-        check_devices(arguments, plans, machine.gpus)
+        check_devices(arguments, select_plans(plans, base, arguments.part), machine.gpus)
 
     def write() -> Results:
         results = Results(
             study=study,
             updates=base.train.steps,
             plans=plans,
-            speeds=read_speeds(turns, study),
-            qualities=read_qualities(base, plan_scorings(base, study, machine)),
+            speeds={} if arguments.plan else read_speeds(turns, study),
+            qualities={} if arguments.plan else read_qualities(base, plan_scorings(base, study, machine)),
         )
         write_results(output, arguments, base, results, machine.gpus)
         return results
@@ -199,9 +208,7 @@ def main() -> None:
         evaluate_models(plan_scorings(base, study, machine), console)
     results = write()
     for finding in judge(results):
-        print(
-            f"{'as in the paper' if finding.holds else 'NOT as in the paper'}: {finding.expected}: {finding.measured}"
-        )
+        print(finding)
     print(f"results: {output}/results.json, report.md{f', {PICTURE}' if results.has_curves else ''}")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +36,7 @@ from megalibi.studies.extrapolation import (
 )
 from megalibi.studies.extrapolation_plot import extrapolation_figure
 from megalibi.studies.extrapolation_report import write_report
-from megalibi.studies.machine import Machine
+from megalibi.studies.machine import Machine, describe_machine
 from megalibi.studies.study import load_study
 
 if TYPE_CHECKING:
@@ -66,20 +65,6 @@ def parse_arguments() -> argparse.Namespace:
         "--launcher", default="", metavar="COMMAND", help="what starts the ranks of a training, before pretrain.py"
     )
     return parser.parse_intermixed_args()
-
-
-def make_machine(arguments: argparse.Namespace, study: ExtrapolationStudy) -> Machine:
-    """Return how processes are started: each gets its share of the cores unless OMP_NUM_THREADS is set already."""
-    return Machine(
-        pretrain=ROOT / "launch" / "pretrain.py",
-        evaluate=ROOT / "tools" / "evaluate.py",
-        environment=os.environ,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        gpus=torch.cuda.device_count(),
-        jobs=arguments.jobs,
-        ranks=study.ranks,
-        launcher=tuple(shlex.split(arguments.launcher)),
-    )
 
 
 def plan_scorings(
@@ -190,7 +175,7 @@ def main() -> None:
     arguments = parse_arguments()
     study, base = load_study(arguments.config, arguments.overrides, ExtrapolationStudy)
     study.check_base(base)
-    machine = make_machine(arguments, study)
+    machine = describe_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
     output = arguments.output or ROOT / "results" / arguments.config.stem
     check_writable(output / "results.json", "--output")
     if machine.gpus == 0:
@@ -211,9 +196,7 @@ def main() -> None:
     findings = judge(curves, base.data.seq_length)
     write_results(output, study, base, results, findings, curves)
     for finding in findings:
-        print(
-            f"{'as in the paper' if finding.holds else 'NOT as in the paper'}: {finding.expected}: {finding.measured}"
-        )
+        print(finding)
     print(f"results: {output}/results.json, table.md, figure.png")
 
 

@@ -13,10 +13,10 @@ NUM_POINTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """A checkpoint."""
+    """A checkpoint, or a moment between two."""
 
-    updates: int
-    """Optimizer steps done."""
+    updates: float
+    """Optimizer steps done; whole ones at a checkpoint."""
     hours: float
     """Time they took."""
     perplexity: float
@@ -101,12 +101,21 @@ def mean_speedup(levels: Sequence[Level]) -> float:
     return float(np.mean([level.speedup for level in levels]))
 
 
-def last_before(points: Sequence[Point], hours: float) -> Point | None:
-    """Return the last checkpoint that was there at a time: where a run stopped then would stand. None: there was none.
+def stand_at(points: Sequence[Point], hours: float) -> Point | None:
+    """Return where a run stopped at a time would stand. None: before its first checkpoint nothing is known.
+
+    Between two checkpoints the logarithm of the perplexity and the updates are linear in time. Unlike in a Curve every
+    checkpoint counts, better than the ones before or not.
 
     Args:
         points: By rising time.
-        hours: The time.
+        hours: The time; after the last checkpoint that one stands.
     """
-    earlier = [point for point in points if point.hours <= hours]
-    return earlier[-1] if earlier else None
+    if hours < points[0].hours:
+        return None
+    if hours >= points[-1].hours:
+        return points[-1]
+    known = [point.hours for point in points]
+    log_perplexity = np.interp(hours, known, np.log([point.perplexity for point in points]))
+    updates = np.interp(hours, known, [point.updates for point in points])
+    return Point(updates=float(updates), hours=hours, perplexity=float(np.exp(log_perplexity)))

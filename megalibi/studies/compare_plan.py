@@ -9,7 +9,7 @@ import torch
 from megalibi.config import Config, ConfigError, derive
 from megalibi.model import GPT
 from megalibi.parallel import ALONE
-from megalibi.studies.compare import CompareStudy, Variant, variant_config, variants
+from megalibi.studies.compare import ATTENTIONS, CompareStudy, Variant, variant_config, variants
 from megalibi.studies.memory import MemoryByKind
 from megalibi.studies.plan import plan_memory
 from megalibi.studies.plan_gpus import GIB, USABLE
@@ -38,6 +38,18 @@ def plan_variants(base: Config, study: CompareStudy, *, device_type: str) -> dic
     return plans
 
 
+def select_plans(plans: Mapping[Variant, MemoryByKind], base: Config, part: str) -> dict[Variant, MemoryByKind]:
+    """Return the plans of the variants that a part of the comparison runs.
+
+    Args:
+        plans: From plan_variants.
+        base: The study's configuration.
+        part: speed and all run both kinds of attention, quality trains with the study's own.
+    """
+    own = "unfused" if base.model.attention_backend == ATTENTIONS["unfused"] else "fast"
+    return {variant: plan for variant, plan in plans.items() if part != "quality" or variant.attention == own}
+
+
 def find_shapes(base: Config) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight of the whole model, by name; the methods compared have the same ones."""
     padded = derive(base, base.parallel.tensor_parallel_size).padded_vocab_size
@@ -50,7 +62,7 @@ def check_fits(plans: Mapping[Variant, MemoryByKind], gpu: str, memory_bytes: in
     """Refuse GPUs that are too small, before anything is allocated.
 
     Args:
-        plans: From plan_variants.
+        plans: Of what will run, from plan_variants or select_plans.
         gpu: What each rank computes on.
         memory_bytes: Of one.
 

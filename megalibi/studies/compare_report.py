@@ -41,7 +41,7 @@ def write_report(results: Results, *, facts: Sequence[str], picture: str | None)
         ["## What the paper found, and what came out here", "", *_findings(results)],
         ["## Speed and memory", "", *_speed_and_memory(results)],
         ["## Perplexity against hours (Figure 5)", "", *_figure_5(results, picture)],
-        ["## After equal time (Table 11)", "", *equal_time_table(results), "", *_explain_equal_time()],
+        ["## After equal time (Table 11)", "", *equal_time_table(results), "", *_explain_equal_time(results)],
         ["## After equal updates (Table 12)", "", *equal_updates_table(results), "", _explain_equal_updates(results)],
     ]
     return "\n".join("\n".join(part) + "\n" for part in parts)
@@ -88,7 +88,9 @@ def _speed_and_memory(results: Results) -> Iterator[str]:
     yield (
         "Medians of all counted steps, quartiles in brackets; gains are taken turn by turn. Device: the most that the "
         "GPU, or without one the process with its libraries, held. Allocator: the most bytes of tensors that one rank "
-        "held, and what they were, in GB; in brackets what the plan below says. " + _PAPER_CAPTION
+        "held, and what they were, in GB; in brackets what the plan below says. On a GPU the device's column counts "
+        "everything on that GPU, other processes too; on a CPU the allocator's counts the tensors' bytes as they are "
+        "traced, and does not see scratch memory inside native C++. " + _PAPER_CAPTION
     )
     yield ""
     yield "The plan: what a rank holds at its peak, computed from the shapes."
@@ -108,22 +110,31 @@ def _figure_5(results: Results, picture: str | None) -> Iterator[str]:
         "Hours are updates times the median time of an update in the turns, with each kind of attention: trainings "
         "that share a machine have no fair clock of their own. Both clocks are of the same trainings. The "
         f"{NUM_POINTS} perplexities are those of the sinusoidal model at {NUM_POINTS} moments, evenly spaced in time "
-        "from the highest to the lowest perplexity that both models reach; between checkpoints the logarithm of the "
-        "perplexity is taken to be linear in time. The paper's row is the same computation on its digitised Figure 5, "
+        "from the highest to the lowest perplexity that both models reach. So the first one is a first checkpoint's, "
+        "and shows the learning rate's warm-up too. Between checkpoints the logarithm of the perplexity is taken to be "
+        "linear in time. The paper's row is the same computation on its digitised Figure 5, "
         "whose sinusoidal curve ends when ALiBi's training does."
     )
 
 
-def _explain_equal_time() -> Iterator[str]:
+def _explain_equal_time(results: Results) -> Iterator[str]:
+    stopped = []
+    for pair in results.study.pairs():
+        for attention in ATTENTIONS:
+            equal = results.equal_time(pair, attention)
+            late = [model for model in pair if equal and model.method == equal.stopped]
+            stopped += [f"{model} beside {pair[1 - pair.index(model)]} ({attention})" for model in late]
+    early = f"Stopped early, before its learning rate had come down: {'; '.join(stopped)}. " if stopped else ""
     yield (
-        "The sinusoidal model is the last checkpoint that was there when ALiBi's training was done; its learning rate "
-        "had not come down to its end by then. " + _PAPER_CAPTION
+        "Both models of a pair are read at the moment when the first of their trainings is done: between checkpoints "
+        "the logarithm of the perplexity and the updates are taken to be linear in time. " + early + _PAPER_CAPTION
     )
 
 
 def _explain_equal_updates(results: Results) -> str:
     return (
-        f"After {results.updates:,} updates each. Perplexity by evaluation length, blocks that do not overlap. Hours "
-        "by the turns' clock; as run: the sum of the steps' wall times, beside whatever else the machine did. "
-        + _PAPER_CAPTION
+        f"After {results.updates:,} updates each. Perplexity by evaluation length, blocks that do not overlap. "
+        "Sinusoidal tables are scaled to the token embeddings' initial standard deviation: beside tables 50 times "
+        "larger the tokens would hardly be seen for hundreds of steps (positions/sinusoidal.py). Hours by the turns' "
+        "clock; as run: the sum of the steps' wall times, beside whatever else the machine did. " + _PAPER_CAPTION
     )

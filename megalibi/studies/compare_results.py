@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalibi.report.run import Quartiles
-from megalibi.studies.compare import ATTENTIONS, CompareStudy, Model, Variant
-from megalibi.studies.compare_curves import Level, Point, compare_times, last_before, mean_speedup
+from megalibi.studies.compare import ALIBI, ATTENTIONS, SINUSOIDAL, CompareStudy, Model, Variant
+from megalibi.studies.compare_curves import Level, Point, compare_times, mean_speedup, stand_at
 from megalibi.studies.compare_quality import Quality
 from megalibi.studies.compare_speed import Speed
 from megalibi.studies.memory import MemoryByKind
@@ -23,13 +23,23 @@ def format_percent(value: float, sign: str = "-") -> str:
     return f"{round(value, 3) + 0.0:{sign}.1%}"
 
 
+def format_updates(updates: float) -> str:
+    """Write updates as 50,000, and a moment between two as 44,226.2."""
+    return f"{updates:,.1f}".removesuffix(".0")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EqualTime:
-    """A pair when ALiBi's training is done, on one kind of attention (Table 11)."""
+    """A pair when the first of its two trainings is done, on one kind of attention (Table 11)."""
 
-    alibi: Point
+    hours: float
+    """When that is."""
+    alibi: Point | None
+    """Where it stands then; None: it has no checkpoint yet."""
     sinusoidal: Point | None
-    """The last checkpoint by then; None: there was none yet."""
+    """The same."""
+    stopped: str | None
+    """Method of the model whose training is not done by then; None: both end at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +99,18 @@ class Results:
         return compare_times(alibi, sinusoidal) if alibi else []
 
     def equal_time(self, pair: Pair, attention: str) -> EqualTime | None:
-        """Return where a pair stands when ALiBi's training is done."""
+        """Return where a pair stands when the first of its two trainings is done; None if either is missing."""
         alibi, sinusoidal = self.pair_points(pair, attention)
-        return EqualTime(alibi=alibi[-1], sinusoidal=last_before(sinusoidal, alibi[-1].hours)) if alibi else None
+        if not alibi:
+            return None
+        ends = {ALIBI: alibi[-1].hours, SINUSOIDAL: sinusoidal[-1].hours}
+        hours = min(ends.values())
+        return EqualTime(
+            hours=hours,
+            alibi=stand_at(alibi, hours),
+            sinusoidal=stand_at(sinusoidal, hours),
+            stopped=next((method for method, end in ends.items() if end > hours), None),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return every number as plain values."""

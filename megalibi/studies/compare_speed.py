@@ -147,6 +147,16 @@ def plan_turns(base: Config, study: CompareStudy, machine: Machine) -> dict[Vari
     }
 
 
+def order_turns(turns: Mapping[Variant, Sequence[Turn]]) -> list[Turn]:
+    """Return the turns round by round, every other round backwards: none always follows the same neighbour.
+
+    Args:
+        turns: From plan_turns.
+    """
+    rounds = zip(*turns.values(), strict=True)
+    return [turn for number, of_round in enumerate(rounds) for turn in of_round[:: -1 if number % 2 else 1]]
+
+
 def run_turns(turns: Mapping[Variant, Sequence[Turn]], console: Console) -> None:
     """Measure what is not measured yet: the first turns of all variants, then the second ones.
 
@@ -159,7 +169,7 @@ def run_turns(turns: Mapping[Variant, Sequence[Turn]], console: Console) -> None
     Raises:
         ConfigError: A turn failed, after the others; or was measured with another configuration.
     """
-    ordered = [turn for of_a_round in zip(*turns.values(), strict=True) for turn in of_a_round]
+    ordered = order_turns(turns)
     missing = [turn for turn in ordered if turn.read() is None]
     for turn in {turn.folder: turn for turn in missing}.values():
         check_run(turn.config, turn.machine.ranks)

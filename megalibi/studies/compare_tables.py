@@ -9,7 +9,7 @@ from typing import Any
 from megalibi.report.units import format_count
 from megalibi.studies.compare import ATTENTIONS, Model, Variant
 from megalibi.studies.compare_curves import Level, Point, compare_times, mean_speedup
-from megalibi.studies.compare_results import Pair, Results, format_percent
+from megalibi.studies.compare_results import Pair, Results, format_percent, format_updates
 from megalibi.studies.memory import MemoryByKind
 from megalibi.studies.published import get_curves, get_table
 
@@ -133,14 +133,14 @@ def _level_cells(levels: Sequence[Level]) -> list[str]:
 
 
 def equal_time_table(results: Results) -> Iterator[str]:
-    """Yield Table 11's analogue: each pair when ALiBi's training is done."""
+    """Yield Table 11's analogue: each pair when the first of its trainings is done."""
     heads = ["model", "attention", "allocator, GB", "updates", "hours", "evaluated at", "perplexity"]
     heads += ["*GB*", "*updates*", "*GPU hours*", "*perplexity*"]
     rows = []
     for pair in results.study.pairs():
         for attention in ATTENTIONS:
             equal = results.equal_time(pair, attention)
-            points = {pair[0]: equal.alibi, pair[1]: equal.sinusoidal} if equal else {}
+            points = dict(zip(pair, (equal.alibi, equal.sinusoidal), strict=True)) if equal else {}
             for model in reversed(pair):
                 cells = [_memory_cell(results, model, attention), *_point_cells(points.get(model))]
                 cells[3:3] = [f"{pair[1].length:,}"]
@@ -149,7 +149,9 @@ def equal_time_table(results: Results) -> Iterator[str]:
 
 
 def _point_cells(point: Point | None) -> list[str]:
-    return [_NONE] * 3 if point is None else [f"{point.updates:,}", f"{point.hours:.3g}", f"{point.perplexity:,.2f}"]
+    if point is None:
+        return [_NONE] * 3
+    return [format_updates(point.updates), f"{point.hours:.3g}", f"{point.perplexity:,.2f}"]
 
 
 def _memory_cell(results: Results, model: Model, attention: str) -> str:

@@ -119,6 +119,10 @@ class Finding:
     holds: bool
     """Whether the rule holds."""
 
+    def __str__(self) -> str:
+        """Return the line that a tool prints."""
+        return f"{'as in the paper' if self.holds else 'NOT as in the paper'}: {self.expected}: {self.measured}"
+
 
 def judge(curves: Curves, train_length: int) -> list[Finding]:
     """Say for each of the paper's findings whether curves show it; findings whose methods are missing are left out.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from megalibi.config import ConfigError
 
@@ -66,6 +70,33 @@ class Machine:
 
     def _gpus(self, slot: int, ranks: int) -> range:
         return range(slot * ranks, (slot + 1) * ranks) if self.gpus else range(0)
+
+
+def describe_machine(
+    root: Path, environment: Mapping[str, str], *, jobs: int, ranks: int, launcher: str = ""
+) -> Machine:
+    """Return how processes are started here: each gets its share of the cores unless OMP_NUM_THREADS is set already.
+
+    Args:
+        root: Folder with launch/ and tools/.
+        environment: Of every process.
+        jobs: Processes at once.
+        ranks: Of a training.
+        launcher: Command that starts the ranks, before the script; empty: our choice.
+
+    Raises:
+        ConfigError: There are too few GPUs for that.
+    """
+    return Machine(
+        pretrain=root / "launch" / "pretrain.py",
+        evaluate=root / "tools" / "evaluate.py",
+        environment=environment,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        gpus=torch.cuda.device_count(),
+        jobs=jobs,
+        ranks=ranks,
+        launcher=tuple(shlex.split(launcher)),
+    )
 
 
 def _find_free_port() -> int:

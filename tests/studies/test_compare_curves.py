@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megalibi.studies.compare import ALIBI, SINUSOIDAL, Model
-from megalibi.studies.compare_curves import Curve, Point, compare_times, last_before, mean_speedup
+from megalibi.studies.compare_curves import Curve, Point, compare_times, mean_speedup, stand_at
 from megalibi.studies.compare_tables import paper_levels
 
 
@@ -56,11 +56,22 @@ def test_curves_without_a_perplexity_in_common_have_no_levels() -> None:
     assert compare_times(points((1.0, 90.0)), points((1.0, 95.0))) == []
 
 
-def test_a_run_stopped_at_a_time_stands_at_its_last_checkpoint_before() -> None:
-    curve = points((1.0, 90.0), (2.0, 50.0), (4.0, 30.0))
-    assert last_before(curve, 3.9) == curve[1]
-    assert last_before(curve, 4.0) == curve[2]
-    assert last_before(curve, 0.5) is None
+def test_a_run_stopped_at_a_time_stands_between_its_checkpoints() -> None:
+    curve = points((1.0, 90.0), (2.0, 50.0), (4.0, 32.0))
+    between = stand_at(curve, 3.0)
+    assert between is not None
+    assert (between.updates, between.hours) == (pytest.approx(1.5), 3.0)
+    assert between.perplexity == pytest.approx(40.0)  # the geometric mean, half way
+    assert stand_at(curve, 1.0) == curve[0]
+    assert stand_at(curve, 4.0) == stand_at(curve, 9.0) == curve[2]
+    assert stand_at(curve, 0.5) is None
+
+
+def test_a_checkpoint_that_got_worse_is_where_its_run_stands() -> None:
+    curve = points((1.0, 90.0), (2.0, 25.0), (4.0, 36.0))
+    between = stand_at(curve, 3.0)
+    assert between is not None
+    assert between.perplexity == pytest.approx(30.0)
 
 
 def test_the_papers_figure_5_gives_what_was_found_in_it() -> None:

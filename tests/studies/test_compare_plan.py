@@ -8,7 +8,7 @@ import pytest
 from megalibi.config import ConfigError, derive, padded_vocab_size
 from megalibi.model import count_parameters
 from megalibi.studies.compare import ATTENTIONS, CompareStudy, Model, Variant
-from megalibi.studies.compare_plan import check_fits, describe_memory, find_shapes, plan_variants
+from megalibi.studies.compare_plan import check_fits, describe_memory, find_shapes, plan_variants, select_plans
 from megalibi.studies.memory import MemoryByKind
 from megalibi.studies.plan_gpus import GIB, USABLE, get_gpu
 from megalibi.studies.study import load_study
@@ -72,6 +72,17 @@ def test_a_gpu_that_is_large_enough_is_taken() -> None:
     check_fits(PLANS, "a GPU", math.ceil(20 * GIB / USABLE))
     with pytest.raises(ConfigError, match=r"needs 20\.0 GiB"):
         check_fits(PLANS, "a GPU", 20 * GIB)  # CUDA itself takes some
+
+
+def test_a_gpu_needs_room_only_for_the_part_that_runs() -> None:
+    _, base = load_study(LARGE, [], CompareStudy)
+    fast, unfused = PLANS
+    assert select_plans(PLANS, base, "quality") == {fast: PLANS[fast]}
+    check_fits(select_plans(PLANS, base, "quality"), "V100-16GB", get_gpu("V100-16GB").memory_bytes)
+    for part in ("speed", "all"):
+        assert select_plans(PLANS, base, part) == PLANS
+    _, base = load_study(LARGE, ["model.attention_backend=reference"], CompareStudy)
+    assert select_plans(PLANS, base, "quality") == {unfused: PLANS[unfused]}
 
 
 def test_small_parts_are_not_worth_a_word() -> None:

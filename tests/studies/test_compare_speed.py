@@ -10,7 +10,7 @@ import pytest
 
 from megalibi.config import Config, ConfigError, config_to_dict
 from megalibi.studies.compare import CompareStudy, Model, Variant
-from megalibi.studies.compare_speed import Turn, plan_turns, read_speeds, summarize
+from megalibi.studies.compare_speed import Turn, order_turns, plan_turns, read_speeds, summarize
 from megalibi.studies.machine import Machine
 from megalibi.studies.memory import MemoryByKind
 from tests.engine.runs import make_config
@@ -75,6 +75,14 @@ def test_turns_that_are_missing_are_left_out_of_the_gain(tmp_path: Path) -> None
     speeds = read_speeds(turns, STUDY)
     assert set(speeds) == {FAST, SLOW}
     assert speeds[FAST].rate_gain(speeds[SLOW]).median == pytest.approx(1.0)
+
+
+def test_every_other_round_is_backwards(tmp_path: Path) -> None:
+    turns = make_turns(tmp_path)
+    there = [variant.name for variant in turns]
+    ordered = [(turn.folder.name, turn.number) for turn in order_turns(turns)]
+    rounds = [(there, 1), (there[::-1], 2), (there, 3)]
+    assert ordered == [(name, number) for names, number in rounds for name in names]
 
 
 def test_a_turn_runs_alone_on_all_cores_whatever_the_jobs(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ from megalibi.studies import published
 from megalibi.studies.extrapolation import (
     PROTOCOLS,
     ExtrapolationStudy,
+    Finding,
     find_rise,
     judge,
     method_config,
@@ -163,3 +165,9 @@ def test_the_picture_writes_what_lies_beyond_its_axis() -> None:
         written = {text.get_text() for text in axes.texts} - {"beyond"}
         assert written == {f"{v:,.0f}" for curve in curves[protocol].values() for v in curve.values() if v > top}
         assert len(written) > 3
+
+
+def test_a_finding_is_one_line_that_begins_with_the_verdict() -> None:
+    finding = Finding(expected="it is flat", rule="none", measured="1.00 to 1.01", holds=True)
+    assert str(finding) == "as in the paper: it is flat: 1.00 to 1.01"
+    assert str(dataclasses.replace(finding, holds=False)).startswith("NOT as in the paper: it is flat")

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from megalibi.checkpoint import find_checkpoint
 from megalibi.config import Config, ConfigError, load_config
-from megalibi.studies.machine import Machine
+from megalibi.studies.machine import Machine, describe_machine
 from megalibi.studies.runs import Training, run_trainings
 from tests.launch.jobs import run_job, write_job
 
@@ -22,6 +22,14 @@ PRETRAIN = ROOT / "launch" / "pretrain.py"
 def make_machine(**changes: Any) -> Machine:
     fields: dict[str, Any] = {"pretrain": PRETRAIN, "evaluate": ROOT / "tools" / "evaluate.py"}
     return Machine(**(fields | {"environment": {"HOME": "/h"}, "cores": 8} | changes))
+
+
+def test_this_machine_starts_the_repositorys_scripts() -> None:
+    machine = describe_machine(ROOT, {"OMP_NUM_THREADS": "3"}, jobs=1, ranks=1, launcher="srun -n '2'")
+    assert (machine.pretrain, machine.evaluate.is_file()) == (PRETRAIN, True)
+    assert machine.launcher == ("srun", "-n", "2")
+    assert machine.environment_of(0, 1)["OMP_NUM_THREADS"] == "3"
+    assert machine.cores >= 1
 
 
 def change(config: Config, section: str, **fields: Any) -> Config:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from megalibi.config.cli import run_tool
 from tests.engine.runs import VOCAB_SIZE, write_tokens
 from tests.studies.warm_python import warm_python
 
-TOOL = Path(__file__).parents[2] / "tools" / "compare_1p3b.py"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "compare_1p3b.py"
 STEPS = 4
 LENGTHS = (16, 32)
 VALID_TOKENS = 600
@@ -45,15 +47,20 @@ Runner = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
-    """Run the tool in this process, which has its imports; turns, trainings and evaluations are processes as ever."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+def tool() -> ModuleType:
     spec = importlib.util.spec_from_file_location("compare_1p3b", TOOL)
     assert spec is not None
     assert spec.loader is not None
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.fixture
+def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    """Run the tool in this process, which has its imports; turns, trainings and evaluations are processes as ever."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
     def run_here(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
@@ -176,6 +183,28 @@ def test_large_scale_without_a_gpu_says_what_it_needs(tmp_path: Path, run: Runne
     )
 
 
+def test_plan_reads_nothing_that_was_measured(folder: Path, tmp_path: Path, run: Runner) -> None:
+    turn = tmp_path / "speed" / "alibi_16_fast" / "turn_1.json"
+    turn.parent.mkdir(parents=True)
+    turn.write_text("no JSON")
+    where = ["--output", str(tmp_path / "plan"), f"train.output_dir={tmp_path}"]
+    code, _, errors = run(*arguments_of(folder, "--plan", *where))
+    assert code == 0, errors
+    results = json.loads((tmp_path / "plan" / "results.json").read_text())
+    assert (results["speed"], results["quality"]) == ({}, {})
+    page = (tmp_path / "plan" / "report.md").read_text()
+    assert "nothing was run" in page
+    assert f"its {len(MODELS)} trainings: {len(MODELS)} x 2 x " in page
+
+
+def test_plan_does_not_write_where_results_are(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {}
+    for more in ([], ["--plan"], ["--plan", "--output", "here"]):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), "--scale", "small", *more])
+        folders[len(more)] = str(tool.find_output(tool.parse_arguments()).relative_to(ROOT if len(more) < 3 else "."))
+    assert folders == {0: "results/compare_small", 1: "results/compare_small_plan", 3: "here"}
+
+
 def test_plan_of_the_large_scale(tmp_path: Path, run: Runner) -> None:
     code, _, errors = run("--scale", "1.3b", "--plan", "--output", str(tmp_path), "study.lengths=[1024,2048]")
     assert code == 0, errors
@@ -186,5 +215,7 @@ def test_plan_of_the_large_scale(tmp_path: Path, run: Runner) -> None:
     saving = {pair["attention"]: pair["planned_memory_saving"] for pair in results["pairs"]}
     assert saving["unfused"] == pytest.approx(0.09, abs=0.03)  # the paper's is 10.6%
     assert saving["fast"] == pytest.approx(0.0, abs=0.001)
-    assert "Nothing is measured yet." in (tmp_path / "report.md").read_text()
+    page = (tmp_path / "report.md").read_text()
+    assert "Nothing is measured yet." in page
+    assert "its 4 trainings: 4 x 50 x 19" in page  # 2 lengths
     assert not (tmp_path / "figure5.png").exists()
