@@ -12,7 +12,7 @@ from megalibi.report.plots import INK, MUTED, PAPER, SERIES_COLORS, new_figure
 from megalibi.studies.extrapolation import METHOD_NAMES, NONOVERLAPPING, PROTOCOLS, Curves, Perplexities
 
 CLIP_RATIO = 1.5
-"""The axis ends at this many times the worst perplexity at the training length: what explodes would flatten the rest."""
+"""The axis ends at this many times the worst perplexity at the training length: an explosion would flatten the rest."""
 _MARGIN = 0.06
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _SMALL_POINTS = 7.5
