@@ -53,7 +53,7 @@ def capture(model: nn.Module, layer: int, tokens: Tensor) -> dict[str, Tensor]:
 
     def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], qkv: Tensor) -> None:
         q, k, _ = qkv.unflatten(-1, (3, attention.num_heads_local, -1)).unbind(2)
-        q, k = attention.positions.apply_to_query_key(q, k)
+        q, k = attention.apply_to_query_key(q, k)
         captured.update(q=q.clone(), k=k.clone())
 
     handle = attention.qkv.register_forward_hook(keep)

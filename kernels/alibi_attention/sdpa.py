@@ -1,31 +1,26 @@
 """PyTorch's scaled_dot_product_attention with the exact fp32 bias, and without an S x S tensor.
 
-The ALiBi bias of a head depends on the distance i - j alone, as T5's learned bias does. Read the queries backwards,
-i' = last - i, and it depends on i' + j alone: all its rows are windows of one vector, each one step further on. A view
-with strides (1, 1) over that vector is the whole bias in memory that is linear in S, and a kernel that takes any
-strides reads it as a mask.
+The ALiBi bias of a head depends on the distance i - j alone. Read the queries backwards, i' = last - i, and it depends
+on i' + j alone: all its rows are windows of one vector, each one step further on. A view with strides (1, 1) over that
+vector is the whole bias in memory that is linear in S, and a kernel that takes any strides reads it as a mask.
 
 A kernel that is given a mask computes the future too. Queries are therefore cut into a few blocks, and a block is shown
-only the keys that its last query sees. Where a kernel needs the bias or the weights written out (masks on CUDA; dropout
-or the gradient of the bias on a CPU), blocks are small, and the backward makes each anew instead of keeping it: memory
-stays linear in S there too.
+only the keys that its last query sees. Where a kernel needs the bias or the weights written out (masks on CUDA, dropout
+on a CPU), blocks are small, and the backward makes each anew instead of keeping it: memory stays linear in S there too.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries of a block, T keys it is shown.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from alibi_attention.capability import Capability
+from alibi_attention.distance_bias import attend_with_distance_bias
 from alibi_attention.documents import attend_per_document
 
 NAME = "sdpa"
@@ -68,21 +63,16 @@ def attend(
     sdpa = partial(F.scaled_dot_product_attention, scale=softmax_scale, dropout_p=dropout_p)
 
     def attend_rows(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor) -> torch.Tensor:
+        if distance_bias is not None:
+            return attend_with_distance_bias(sdpa, q_BSHK, k_BSHK, v_BSHK, distance_bias, query_offset)
         # is_causal means query i sees keys 0..i, which is right only if both start at the same place.
         aligned = query_offset == 0 and q_BSHK.shape[1] == k_BSHK.shape[1]
-        if (
-            alibi_slopes is None
-            and distance_bias is None
-            and aligned
-            and (dropout_p == 0.0 or q_BSHK.device.type != "cpu")
-        ):
+        if alibi_slopes is None and aligned and (dropout_p == 0.0 or q_BSHK.device.type != "cpu"):
             q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
             return sdpa(q_BHSK, k_BHSK, v_BHSK, is_causal=True).transpose(1, 2)
-        if distance_bias is not None:
-            return _attend_blocks(sdpa, q_BSHK, k_BSHK, v_BSHK, distance_bias, reversed_distance_bias, query_offset)
         # Without slopes the mask does causality alone: slope 0, the same for all heads.
         slopes_H = q_BSHK.new_zeros(1) if alibi_slopes is None else alibi_slopes
-        return _attend_blocks(sdpa, q_BSHK, k_BSHK, v_BSHK, slopes_H, reversed_bias, query_offset)
+        return _attend_blocks(sdpa, q_BSHK, k_BSHK, v_BSHK, slopes_H, query_offset)
 
     if cu_seqlens is None:
         return attend_rows(q_BSHK, k_BSHK, v_BSHK)
@@ -94,8 +84,7 @@ def _attend_blocks(
     q_BSHK: torch.Tensor,
     k_BSHK: torch.Tensor,
     v_BSHK: torch.Tensor,
-    bias: torch.Tensor,
-    make_mask: Callable[[torch.Tensor, int, int, int], torch.Tensor],
+    slopes_H: torch.Tensor,
     query_offset: int,
 ) -> torch.Tensor:
     """Attend in blocks of queries, each to the keys up to its own end."""
@@ -103,29 +92,23 @@ def _attend_blocks(
     if not on_cpu and dtype != torch.float64:
         # The CUDA kernels want the mask in the type of q: an exact bias has to be fp32, and so the rest.
         q_BSHK, k_BSHK, v_BSHK = (x.float() for x in (q_BSHK, k_BSHK, v_BSHK))
-    bias = bias.to(torch.promote_types(q_BSHK.dtype, torch.float32))
-
-    # The kernel that gives the gradient of the bias, also in a forward pass without gradients that activation
-    # checkpointing repeats: another one would round otherwise.
-    kernels = partial(sdpa_kernel, SDPBackend.MATH) if bias.requires_grad else nullcontext
+    slopes_H = slopes_H.to(torch.promote_types(q_BSHK.dtype, torch.float32))
 
     def attend_block(q_BQHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, end: int) -> torch.Tensor:
-        mask_HQT = make_mask(bias, q_BQHK.shape[1], k_BTHK.shape[1], end - 1)
+        mask_HQT = reversed_bias(slopes_H, q_BQHK.shape[1], k_BTHK.shape[1], end - 1)
         if not on_cpu:
             mask_HQT = mask_HQT.contiguous()  # the CUDA kernels read a mask in aligned rows
         q_BHQK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BQHK.flip(1), k_BTHK, v_BTHK))
-        with kernels():
-            return sdpa(q_BHQK, k_BHTK, v_BHTK, attn_mask=mask_HQT.unsqueeze(0)).transpose(1, 2).flip(1)
+        return sdpa(q_BHQK, k_BHTK, v_BHTK, attn_mask=mask_HQT.unsqueeze(0)).transpose(1, 2).flip(1)
 
     num_queries, num_keys = q_BSHK.shape[1], k_BSHK.shape[1]
-    written_out = not on_cpu or sdpa.keywords["dropout_p"] > 0.0 or bias.requires_grad
+    written_out = not on_cpu or sdpa.keywords["dropout_p"] > 0.0
     block_queries = _MIN_BLOCK_QUERIES if written_out else max(_MIN_BLOCK_QUERIES, -(-num_queries // _NUM_BLOCKS))
-    recompute = written_out and num_queries > block_queries
     outputs, end = [], query_offset
     for q_BQHK in q_BSHK.split(block_queries, dim=1):
         end += q_BQHK.shape[1]  # the position after the block's last query
         block = (q_BQHK, k_BSHK[:, : min(end, num_keys)], v_BSHK[:, : min(end, num_keys)], end)
-        outputs.append(checkpoint(attend_block, *block, use_reentrant=False) if recompute else attend_block(*block))
+        outputs.append(checkpoint(attend_block, *block, use_reentrant=False) if written_out else attend_block(*block))
     return torch.cat(outputs, dim=1).to(dtype)
 
 
@@ -140,45 +123,7 @@ def reversed_bias(slopes_H: torch.Tensor, num_queries: int, num_keys: int, last_
         num_keys: Keys, at the positions 0 to ``num_keys - 1``.
         last_position: Position of the last query, which is the first row.
     """
-    distance = _distance_by_step(num_queries, num_keys, last_position, slopes_H.device)
+    steps = torch.arange(num_queries + num_keys - 1, device=slopes_H.device)
+    distance = last_position - steps  # an integer, exact at any length; the product is rounded once
     bias_by_step = (-slopes_H[:, None] * distance).masked_fill(distance < 0, -torch.inf)
-    return _Windows.apply(bias_by_step, num_queries)
-
-
-def reversed_distance_bias(bias_HD: torch.Tensor, num_queries: int, num_keys: int, last_position: int) -> torch.Tensor:
-    """Return a bias given by distance, for queries in reverse order: as ``reversed_bias``, and differentiable.
-
-    Args:
-        bias_HD: Of each head at the distances 0, 1, 2, ..., ``last_position`` at least.
-        num_queries: As for ``reversed_bias``.
-        num_keys: As for ``reversed_bias``.
-        last_position: As for ``reversed_bias``.
-    """
-    distance = _distance_by_step(num_queries, num_keys, last_position, bias_HD.device)
-    bias_by_step = bias_HD[:, distance.clamp(min=0)].masked_fill(distance < 0, -torch.inf)
-    return _Windows.apply(bias_by_step, num_queries)
-
-
-def _distance_by_step(num_queries: int, num_keys: int, last_position: int, device: torch.device) -> torch.Tensor:
-    """Return the distance at each step i' + j: an integer, exact at any length, so that its product is rounded once."""
-    return last_position - torch.arange(num_queries + num_keys - 1, device=device)
-
-
-class _Windows(torch.autograd.Function):
-    """[H, Q + T - 1] -> the Q windows of T steps, each one step further on: a view [H, Q, T].
-
-    Its gradient sums the elements that are one number, those with the same i' + j. PyTorch's own for such a view adds
-    them up one by one; here rows are shifted by padding each to Q + T and reading the result in rows of Q + T - 1.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, by_step: torch.Tensor, num_windows: int) -> torch.Tensor:
-        num_heads, num_steps = by_step.shape
-        return by_step.as_strided((num_heads, num_windows, num_steps + 1 - num_windows), (by_step.stride(0), 1, 1))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_HQT: torch.Tensor) -> tuple[torch.Tensor, None]:
-        num_heads, num_windows, length = grad_HQT.shape
-        shifted = F.pad(grad_HQT, (0, num_windows)).flatten(1)[:, :-num_windows]
-        return shifted.view(num_heads, num_windows, length + num_windows - 1).sum(1), None
+    return bias_by_step.as_strided((len(slopes_H), num_queries, num_keys), (bias_by_step.stride(0), 1, 1))

@@ -58,7 +58,7 @@ BAD_INPUT = {
     "foreign tokens": ("data.train={folder}/foreign", "foreign.idx: not a Megatron-LM index"),
     "ids": ("model.vocab_size=100", "past vocab_size=100"),
     "no tokenizer": ("data.tokenizer={folder}/none.model", "none.model: no such tokenizer"),
-    "large tokenizer": ("data.tokenizer={folder}/large.model", "model.vocab_size=509 is below the 600 pieces of data."),
+    "large tokenizer": ("data.tokenizer={folder}/large.model", "model.vocab_size=509 is below the 600 ids of data."),
     "unknown back end": ("model.attention_backend=nope", "model.attention_backend=nope cannot be used: backend='nope'"),
     "no checkpoint": ("checkpoint.resume={folder}/none", "none is no complete checkpoint"),
 }  # fmt: skip

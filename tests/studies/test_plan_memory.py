@@ -68,7 +68,7 @@ ON_TWO_RANKS = {
     "stage 3": case(3, data=2, zero=SMALL_BUCKETS),
     "stage 3, recomputed": case(3, data=2, micro=2, recompute="full"),
     "tensor 2": case(1, 2, micro=2, batches=3),
-    "tensor 2, stage 2, recomputed": case(2, 2, micro=4, recompute="full"),
+    "tensor 2, stage 2": case(2, 2, micro=4),
     "tensor 2, sequence parallel": case(1, 2, micro=4, parallel={"sequence_parallel": True}),
 }
 ON_FOUR_RANKS = {
