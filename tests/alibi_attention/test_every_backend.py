@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -24,7 +25,7 @@ ERROR_FACTOR_16_BIT = 2.0  # times the largest error of plain SDPA in the same t
 TOTAL_VARIATION_EXACT = 1e-3
 TOTAL_VARIATION_OF_BF16_BIAS = 0.05
 MAX_PEAK_MIB_16384 = 64  # one S x S fp32 matrix of one head would be 1024
-MAX_PEAK_MIB_16384_DROPOUT = 320  # some matrices of 256 x 16384
+MAX_PEAK_MIB_16384_DROPOUT = 160  # some matrices of 256 x 16384; 97 were seen
 HORIZON_ROUNDING = 4e-6  # times max |v|: what fp32 itself may move an output by, beside the horizon's promise
 
 DROPOUT_ROUNDING = 1e-5  # of a single attention weight, beside the rounding of its own type
@@ -376,5 +377,7 @@ def test_memory_is_linear_at_16384_tokens(backend, dropout_p):
     source_root = Path(alibi_attention.__file__).parents[1]
     command = [sys.executable, "-c", PEAK_MEMORY, backend.name, str(dropout_p)]
     # A fresh process, since a peak never falls. VmHWM, not ru_maxrss: the latter inherits the parent's peak.
-    done = subprocess.run(command, cwd=source_root, capture_output=True, text=True, check=True)
+    # Tensors come from mmap: malloc's heap keeps what blocks of many sizes leave behind, 220 to 420 MiB in all.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+    done = subprocess.run(command, cwd=source_root, capture_output=True, text=True, check=True, env=environment)
     assert float(done.stdout) < (MAX_PEAK_MIB_16384_DROPOUT if dropout_p else MAX_PEAK_MIB_16384)
