@@ -25,6 +25,7 @@ from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.evaluate import validation_loss
 from megalibi.engine.step import StepResult, train_step
 from megalibi.engine.stop import StopRequest
+from megalibi.files import make_folder, write_aside
 from megalibi.log import get_logger
 from megalibi.model import count_parameters, model_flops_per_token
 from megalibi.parallel import ProcessGroups
@@ -276,7 +277,7 @@ def describe_run(job: Job, checkpoint: Path | None) -> None:
     """Write config.yaml and run_info.json, and say what begins."""
     config, groups, device = job.config, job.groups, job.device
     folder = Path(config.train.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     save_config(config, folder / "config.yaml")
     parameters = count_parameters(config.model)
     info = {
@@ -289,7 +290,7 @@ def describe_run(job: Job, checkpoint: Path | None) -> None:
         "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
     }
-    (folder / "run_info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    write_aside(folder / "run_info.json", json.dumps(info, indent=1) + "\n")
     _LOGGER.info(
         "%s parameters on %d ranks (tensor %d x data %d, ZeRO %d, %s), %s tokens per step, %s",
         f"{parameters:,}",

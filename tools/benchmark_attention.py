@@ -43,6 +43,7 @@ from alibi_attention.peers import PEERS
 from megalibi import log
 from megalibi.config import ConfigError
 from megalibi.config.cli import run_tool
+from megalibi.files import make_folder, write_aside
 from megalibi.report.plots import GRID, INK, MUTED, PAPER, SERIES_COLORS, save_figure
 
 EXAMPLE = """examples:
@@ -200,10 +201,8 @@ def write(record: Mapping[str, Any], output: Path | None) -> None:
     """Write the record aside and rename it, so that an interruption loses nothing."""
     if output is None:
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(output.name + ".tmp")
-    aside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    aside.replace(output)
+    make_folder(output.parent)
+    write_aside(output, json.dumps(record, indent=1) + "\n")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

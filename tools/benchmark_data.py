@@ -35,6 +35,7 @@ from megalibi.data.loader import Loader
 from megalibi.data.preprocess import preprocess
 from megalibi.data.text import iterate_pieces
 from megalibi.data.token_file import TokenFileWriter
+from megalibi.files import make_folder, write_aside
 
 EXAMPLE = """examples:
   python tools/benchmark_data.py preprocess --input books.parquet --tokenizer books.model --workers 2
@@ -281,8 +282,8 @@ def main() -> None:
             console.print(f"{name}: {value['median']:,.2f} ({value['min']:,.2f} to {value['max']:,.2f})")
     text = json.dumps({**describe_machine(), **figures}, indent=2)
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+        make_folder(arguments.output.parent)
+        write_aside(arguments.output, text + "\n")
     else:
         print(text)
 

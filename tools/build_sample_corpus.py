@@ -23,6 +23,7 @@ from types import ModuleType
 
 from megalibi.config import ConfigError
 from megalibi.config.cli import run_tool
+from megalibi.files import make_folder, open_aside
 
 EXAMPLE = """example:
   python tools/build_sample_corpus.py --output data/sample      # writes train.jsonl and valid.jsonl
@@ -120,28 +121,21 @@ def build(output: Path) -> tuple[int, int]:
         ConfigError: If this Python ships too little, or the folder cannot be written.
     """
     num_bytes = [0, 0]
-    names = ["train.jsonl", "valid.jsonl"]
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with (output / f"{names[0]}.tmp").open("w") as train, (output / f"{names[1]}.tmp").open("w") as valid:
+        make_folder(output)
+        with open_aside(output / "train.jsonl") as train, open_aside(output / "valid.jsonl") as valid:
             for name, text in iterate_documents():
                 if text.strip():
                     chosen = int(is_validation(name))
-                    (train, valid)[chosen].write(json.dumps({"text": text}) + "\n")
+                    (train, valid)[chosen].write(json.dumps({"text": text}).encode() + b"\n")
                     num_bytes[chosen] += len(text.encode())
-        if sum(num_bytes) < MIN_BYTES:
-            raise ConfigError(
-                f"{sys.executable}: its standard library has {sum(num_bytes)} bytes of text, {MIN_BYTES} are needed; "
-                "use a complete Python installation"
-            )
-        for name in names:
-            (output / f"{name}.tmp").replace(output / name)
+            if sum(num_bytes) < MIN_BYTES:
+                raise ConfigError(
+                    f"{sys.executable}: its standard library has {sum(num_bytes)} bytes of text, {MIN_BYTES} are "
+                    "needed; use a complete Python installation"
+                )
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror}") from error
-    finally:
-        for name in names:
-            if output.is_dir():
-                (output / f"{name}.tmp").unlink(missing_ok=True)
     return num_bytes[0], num_bytes[1]
 
 

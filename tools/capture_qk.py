@@ -14,6 +14,7 @@ from megalibi import log
 from megalibi.config import ConfigError
 from megalibi.config.cli import run_tool
 from megalibi.data.token_file import TokenFile, check_ids
+from megalibi.files import open_aside
 
 EXAMPLE = """example:
   python tools/capture_qk.py --checkpoint runs/quickstart --data sample/valid --length 4096 --output qk.pt
@@ -79,7 +80,8 @@ def main() -> None:
         raise ConfigError(f"--output={arguments.output}: there is no folder {arguments.output.parent}")
     tokens = read_tokens(arguments.data, arguments.length, config["vocab_size"])
     captured = capture(load_model(checkpoint, torch.device("cpu")), layer, tokens)
-    torch.save(captured, arguments.output)
+    with open_aside(arguments.output) as file:
+        torch.save(captured, file)
     _, length, num_heads, head_dim = captured["q"].shape
     print(f"{arguments.output}: layer {layer}, {length} tokens; --heads {num_heads} --head-dim {head_dim}")
 

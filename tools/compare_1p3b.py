@@ -20,6 +20,7 @@ from rich.console import Console
 from megalibi import log
 from megalibi.config import Config, ConfigError, config_to_dict
 from megalibi.config.cli import run_tool
+from megalibi.files import write_aside
 from megalibi.model import count_parameters
 from megalibi.report.plots import save_figure
 from megalibi.report.record import check_writable, describe_run, write_json
@@ -157,7 +158,7 @@ def write_results(output: Path, arguments: argparse.Namespace, base: Config, res
     if picture:
         save_figure(training_curves(results), output / picture)
     facts = describe_study(arguments, results.study, base, gpus)
-    (output / "report.md").write_text(write_report(results, facts=facts, picture=picture), encoding="utf-8")
+    write_aside(output / "report.md", write_report(results, facts=facts, picture=picture))
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 from megalibi import log
 from megalibi.config import Config, config_to_dict
 from megalibi.config.cli import run_tool
+from megalibi.files import write_aside
 from megalibi.report.metrics import read_metrics
 from megalibi.report.plots import save_figure
 from megalibi.report.record import check_writable, describe_run, write_json
@@ -165,7 +166,7 @@ def write_results(
         stride=study.stride,
         facts=describe_study(study, base, trainings),
     )
-    (output / "table.md").write_text(page, encoding="utf-8")
+    write_aside(output / "table.md", page)
     figure = extrapolation_figure(curves, train_length=base.data.seq_length, stride=study.stride)
     save_figure(figure, output / "figure.png")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.config import ConfigError
+from megalibi.files import sync_folder, write_aside, write_synced
 
 MANIFEST = "manifest.json"
 MANIFEST_CHECKSUM = "manifest.sha256"
@@ -96,10 +97,7 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 
 
 def _replace_latest(checkpoint: Path) -> None:
-    aside = checkpoint.with_name(LATEST + PARTIAL_SUFFIX)
-    write_synced(aside, checkpoint.name.encode() + b"\n")
-    os.replace(aside, checkpoint.with_name(LATEST))
-    sync_folder(checkpoint.parent)
+    write_aside(checkpoint.with_name(LATEST), f"{checkpoint.name}\n")
 
 
 def _read_latest(folder: Path) -> str | None:
@@ -212,10 +210,7 @@ def prune(folder: Path, keep: int) -> None:
         keep: How many to keep, always with the one that ``latest`` names; 0: all.
     """
     for leftover in [*folder.glob(f"*{PARTIAL_SUFFIX}"), *folder.glob(f"*{_DISCARDED_SUFFIX}")]:
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        shutil.rmtree(leftover, ignore_errors=True)
     latest, checkpoints = find_checkpoint(folder), list_checkpoints(folder)
     if keep and latest is not None:
         # Beyond the latest lies what a run left that went back: it goes first.
@@ -230,20 +225,3 @@ def discard(checkpoint: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(checkpoint, aside)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

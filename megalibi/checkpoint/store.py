@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import io
-import os
 import shutil
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -28,6 +27,7 @@ from megalibi.checkpoint.manifest import (
     read_manifest,
 )
 from megalibi.config import Config, ConfigError, Derived, config_from_dict, config_to_dict
+from megalibi.files import make_folder, sync_file
 from megalibi.log import get_logger
 from megalibi.parallel import ProcessGroups
 
@@ -54,8 +54,7 @@ class _RecordingEngine(TorchCheckpointEngine):
             with open(path, "wb") as file:
                 hashing = _HashingFile(file)
                 torch.save(state_dict, cast(BinaryIO, hashing))
-                file.flush()
-                os.fsync(file.fileno())
+                sync_file(file)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns an OSError into a RuntimeError
             self.error = self.error or f"{path}: {hashing.error or error}"
         else:
@@ -141,7 +140,7 @@ def save_checkpoint(
 def _prepare(partial: Path) -> str | None:
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(partial)
     except OSError as error:
         return f"{partial}: {error}"
     return None

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megalibi.config.errors import ConfigError
 from megalibi.config.schema import Config, DatasetConfig
+from megalibi.files import write_aside
 
 _Section = TypeVar("_Section")
 
@@ -64,7 +65,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration; ``load_config`` reads it back to an equal Config."""
-    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+    write_aside(path, yaml.safe_dump(config_to_dict(config), sort_keys=False))
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Source: megatron/core/datasets/indexed_dataset.py in NVIDIA/Megatron-LM at 00caa
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import struct
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalibi.config import ConfigError
+from megalibi.files import AsideFile, sync_folder
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -166,17 +166,23 @@ class TokenFileWriter:
     Args:
         prefix: Path without ``.bin`` and ``.idx``.
         vocab_size: Number of token ids; decides the type of the tokens.
+
+    Raises:
+        FileInUseError: Another process is writing these files.
     """
 
     def __init__(self, prefix: str | os.PathLike[str], vocab_size: int) -> None:
         self.dtype = token_dtype(vocab_size)
         self.num_tokens = 0
-        self._bin_path = Path(f"{os.fspath(prefix)}.bin")
-        self._idx_path = Path(f"{os.fspath(prefix)}.idx")
         self._lengths = array("i")
         self._boundaries = array("q", [0])
         self._sequence_tokens = 0
-        self._bin_file: BinaryIO = _aside(self._bin_path).open("wb")
+        self._bin = AsideFile(f"{os.fspath(prefix)}.bin")
+        try:
+            self._idx = AsideFile(f"{os.fspath(prefix)}.idx")
+        except BaseException:
+            self._bin.discard()
+            raise
 
     @property
     def num_documents(self) -> int:
@@ -191,7 +197,7 @@ class TokenFileWriter:
     def add_tokens(self, tokens: Sequence[int] | IntegerArray) -> None:
         """Write tokens of a document that ``end_document`` will end."""
         array_ = np.asarray(tokens, self.dtype)
-        self._bin_file.write(array_.tobytes())
+        self._bin.file.write(array_.tobytes())
         self.num_tokens += array_.size
         self._sequence_tokens += array_.size
         while self._sequence_tokens > _MAX_SEQUENCE_TOKENS:  # lengths are int32: go on in another sequence
@@ -206,21 +212,19 @@ class TokenFileWriter:
 
     def finish(self) -> None:
         """Write the index, flush both files to the disk, and put them in place, the index last."""
-        _sync_and_close(self._bin_file)
-        with _aside(self._idx_path).open("wb") as file:
-            self._write_index(file)
-            _sync_and_close(file)
-        self._idx_path.unlink(missing_ok=True)  # an old index must never describe a new .bin
-        _aside(self._bin_path).replace(self._bin_path)
-        _aside(self._idx_path).replace(self._idx_path)
-        _sync_folder(self._idx_path.parent)
+        self._write_index(self._idx.file)
+        self._bin.sync()
+        self._idx.sync()
+        if self._idx.path.exists():  # an old index must never describe a new .bin, not even after a power failure
+            self._idx.path.unlink()
+            sync_folder(self._idx.path.parent)
+        self._bin.commit()
+        self._idx.commit()
 
     def discard(self) -> None:
-        """Remove what was written."""
-        with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
-            self._bin_file.close()
-        for path in (self._bin_path, self._idx_path):
-            _aside(path).unlink(missing_ok=True)
+        """Remove what was written and is not in place."""
+        self._bin.discard()
+        self._idx.discard()
 
     def __enter__(self) -> TokenFileWriter:
         return self
@@ -242,21 +246,3 @@ class TokenFileWriter:
         file.write(lengths.astype("<i4").tobytes())
         file.write((ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").tobytes())
         file.write(np.frombuffer(self._boundaries, np.int64).astype("<i8").tobytes())
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(path.name + ".tmp")
-
-
-def _sync_and_close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

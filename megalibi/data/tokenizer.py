@@ -15,7 +15,7 @@ import sentencepiece
 
 from megalibi.config import ConfigError
 from megalibi.data.text import cut_at_spaces
-from megalibi.data.words import SUFFIX, WordTokenizer
+from megalibi.data.words import SUFFIX, WordTokenizer, write_vocabulary
 
 _SPACE = "\u2581"  # how sentencepiece writes a space within a piece
 _SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
@@ -175,11 +175,7 @@ def train_tokenizer(
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or "there is no text"
         raise ConfigError(f"vocab_size={vocab_size} cannot be trained on this text: {reason}") from error
-    path = Path(output)
-    aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_bytes(model.getvalue())
-    aside.replace(path)
+    write_vocabulary(output, model.getvalue())
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

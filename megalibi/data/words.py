@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megalibi.config import ConfigError
 from megalibi.data.text import Piece
+from megalibi.files import make_folder, write_aside
 
 SUFFIX = ".words"
 """Of vocabulary files; it tells them from sentencepiece models."""
@@ -90,7 +91,7 @@ def count_words(pieces: Iterable[Piece], output: str | os.PathLike[str], *, voca
         vocab_size: Number of ids, the special ones included; None: all words, and unused ids up to a multiple of 8.
 
     Raises:
-        ConfigError: If there is no text, or fewer words than ``vocab_size``.
+        ConfigError: If there is no text, or fewer words than ``vocab_size``, or the file cannot be written.
     """
     counts: Counter[str] = Counter()
     for piece in pieces:
@@ -105,9 +106,17 @@ def count_words(pieces: Iterable[Piece], output: str | os.PathLike[str], *, voca
         raise ConfigError(f"vocab_size={vocab_size} is not allowed: {len(special) + 1} to {num_all} are, for this text")
     words = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[: size - len(special)]
     unused = [(f"madeupword{number:04d}", 0) for number in range(size - len(special) - len(words))]
-    path = Path(output)
-    aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(f"{word} {count}\n" for word, count in (*special, *words, *unused))
-    aside.write_bytes(lines.encode())  # not write_text: line ends are part of the fingerprint
-    aside.replace(path)
+    write_vocabulary(output, "".join(f"{word} {count}\n" for word, count in (*special, *words, *unused)))
+
+
+def write_vocabulary(output: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a tokenizer's file, aside and then renamed; its folder is made if it does not exist.
+
+    Raises:
+        ConfigError: If it cannot be written.
+    """
+    try:
+        make_folder(Path(output).parent)
+        write_aside(output, content)
+    except OSError as error:
+        raise ConfigError(f"{os.fspath(output)} cannot be written: {error.strerror}") from error

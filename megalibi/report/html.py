@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from megalibi.config import ConfigError
+from megalibi.files import make_folder, write_aside
 from megalibi.report import plots
 from megalibi.report.facts import Fact, describe, environment_facts, result_facts, setup_facts
 from megalibi.report.metrics import RunMetrics
@@ -51,11 +51,9 @@ def write_report(run_dirs: Sequence[Path | str], output: Path | str) -> Path:
     """
     page = render_report([read_run(run_dir) for run_dir in run_dirs])
     output = Path(output)
-    aside = output.with_name(f"{output.name}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, output)
+        make_folder(output.parent)
+        write_aside(output, page)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written ({error.strerror}); name a file in a folder of yours") from error
     return output
@@ -75,7 +73,7 @@ def write_pictures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[P
     if evaluations:
         figures["extrapolation"] = plots.extrapolation_curve(evaluations)
     paths = {Path(folder) / f"{name}.png": figure for name, figure in figures.items()}
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for path, figure in paths.items():
         plots.save_figure(figure, path)
     return list(paths)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
+from megalibi.files import open_aside
 from megalibi.report.metrics import RunMetrics
 from megalibi.report.run import Evaluation
 from megalibi.report.units import format_count
@@ -159,7 +160,8 @@ def speed_and_memory(runs: Mapping[str, RunMetrics]) -> Figure:
 
 def save_figure(figure: Figure, path: Path | str) -> None:
     """Write a figure to a file on white paper, at a size for a README; the ending of its name gives the format."""
-    figure.savefig(path, dpi=200, facecolor=PAPER)
+    with open_aside(path) as file:
+        figure.savefig(file, format=Path(path).suffix.removeprefix(".") or None, dpi=200, facecolor=PAPER)
 
 
 def inline_svg(figure: Figure, *, key: str, title: str) -> str:

@@ -19,6 +19,7 @@ import psutil
 
 import megalibi
 from megalibi.config import ConfigError
+from megalibi.files import make_folder, write_aside
 
 
 def describe_run(device: str, packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def check_writable(output: Path, option: str) -> None:
     if output.is_dir():
         raise ConfigError(f"{option}={output} is a folder: give the name of a file")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent)
     except OSError as error:
         raise ConfigError(f"{option}={output} cannot be written: {error.strerror}") from error
     if not os.access(output.parent, os.W_OK):
@@ -67,11 +68,9 @@ def write_json(fields: Mapping[str, Any], output: Path) -> None:
     Raises:
         ConfigError: It cannot be written.
     """
-    aside = output.with_name(output.name + ".tmp")
     text = re.sub(r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(fields, indent=1))
     try:
-        aside.write_text(text + "\n", encoding="utf-8")
-        aside.replace(output)
+        write_aside(output, text + "\n")
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from megalibi.files import make_folder, open_aside, sync_folder
 from megalibi.report.metrics import METRICS_FILE, StepRecord, ValidationRecord, parse_line
 from megalibi.report.units import format_bytes, format_count, format_duration
 
@@ -50,8 +51,9 @@ class JsonlWriter:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         self._file = self.path.open("a", encoding="utf-8")
+        sync_folder(self.path.parent)
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps and lines that a crash tore, so that the file has each step once.
@@ -62,12 +64,8 @@ class JsonlWriter:
             step: The step the run resumes from; 0 empties the file.
         """
         self._file.close()
-        aside = self.path.with_name(f"{self.path.name}.partial")
-        with aside.open("w", encoding="utf-8") as kept:
-            kept.writelines(_lines_until(self.path, step))
-            kept.flush()
-            os.fsync(kept.fileno())
-        os.replace(aside, self.path)
+        with open_aside(self.path) as kept:
+            kept.writelines(line.encode() for line in _lines_until(self.path, step))
         self._file = self.path.open("a", encoding="utf-8")
 
     def step(self, record: StepRecord) -> None:

@@ -23,9 +23,9 @@ from megalibi.checkpoint.manifest import (
     list_checkpoints,
     prune,
     read_manifest,
-    write_synced,
 )
 from megalibi.config import ConfigError
+from megalibi.files import write_synced
 from tests.launch.jobs import CONTEXT
 
 KILLS = 12
@@ -108,7 +108,7 @@ def test_prune_deletes_what_crashes_left(tmp_path: Path) -> None:
     for leftover in ("step_00000001.partial", "step_00000002.discarded"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "file").write_text("x")
-    (tmp_path / "latest.partial").write_text("x")
+    (tmp_path / "latest.tmp").write_text("x")
     save(tmp_path, 3)
     assert names(tmp_path) == ["latest", "step_00000003"]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import megalibi.data.token_file as token_file_module
 from megalibi.config import ConfigError
 from megalibi.data.token_file import TokenFile, TokenFileWriter, check_token_ids
+from megalibi.files import FileInUseError, open_aside
 
 CODES = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "d": 6, "f": 7, "H": 8}
 
@@ -214,3 +215,19 @@ def test_probing_reads_a_bounded_part(write_tokens):
     assert len(reads) == 8
     assert reads[0] == (0, 16)
     assert reads[-1] == (100_000 - 16, 16)
+
+
+def test_a_second_writer_is_refused_and_the_first_one_is_whole(tmp_path):
+    with TokenFileWriter(tmp_path / "a", 100) as first:
+        first.add_document([1, 2, 3])
+        with pytest.raises(FileInUseError, match=r"another process is writing .*/a\.bin"):
+            TokenFileWriter(tmp_path / "a", 100)
+        first.add_document([4])
+    assert TokenFile(tmp_path / "a").read(0, 4).tolist() == [1, 2, 3, 4]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_an_index_aside_that_is_in_use_leaves_no_tokens_aside(tmp_path):
+    with open_aside(tmp_path / "a.idx"), pytest.raises(FileInUseError, match=r"another process is writing .*/a\.idx"):
+        TokenFileWriter(tmp_path / "a", 100)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.idx"]

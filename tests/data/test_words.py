@@ -134,6 +134,12 @@ def test_a_smaller_vocabulary_leaves_the_rare_words_unknown(folder: Path, tmp_pa
         count_words([], tmp_path / "none.words")
 
 
+def test_a_vocabulary_that_cannot_be_written_is_one_line(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/below/a\.words cannot be written: Not a directory$"):
+        count_words(iterate_pieces([str(folder / "wiki.tokens")]), tmp_path / "file" / "below" / "a.words")
+
+
 def test_the_suffix_tells_the_kind(folder: Path, tokenizer_path: Path) -> None:
     assert isinstance(load_tokenizer(folder / "wiki.words"), WordTokenizer)
     assert isinstance(load_tokenizer(tokenizer_path), Tokenizer)

@@ -64,7 +64,7 @@ def test_one_run_one_page(write_run: WriteRun) -> None:
     ):
         assert expected in page.text
     assert 'class="trained"' in page.source
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob("*.tmp"))
 
 
 def test_the_page_loads_nothing_and_runs_nothing(write_run: WriteRun) -> None:

@@ -51,7 +51,7 @@ def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path: Path, make_step: Mak
     writer = JsonlWriter(tmp_path / "metrics.jsonl")
     writer.step(make_step(1))
     writer.step(make_step(2))
-    (tmp_path / "metrics.jsonl.partial").mkdir()  # so the file aside cannot be opened
+    (tmp_path / "metrics.jsonl.tmp").mkdir()  # so the file aside cannot be opened
     with pytest.raises(IsADirectoryError):
         writer.truncate_after(1)
     assert read_metrics(tmp_path).steps == (make_step(1), make_step(2))

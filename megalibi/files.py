@@ -1,0 +1,168 @@
+"""Files that appear only when they are complete: written aside, synced to the disk, and then renamed.
+
+NAME is written as NAME.tmp. An interruption leaves the old file or the new one, never a part; and what was said to be
+written is on the disk, so that a power failure does not take it back. The file aside is locked while it is written:
+a second process that would write the same file is refused at once, and what a killed process left is taken over,
+because a lock ends with its process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+ASIDE_SUFFIX = ".tmp"
+"""Of a file that is being written, or that a killed process left."""
+# NFS without a lock daemon, Lustre mounted without flock, and file systems in user space that have none.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+
+class FileInUseError(BlockingIOError):
+    """Another process is writing the file."""
+
+
+class AsideFile:
+    """A file that is being written: NAME.tmp, which becomes NAME by ``commit``.
+
+    Args:
+        path: The file to write; its folder must exist.
+
+    Raises:
+        FileInUseError: Another process is writing it.
+        OSError: It cannot be written, or its name is that of a device, a pipe or the like.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_file():  # a rename would replace /dev/null for everybody
+            raise OSError(errno.EINVAL, "its name is that of something that is no file", os.fspath(path))
+        self._aside = self.path.with_name(self.path.name + ASIDE_SUFFIX)
+        self.file: BinaryIO = _open_locked(self._aside, self.path)
+        """What to write to."""
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        sync_file(self.file)
+
+    def commit(self) -> None:
+        """Sync, put the file in place, and wait until its name is on the disk."""
+        self.sync()
+        os.replace(self._aside, self.path)
+        sync_folder(self.path.parent)
+        self.file.close()  # last, because it ends the lock
+
+    def discard(self) -> None:
+        """Remove what was written; nothing after ``commit``."""
+        if self.file.closed:
+            return
+        # After a commit that failed half-way the name may be another process's.
+        if _names(self._aside, self.file.fileno()):
+            self._aside.unlink()
+        with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
+            self.file.close()
+
+
+@contextlib.contextmanager
+def open_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Give a binary file to write to; leaving normally puts it in place, leaving by an exception removes it.
+
+    Args:
+        path: The file to write; its folder must exist.
+
+    Raises:
+        OSError: As AsideFile.
+    """
+    aside = AsideFile(path)
+    try:
+        yield aside.file
+        aside.commit()
+    finally:
+        aside.discard()
+
+
+def write_aside(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write a whole file aside and put it in place.
+
+    Args:
+        path: The file to write; its folder must exist.
+        content: Text is written as UTF-8, with the line ends that it has.
+
+    Raises:
+        OSError: As AsideFile.
+    """
+    with open_aside(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_synced(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file in place and wait until it is on the disk: for a folder that is itself renamed when complete."""
+    with open(path, "wb") as file:
+        file.write(content)
+        sync_file(file)
+
+
+def sync_file(file: BinaryIO) -> None:
+    """Wait until what was written to a file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Wait until a folder's names are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # else a file system that syncs no folders, as some on a network
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a folder and those above it that do not exist, and wait until the new names are on the disk."""
+    path = Path(folder)
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_folder(made.parent)
+
+
+def _open_locked(aside: Path, path: Path) -> BinaryIO:
+    """Open the file aside for this process alone, and empty it of what a killed process left."""
+    while True:
+        descriptor = os.open(aside, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _lock(descriptor, path)
+            if _names(aside, descriptor):  # else its writer renamed it between our two calls: begin anew
+                os.ftruncate(descriptor, 0)
+                return os.fdopen(descriptor, "wb")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileInUseError(errno.EAGAIN, f"another process is writing {path}", os.fspath(path)) from None
+    except OSError as error:
+        # Where there are no locks, two writers of one file are not seen. To refuse every file on such a disk would harm
+        # those who write once, which is nearly everybody.
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _names(path: Path, descriptor: int) -> bool:
+    """Tell whether a path names the file that is open."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
