@@ -11,7 +11,6 @@ import datetime
 import json
 import multiprocessing
 import platform
-import signal
 import statistics
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from megalibi.config.cli import run_tool
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import Loader
 from megalibi.data.preprocess import preprocess
-from megalibi.data.text import iterate_pieces
+from megalibi.data.text import DocumentReader
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.files import make_folder, write_aside
 
@@ -49,7 +48,7 @@ def read_documents(inputs: Sequence[str], text_key: str) -> list[str]:
     """Read whole documents into memory."""
     documents: list[str] = []
     pieces: list[str] = []
-    for piece in iterate_pieces(inputs, text_key=text_key):
+    for piece in DocumentReader(inputs, text_key=text_key):
         pieces.append(piece.text)
         if piece.ends_document:
             documents.append("".join(pieces))
@@ -272,7 +271,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print, and write."""
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: remove the files that were measured
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats {arguments.repeats}: at least 1 is needed")
     measure = {"preprocess": benchmark_preprocess, "loader": benchmark_loader}[arguments.command]

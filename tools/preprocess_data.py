@@ -1,10 +1,9 @@
-"""Tokenize text into a token file (Megatron-LM's .bin and .idx)."""
+"""Tokenize text into a token file (Megatron-LM's .bin and .idx), and note in PREFIX.json how it was made."""
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 
@@ -16,6 +15,7 @@ from megalibi import log
 from megalibi.config.cli import run_tool
 from megalibi.data.estimate import estimate_text_bytes
 from megalibi.data.preprocess import Progress, preprocess
+from megalibi.data.sources import INPUT_HELP
 
 EXAMPLE = """example:
   python tools/preprocess_data.py --input books.parquet --tokenizer books.model --output data/books --workers 8
@@ -80,10 +80,10 @@ def parse_arguments() -> argparse.Namespace:
         action="extend",
         required=True,
         metavar="FILE",
-        help=".txt, .tokens, .json, .jsonl, .csv, .parquet (also .gz), a folder, a hub name ORG/NAME[:CONFIG][@SPLIT]",
+        help=INPUT_HELP,
     )
     parser.add_argument("--tokenizer", required=True, metavar="T.model", help="a sentencepiece model, or T.words")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
     parser.add_argument("--text-key", default="text", help="column that holds the text (default: text)")
     parser.add_argument(
         "--text-unit",
@@ -96,13 +96,17 @@ def parse_arguments() -> argparse.Namespace:
         "--workers", type=int, default=num_cores, metavar="N", help="encoding processes (default: one a core)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing token file")
+    parser.add_argument(
+        "--skip-bad-records",
+        action="store_true",
+        help="count and list the records whose text cannot be had, and go on; without it the first one is an error",
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     """Tokenize, and say what came of it."""
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C: remove what is half-written
     start = time.monotonic()
     with Display(estimate_text_bytes(arguments.input, arguments.text_key), Console(file=sys.stderr)) as display:
         final = preprocess(
@@ -113,6 +117,7 @@ def main() -> None:
             text_unit=arguments.text_unit,
             workers=arguments.workers,
             overwrite=arguments.overwrite,
+            skip_bad_records=arguments.skip_bad_records,
             report=display.update,
         )
     seconds = time.monotonic() - start

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from megalibi import log
 from megalibi.config import ConfigError
 from megalibi.config.cli import run_tool
-from megalibi.data.text import iterate_pieces
-from megalibi.data.tokenizer import load_tokenizer, train_tokenizer
+from megalibi.data.cutting import cut_anywhere, cut_at_spaces
+from megalibi.data.sources import INPUT_HELP
+from megalibi.data.text import DocumentReader
+from megalibi.data.tokenizer import load_tokenizer
+from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.data.words import SUFFIX, count_words
+from megalibi.report.record import check_writable
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input books.parquet notes.jsonl --vocab-size 32000 --output books.model
@@ -28,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
         action="extend",
         required=True,
         metavar="FILE",
-        help=".txt, .tokens, .json, .jsonl, .csv, .parquet (also .gz), a folder, a hub name ORG/NAME[:CONFIG][@SPLIT]",
+        help=INPUT_HELP,
     )
     parser.add_argument(
         "--vocab-size",
@@ -44,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--text-key", default="text", help="column that holds the text (default: text)")
     parser.add_argument(
-        "--character-coverage", type=float, default=0.9999, help="share of characters with their own id"
+        "--character-coverage", type=float, default=0.9999, help="share of characters with their own id, 0.98 to 1"
     )
     parser.add_argument(
         "--max-sentences",
@@ -53,26 +58,49 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="sentences of about 1,000 characters to learn from, drawn at random (default: 200000); bounds the memory",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
+    parser.add_argument(
+        "--skip-bad-records",
+        action="store_true",
+        help="count and list the records whose text cannot be had, and go on; without it the first one is an error",
+    )
     return parser.parse_args()
+
+
+def check_output(output: str, *, overwrite: bool) -> None:
+    """Find out before the work whether the tokenizer can be written."""
+    if Path(output).exists() and not overwrite:
+        raise ConfigError(f"{output} exists; choose another --output, or replace it with --overwrite")
+    check_writable(Path(output), "--output")
 
 
 def main() -> None:
     """Train, write, and say what came of it."""
     arguments = parse_arguments()
     is_word_level = arguments.output.endswith(SUFFIX)
-    pieces = iterate_pieces(arguments.input, text_key=arguments.text_key, keep_empty=is_word_level)
-    if is_word_level:
-        count_words(pieces, arguments.output, vocab_size=arguments.vocab_size)
-    elif arguments.vocab_size is None:
+    check_output(arguments.output, overwrite=arguments.overwrite)
+    if not is_word_level and arguments.vocab_size is None:
         raise ConfigError("--vocab-size is missing: a number of token ids, 32000 for example")
+    reader = DocumentReader(
+        arguments.input,
+        text_key=arguments.text_key,
+        keep_empty=is_word_level,
+        skip_bad_records=arguments.skip_bad_records,
+        cut=cut_at_spaces if is_word_level else cut_anywhere,
+    )
+    if is_word_level:
+        count_words(reader, arguments.output, vocab_size=arguments.vocab_size)
     else:
-        train_tokenizer(
-            (piece.text for piece in pieces),
+        text = train_tokenizer(
+            (piece.text for piece in reader),
             arguments.vocab_size,
             arguments.output,
             character_coverage=arguments.character_coverage,
             max_sentences=arguments.max_sentences,
         )
+        print(text.describe())
+    if left_out := reader.describe_left_out():
+        print(left_out)
     tokenizer = load_tokenizer(arguments.output)
     print(f"{arguments.output}: {tokenizer.vocab_size} ids, sha256 {tokenizer.fingerprint[:16]}")
 

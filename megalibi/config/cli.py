@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 from megalibi.config.errors import ConfigError
@@ -15,11 +17,15 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and exit the process with what came of it.
 
-    ConfigError becomes ``error: MESSAGE`` on standard error and exit code 2; Ctrl-C becomes exit code 130.
+    ConfigError becomes ``error: MESSAGE`` on standard error and exit code 2. Ctrl-C, SIGTERM and the end of the
+    terminal let the command remove what is half-written and become exit code 130.
 
     Args:
         main: The command; what it returns is the exit code (None is 0).
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores the end of the terminal, and so do we
+            signal.signal(number, _interrupt)
     try:
         code = main()
     except ConfigError as error:
@@ -30,3 +36,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.write("error: interrupted\n")
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import lzma
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 
-from megalibi.data.text import OPENERS, format_suffix
+from megalibi.data.sources import BROKEN_FILE, Source, find_sources
 
 _TYPICAL_COMPRESSION = 3.0  # of English text by gzip
 _SAMPLE_LINES = 64
+_MAX_LINE_BYTES = 1 << 20
 
 
 def estimate_text_bytes(inputs: Iterable[str], text_key: str = "text") -> int | None:
-    """Return about how many bytes of text inputs hold, or None if that cannot be told (hub names, folders).
+    """Return about how many bytes of text inputs hold, or None if that cannot be told (what ``datasets`` reads).
 
     A file that cannot be read counts as nothing here: reading it will say what is wrong with it.
 
@@ -22,25 +23,25 @@ def estimate_text_bytes(inputs: Iterable[str], text_key: str = "text") -> int | 
         ConfigError: If an input is missing or in no known format.
     """
     total = 0
-    for name in inputs:
-        suffix = format_suffix(name)
-        if not suffix:
+    for source in find_sources(inputs, say_left_out=False):
+        if not source.format:
             return None
         try:
-            total += _estimate_file(Path(name), suffix, text_key)
-        except (OSError, EOFError, ValueError, lzma.LZMAError):
+            total += _estimate_file(source, text_key)
+        except (*BROKEN_FILE, ValueError, AttributeError, RecursionError):
             continue
     return total or None
 
 
-def _estimate_file(path: Path, suffix: str, text_key: str) -> int:
+def _estimate_file(source: Source, text_key: str) -> int:
+    path = Path(source.name)
     size = float(path.stat().st_size)
-    if suffix == ".parquet":
+    if source.format == ".parquet":
         return _parquet_column_bytes(path, text_key)
-    if path.suffix in OPENERS:
+    if source.compression:
         size *= _TYPICAL_COMPRESSION
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        size *= _text_share(path, text_key)
+    if source.format in (".jsonl", ".ndjson", ".json"):
+        size *= _text_share(source, text_key)
     return int(size)
 
 
@@ -56,11 +57,11 @@ def _parquet_column_bytes(path: Path, text_key: str) -> int:
     return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_key)
 
 
-def _text_share(path: Path, text_key: str) -> float:
+def _text_share(source: Source, text_key: str) -> float:
     """Return which part of the first lines of a JSON-lines file is text."""
     line_bytes = text_bytes = 0
-    with OPENERS.get(path.suffix, open)(path, "rb") as file:
-        for _, line in zip(range(_SAMPLE_LINES), file, strict=False):
+    with source.open() as file:
+        for line in islice(iter(lambda: file.readline(_MAX_LINE_BYTES), b""), _SAMPLE_LINES):
             line_bytes += len(line)
             text_bytes += len(str(json.loads(line).get(text_key) or "").encode())
     return text_bytes / max(line_bytes, 1)

@@ -18,11 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from megalibi.config import ConfigError
-from megalibi.data.text import Piece, TextUnit, iterate_pieces
+from megalibi.data.provenance import check_replaceable, describe, provenance_path, to_json
+from megalibi.data.text import DocumentReader, Piece, TextUnit
 from megalibi.data.token_file import TokenFileWriter, token_dtype
 from megalibi.data.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.words import WordTokenizer
+from megalibi.files import make_folder, write_aside
+from megalibi.log import get_logger
 
+_LOGGER = get_logger(__name__)
 _TASK_CHARACTERS = 262_144  # large enough that sending it costs little, small enough that workers end together
 _TASKS_PER_WORKER = 4  # being encoded or waiting: this bounds the memory
 
@@ -33,12 +37,17 @@ class Progress(NamedTuple):
     documents: int
     tokens: int
     text_bytes: int
+    characters: int = 0
+    lost_characters: int = 0
+    """Characters for which the tokenizer has no id."""
 
 
 class _Encoded(NamedTuple):
     tokens: npt.NDArray[np.integer[Any]]
     document_ends: list[int]
     text_bytes: int
+    characters: int
+    lost_characters: int
 
 
 def preprocess(
@@ -50,20 +59,23 @@ def preprocess(
     text_unit: TextUnit = "document",
     workers: int = 1,
     overwrite: bool = False,
+    skip_bad_records: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Encode documents, each ended as the tokenizer ends one, into OUTPUT.bin and OUTPUT.idx.
+    """Encode documents, each ended as the tokenizer ends one, into OUTPUT.bin and OUTPUT.idx; OUTPUT.json says how.
 
-    The files do not depend on the number of workers, and appear only when they are complete.
+    The files do not depend on the number of workers, and appear only when they are complete. What was left out of the
+    text, and what the tokenizer could not represent, is said at the end.
 
     Args:
-        inputs: See megalibi.data.text.iterate_pieces, as for text_key and text_unit.
+        inputs: See megalibi.data.text.DocumentReader, as for text_key, text_unit and skip_bad_records.
         tokenizer_path: A sentencepiece model, or a word-level vocabulary (.words).
         output: PREFIX of the token file.
-        text_key: The column that holds the text.
+        text_key: The field that holds the text.
         text_unit: What is one document in a .txt or .tokens file.
         workers: Number of encoding processes.
         overwrite: Whether an existing token file may be replaced.
+        skip_bad_records: Whether records whose text cannot be had are counted and left out.
         report: Called with the state whenever some documents have been written.
 
     Returns:
@@ -76,25 +88,57 @@ def preprocess(
     _check_output(output, overwrite)
     if workers < 1:
         raise ConfigError(f"--workers {workers}: at least 1 process is needed")
-    pieces = iterate_pieces(inputs, text_key=text_key, text_unit=text_unit, keep_empty=tokenizer.counts_lines)
-    tasks = _tasks(pieces if tokenizer.can_cut else _join(pieces))
+    reader = DocumentReader(
+        inputs,
+        text_key=text_key,
+        text_unit=text_unit,
+        keep_empty=tokenizer.counts_lines,
+        skip_bad_records=skip_bad_records,
+        cut=tokenizer.cut,
+    )
+    tasks = _tasks(reader if tokenizer.can_cut else _join(reader))
     try:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(output).parent)
         with TokenFileWriter(output, tokenizer.vocab_size) as writer:
             progress = _write(writer, _encode_tasks(tasks, tokenizer_path, workers), report)
             if progress.documents == 0:
                 raise ConfigError(f"{', '.join(inputs)}: no text in there")
+        provenance = describe(
+            output,
+            tokenizer,
+            reader,
+            options={"text_key": text_key, "text_unit": text_unit},
+            characters=progress.characters,
+            lost_characters=progress.lost_characters,
+        )
+        write_aside(provenance_path(output), to_json(provenance))
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
     except BrokenProcessPool as error:
         raise ConfigError("a worker process died, most likely for want of memory; use fewer --workers") from error
+    _warn(reader, tokenizer, progress)
     return progress
+
+
+def _warn(reader: DocumentReader, tokenizer: Tokenizer | WordTokenizer, progress: Progress) -> None:
+    """Say what of the text is not in the tokens."""
+    if left_out := reader.describe_left_out():
+        _LOGGER.warning("%s", left_out)
+    if progress.lost_characters:
+        _LOGGER.warning(
+            "%s cannot represent %.3g%% of the characters, %s of %s: they are lost",
+            tokenizer.path,
+            100 * progress.lost_characters / progress.characters,
+            f"{progress.lost_characters:,}",
+            f"{progress.characters:,}",
+        )
 
 
 def _check_output(output: str, overwrite: bool) -> None:
     for suffix in (".bin", ".idx"):
         if Path(output + suffix).exists() and not overwrite:
             raise ConfigError(f"{output}{suffix} exists; choose another --output, or replace it with --overwrite")
+    check_replaceable(output)
 
 
 def _join(pieces: Iterable[Piece]) -> Iterator[Piece]:
@@ -138,13 +182,19 @@ def _encode_tasks(tasks: Iterable[list[Piece]], tokenizer_path: str, workers: in
 
 def _write(writer: TokenFileWriter, results: Iterable[_Encoded], report: Callable[[Progress], None]) -> Progress:
     progress = Progress(0, 0, 0)
-    for tokens, document_ends, text_bytes in results:
+    for encoded in results:
         start = 0
-        for end in document_ends:
-            writer.add_document(tokens[start:end])
+        for end in encoded.document_ends:
+            writer.add_document(encoded.tokens[start:end])
             start = end
-        writer.add_tokens(tokens[start:])
-        progress = Progress(writer.num_documents, writer.num_tokens, progress.text_bytes + text_bytes)
+        writer.add_tokens(encoded.tokens[start:])
+        progress = Progress(
+            documents=writer.num_documents,
+            tokens=writer.num_tokens,
+            text_bytes=progress.text_bytes + encoded.text_bytes,
+            characters=progress.characters + encoded.characters,
+            lost_characters=progress.lost_characters + encoded.lost_characters,
+        )
         report(progress)
     return progress
 
@@ -154,7 +204,8 @@ _worker_tokenizer: Tokenizer | WordTokenizer | None = None  # one a process: tas
 
 def _start_worker(tokenizer_path: str) -> None:
     global _worker_tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us in order
+    for number in (signal.SIGINT, signal.SIGHUP):  # they reach the whole group; the parent ends us in order
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker_tokenizer = load_tokenizer(tokenizer_path)
 
@@ -167,15 +218,23 @@ def _exit_with_parent() -> None:
 
 
 def _encode_task(pieces: list[Piece]) -> _Encoded:
-    assert _worker_tokenizer is not None
-    encoded = _worker_tokenizer.encode_batch([piece.text for piece in pieces])
+    tokenizer = _worker_tokenizer
+    assert tokenizer is not None
+    texts = [piece.text for piece in pieces]
+    encoded = tokenizer.encode_batch(texts)
+    lost_characters = sum(map(tokenizer.count_lost, texts, encoded))
     document_ends = []
     length = 0
     for ids, piece in zip(encoded, pieces, strict=True):
         if piece.ends_document:
-            ids += _worker_tokenizer.end_of_document(piece.text)
+            ids += tokenizer.end_of_document(piece.text)
         length += len(ids)
         if piece.ends_document:
             document_ends.append(length)
-    tokens = np.fromiter(chain.from_iterable(encoded), token_dtype(_worker_tokenizer.vocab_size), length)
-    return _Encoded(tokens, document_ends, sum(len(piece.text.encode()) for piece in pieces))
+    return _Encoded(
+        tokens=np.fromiter(chain.from_iterable(encoded), token_dtype(tokenizer.vocab_size), length),
+        document_ends=document_ends,
+        text_bytes=sum(len(text.encode()) for text in texts),
+        characters=sum(map(len, texts)),
+        lost_characters=lost_characters,
+    )

@@ -1,33 +1,30 @@
-"""Documents from text files, from whatever ``datasets`` loads, and from the Hugging Face hub, in bounded memory.
+"""Documents from local files, from folders and from the Hugging Face hub, in bounded memory.
 
 Long documents come in pieces, so that one of them neither fills the memory nor keeps a single worker busy.
 """
 
 from __future__ import annotations
 
-import bz2
-import functools
-import gzip
-import lzma
-import re
-import zlib
+import io
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
 from megalibi.config import ConfigError
+from megalibi.data.cutting import Cut, cut_at_spaces
+from megalibi.data.records import BadRecord, Record, not_utf8, read_records
+from megalibi.data.saved_datasets import read_dataset
+from megalibi.data.sources import BROKEN_FILE, TEXT_FORMATS, Source, broken, find_sources
+from megalibi.log import get_logger
 
 TextUnit = Literal["document", "line", "paragraph"]
 
 PIECE_CHARACTERS = 65_536
-"""Documents longer than this are cut, where they have a space to cut at."""
-
-_TEXT_SUFFIXES = (".txt", ".tokens")  # WikiText's files are called wiki.train.tokens
-_BUILDERS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".parquet": "parquet"}
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-"""How compressed files are opened, by suffix."""
-_HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<name>[^@]+))?(@(?P<split>.+))?")
-_ROWS = 64  # rows that are turned into Python strings at a time
+"""Documents longer than this are cut, where they have a place to cut at."""
+_BAD_RECORDS_SAID = 10
+_BAD_RECORDS_KEPT = 10_000
+_LOGGER = get_logger(__name__)
 
 
 class Piece(NamedTuple):
@@ -37,171 +34,158 @@ class Piece(NamedTuple):
     ends_document: bool
 
 
-def iterate_pieces(
-    inputs: Iterable[str], *, text_key: str = "text", text_unit: TextUnit = "document", keep_empty: bool = False
-) -> Iterator[Piece]:
-    """Yield the documents of several inputs, in order.
+@dataclass(kw_only=True)
+class SourceCount:
+    """What was read of a source so far."""
+
+    source: Source
+    """The file."""
+    documents: int = 0
+    """Documents in it."""
+    empty: int = 0
+    """Records, lines or files without text, which are left out."""
+    num_bad_records: int = 0
+    """Records that are left out because their text cannot be had."""
+    bad_records: list[str] = field(default_factory=list)
+    """Where the first of these stand, and what is wrong with them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as it is kept beside a token file."""
+        path = Path(self.source.name)
+        return {
+            "name": self.source.name,
+            "size_bytes": path.stat().st_size if path.is_file() else None,
+            "documents": self.documents,
+            "empty": self.empty,
+            "num_bad_records": self.num_bad_records,
+            "bad_records": self.bad_records,
+        }
+
+
+class DocumentReader:
+    """The documents of several inputs, in order, in pieces; and the count of what was left out.
+
+    All inputs are looked at when it is made, so that a wrong name shows before hours of work.
 
     Args:
-        inputs: Files (.txt, .tokens, .json, .jsonl, .ndjson, .csv, .parquet, also compressed), folders that
-            ``datasets`` can load, or hub names: ORG/NAME[:CONFIG][@SPLIT].
-        text_key: The column that holds the text; .txt and .tokens files have none.
+        inputs: Files (.txt, .tokens, .json, .jsonl, .ndjson, .csv, .parquet, .arrow, also compressed), folders, or hub
+            names: ORG/NAME[:CONFIG][@SPLIT]. Names are taken as they are.
+        text_key: The field that holds the text; .txt and .tokens files have none.
         text_unit: What is one document in such a file: the whole file, a line, or a paragraph (blank lines between).
-        keep_empty: Yield empty rows and lines too, for whom line ends are tokens.
+        keep_empty: Yield empty records and lines too, for whom line ends are tokens.
+        skip_bad_records: Count and list records whose text cannot be had; without it the first of them is an error.
+        cut: How long documents are cut.
 
     Raises:
-        ConfigError: If an input is missing, not readable, or has no such column.
+        ConfigError: An input is missing, cannot be opened, or is in no known format.
     """
-    for name in inputs:
-        suffix = format_suffix(name)
-        if suffix in _TEXT_SUFFIXES:
-            yield from _read_text_file(name, text_unit, keep_empty)
+
+    def __init__(
+        self,
+        inputs: Iterable[str],
+        *,
+        text_key: str = "text",
+        text_unit: TextUnit = "document",
+        keep_empty: bool = False,
+        skip_bad_records: bool = False,
+        cut: Cut = cut_at_spaces,
+    ) -> None:
+        self.counts = [SourceCount(source=source) for source in find_sources(inputs)]
+        self._text_key = text_key
+        self._text_unit = text_unit
+        self._keep_empty = keep_empty
+        self._skip_bad_records = skip_bad_records
+        self._cut = cut
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Yield the pieces of all documents.
+
+        Raises:
+            ConfigError: A file is damaged, not in UTF-8, or has no such field; or a record is bad.
+        """
+        for count in self.counts:
+            if count.source.format in TEXT_FORMATS:
+                yield from self._read_text_file(count)
+            else:
+                yield from self._read_records(count)
+
+    def describe_left_out(self) -> str:
+        """Return how much was left out, in words; nothing if that is nothing."""
+        empty = sum(count.empty for count in self.counts)
+        bad = sum(count.num_bad_records for count in self.counts)
+        parts = [f"{number:,} {kind}" for number, kind in ((empty, "without text"), (bad, "bad records")) if number]
+        return f"left out: {', '.join(parts)}" if parts else ""
+
+    def _read_records(self, count: SourceCount) -> Iterator[Piece]:
+        read: Callable[[Source, str], Iterator[Record]] = read_records if count.source.format else read_dataset
+        for record in read(count.source, self._text_key):
+            if isinstance(record, BadRecord):
+                self._take_bad(count, record)
+            else:
+                yield from self._pieces(record or "", count)
+
+    def _take_bad(self, count: SourceCount, record: BadRecord) -> None:
+        line = f"{count.source.name}, {record.place}: {record.reason}"
+        if not self._skip_bad_records:
+            raise ConfigError(f"{line}; mend it, or leave such records out with --skip-bad-records")
+        count.num_bad_records += 1
+        if count.num_bad_records <= _BAD_RECORDS_KEPT:
+            count.bad_records.append(f"{record.place}: {record.reason}")
+        if count.num_bad_records <= _BAD_RECORDS_SAID:
+            more = ", and so are more of them" if count.num_bad_records == _BAD_RECORDS_SAID else ""
+            _LOGGER.warning("%s; left out%s", line, more)
+
+    def _read_text_file(self, count: SourceCount) -> Iterator[Piece]:
+        readers: dict[str, Callable[[TextIO, SourceCount], Iterator[Piece]]] = {
+            "document": self._whole_file,
+            "line": self._lines,
+            "paragraph": self._paragraphs,
+        }
+        try:
+            # newline="\n": line ends are text and come back as they were, and a lone \r ends no line.
+            with io.TextIOWrapper(count.source.open(), encoding="utf-8-sig", newline="\n") as file:
+                yield from readers[self._text_unit](file, count)
+        except UnicodeDecodeError as error:
+            raise not_utf8(count.source) from error
+        except BROKEN_FILE as error:
+            raise broken(count.source, error) from error
+
+    def _whole_file(self, file: TextIO, count: SourceCount) -> Iterator[Piece]:
+        held = ""
+        while block := file.read(4 * PIECE_CHARACTERS):
+            pieces = list(self._cut(held + block, PIECE_CHARACTERS))
+            held = pieces.pop()
+            yield from (Piece(piece, False) for piece in pieces)
+        if held:
+            count.documents += 1
+            yield Piece(held, True)
         else:
-            yield from _read_dataset(name, suffix, text_key, keep_empty)
+            count.empty += 1
 
+    def _lines(self, file: TextIO, count: SourceCount) -> Iterator[Piece]:
+        for line in file:
+            yield from self._pieces(line.removesuffix("\n").removesuffix("\r"), count)
 
-def format_suffix(name: str) -> str:
-    """Return the suffix that tells an input's format, without that of its compression.
+    def _paragraphs(self, file: TextIO, count: SourceCount) -> Iterator[Piece]:
+        lines: list[str] = []
+        for line in file:
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield from self._pieces("".join(lines).rstrip("\r\n"), count)
+                lines = []
+        if lines:
+            yield from self._pieces("".join(lines).rstrip("\r\n"), count)
 
-    Raises:
-        ConfigError: If this is the name of a file that does not exist, or of a file in no known format.
-    """
-    path = Path(name)
-    suffix = (path.with_suffix("") if path.suffix in OPENERS else path).suffix
-    known = suffix in _TEXT_SUFFIXES or suffix in _BUILDERS
-    if known and not path.is_file():
-        raise ConfigError(f"{name}: no such file")
-    if path.is_file() and not known:
-        allowed = ", ".join([".txt", *_BUILDERS, ".tokens"])
-        raise ConfigError(f"{name}: format not known from its name; {allowed} are read, also compressed")
-    if not known and not path.is_dir() and not _HUB_NAME.fullmatch(name):
-        raise ConfigError(f"{name}: neither a file, nor a folder, nor a hub name ORG/NAME[:CONFIG][@SPLIT]")
-    return suffix if known else ""
-
-
-def cut_at_spaces(text: str, max_characters: int) -> Iterator[str]:
-    """Cut a text before spaces that follow something else; the pieces are as long as allowed, or have no such space.
-
-    No piece of a word-wise tokenizer reaches across these places, so the pieces' ids are the text's ids.
-    """
-    start = 0
-    while len(text) - start > max_characters:
-        cut = _last_cut(text, start, start + max_characters)
-        if cut == start:
-            cut = _first_cut(text, start + max_characters)
-        yield text[start:cut]
-        start = cut
-    if start < len(text):
-        yield text[start:]
-
-
-def _last_cut(text: str, start: int, stop: int) -> int:
-    cut = text.rfind(" ", start + 1, stop)
-    while cut > start and text[cut - 1] == " ":
-        cut -= 1
-    return max(cut, start)
-
-
-def _first_cut(text: str, start: int) -> int:
-    while text[start - 1] == " " and start < len(text):
-        start += 1
-    cut = text.find(" ", start)
-    return len(text) if cut < 0 else cut
-
-
-def _document_pieces(text: str, keep_empty: bool = False) -> Iterator[Piece]:
-    pieces = cut_at_spaces(text, PIECE_CHARACTERS)
-    held = next(pieces, None)
-    for piece in pieces:
-        assert held is not None
-        yield Piece(held, False)
-        held = piece
-    if held is not None or keep_empty:
-        yield Piece(held or "", True)
-
-
-def _read_text_file(name: str, text_unit: TextUnit, keep_empty: bool) -> Iterator[Piece]:
-    readers: dict[str, Callable[[TextIO], Iterator[Piece]]] = {
-        "document": _whole_file,
-        "line": functools.partial(_lines, keep_empty=keep_empty),
-        "paragraph": _paragraphs,
-    }
-    try:
-        # newline="": line ends are text, and come back as they were.
-        with OPENERS.get(Path(name).suffix, open)(name, "rt", encoding="utf-8", newline="") as file:
-            yield from readers[text_unit](file)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: not UTF-8 text ({error.reason} at byte {error.start} of a block)") from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ConfigError(f"{name}: cannot be read: {error}") from error
-
-
-def _whole_file(file: TextIO) -> Iterator[Piece]:
-    held = ""
-    while block := file.read(4 * PIECE_CHARACTERS):
-        pieces = list(cut_at_spaces(held + block, PIECE_CHARACTERS))
-        held = pieces.pop()
+    def _pieces(self, text: str, count: SourceCount) -> Iterator[Piece]:
+        """Yield the pieces of one document."""
+        if not text and not self._keep_empty:
+            count.empty += 1
+            return
+        count.documents += 1
+        pieces = self._cut(text, PIECE_CHARACTERS)
+        held = next(pieces, "")
         for piece in pieces:
-            yield Piece(piece, False)
-    if held:
+            yield Piece(held, False)
+            held = piece
         yield Piece(held, True)
-
-
-def _lines(file: TextIO, *, keep_empty: bool) -> Iterator[Piece]:
-    for line in file:
-        yield from _document_pieces(line.rstrip("\r\n"), keep_empty)
-
-
-def _paragraphs(file: TextIO) -> Iterator[Piece]:
-    lines: list[str] = []
-    for line in file:
-        if line.strip():
-            lines.append(line)
-        elif lines:
-            yield from _document_pieces("".join(lines).rstrip("\r\n"))
-            lines = []
-    yield from _document_pieces("".join(lines).rstrip("\r\n"))
-
-
-def _read_dataset(name: str, suffix: str, text_key: str, keep_empty: bool) -> Iterator[Piece]:
-    import datasets  # not at the top: every worker imports this module, and this takes a second
-    import pyarrow
-
-    try:
-        for table in _load(name, suffix, text_key).with_format("arrow").iter(batch_size=_ROWS):
-            if text_key not in table.column_names:
-                raise _no_column(name, text_key, table.column_names)
-            for value in table.column(text_key):
-                text = value.as_py()
-                if not isinstance(text, str | None):
-                    raise ConfigError(
-                        f"{name}: column {text_key!r} holds {value.type}, not text; choose with --text-key"
-                    )
-                yield from _document_pieces(text or "", keep_empty)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        raise ConfigError(f"{name}: cannot be read: {error}") from error
-
-
-def _load(name: str, suffix: str, text_key: str) -> Any:
-    import datasets
-    import pyarrow.parquet
-
-    if suffix:
-        options = {}
-        if suffix == ".parquet" and Path(name).suffix == suffix:
-            columns = pyarrow.parquet.read_schema(name).names
-            if text_key not in columns:
-                raise _no_column(name, text_key, columns)
-            options["columns"] = [text_key]  # the other columns are not even read
-        return datasets.load_dataset(_BUILDERS[suffix], data_files=[name], split="train", streaming=True, **options)
-    if Path(name).is_dir():
-        return datasets.load_dataset(name, split="train", streaming=True)
-    match = _HUB_NAME.fullmatch(name)
-    assert match is not None
-    return datasets.load_dataset(match["path"], match["name"], split=match["split"] or "train", streaming=True)
-
-
-def _no_column(name: str, text_key: str, columns: Iterable[str]) -> ConfigError:
-    return ConfigError(f"{name}: no column {text_key!r}; choose one of {', '.join(columns)} with --text-key")

@@ -1,28 +1,26 @@
-"""The tokenizer: sentencepiece, trained such that decoding gives back every text exactly (or words: words.py)."""
+"""The tokenizer: a sentencepiece model (or words: words.py)."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from megalibi.config import ConfigError
-from megalibi.data.text import cut_at_spaces
-from megalibi.data.words import SUFFIX, WordTokenizer, write_vocabulary
+from megalibi.data.cutting import cut_at_spaces
+from megalibi.data.words import SUFFIX, WordTokenizer
 
 _SPACE = "\u2581"  # how sentencepiece writes a space within a piece
 _SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
 # sentencepiece's time per character grows with the length of the text; about this length is fastest.
 _CUT_CHARACTERS = 1_000
-_TRAINING_CHARACTERS = 1_000
-_TRAINING_THREADS = 4  # fixed, because the model records it, and its fingerprint must not depend on the machine
 
 
 class Tokenizer:
@@ -52,7 +50,10 @@ class Tokenizer:
         self.end_of_document_id: int = self._processor.eos_id()
         if self.end_of_document_id < 0:
             raise ConfigError(f"{self.path}: the model has no eos token, which ends documents; train one that has")
-        pieces = [self._processor.id_to_piece(token) for token in range(self.vocab_size)]
+        try:
+            pieces = [self._processor.id_to_piece(token) for token in range(self.vocab_size)]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.path}: damaged, an entry is not UTF-8 text; copy it or train it again") from error
         self.text_bytes: npt.NDArray[np.int64] = np.array([self._count_bytes(i, p) for i, p in enumerate(pieces)])
         """Bytes of UTF-8 text that each id stands for, [vocab_size]; control tokens stand for none."""
         probe = "  a b\n\n c "
@@ -65,7 +66,8 @@ class Tokenizer:
         self.is_exact = self._space_tokens is not None
         """Whether the texts of ids, ``text_bytes`` long and joined, are the text they were made from."""
         self.can_cut = keeps_whitespace and not any(_SPACE in piece.lstrip(_SPACE) for piece in pieces)
-        """Whether a text may be cut by ``cut_at_spaces`` and the ids of its pieces joined."""
+        """Whether the pieces that ``cut`` makes of a text have, joined, the text's ids."""
+        self._pairs = _neighbours(model, pieces) if self.can_cut and self.is_exact else None
         self.counts_lines = False
         """Whether line ends are tokens, so that even an empty document is a line."""
 
@@ -79,7 +81,7 @@ class Tokenizer:
         counts = []
         for text in texts:
             before = len(strings)
-            strings.extend(cut_at_spaces(text, _CUT_CHARACTERS) if self.can_cut else [text])
+            strings.extend(self.cut(text, _CUT_CHARACTERS) if self.can_cut else [text])
             counts.append(len(strings) - before)
         encoded = iter(self._encode_strings(strings))
         results = []
@@ -89,6 +91,26 @@ class Tokenizer:
                 ids += next(encoded)
             results.append(ids)
         return results
+
+    def cut(self, text: str, max_characters: int) -> Iterator[str]:
+        """Cut a text before spaces, or between two characters that stand side by side in no piece of the vocabulary.
+
+        No piece reaches across either, so that the two sides are encoded as they are within the text.
+        """
+        return cut_at_spaces(text, max_characters, None if self._pairs is None else self._find_cut)
+
+    def count_lost(self, text: str, ids: Sequence[int]) -> int:
+        """Return how many characters of a text its ids do not give back: letters without an id, spaces made one.
+
+        Each character is counted by itself, wherever it stands.
+        """
+        decoded = text if self.is_exact else self.decode(ids)
+        return 0 if decoded == text else sum((Counter(text) - Counter(decoded)).values())
+
+    def _find_cut(self, text: str, start: int, stop: int) -> int:
+        assert self._pairs is not None
+        places = (place for place in range(stop, start, -1) if text[place - 1 : place + 1] not in self._pairs)
+        return next(places, start)
 
     def end_of_document(self, text: str) -> list[int]:
         """Return the ids that follow the text at the end of a document."""
@@ -118,6 +140,20 @@ class Tokenizer:
         return [*first, *(token for part in others for token in (*self._space_tokens, *part))]
 
 
+def _neighbours(model: bytes, pieces: Sequence[str]) -> set[str] | None:
+    """Return the pairs of characters that stand side by side in a piece; None if they do not say where ids may end.
+
+    They do for byte-pair encodings and unigram models that see a text as it is: a merge, or a path, across two
+    characters goes through a piece that holds both. A normalizer could join characters before that.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    kinds = (proto.trainer_spec.UNIGRAM, proto.trainer_spec.BPE)
+    if proto.trainer_spec.model_type not in kinds or proto.normalizer_spec.precompiled_charsmap:
+        return None
+    texts = (piece.replace(_SPACE, " ") for piece in pieces)
+    return {text[place : place + 2] for text in texts for place in range(len(text) - 1)}
+
+
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | WordTokenizer:
     """Return the word-level vocabulary of a ``.words`` file, or the sentencepiece model of any other.
 
@@ -125,71 +161,3 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | WordTokenizer:
         ConfigError: If the file is missing or is not what its name says.
     """
     return WordTokenizer(path) if os.fspath(path).endswith(SUFFIX) else Tokenizer(path)
-
-
-def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int,
-    output: str | os.PathLike[str],
-    *,
-    character_coverage: float = 0.9999,
-    max_sentences: int = 200_000,
-) -> None:
-    """Train a byte-pair encoding and write it, aside and then renamed. The same texts give the same bytes.
-
-    Characters that are left out of the vocabulary are written as UTF-8 bytes, whitespace is kept as it is, and digits
-    stand alone (as in LLaMA, arXiv:2302.13971, section 2.1).
-
-    Args:
-        texts: Any text; it is cut into sentences of about 1,000 characters, line ends included.
-        vocab_size: Number of ids, with 256 bytes, ``<unk>`` (0) and ``</s>`` (1), the end of a document.
-        output: The ``.model`` file.
-        character_coverage: Share of the characters that get an id of their own.
-        max_sentences: Sentences that are learned from, drawn at random from all: this bounds the memory.
-
-    Raises:
-        ConfigError: If there is no text, or too little or too much of it for the vocabulary.
-    """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_sample(_sentences(texts), max_sentences)),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            character_coverage=character_coverage,
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            max_sentence_length=1 << 20,  # bytes; longer sentences are left out
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            num_threads=_TRAINING_THREADS,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2] or "there is no text"
-        raise ConfigError(f"vocab_size={vocab_size} cannot be trained on this text: {reason}") from error
-    write_vocabulary(output, model.getvalue())
-
-
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        yield from cut_at_spaces(text, _TRAINING_CHARACTERS)
-
-
-def _sample(sentences: Iterable[str], count: int) -> list[str]:
-    """Draw sentences at random, the same ones every time, as sentencepiece's own sampling does not (algorithm R)."""
-    generator = random.Random(1)
-    sample: list[str] = []
-    for index, sentence in enumerate(sentences):
-        if index < count:
-            sample.append(sentence)
-        elif (place := generator.randrange(index + 1)) < count:
-            sample[place] = sentence
-    return sample

@@ -12,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megalibi.config import ConfigError
+from megalibi.data.cutting import cut_at_spaces
 from megalibi.data.text import Piece
 from megalibi.files import make_folder, write_aside
 
@@ -72,6 +74,16 @@ class WordTokenizer:
         """Return the ids of several texts."""
         return [self.encode(text) for text in texts]
 
+    def cut(self, text: str, max_characters: int) -> Iterator[str]:
+        """Cut a text before spaces, where words end."""
+        return cut_at_spaces(text, max_characters)
+
+    def count_lost(self, text: str, ids: Sequence[int]) -> int:
+        """Return how many characters stand in words that are not in the vocabulary."""
+        if _UNKNOWN not in ids:
+            return 0
+        return sum(len(word) for word in text.split() if word not in self._ids)
+
     def end_of_document(self, text: str) -> list[int]:
         """Return the ids that follow the text at the end of a document: a line end, unless it ends with one."""
         return [] if text.endswith("\n") else [_LINE_END]
@@ -113,10 +125,18 @@ def write_vocabulary(output: str | os.PathLike[str], content: bytes | str) -> No
     """Write a tokenizer's file, aside and then renamed; its folder is made if it does not exist.
 
     Raises:
-        ConfigError: If it cannot be written.
+        ConfigError: If it cannot be written there; if it can be among the temporary files, the error names that place,
+            for it took long to make.
     """
     try:
         make_folder(Path(output).parent)
         write_aside(output, content)
     except OSError as error:
-        raise ConfigError(f"{os.fspath(output)} cannot be written: {error.strerror}") from error
+        rescued = Path(tempfile.gettempdir(), f"{os.getpid()}-{Path(output).name}")
+        try:
+            write_aside(rescued, content)
+        except OSError:
+            where = ""
+        else:
+            where = f"; what was made is kept as {rescued}"
+        raise ConfigError(f"{os.fspath(output)} cannot be written: {error.strerror}{where}") from error

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 from megalibi.data.token_file import TokenFileWriter
-from megalibi.data.tokenizer import train_tokenizer
+from megalibi.data.tokenizer_training import train_tokenizer
 
 # A busy machine is no fault of the code.
 settings.register_profile("no-deadline", deadline=None)

@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 
 import megalibi.data.text as text_module
 from megalibi.config import ConfigError
-from megalibi.data.text import cut_at_spaces, iterate_pieces
+from megalibi.data.cutting import cut_at_spaces
+from megalibi.data.text import DocumentReader
 
 DOCUMENTS = ["first one\n\nof two  lines\n", "zweites\tmit ß und 日本", "third"]
 
 
 def read_documents(*inputs: object, **kwargs) -> list[str]:
     documents, open_text = [], ""
-    for piece in iterate_pieces([str(name) for name in inputs], **kwargs):
+    for piece in DocumentReader([str(name) for name in inputs], **kwargs):
         open_text += piece.text
         if piece.ends_document:
             documents.append(open_text)
@@ -92,7 +93,7 @@ def test_long_documents_come_in_pieces(tmp_path, monkeypatch):
     text = "some words  and " * 50 + "aVeryLongWord" * 5
     (tmp_path / "a.txt").write_text(text)
     for name in (tmp_path / "a.txt", write_json_lines(tmp_path / "a.jsonl", [text])):
-        pieces = list(iterate_pieces([str(name)]))
+        pieces = list(DocumentReader([str(name)]))
         assert "".join(piece.text for piece in pieces) == text
         assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
         assert max(len(piece.text) for piece in pieces[:-1]) <= 10
@@ -133,11 +134,11 @@ def test_a_column_that_is_no_text(tmp_path):
     [
         ("none.jsonl", None, "no such file"),
         ("folder/none.txt", None, "no such file"),
-        ("a.pdf", b"x", "format not known from its name; .txt, .json, .jsonl"),
+        ("a.pdf", b"x", "format not known from its name; .txt, .tokens, .json, .jsonl"),
         ("a.txt", b"ab\xff\xfe", "not UTF-8 text"),
         ("a.txt.gz", b"no gzip", "cannot be read"),
         ("a.txt.xz", b"no xz", "cannot be read"),
-        ("a.jsonl", b'{"text": "x"', "cannot be read"),
+        ("a.jsonl", b'{"text": "x"', "line 1: it is not JSON"),
         ("a.parquet", b"PAR1 no parquet", "cannot be read"),
         ("no good : name", None, "neither a file, nor a folder, nor a hub name"),
     ],

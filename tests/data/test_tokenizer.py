@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megalibi.config import ConfigError
-from megalibi.data.tokenizer import Tokenizer, train_tokenizer
+from megalibi.data.tokenizer import Tokenizer
+from megalibi.data.tokenizer_training import train_tokenizer
 
 # Text that looks like text, and text that looks like trouble.
 texts = st.text(
@@ -75,13 +76,30 @@ def test_training_is_deterministic(tmp_path, english):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
-@pytest.mark.parametrize("vocab_size", [100, 50_000])
+@pytest.mark.parametrize("vocab_size", [262, 50_000])
 def test_a_vocabulary_that_the_text_does_not_give(tmp_path, english, vocab_size):
     with pytest.raises(
         ConfigError, match=f"vocab_size={vocab_size} cannot be trained on this text: .*ocabulary"
     ) as error:
         train_tokenizer(english[:3], vocab_size, tmp_path / "a")
     assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size=0 is not allowed: more than 258 is"),
+        ({"vocab_size": 258}, "vocab_size=258 is not allowed"),
+        ({"character_coverage": 2.0}, "character_coverage=2.0 is not allowed: a share from 0.98 to 1 is"),
+        ({"character_coverage": 0.0}, "character_coverage=0.0 is not allowed"),
+        ({"character_coverage": float("nan")}, "character_coverage=nan is not allowed"),
+        ({"max_sentences": 0}, "max_sentences=0 is not allowed: 1 or more is"),
+    ],
+)
+def test_arguments_that_are_not_allowed(tmp_path, english, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        train_tokenizer(english[:3], **{"vocab_size": 400, "output": tmp_path / "a", **arguments})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,7 +12,7 @@ import megalibi.data.preprocess as preprocess_module
 import megalibi.data.text as text_module
 from megalibi.config import ConfigError
 from megalibi.data.preprocess import preprocess
-from megalibi.data.text import iterate_pieces
+from megalibi.data.text import DocumentReader
 from megalibi.data.token_file import TokenFile
 from megalibi.data.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.words import WordTokenizer, count_words
@@ -39,7 +39,7 @@ lobster 2
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("words")
     (folder / "wiki.tokens").write_text(TEXT)
-    count_words(iterate_pieces([str(folder / "wiki.tokens")], keep_empty=True), folder / "wiki.words")
+    count_words(DocumentReader([str(folder / "wiki.tokens")], keep_empty=True), folder / "wiki.words")
     return folder
 
 
@@ -88,7 +88,7 @@ def test_every_format_gives_the_same_tokens(folder: Path, words: WordTokenizer, 
         tokens = TokenFile(str(tmp_path / "out"))
         assert tokens.read(0, tokens.num_tokens).tolist() == expected
         assert tokens.num_documents == (1 if (source.suffix, unit) == (".tokens", "document") else len(rows))
-    count_words(iterate_pieces([str(tmp_path / "rows.jsonl")], keep_empty=True), tmp_path / "rows.words")
+    count_words(DocumentReader([str(tmp_path / "rows.jsonl")], keep_empty=True), tmp_path / "rows.words")
     assert WordTokenizer(tmp_path / "rows.words").fingerprint == words.fingerprint
 
 
@@ -97,7 +97,7 @@ def test_long_documents_are_cut_where_that_changes_nothing(
 ) -> None:
     (tmp_path / "long.txt").write_text(TEXT * 40)
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 50)
-    pieces = list(iterate_pieces([str(tmp_path / "long.txt")]))
+    pieces = list(DocumentReader([str(tmp_path / "long.txt")]))
     assert len(pieces) > 40
     monkeypatch.setattr(preprocess_module, "_worker_tokenizer", words)
     ids = preprocess_module._encode_task(pieces).tokens.tolist()
@@ -116,12 +116,12 @@ def test_words_are_what_split_gives_whatever_the_space(words_of_letters: WordTok
 def words_of_letters(tmp_path_factory: pytest.TempPathFactory) -> WordTokenizer:
     folder = tmp_path_factory.mktemp("letters")
     (folder / "a.txt").write_text("a b ab\n")
-    count_words(iterate_pieces([str(folder / "a.txt")]), folder / "a.words")
+    count_words(DocumentReader([str(folder / "a.txt")]), folder / "a.words")
     return WordTokenizer(folder / "a.words")
 
 
 def test_a_smaller_vocabulary_leaves_the_rare_words_unknown(folder: Path, tmp_path: Path) -> None:
-    pieces = list(iterate_pieces([str(folder / "wiki.tokens")]))
+    pieces = list(DocumentReader([str(folder / "wiki.tokens")]))
     count_words(pieces, tmp_path / "few.words", vocab_size=7)
     few = WordTokenizer(tmp_path / "few.words")
     assert few.vocab_size == 7
@@ -134,10 +134,20 @@ def test_a_smaller_vocabulary_leaves_the_rare_words_unknown(folder: Path, tmp_pa
         count_words([], tmp_path / "none.words")
 
 
-def test_a_vocabulary_that_cannot_be_written_is_one_line(folder: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_that_cannot_be_written_is_kept_among_the_temporary_files(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"file/below/a\.words cannot be written: Not a directory$"):
-        count_words(iterate_pieces([str(folder / "wiki.tokens")]), tmp_path / "file" / "below" / "a.words")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    expected = r"file/below/a\.words cannot be written: Not a directory; what was made is kept as (\S+a\.words)$"
+    with pytest.raises(ConfigError, match=expected) as error:
+        count_words(DocumentReader([str(folder / "wiki.tokens")]), tmp_path / "file" / "below" / "a.words")
+    count_words(DocumentReader([str(folder / "wiki.tokens")]), tmp_path / "again.words")
+    assert Path(str(error.value).split()[-1]).read_bytes() == (tmp_path / "again.words").read_bytes()
+    (tmp_path / "temporary").rename(tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"a\.words cannot be written: Not a directory$"):
+        count_words(DocumentReader([str(folder / "wiki.tokens")]), tmp_path / "file" / "below" / "a.words")
 
 
 def test_the_suffix_tells_the_kind(folder: Path, tokenizer_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megalibi.checkpoint import find_checkpoint
-from megalibi.data.tokenizer import train_tokenizer
+from megalibi.data.tokenizer_training import train_tokenizer
 from tests.launch.jobs import (
     LAUNCHER_VARIABLES,
     POLL_SECONDS,

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megalibi.data.tokenizer import train_tokenizer
+from megalibi.data.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "benchmark_data.py"

@@ -19,7 +19,8 @@ from megalibi.checkpoint import load_model, save_checkpoint
 from megalibi.config import Config, ConfigError, derive
 from megalibi.config.cli import run_tool
 from megalibi.data.token_file import TokenFile, TokenFileWriter
-from megalibi.data.tokenizer import Tokenizer, train_tokenizer
+from megalibi.data.tokenizer import Tokenizer
+from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.report.run import EvaluationResult, read_evaluation
 from megalibi.studies.evaluation import check_lengths
 from tests.engine.runs import CPU, iterate_ours, make_config, process_groups

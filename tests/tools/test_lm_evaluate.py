@@ -15,7 +15,8 @@ import torch
 from megalibi.checkpoint import load_model, save_checkpoint
 from megalibi.config import Config, ConfigError, derive
 from megalibi.data.token_file import TokenFileWriter
-from megalibi.data.tokenizer import Tokenizer, train_tokenizer
+from megalibi.data.tokenizer import Tokenizer
+from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.model import GPT
 from megalibi.studies.lm_harness import BATCH_TOKENS, HarnessModel, open_tasks
 from tests.engine.runs import CPU, iterate_ours, make_config, process_groups

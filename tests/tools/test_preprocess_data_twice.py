@@ -50,7 +50,7 @@ def assert_is(folder: Path, word: str, count: int) -> None:
     token = WordTokenizer(folder / "t.words").encode(word)[0]
     tokens = TokenFile(folder / "out")
     assert np.count_nonzero(tokens.read(0, tokens.num_tokens) == token) == count
-    assert sorted(path.name for path in folder.glob("out*")) == ["out.bin", "out.idx"]
+    assert sorted(path.name for path in folder.glob("out*")) == ["out.bin", "out.idx", "out.json"]
 
 
 def test_a_second_run_is_refused_and_the_first_one_is_whole(folder: Path) -> None:

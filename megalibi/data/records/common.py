@@ -1,0 +1,83 @@
+"""What all readers of records share: what a record is, and what is said of one whose text cannot be had."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from megalibi.config import ConfigError
+from megalibi.data.sources import Source
+
+_FIELDS_SAID = 20
+_BLOCK_BYTES = 1 << 20
+
+
+class BadRecord(NamedTuple):
+    """A record whose text cannot be had."""
+
+    place: str
+    """Where in the file: line 12, row 3."""
+    reason: str
+    """What is wrong with it."""
+
+
+Record = str | None | BadRecord
+"""A text; None: the record has none, because the field is null or is not there."""
+
+
+class BadTextError(ValueError):
+    """A reason for a BadRecord."""
+
+
+def no_field(name: str, text_key: str, fields: Iterable[object]) -> ConfigError:
+    """Return the error for a file whose records do not have the field."""
+    names = list(map(str, fields))
+    listed = ", ".join(names[:_FIELDS_SAID]) + (", ..." if len(names) > _FIELDS_SAID else "")
+    return ConfigError(f"{name}: no column {text_key!r}; choose one of {listed} with --text-key")
+
+
+def check_encodes(text: str) -> str:
+    """Return the text.
+
+    Raises:
+        BadTextError: It holds half of a surrogate pair, which JSON can write and which is no character.
+    """
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadTextError(
+                f"it holds {text[error.start]!r}, half of a surrogate pair, which is no character"
+            ) from error
+    return text
+
+
+def not_utf8(source: Source) -> ConfigError:
+    """Return the error for a file that is not UTF-8, with the place at which it stops to be: it is read once more."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    num_read, line = 0, 1
+    with source.open() as file:
+        while block := file.read(_BLOCK_BYTES):
+            pending = decoder.getstate()[0]
+            try:
+                decoder.decode(block)
+            except UnicodeDecodeError as error:
+                line += error.object.count(b"\n", 0, error.start)
+                return _not_utf8(source, line, num_read - len(pending) + error.start, error)
+            line += block.count(b"\n")
+            num_read += len(block)
+        try:
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            return _not_utf8(source, line, num_read - len(error.object) + error.start, error)
+    raise AssertionError(f"{source.name} was not UTF-8 a moment ago")
+
+
+def _not_utf8(source: Source, line: int, place: int, error: UnicodeDecodeError) -> ConfigError:
+    is_utf16 = place == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    known = "; it begins as UTF-16 does" if is_utf16 else ""
+    return ConfigError(
+        f"{source.name}, line {line}, byte {place} of the file: it is not UTF-8 text ({error.reason}){known}; convert "
+        "it, for example with iconv"
+    )

@@ -1,0 +1,72 @@
+"""The texts of a column in Parquet and Arrow files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from megalibi.config import ConfigError
+from megalibi.data.records.common import BadRecord, Record, no_field
+from megalibi.data.sources import BROKEN_FILE, Source, broken
+
+_ROWS = 64  # that are decoded at a time
+
+
+def read_tables(source: Source, text_key: str) -> Iterator[Record]:
+    """Yield the text of each row of a Parquet or Arrow file; the other columns are not even read."""
+    import pyarrow  # here, because workers of the preprocessing read nothing
+
+    number = 0
+    try:
+        for column in _columns(source, text_key):
+            for value in column:
+                number += 1
+                try:
+                    yield value.as_py()
+                except UnicodeDecodeError as error:
+                    yield BadRecord(f"row {number}", f"it is not UTF-8 text ({error.reason} at byte {error.start + 1})")
+    except (*BROKEN_FILE, pyarrow.ArrowException) as error:
+        raise broken(source, error, f"row {number}" if number else "") from error
+
+
+def _columns(source: Source, text_key: str) -> Iterator[Any]:
+    """Yield arrays of the text's column."""
+    import pyarrow
+    import pyarrow.parquet
+
+    if source.format == ".parquet":
+        # Buffered: a column is read page by page, where it would be a row group at once.
+        with pyarrow.parquet.ParquetFile(source.name, buffer_size=1 << 20) as file:
+            index = _check_column(source.name, file.schema_arrow, text_key)
+            for batch in file.iter_batches(_ROWS, columns=[text_key]):
+                yield batch.column(batch.schema.names.index(text_key))
+        return
+    with pyarrow.memory_map(source.name) as mapped:
+        try:
+            reader: Any = pyarrow.ipc.open_file(mapped)
+            batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        except pyarrow.ArrowInvalid:  # the other of the two formats, in which ``datasets`` writes
+            batches = reader = pyarrow.ipc.open_stream(mapped)
+        index = _check_column(source.name, reader.schema, text_key)
+        for batch in batches:
+            yield batch.column(index)
+
+
+def _check_column(name: str, schema: Any, text_key: str) -> int:
+    """Return the place of the text's column.
+
+    Raises:
+        ConfigError: There is none or several, or it holds something else.
+    """
+    import pyarrow.types as types
+
+    count = schema.names.count(text_key)
+    if count == 0:
+        raise no_field(name, text_key, schema.names)
+    if count > 1:
+        raise ConfigError(f"{name}: {count} columns are called {text_key!r}")
+    kind = schema.field(text_key).type
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)):
+        raise ConfigError(f"{name}: column {text_key!r} holds {kind}, not text; choose with --text-key")
+    return int(schema.names.index(text_key))

@@ -1,0 +1,66 @@
+"""The texts of what ``datasets`` alone can read: datasets of the Hugging Face hub, and folders that it saved itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megalibi.config import ConfigError
+from megalibi.data.records.common import Record, no_field
+from megalibi.data.sources import Source
+
+_ROWS = 64  # that are decoded at a time
+
+
+def read_dataset(source: Source, text_key: str) -> Iterator[Record]:
+    """Yield the texts of a dataset, one a row.
+
+    Args:
+        source: A folder that ``datasets`` saved, or a hub name.
+        text_key: The column that holds the text.
+
+    Raises:
+        ConfigError: The dataset cannot be had or read, has no such column, or another type stands in it.
+    """
+    tables = _tables(source)
+    while True:
+        try:  # around their code alone: it raises errors of any library below it
+            table = next(tables, None)
+        except ConfigError:
+            raise
+        except Exception as error:
+            what = "" if Path(source.name).is_dir() else "no file or folder here, and of the hub it "
+            raise ConfigError(f"{source.name}: {what}cannot be read: {error or type(error).__name__}") from error
+        if table is None:
+            return
+        if text_key not in table.column_names:
+            raise no_field(source.name, text_key, table.column_names)
+        for value in table.column(text_key):
+            text = value.as_py()
+            if not isinstance(text, str | None):
+                raise ConfigError(
+                    f"{source.name}: column {text_key!r} holds {value.type}, not text; choose with --text-key"
+                )
+            yield text
+
+
+def _tables(source: Source) -> Iterator[Any]:
+    yield from _load(source).with_format("arrow").iter(batch_size=_ROWS)
+
+
+def _load(source: Source) -> Any:
+    import datasets  # not at the top: every worker imports this package, and this takes a second
+
+    if not Path(source.name).is_dir():
+        import huggingface_hub
+
+        huggingface_hub.utils.logging.set_verbosity_error()  # its retries are many lines, and then there is an error
+        path, configuration, split = source.hub_name()
+        return datasets.load_dataset(path, configuration, split=split, streaming=True)
+    loaded = datasets.load_from_disk(source.name)
+    if not isinstance(loaded, datasets.DatasetDict):
+        return loaded
+    if "train" not in loaded:
+        raise ConfigError(f"{source.name}: there is no split train; give the folder of one of {', '.join(loaded)}")
+    return loaded["train"]

@@ -1,0 +1,140 @@
+"""Training a sentencepiece tokenizer such that decoding gives back every text exactly."""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import sentencepiece
+
+from megalibi.config import ConfigError
+from megalibi.data.cutting import cut_anywhere
+from megalibi.data.words import write_vocabulary
+
+_SENTENCE_CHARACTERS = 1_000
+_THREADS = 4  # fixed, because the model records it, and its fingerprint must not depend on the machine
+_FIXED_IDS = 258
+_MIN_COVERAGE = 0.98  # sentencepiece's own bound
+_RESERVED = "\u2585"  # sentencepiece's sign for what it does not know: it leaves out whole sentences that hold one
+
+
+class TrainingText(NamedTuple):
+    """What a tokenizer learned from."""
+
+    sentences: int
+    """Sentences of the text."""
+    used: int
+    """Sentences that were drawn from them."""
+    reserved: int
+    """Signs U+2585, which sentencepiece keeps for itself; the text is cut there."""
+
+    def describe(self) -> str:
+        """Return it in a line: what was used and what was left out."""
+        drawn = f"{self.used:,} of {self.sentences:,} sentences, drawn at random (--max-sentences)"
+        used = f"all {self.sentences:,} sentences" if self.used == self.sentences else drawn
+        reserved = f"; left out {self.reserved:,} signs U+2585, which sentencepiece keeps for itself"
+        return f"learned from {used}{reserved if self.reserved else ''}"
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    output: str | os.PathLike[str],
+    *,
+    character_coverage: float = 0.9999,
+    max_sentences: int = 200_000,
+) -> TrainingText:
+    """Train a byte-pair encoding and write it, aside and then renamed. The same texts give the same bytes.
+
+    Characters that are left out of the vocabulary are written as UTF-8 bytes, whitespace is kept as it is, and digits
+    stand alone (as in LLaMA, arXiv:2302.13971, section 2.1).
+
+    Args:
+        texts: Any text; it is cut into sentences of about 1,000 characters, line ends included.
+        vocab_size: Number of ids, with 256 bytes, ``<unk>`` (0) and ``</s>`` (1), the end of a document.
+        output: The ``.model`` file.
+        character_coverage: Share of the characters that get an id of their own.
+        max_sentences: Sentences that are learned from, drawn at random from all: this bounds the memory.
+
+    Returns:
+        How much of the text it learned from.
+
+    Raises:
+        ConfigError: If there is no text, or too little or too much of it for the vocabulary; or an argument is out of
+            its range.
+    """
+    _check_training(vocab_size, character_coverage, max_sentences)
+    sample = _Sample(max_sentences)
+    for text in texts:
+        sample.add(text)
+    if not sample.drawn:
+        raise ConfigError("there is no text to train a tokenizer on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sample.drawn),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=character_coverage,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 20,  # bytes: more than any has
+            unk_id=0,
+            eos_id=1,
+            bos_id=-1,
+            pad_id=-1,
+            num_threads=_THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2] or str(error)
+        raise ConfigError(f"vocab_size={vocab_size} cannot be trained on this text: {reason}") from error
+    write_vocabulary(output, model.getvalue())
+    return TrainingText(sentences=sample.num_sentences, used=len(sample.drawn), reserved=sample.num_reserved)
+
+
+def _check_training(vocab_size: int, character_coverage: float, max_sentences: int) -> None:
+    if vocab_size <= _FIXED_IDS:
+        raise ConfigError(
+            f"vocab_size={vocab_size} is not allowed: more than {_FIXED_IDS} is, those of 256 bytes, <unk> and </s>"
+        )
+    if not _MIN_COVERAGE <= character_coverage <= 1.0:
+        raise ConfigError(
+            f"character_coverage={character_coverage} is not allowed: a share from {_MIN_COVERAGE} to 1 is"
+        )
+    if max_sentences < 1:
+        raise ConfigError(f"max_sentences={max_sentences} is not allowed: 1 or more is")
+
+
+class _Sample:
+    """Sentences drawn at random, the same ones every time, as sentencepiece's own sampling does not (algorithm R)."""
+
+    def __init__(self, size: int) -> None:
+        self.drawn: list[str] = []
+        self.num_sentences = 0
+        self.num_reserved = 0
+        self._size = size
+        self._generator = random.Random(1)
+
+    def add(self, text: str) -> None:
+        """Cut a text into sentences, short enough that sentencepiece leaves none out, and draw from them."""
+        parts = text.split(_RESERVED)
+        self.num_reserved += len(parts) - 1
+        for part in parts:
+            for sentence in cut_anywhere(part, _SENTENCE_CHARACTERS):
+                self._draw(sentence)
+
+    def _draw(self, sentence: str) -> None:
+        if self.num_sentences < self._size:
+            self.drawn.append(sentence)
+        elif (place := self._generator.randrange(self.num_sentences + 1)) < self._size:
+            self.drawn[place] = sentence
+        self.num_sentences += 1
