@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalibi.config import ConfigError
+from megalibi.data.token_index import IndexReader
 from megalibi.files import AsideFile, sync_folder
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -44,13 +45,13 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class TokenFile:
     """A memory-mapped token file, seen as one stream of tokens with documents in it.
 
-    Opening reads the header and a few entries of the index, whatever the size of the file.
+    Opening reads the index once, in blocks, to check it: about a second for 10^8 sequences. The tokens stay unread.
 
     Args:
         prefix: Path without ``.bin`` and ``.idx``.
 
     Raises:
-        ConfigError: If a file is missing, truncated, or not in this format.
+        ConfigError: If a file is missing, truncated, damaged, or not in this format.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -60,22 +61,20 @@ class TokenFile:
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
                 raise ConfigError(f"{path}: no such token file; write it with tools/preprocess_data.py")
-        index = _map(self.idx_path)
-        num_sequences, num_boundaries = self._read_header(index)
-        lengths_end = _HEADER.size + 4 * num_sequences
-        pointers_end = lengths_end + 8 * num_sequences
-        self._check_size(self.idx_path, len(index), pointers_end + 8 * num_boundaries)
+        with self.idx_path.open("rb") as file:
+            index = _map(file)
+            num_sequences, num_boundaries = self._read_header(index)
+            pointers_start = _HEADER.size + 4 * num_sequences
+            pointers_end = pointers_start + 8 * num_sequences
+            self._check_size(self.idx_path, len(index), pointers_end + 8 * num_boundaries)
+            num_bytes = self._check_index(file, num_sequences, num_boundaries)
         # Not aligned in the file, so numpy's own binary search would copy them whole; memoryviews do not mind.
-        lengths = memoryview(index)[_HEADER.size : lengths_end].cast("i")
-        self._pointers = memoryview(index)[lengths_end:pointers_end].cast("q")
+        self._pointers = memoryview(index)[pointers_start:pointers_end].cast("q")
         self._boundaries = memoryview(index)[pointers_end:].cast("q")
-        if num_boundaries == 0 or self._boundaries[0] != 0 or self._boundaries[-1] != num_sequences:
-            raise ConfigError(f"{self.idx_path}: the document indices do not span its {num_sequences} sequences")
         self.num_documents = num_boundaries - 1
-        num_bytes = self._pointers[-1] + lengths[-1] * self.dtype.itemsize if num_sequences else 0
         self.num_tokens = num_bytes // self.dtype.itemsize
-        self._check_size(self.bin_path, self.bin_path.stat().st_size, num_bytes)
-        self._tokens: IntegerArray = np.frombuffer(_map(self.bin_path), self.dtype, self.num_tokens)
+        with self.bin_path.open("rb") as file:
+            self._tokens: IntegerArray = np.frombuffer(_map(file), self.dtype, self.num_tokens)
 
     def read(self, start_token: int, count: int) -> IntegerArray:
         """Return ``count`` tokens from ``start_token`` on, as a read-only view of the file in its own type."""
@@ -109,24 +108,37 @@ class TokenFile:
         self.dtype = np.dtype(name).newbyteorder("<")
         return num_sequences, num_boundaries
 
-    @staticmethod
-    def _check_size(path: Path, actual: int, expected: int) -> None:
+    def _check_index(self, file: BinaryIO, num_sequences: int, num_boundaries: int) -> int:
+        """Check the index and the size of the .bin, and return the latter."""
+        reader = IndexReader(
+            self.idx_path,
+            file.fileno(),
+            start=_HEADER.size,
+            num_sequences=num_sequences,
+            num_boundaries=num_boundaries,
+        )
+        reader.check_documents()
+        num_bytes = reader.check_sequences(self.dtype.itemsize)
+        self._check_size(self.bin_path, self.bin_path.stat().st_size, num_bytes)
+        return num_bytes
+
+    def _check_size(self, path: Path, actual: int, expected: int) -> None:
         if actual < expected:
             raise ConfigError(
-                f"{path}: truncated, {actual} bytes of the {expected} that its index promises; copy or write it again"
+                f"{path}: truncated, {actual} bytes of the {expected} that {self.idx_path} promises; copy or write "
+                "both again"
             )
         if actual > expected:
             raise ConfigError(
-                f"{path}: {actual} bytes, but its index promises {expected}; .bin and .idx must come from one run, "
-                "and multimodal files are not supported"
+                f"{path}: {actual} bytes, but {self.idx_path} promises {expected}; .bin and .idx must come from one "
+                "run, and multimodal files are not supported"
             )
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            return b""  # an empty file cannot be mapped
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+def _map(file: BinaryIO) -> mmap.mmap | bytes:
+    if os.fstat(file.fileno()).st_size == 0:
+        return b""  # an empty file cannot be mapped
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def check_token_ids(token_file: TokenFile, vocab_size: int, *, num_probes: int = 64, probe_tokens: int = 1024) -> None:
