@@ -2,7 +2,8 @@
 
 Its ids are those of fairseq-preprocess, which the paper used: four special tokens, then the words by falling frequency
 (equally frequent ones in the order of their characters), then unused entries up to a multiple of 8. A line end is a
-token, so a text that ends without one gets it, and an empty document is an empty line.
+token, so a text that ends without one gets it, and an empty document is an empty line. A text may have the special
+tokens as words: they are those tokens, </s> a line end, and are counted as such.
 
 The file is text, an id a line: the word, a space, how often it was seen.
 """
@@ -10,11 +11,12 @@ The file is text, an id a line: the word, a space, how often it was seen.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megalibi.config import ConfigError
@@ -117,8 +119,13 @@ def count_words(pieces: Iterable[Piece], output: str | os.PathLike[str], *, voca
     if vocab_size is not None and not len(special) < vocab_size <= num_all:
         raise ConfigError(f"vocab_size={vocab_size} is not allowed: {len(special) + 1} to {num_all} are, for this text")
     words = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[: size - len(special)]
-    unused = [(f"madeupword{number:04d}", 0) for number in range(size - len(special) - len(words))]
+    unused = [(word, 0) for word in itertools.islice(_made_up(dict(words)), size - len(special) - len(words))]
     write_vocabulary(output, "".join(f"{word} {count}\n" for word, count in (*special, *words, *unused)))
+
+
+def _made_up(taken: Container[str]) -> Iterator[str]:
+    """Yield names for unused ids; a text that has such a word itself keeps it, and the name is passed over."""
+    return (name for name in map("madeupword{:04d}".format, itertools.count()) if name not in taken)
 
 
 def write_vocabulary(output: str | os.PathLike[str], content: bytes | str) -> None:

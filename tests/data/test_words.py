@@ -12,7 +12,7 @@ import megalibi.data.preprocess as preprocess_module
 import megalibi.data.text as text_module
 from megalibi.config import ConfigError
 from megalibi.data.preprocess import preprocess
-from megalibi.data.text import DocumentReader
+from megalibi.data.text import DocumentReader, Piece
 from megalibi.data.token_file import TokenFile
 from megalibi.data.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.words import WordTokenizer, count_words
@@ -132,6 +132,69 @@ def test_a_smaller_vocabulary_leaves_the_rare_words_unknown(folder: Path, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.words"]
     with pytest.raises(ConfigError, match="there are no words"):
         count_words([], tmp_path / "none.words")
+
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+MADE_UP = [f"madeupword{number:04d}" for number in range(12)]
+
+
+def fairseq_dictionary(text: str) -> list[tuple[str, int]]:
+    """Words and counts by fairseq's Dictionary, step by step: add_symbol, finalize, pad_to_multiple_."""
+    symbols, counts = list(SPECIAL), [0] * len(SPECIAL)
+
+    def add_symbol(word: str, count: int) -> None:
+        if word in symbols:
+            counts[symbols.index(word)] += count
+        else:
+            symbols.append(word)
+            counts.append(count)
+
+    for line in text.removesuffix("\n").split("\n"):
+        for word in [*line.split(), "</s>"]:
+            add_symbol(word, 1)
+    found = sorted(zip(symbols[4:], counts[4:], strict=True))
+    found.sort(key=lambda entry: entry[1], reverse=True)
+    symbols, counts = [*SPECIAL, *(word for word, _ in found)], [*counts[:4], *(count for _, count in found)]
+    number = 0
+    while len(symbols) % 8:
+        add_symbol(f"madeupword{number:04d}", 0)
+        number += 1
+    return list(zip(symbols, counts, strict=True))
+
+
+@given(
+    st.lists(
+        st.one_of(st.sampled_from([*SPECIAL, *MADE_UP, "a", "\n"]), st.text(), st.text("madeupwor0123456789")),
+        max_size=40,
+    )
+)
+def test_any_text_gives_a_vocabulary_that_loads_and_is_fairseqs(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str]
+) -> None:
+    text = " ".join(["word", *parts])
+    path = tmp_path_factory.mktemp("any") / "a.words"
+    count_words([Piece(text, True)], path)
+    expected = fairseq_dictionary(text)
+    assert path.read_bytes().decode() == "".join(f"{word} {count}\n" for word, count in expected)
+    words = WordTokenizer(path)
+    ids = {word: token for token, (word, _) in enumerate(expected)}
+    assert words.vocab_size == len(ids) == len(expected)
+    for word in set(text.split()):
+        assert words.encode(word) == [ids[word]]
+        assert words.decode([ids[word]]) == ("\n" if word == "</s>" else word)
+    plain = [word for word in text.split() if word != "</s>"]
+    assert words.decode(words.encode(" ".join(plain))) == " ".join(plain)
+
+
+def test_words_of_the_text_keep_their_names_and_made_up_ones_step_aside(tmp_path: Path) -> None:
+    count_words([Piece("a <s> b </s> <unk> madeupword0001 <pad> a\n", True)], tmp_path / "a.words")
+    assert (tmp_path / "a.words").read_text().split("\n") == [
+        "<s> 1", "<pad> 1", "</s> 2", "<unk> 1", "a 2", "b 1", "madeupword0001 1", "madeupword0000 0", ""
+    ]  # fmt: skip
+    count_words([Piece("madeupword0000", True)], tmp_path / "b.words")
+    assert (tmp_path / "b.words").read_text().split("\n")[4:] == [
+        "madeupword0000 1", "madeupword0001 0", "madeupword0002 0", "madeupword0003 0", ""
+    ]  # fmt: skip
 
 
 def test_a_vocabulary_that_cannot_be_written_is_kept_among_the_temporary_files(
