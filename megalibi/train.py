@@ -30,6 +30,7 @@ from megalibi.log import get_logger
 from megalibi.model import count_parameters, model_flops_per_token
 from megalibi.parallel import ProcessGroups
 from megalibi.report import StepRecord, ValidationRecord, Writers, build_writers, memory_bytes, memory_peak_bytes
+from megalibi.report.outputs import check_run_folder
 
 _LOGGER = get_logger(__name__)
 
@@ -55,6 +56,7 @@ def check_run(config: Config, world_size: int) -> Derived:
         ConfigError: With the field, its value and what is allowed.
     """
     derived = derive(config, world_size)
+    check_run_folder(Path(config.train.output_dir), "train.output_dir", folders=(CHECKPOINTS,))
     open_split(config, config.data.train)
     if config.data.valid:
         open_split(config, config.data.valid)

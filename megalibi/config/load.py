@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -11,14 +14,31 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megalibi.config.errors import ConfigError
 from megalibi.config.schema import Config, DatasetConfig
+from megalibi.config.yaml_text import SavedLoader, SpellingLoader, ValueLoader, parse_yaml, read_yaml
 from megalibi.files import write_aside
 
+MAX_WHOLE_NUMBER = 2**63 - 1
+MAX_SHOWN = 120
+"""Characters of a value in an error."""
+_KEY = re.compile(r"\w+(\.\w+|\[\w+\])*")
 _Section = TypeVar("_Section")
+
+
+class Scalar(str):
+    """A value of a file or an override as it was typed, and what YAML makes of it."""
+
+    value: bool | int | float | str | None
+
+    def __new__(cls, spelling: str, value: bool | int | float | str | None) -> Scalar:
+        """Make a text that remembers a value."""
+        scalar = super().__new__(cls, spelling)
+        scalar.value = value
+        return scalar
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -37,21 +57,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a YAML file of sections and merge overrides into it; its keys and values are not checked.
 
+    Returns:
+        Nested mappings and lists of Scalars.
+
     Raises:
-        ConfigError: The file is missing or no YAML, or an override is none.
+        ConfigError: The file is missing or no YAML, an override is none, or a value is still missing (``???``).
     """
-    path = Path(path)
-    try:
-        tree = OmegaConf.create(path.read_text(encoding="utf-8"))
-        if not OmegaConf.is_dict(tree):
-            raise ConfigError(f"{path} is not a configuration: a mapping of {', '.join(_names(Config))} is expected")
-        merged = OmegaConf.merge(tree, OmegaConf.from_dotlist(_check_overrides(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a valid configuration: {' '.join(str(error).split())}") from error
-    return typing.cast(dict[str, Any], values)
+    text = read_yaml(path)
+    values, spellings = (_merge(text, overrides, loader, str(path)) for loader in (ValueLoader, SpellingLoader))
+    return typing.cast(dict[str, Any], _pair(values, spellings, ""))
 
 
 def config_from_dict(tree: dict[str, Any]) -> Config:
@@ -65,7 +79,8 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration; ``load_config`` reads it back to an equal Config."""
-    write_aside(path, yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    tree = _escape_interpolations(config_to_dict(config))
+    write_aside(path, yaml.safe_dump(tree, sort_keys=False))
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -77,11 +92,62 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return tree
 
 
-def _check_overrides(overrides: Sequence[str]) -> list[str]:
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} is not allowed: section.field=value is")
-    return list(overrides)
+def _escape_interpolations(tree: Any) -> Any:
+    """Return nested plain values in which no text means another value."""
+    if isinstance(tree, dict):
+        return {key: _escape_interpolations(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_escape_interpolations(value) for value in tree]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", tree) if isinstance(tree, str) else tree
+
+
+def _merge(text: str, overrides: Sequence[str], loader: type[SavedLoader], source: str) -> Any:
+    """Return the values of a file under overrides, by one reading of scalars; interpolations are resolved."""
+    tree = parse_yaml(text, loader, f"{source} is not a valid configuration")
+    if not isinstance(tree, dict):
+        what = "is empty" if tree is None else "is not a configuration"
+        raise ConfigError(f"{source} {what}: a mapping of {', '.join(_names(Config))} is expected")
+    parsed = [_parse_override(override, loader) for override in overrides]
+    try:
+        changes = OmegaConf.create({})
+        for key, value in parsed:
+            OmegaConf.update(changes, key, value)
+        return OmegaConf.to_container(OmegaConf.merge(tree, changes), resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:  # ValueError: a list's entry by a name
+        raise ConfigError(f"{source} is not a valid configuration: {' '.join(str(error).split())}") from error
+    except RecursionError as error:  # of aliases and interpolations within each other
+        raise ConfigError(f"{source} is not a valid configuration: it is nested too deeply") from error
+
+
+def _parse_override(override: str, loader: type[SavedLoader]) -> tuple[str, Any]:
+    key, _, text = override.partition("=")
+    if "=" not in override or not _KEY.fullmatch(key):
+        raise ConfigError(f"override {_shorten(repr(override))} is not allowed: section.field=value is")
+    value = parse_yaml(text, loader, f"override {_shorten(repr(override))} is not allowed")
+    quoted = text.lstrip().startswith(("'", '"'))
+    if loader is SpellingLoader and isinstance(value, str) and not quoted and text.lstrip().startswith(value):
+        value = text.strip()  # a name may hold " #", where YAML begins a comment
+    if _holds_missing(value):  # OmegaConf would leave the file's value
+        raise ConfigError(f"{key}=??? is not allowed: a value is")
+    return key, value
+
+
+def _holds_missing(value: Any) -> bool:
+    if isinstance(value, (dict, list)):
+        return any(map(_holds_missing, value.values() if isinstance(value, dict) else value))
+    return bool(value == MISSING)
+
+
+def _pair(values: Any, spellings: Any, path: str) -> Any:
+    """Join the two readings of a file: mappings and lists as they are, scalars with both."""
+    if isinstance(values, dict):
+        return {key: _pair(value, spellings[key], _join(path, key)) for key, value in values.items()}
+    if isinstance(values, list):
+        pairs = enumerate(zip(values, spellings, strict=True))
+        return [_pair(value, spelling, f"{path}[{i}]") for i, (value, spelling) in pairs]
+    if values == MISSING:
+        raise ConfigError(f"{path} is missing, ??? stands for it: give it in the file or as {path}=VALUE")
+    return Scalar(spellings, values) if isinstance(spellings, str) else values
 
 
 def _names(section: type) -> list[str]:
@@ -101,7 +167,7 @@ def build_section(section: type[_Section], tree: Any, path: str) -> _Section:
     """
     where = path or "the configuration"
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}={tree!r} is not allowed: a mapping with {', '.join(_names(section))} is")
+        raise ConfigError(f"{where}={_show(tree)} is not allowed: a mapping with {', '.join(_names(section))} is")
     hints = typing.get_type_hints(section)
     for key in tree:
         if key not in hints:
@@ -128,28 +194,62 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_datasets(value, path)
     if typing.get_origin(hint) is tuple:  # tuple[int, ...] and its like
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path}={value!r} is not allowed: a list is")
+            raise ConfigError(f"{path}={_show(value)} is not allowed: a list is")
         return tuple(_convert(typing.get_args(hint)[0], entry, f"{path}[{i}]") for i, entry in enumerate(value))
     if isinstance(hint, types.UnionType):  # str | None or float | None
-        return None if value is None else _convert(typing.get_args(hint)[0], value, path)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # a run's folder may be called 2026
-    if type(value) is not hint:
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
-        raise ConfigError(f"{path}={value!r} is not allowed: {kind} is")
-    return value
+        return None if _plain(value) is None else _convert(typing.get_args(hint)[0], value, path)
+    return _convert_text(value, path) if hint is str else _convert_plain(hint, value, path)
+
+
+def _convert_text(value: Any, path: str) -> str:
+    """Return a text as it was typed; what is a number without a spelling, as another program's, as Python writes it."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (isinstance(value, str) or number) or (isinstance(value, Scalar) and value.value is None and not value):
+        raise ConfigError(f"{path}={_show(value)} is not allowed: a text is")
+    if "\0" in str(value):  # no file can be called so
+        raise ConfigError(f"{path}={_show(value)} is not allowed: a text without NUL characters is")
+    return str(value)
+
+
+def _convert_plain(hint: type, value: Any, path: str) -> Any:
+    plain = _plain(value)
+    if hint is float and type(plain) is int and abs(plain) <= sys.float_info.max:
+        plain = float(plain)
+    if hint is int and (plain in (math.inf, -math.inf) or (type(plain) is int and abs(plain) > MAX_WHOLE_NUMBER)):
+        raise ConfigError(f"{path}={_show(value)} is not allowed: a whole number of at most 64 bits is")
+    if type(plain) is not hint:
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}[hint]
+        raise ConfigError(f"{path}={_show(value)} is not allowed: {kind} is")
+    if isinstance(plain, float) and not math.isfinite(plain):
+        raise ConfigError(f"{path}={_show(value)} is not allowed: a finite number is")
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Scalar) else value
+
+
+def _show(value: Any) -> str:
+    """Return a value as an error names it: as typed if it is an unusual number, and never longer than a line."""
+    plain = _plain(value)
+    unusual = isinstance(value, Scalar) and isinstance(plain, (int, float)) and not abs(plain) <= MAX_WHOLE_NUMBER
+    return _shorten(str(value) if unusual else "null" if plain is None else repr(plain))
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}... ({len(text):,} characters)"
 
 
 def _convert_datasets(value: Any, path: str) -> tuple[DatasetConfig, ...]:
-    if isinstance(value, str):
-        return (DatasetConfig(prefix=value),)
-    if value is None:
+    if _plain(value) is None:
         return ()
+    if isinstance(value, str):
+        return (DatasetConfig(prefix=str(value)),)
     if not isinstance(value, list):
-        raise ConfigError(f"{path}={value!r} is not allowed: a PREFIX or a list of {{prefix, weight}} is")
+        raise ConfigError(f"{path}={_show(value)} is not allowed: a PREFIX or a list of {{prefix, weight}} is")
     return tuple(
-        DatasetConfig(prefix=entry) if isinstance(entry, str) else build_section(DatasetConfig, entry, f"{path}[{i}]")
+        DatasetConfig(prefix=_convert_text(entry, f"{path}[{i}]"))
+        if isinstance(entry, str)
+        else build_section(DatasetConfig, entry, f"{path}[{i}]")
         for i, entry in enumerate(value)
     )

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from megalibi.config import ConfigError
+from megalibi.config.yaml_text import SavedLoader, parse_yaml, read_yaml
 from megalibi.report.metrics import METRICS_FILE, RunMetrics, StepRecord, ValidationRecord, read_metrics
 
 CONFIG_FILE = "config.yaml"
@@ -199,10 +197,8 @@ def summarize(metrics: RunMetrics) -> Summary | None:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    # As save_config wrote it: the spelling of a text is no number's there.
+    tree = parse_yaml(read_yaml(path), SavedLoader, f"{path} is not a valid configuration")
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} is not a configuration: a mapping of sections is expected")
     return {str(section): fields for section, fields in tree.items()}

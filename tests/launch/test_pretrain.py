@@ -92,6 +92,23 @@ def test_ranks_refuse_together_and_speak_once(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "world_size", "message"),
+    [
+        ("tokens.bin", 2, "tokens.bin cannot be written: {folder}/tokens.bin is no folder"),
+        ("tokens.bin/runs/new", 1, "tokens.bin/runs/new cannot be written: {folder}/tokens.bin is no folder"),
+        ("n" * 300, 1, "nnn cannot be written: File name too long"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_said_before_the_work_by_one_rank(
+    config: Path, name: str, world_size: int, message: str
+) -> None:
+    before = contents(config.parent / "run")
+    job = Job(config, f"train.output_dir={config.parent}/{name}", world_size=world_size)
+    assert_refused(job, message.format(folder=config.parent))
+    assert contents(config.parent / "run") == before
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("model.num_layers=3", "model.num_layers=3 does not fit the checkpoint"),
@@ -109,6 +126,24 @@ def test_a_run_that_does_not_fit_its_checkpoints_is_refused_and_left_alone(
 
 def test_a_missing_configuration_is_one_line(tmp_path: Path) -> None:
     assert_refused(Job(tmp_path / "none.yaml"), "none.yaml cannot be read: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("12\n", "is not a configuration: a mapping of model, data"),
+        ("model: !!set {num_layers}\n", "is not a valid configuration: line 1: the tag !!set is not allowed"),
+        ("model: " + "[" * 2000 + "]" * 2000, "is not a valid configuration: more than 32 levels within each other"),
+        (
+            "model: {num_layers: " + "7" * 5001 + "}\n",
+            "... (5,001 characters) is not allowed: a whole number of at most",
+        ),
+        ("model: {num_layers: '???'}\n", "model.num_layers is missing, ??? stands for it"),
+    ],
+)
+def test_a_hostile_configuration_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    assert_refused(Job(tmp_path / "config.yaml"), message)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
