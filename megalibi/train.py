@@ -151,6 +151,7 @@ def train(job: Job) -> None:
         total_steps=config.train.steps,
         log_every_steps=config.train.log_every_steps,
         resumed_step=first_step,
+        eval_samples=config.train.eval_samples,
     )
     with writers:
         run_steps(job, engine, loader, writers, first_step, stop)
@@ -251,7 +252,7 @@ def make_record(job: Job, step: int, result: StepResult, seconds: float) -> Step
 
 
 def validate(job: Job, engine: DeepSpeedEngine, step: int) -> ValidationRecord:
-    """Return the loss on the first ``train.eval_samples`` samples of data.valid."""
+    """Return the loss on the first ``train.eval_samples`` samples of data.valid, or on all if they are fewer."""
     config, groups = job.config, job.groups
     began = time.perf_counter()
     loader = ValidationLoader(
@@ -272,6 +273,7 @@ def validate(job: Job, engine: DeepSpeedEngine, step: int) -> ValidationRecord:
         validation_perplexity=math.exp(min(loss, 700.0)),
         validation_tokens=tokens,
         validation_seconds=time.perf_counter() - began,
+        validation_samples=loader.num_samples,
     )
 
 

@@ -5,12 +5,14 @@ import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
+from megalibi.data.token_file import TokenFileWriter
 from megalibi.engine.step import StepResult
 from megalibi.train import check_finite, is_due
 from tests.engine.runs import VOCAB_SIZE, make_config, write_tokens
@@ -187,6 +189,32 @@ def test_what_is_not_finite_stops_a_run_unless_the_loss_can_be_scaled_less() -> 
                 with pytest.raises(FloatingPointError, match=r"^step 7 has .*the checkpoints before it are whole"):
                     check_finite(7, result, precision)
             check_finite(7, skipped, "fp16")
+
+
+def test_a_validation_reads_all_of_a_blend_on_any_number_of_ranks(tmp_path: Path) -> None:
+    """One set has a sample, the other nine: the loss of the blend is theirs, one to nine."""
+    for name, num_samples in (("one", 1), ("nine", 9)):
+        tokens = np.random.default_rng(num_samples).integers(0, 20 * num_samples, 33 * num_samples + 1)
+        with TokenFileWriter(tmp_path / name, VOCAB_SIZE) as writer:
+            writer.add_document(tokens)
+    config = write_job(tmp_path, train={"steps": 1, "micro_batch_size": 1, "eval_samples": 16})
+
+    def validate(valid: str, world_size: int = 1) -> dict[str, Any]:
+        run = tmp_path / f"run_{world_size}_{len(valid)}"
+        job = run_job(config, f"data.valid={valid}", f"train.output_dir={run}", world_size=world_size)
+        record = read_records(run)[-1]
+        said = f"{record['validation_samples']} samples, all of data.valid: train.eval_samples=16"
+        assert said in job.read_log(0)
+        return record
+
+    one, nine = (validate(str(tmp_path / name)) for name in ("one", "nine"))
+    expected = 0.1 * one["validation_loss"] + 0.9 * nine["validation_loss"]
+    assert abs(one["validation_loss"] - nine["validation_loss"]) > 1e-4  # far more than what rounding does
+    for world_size in (1, 2):
+        blend = f"[{{prefix: {tmp_path}/one, weight: 0.5}}, {{prefix: {tmp_path}/nine, weight: 0.5}}]"
+        record = validate(blend, world_size)
+        assert (record["validation_samples"], record["validation_tokens"]) == (10, 330)
+        assert record["validation_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_run_says_what_it_is(tmp_path: Path) -> None:

@@ -156,7 +156,8 @@ class TrainConfig:
     eval_every_steps: int = 0
     """Steps between validation losses; 0: only at the end."""
     eval_samples: int = 256
-    """Sequences of data.valid per validation loss; always the same ones, from the first on."""
+    """Sequences of data.valid per validation loss; always the same ones, from the first on, and none twice: a set of a
+    blend that is used up has no more turns."""
 
     def __post_init__(self) -> None:
         """Check what one section can know."""

@@ -30,12 +30,11 @@ class Dataset(Protocol):
     def seq_length(self) -> int:
         """Tokens that a sample feeds to the model; it is one longer, for the last label."""
 
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples in the order before any of them comes again."""
-
     def sample_ids(self, indices_N: Int64Array) -> Int64Array:
         """Return [N, 2]: set number and place in its stream of the samples at these indices of the order."""
+
+    def distinct_sample_ids(self, num_samples: int) -> Int64Array:
+        """Return [N, 2] of the first samples of the order, each once; N is smaller if there are no more."""
 
     def read(self, ids_N2: Int64Array) -> Int64Array:
         """Return the tokens [N, seq_length + 1] of the samples."""
@@ -93,6 +92,10 @@ class TokenDataset:
             places_N = permute(places_N, self.samples_per_epoch, hash64(self._seed, self._dataset_id, epochs_N))
         return np.stack([np.full_like(places_N, self._dataset_id), places_N], axis=1)
 
+    def distinct_sample_ids(self, num_samples: int) -> Int64Array:
+        """See Dataset."""
+        return self.sample_ids(np.arange(min(num_samples, self.samples_per_epoch)))
+
     def read(self, ids_N2: Int64Array) -> Int64Array:
         """See Dataset.
 
@@ -129,10 +132,6 @@ class BlendedDataset:
         self._datasets = list(datasets)
         self._schedule = BlendSchedule(weights)
         self.seq_length = datasets[0].seq_length
-        self.samples_per_epoch = min(
-            self._schedule.position_of(number, dataset.samples_per_epoch)
-            for number, dataset in enumerate(self._datasets)
-        )
 
     def sample_ids(self, indices_N: Int64Array) -> Int64Array:
         """See Dataset."""
@@ -143,6 +142,14 @@ class BlendedDataset:
             rows = numbers_N == number
             ids_N2[rows, 1] = self._datasets[number].sample_ids(set_indices_N[rows])[:, 1]
         return ids_N2
+
+    def distinct_sample_ids(self, num_samples: int) -> Int64Array:
+        """See Dataset; a set that is used up has no more turns, and the others go on."""
+        ids = [dataset.distinct_sample_ids(num_samples) for dataset in self._datasets]
+        turns = [self._schedule.position_of(number, np.arange(len(of_set))) for number, of_set in enumerate(ids)]
+        ids_N2 = np.concatenate(ids)
+        ids_N2[:, 0] = np.repeat(np.arange(len(ids)), list(map(len, ids)))
+        return ids_N2[np.argsort(np.concatenate(turns))][:num_samples]
 
     def read(self, ids_N2: Int64Array) -> Int64Array:
         """See Dataset."""

@@ -109,7 +109,8 @@ class Loader:
 
     def _load(self, samples_consumed: int) -> list[Batch]:
         indices_N = samples_consumed + self._offsets_MB.reshape(-1)
-        return _read_batches(self._dataset, indices_N, self._micro_batch_size, self._document_mask)
+        ids_N2 = self._dataset.sample_ids(indices_N)
+        return _read_batches(self._dataset, ids_N2, self._micro_batch_size, self._document_mask)
 
 
 class ValidationLoader:
@@ -121,7 +122,7 @@ class ValidationLoader:
 
     Args:
         dataset: The samples and their order.
-        num_samples: Samples to read; at most one epoch is.
+        num_samples: Samples to read, none of them twice; fewer if the dataset has no more.
         micro_batch_size: Samples of one forward pass on one rank.
         data_rank: This rank's place in its data-parallel group.
         data_size: Number of data-parallel ranks.
@@ -138,7 +139,8 @@ class ValidationLoader:
         data_size: int = 1,
         document_mask: bool = False,
     ) -> None:
-        self.num_samples = min(num_samples, dataset.samples_per_epoch)
+        self._ids_N2 = dataset.distinct_sample_ids(num_samples)
+        self.num_samples = len(self._ids_N2)
         self._dataset = dataset
         self._micro_batch_size = micro_batch_size
         self._data_rank = data_rank
@@ -154,22 +156,22 @@ class ValidationLoader:
             indices_B = np.arange(first, first + self._micro_batch_size)
             num_real = int(np.clip(self.num_samples - first, 0, self._micro_batch_size))
             indices_B[num_real:] = 0
-            yield _read_batches(self._dataset, indices_B, self._micro_batch_size, self._document_mask, num_real)[0]
+            ids_B2 = self._ids_N2[indices_B]
+            yield _read_batches(self._dataset, ids_B2, self._micro_batch_size, self._document_mask, num_real)[0]
 
 
 def _read_batches(
-    dataset: Dataset, indices_N: Int64Array, micro_batch_size: int, document_mask: bool, num_real: int | None = None
+    dataset: Dataset, ids_N2: Int64Array, micro_batch_size: int, document_mask: bool, num_real: int | None = None
 ) -> list[Batch]:
     """Read samples and cut them into micro batches; rows from ``num_real`` on are padding."""
-    num_real = len(indices_N) if num_real is None else num_real
-    ids_N2 = dataset.sample_ids(indices_N)
+    num_real = len(ids_N2) if num_real is None else num_real
     tokens_NT = dataset.read(ids_N2)
     hashes_N = hash_samples(ids_N2[:num_real], tokens_NT[:num_real])
     inputs_NS = torch.from_numpy(np.ascontiguousarray(tokens_NT[:, :-1]))
     labels_NS = torch.from_numpy(np.ascontiguousarray(tokens_NT[:, 1:]))
     labels_NS[num_real:] = IGNORE_INDEX
     batches = []
-    for start in range(0, len(indices_N), micro_batch_size):
+    for start in range(0, len(ids_N2), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         cu_seqlens = _document_boundaries(dataset, ids_N2[rows]) if document_mask else None
         batches.append(Batch(inputs_NS[rows], labels_NS[rows], cu_seqlens, sum_hashes(hashes_N[rows])))

@@ -53,10 +53,10 @@ class BlendSchedule:
         numbers = self._numbers[turns]
         return numbers, periods * self._counts[numbers] + self._ranks[turns]
 
-    def position_of(self, number: int, set_index: int) -> int:
-        """Return the index at which a set's sample comes: the inverse of ``locate``."""
-        periods, rank = divmod(set_index, int(self._counts[number]))
-        return periods * self.period + int(np.flatnonzero(self._numbers == number)[rank])
+    def position_of(self, number: int, set_indices: Int64Array) -> Int64Array:
+        """Return the indices at which a set's samples come: the inverse of ``locate``."""
+        periods, ranks = np.divmod(set_indices, self._counts[number])
+        return periods * self.period + np.flatnonzero(self._numbers == number)[ranks]
 
 
 def _integer_shares(weights: Sequence[float]) -> list[int]:

@@ -81,9 +81,11 @@ class ValidationRecord:
     """Tokens the loss is the mean of."""
     validation_seconds: float
     """Wall time of the pass."""
+    validation_samples: int | None = None
+    """Samples that were read: train.eval_samples, or all that data.valid has; not recorded by early versions."""
 
     def to_json(self) -> str:
-        """Return the record as one line of strict JSON without its newline."""
+        """Return the record as one line of strict JSON without its newline; absent optional fields are left out."""
         return _to_json(self)
 
 

@@ -150,15 +150,23 @@ class ConsoleWriter:
         total_steps: The step the run ends at.
         log_every_steps: Plain lines are printed at multiples of it, at the first step and at the last.
         resumed_step: The step the run resumes from.
+        eval_samples: How many samples a validation shall read; a line says so if there were fewer.
         console: Where to; standard output if None.
     """
 
     def __init__(
-        self, *, total_steps: int, log_every_steps: int, resumed_step: int = 0, console: Console | None = None
+        self,
+        *,
+        total_steps: int,
+        log_every_steps: int,
+        resumed_step: int = 0,
+        eval_samples: int = 0,
+        console: Console | None = None,
     ) -> None:
         self._total_steps = total_steps
         self._log_every_steps = log_every_steps
         self._first_step = resumed_step + 1
+        self._eval_samples = eval_samples
         self._recent_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._console = console or Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
@@ -183,10 +191,13 @@ class ConsoleWriter:
 
     def validation(self, record: ValidationRecord) -> None:
         """Print a line; on a terminal it stays above the bar."""
+        samples, few = record.validation_samples, ""
+        if samples is not None and samples < self._eval_samples:
+            few = f" | {samples} samples, all of data.valid: train.eval_samples={self._eval_samples}"
         self._print(
             f"step {record.step}/{self._total_steps} | validation loss {record.validation_loss:.4f} | "
             f"perplexity {record.validation_perplexity:.2f} | {format_count(record.validation_tokens)} tokens | "
-            f"{format_duration(record.validation_seconds)}"
+            f"{format_duration(record.validation_seconds)}{few}"
         )
 
     def sync(self) -> None:
@@ -268,7 +279,13 @@ class Writers:
 
 
 def build_writers(
-    run_dir: Path | str, *, rank: int, total_steps: int, log_every_steps: int, resumed_step: int = 0
+    run_dir: Path | str,
+    *,
+    rank: int,
+    total_steps: int,
+    log_every_steps: int,
+    resumed_step: int = 0,
+    eval_samples: int = 0,
 ) -> Writers:
     """Build the writers of a run: metrics.jsonl, TensorBoard and the console on rank 0, nothing on other ranks.
 
@@ -278,6 +295,7 @@ def build_writers(
         total_steps: The step the run ends at.
         log_every_steps: How often the console prints a line where there is no terminal.
         resumed_step: The step the run resumes from; later records of an earlier process are dropped.
+        eval_samples: How many samples a validation shall read.
     """
     if rank != 0:
         return Writers()
@@ -287,6 +305,11 @@ def build_writers(
         [
             jsonl,
             TensorBoardWriter(Path(run_dir) / TENSORBOARD_FOLDER, resumed_step=resumed_step),
-            ConsoleWriter(total_steps=total_steps, log_every_steps=log_every_steps, resumed_step=resumed_step),
+            ConsoleWriter(
+                total_steps=total_steps,
+                log_every_steps=log_every_steps,
+                resumed_step=resumed_step,
+                eval_samples=eval_samples,
+            ),
         ]
     )

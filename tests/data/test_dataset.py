@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from megalibi.config import ConfigError
 from megalibi.data.dataset import BlendedDataset, TokenDataset, open_dataset
+from megalibi.data.schedule import BlendSchedule
 from megalibi.data.token_file import TokenFile
 
 
@@ -111,13 +112,47 @@ def test_blend(write_tokens):
     assert [offsets.tolist() for offsets in starts] == [[0, 2], [0], []]
 
 
-def test_an_epoch_of_a_blend_ends_before_the_first_repetition(write_tokens):
+def walk(weights: list[float], lengths: list[int], num_samples: int) -> list[tuple[int, int]]:
+    """Take turns as the weights say, and pass over a set that is used up; return pairs of set and how many before."""
+    schedule, taken, read, turn = BlendSchedule(weights), [0] * len(weights), [], 0
+    while len(read) < min(num_samples, sum(lengths)):
+        number = int(schedule.locate(indices(turn))[0][0])
+        if taken[number] < lengths[number]:
+            read.append((number, taken[number]))
+            taken[number] += 1
+        turn += 1
+    return read
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [0.8, 0.15, 0.05], [1, 50, 7.5]])
+@pytest.mark.parametrize("lengths", [(1, 20, 3), (20, 1, 1), (7, 7, 7), (3, 1, 2)])
+def test_the_distinct_samples_of_a_blend_go_on_when_a_set_is_used_up(write_tokens, weights, lengths):
+    files = [TokenFile(write_tokens([[1] * (4 * length + 1)], str(i))) for i, length in enumerate(lengths)]
+    sets = [TokenDataset(file, 4, seed=3, dataset_id=i) for i, file in enumerate(files)]
+    blend = BlendedDataset(sets, weights)
+    for num_samples in (1, 2, 5, 16, 100):
+        expected = [
+            sets[number].sample_ids(indices(index))[0].tolist() for number, index in walk(weights, lengths, num_samples)
+        ]
+        assert blend.distinct_sample_ids(num_samples).tolist() == expected
+        assert len(expected) == min(num_samples, sum(lengths)) == len({tuple(pair) for pair in expected})
+
+
+def test_until_a_set_is_used_up_the_distinct_samples_are_the_order_itself(write_tokens):
     files = [TokenFile(write_tokens([[1] * length], str(length))) for length in (41, 21)]
     blend = BlendedDataset([TokenDataset(file, 4, 0, dataset_id=i) for i, file in enumerate(files)], [1, 2])
-    size = blend.samples_per_epoch
-    ids = [tuple(pair) for pair in blend.sample_ids(np.arange(size + 1)).tolist()]
-    assert len(set(ids[:size])) == size
-    assert len(set(ids)) == size
+    assert blend.distinct_sample_ids(7).tolist() == blend.sample_ids(np.arange(7)).tolist()  # 5 of the second set
+    alone = TokenDataset(files[1], 4, 0)
+    assert alone.distinct_sample_ids(9).tolist() == alone.sample_ids(np.arange(5)).tolist()
+
+
+def test_a_set_of_little_weight_is_reached_without_a_walk(write_tokens):
+    files = [TokenFile(write_tokens([[1] * length], str(length))) for length in (5, 4001)]
+    sets = [TokenDataset(file, 4, 0, dataset_id=i) for i, file in enumerate(files)]
+    start = time.perf_counter()
+    ids = BlendedDataset(sets, [1, 0.000001]).distinct_sample_ids(1000)
+    assert time.perf_counter() - start < 5
+    assert ids[:, 0].tolist() == [0] + [1] * 999
 
 
 def test_no_files():

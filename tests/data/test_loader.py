@@ -177,3 +177,26 @@ def test_validation_never_reads_a_sample_twice(write_tokens):
     loader = ValidationLoader(dataset, num_samples=100, micro_batch_size=3)
     assert loader.num_samples == 8
     assert len(list(loader)) == 3
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+@pytest.mark.parametrize("data_size", [1, 2, 4])
+def test_validation_reads_every_set_of_a_blend_to_its_end(write_tokens, micro_batch_size, data_size):
+    """One sample, two and six: what is read is written out here, by the sets' first tokens."""
+    sets = [(write_tokens([range(100 * i, 100 * i + 4 * n + 1)], str(i)), 1.0) for i, n in ((1, 1), (2, 2), (3, 6))]
+    dataset = open_dataset(sets, seq_length=4, seed=0, vocab_size=400, shuffle=False)
+    for num_samples, expected in ((5, [100, 200, 300, 204, 304]), (16, [100, 200, 300, 204, 304, 308, 312, 316, 320])):
+        loaders = [
+            ValidationLoader(
+                dataset,
+                num_samples=num_samples,
+                micro_batch_size=micro_batch_size,
+                data_rank=rank,
+                data_size=data_size,
+            )
+            for rank in range(data_size)
+        ]
+        assert {loader.num_samples for loader in loaders} == {len(expected)}
+        batches = [batch for group in zip(*loaders, strict=True) for batch in group]
+        real = torch.cat([batch.tokens[batch.labels[:, 0] != IGNORE_INDEX] for batch in batches])
+        assert real[:, 0].tolist() == expected

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import mmap
@@ -75,6 +76,16 @@ def test_reading_separates_steps_from_validations(
     metrics = read_metrics(tmp_path)
     assert metrics.steps == (make_step(1), make_step(2))
     assert metrics.validations == (make_validation(2),)
+
+
+def test_a_validation_says_its_samples_and_one_of_an_early_version_does_not(
+    tmp_path: Path, make_validation: MakeValidation
+) -> None:
+    early, record = make_validation(2), dataclasses.replace(make_validation(4), validation_samples=3)
+    assert "validation_samples" not in early.to_json()
+    assert json.loads(record.to_json())["validation_samples"] == 3
+    write_lines(tmp_path, early.to_json(), record.to_json())
+    assert read_metrics(tmp_path).validations == (early, record)
 
 
 @pytest.mark.parametrize("kept", [1, 20, -1])

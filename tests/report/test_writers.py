@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,15 @@ def test_plain_lines_say_the_loss_scale_and_a_skipped_step(make_step: MakeStep) 
     writer.step(make_step(1, loss_scale=65536.0, skipped=True))
     assert text.getvalue().startswith("step 1/2 | skipped | loss 7.0000 | grad norm 0.800 | ")
     assert " | loss scale 65536 | " in text.getvalue()
+
+
+def test_a_validation_that_read_fewer_samples_than_it_should_says_so(make_validation: MakeValidation) -> None:
+    for samples, end in ((None, "2s"), (15, "15 samples, all of data.valid: train.eval_samples=16"), (16, "2s")):
+        text = io.StringIO()
+        console = console_to(text, terminal=False)
+        writer = ConsoleWriter(total_steps=18, log_every_steps=1, eval_samples=16, console=console)
+        writer.validation(dataclasses.replace(make_validation(18), validation_samples=samples))
+        assert text.getvalue().rstrip().split(" | ")[-1] == end
 
 
 def test_a_terminal_gets_a_bar_with_validations_above_it(make_step: MakeStep, make_validation: MakeValidation) -> None:
