@@ -33,9 +33,11 @@ def run(config: Config, place: Place, output: Path) -> None:
     device = set_up_device(place)
 
     from megalibi.parallel import build_process_groups
+    from megalibi.report.outputs import check_outputs
     from megalibi.studies.compare_turn import measure_turn
     from megalibi.train import Job, check_run
 
+    check_outputs({"--output": output})
     derived = check_run(config, place.world_size)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)

@@ -10,7 +10,6 @@ import argparse
 import datetime
 import itertools
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -43,7 +42,8 @@ from alibi_attention.peers import PEERS
 from megalibi import log
 from megalibi.config import ConfigError
 from megalibi.config.cli import run_tool
-from megalibi.files import make_folder, write_aside
+from megalibi.files import write_aside
+from megalibi.report.outputs import check_outputs, check_picture
 from megalibi.report.plots import GRID, INK, MUTED, PAPER, SERIES_COLORS, save_figure
 
 EXAMPLE = """examples:
@@ -113,9 +113,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{option}={value}: must be at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device=cuda: torch sees no GPU")
-    for option, path in (("--output", arguments.output), ("--picture", arguments.picture)):
-        if path is not None and not os.access(path.parent if path.parent.exists() else ".", os.W_OK):
-            raise ConfigError(f"{option}={path}: cannot be written")
+    check_outputs({"--output": arguments.output, "--picture": arguments.picture})
+    check_picture(arguments.picture, "--picture")
 
 
 def plan(arguments: argparse.Namespace) -> Iterator[Case]:
@@ -201,13 +200,15 @@ def write(record: Mapping[str, Any], output: Path | None) -> None:
     """Write the record aside and rename it, so that an interruption loses nothing."""
     if output is None:
         return
-    make_folder(output.parent)
     write_aside(output, json.dumps(record, indent=1) + "\n")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the time ratio to plain attention against length: a panel for each type, head count and mode."""
     measured = [row for row in rows if "skipped" not in row and row["name"] != PLAIN]
+    if not measured:
+        console.print(f"{path}: nothing to draw, only plain attention was measured")
+        return
     groups = sorted({(row["dtype"], row["heads"]) for row in measured})
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in measured)]
     names = list(dict.fromkeys(row["name"] for row in measured))
@@ -314,7 +315,6 @@ def main() -> None:
     record["load_average_at_the_end"] = psutil.getloadavg()[0]
     write(record, arguments.output)
     if arguments.picture is not None:
-        arguments.picture.parent.mkdir(parents=True, exist_ok=True)
         draw(record["rows"], arguments.picture)
 
 

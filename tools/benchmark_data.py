@@ -28,19 +28,22 @@ from rich.console import Console
 
 from megalibi import log
 from megalibi.config import ConfigError
+from megalibi.config.checks import check_option
 from megalibi.config.cli import run_tool
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import Loader
 from megalibi.data.preprocess import preprocess
 from megalibi.data.text import DocumentReader
 from megalibi.data.token_file import TokenFileWriter
-from megalibi.files import make_folder, write_aside
+from megalibi.files import write_aside
+from megalibi.report.outputs import check_folder, check_outputs
 
 EXAMPLE = """examples:
   python tools/benchmark_data.py preprocess --input books.parquet --tokenizer books.model --workers 2
   python tools/benchmark_data.py loader --gigabytes 4 --output results/data_loader.json
 """
 VOCAB_SIZE = 50_000
+TOKEN_BYTES = 2
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -164,7 +167,7 @@ def write_random_tokens(prefix: str, num_bytes: int) -> None:
     generator = np.random.default_rng(0)
     block_tokens = 1 << 23
     with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
-        while writer.num_tokens * 2 < num_bytes:
+        while writer.num_tokens * TOKEN_BYTES < num_bytes:
             for document in generator.integers(0, VOCAB_SIZE, block_tokens, dtype=np.uint16).reshape(-1, 1024):
                 writer.add_document(document)
 
@@ -195,6 +198,8 @@ def benchmark_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the loader on a file of random tokens."""
     num_bytes = int(arguments.gigabytes * 1e9)
     rates: dict[str, list[float]] = {}
+    if arguments.folder is not None:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         console.print(f"writing {num_bytes / 1e9:.1f} GB of random tokens")
         write_random_tokens(f"{folder}/random", num_bytes)
@@ -268,11 +273,30 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(arguments: argparse.Namespace) -> None:
+    """Find out before the work what cannot be."""
+    check_option("--repeats", arguments.repeats, 1)
+    check_outputs({"--output": arguments.output})
+    if arguments.command == "preprocess":
+        check_option("--workers", arguments.workers, 1)
+        return
+    check_option("--gigabytes", arguments.gigabytes, 0.001)
+    check_option("--seconds", arguments.seconds, 0.001)
+    for seq_length in arguments.seq_lengths:
+        check_option("--seq-lengths", seq_length, 1)
+    if max(arguments.seq_lengths) >= arguments.gigabytes * 1e9 / TOKEN_BYTES:
+        raise ConfigError(
+            f"--seq-lengths={max(arguments.seq_lengths)} is not allowed: fewer tokens than the file of "
+            f"--gigabytes={arguments.gigabytes} has are"
+        )
+    if arguments.folder is not None:
+        check_folder(Path(arguments.folder), "--folder")
+
+
 def main() -> None:
     """Measure, print, and write."""
     arguments = parse_arguments()
-    if arguments.repeats < 1:
-        raise ConfigError(f"--repeats {arguments.repeats}: at least 1 is needed")
+    check(arguments)
     measure = {"preprocess": benchmark_preprocess, "loader": benchmark_loader}[arguments.command]
     figures = measure(arguments)
     for name, value in figures.items():
@@ -280,7 +304,6 @@ def main() -> None:
             console.print(f"{name}: {value['median']:,.2f} ({value['min']:,.2f} to {value['max']:,.2f})")
     text = json.dumps({**describe_machine(), **figures}, indent=2)
     if arguments.output:
-        make_folder(arguments.output.parent)
         write_aside(arguments.output, text + "\n")
     else:
         print(text)

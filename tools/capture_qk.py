@@ -15,6 +15,7 @@ from megalibi.config import ConfigError
 from megalibi.config.cli import run_tool
 from megalibi.data.token_file import TokenFile, check_ids
 from megalibi.files import open_aside
+from megalibi.report.outputs import check_outputs
 
 EXAMPLE = """example:
   python tools/capture_qk.py --checkpoint runs/quickstart --data sample/valid --length 4096 --output qk.pt
@@ -68,6 +69,7 @@ def capture(model: nn.Module, layer: int, tokens: Tensor) -> dict[str, Tensor]:
 def main() -> None:
     """Load, run, save."""
     arguments = parse_arguments()
+    check_outputs({"--output": arguments.output})
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which the reader imports, warns of no GPU
     from megalibi.checkpoint import get_checkpoint, load_model, read_manifest
 
@@ -76,8 +78,6 @@ def main() -> None:
     layer = config["num_layers"] // 2 if arguments.layer is None else arguments.layer
     if not 0 <= layer < config["num_layers"]:
         raise ConfigError(f"--layer={layer}: the model has 0 to {config['num_layers'] - 1}")
-    if not arguments.output.parent.is_dir():
-        raise ConfigError(f"--output={arguments.output}: there is no folder {arguments.output.parent}")
     tokens = read_tokens(arguments.data, arguments.length, config["vocab_size"])
     captured = capture(load_model(checkpoint, torch.device("cpu")), layer, tokens)
     with open_aside(arguments.output) as file:

@@ -22,8 +22,9 @@ from megalibi.config import Config, ConfigError, config_to_dict
 from megalibi.config.cli import run_tool
 from megalibi.files import write_aside
 from megalibi.model import count_parameters
+from megalibi.report.outputs import check_folder
 from megalibi.report.plots import save_figure
-from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.report.record import describe_run, write_json
 from megalibi.report.units import format_bytes
 from megalibi.studies.compare import CompareStudy
 from megalibi.studies.machine import describe_machine
@@ -153,6 +154,7 @@ def write_results(output: Path, arguments: argparse.Namespace, base: Config, res
         **results.to_json(),
         "findings": [asdict(finding) for finding in judge(results)],
     }
+    output.mkdir(parents=True, exist_ok=True)
     write_json(record, output / "results.json")
     picture = PICTURE if results.has_curves else None
     if picture:
@@ -167,7 +169,7 @@ def main() -> None:
     study, base = load(arguments)
     machine = describe_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
     output = find_output(arguments)
-    check_writable(output / "results.json", "--output")
+    check_folder(output, "--output", files=("results.json", "report.md", PICTURE))
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.

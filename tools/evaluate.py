@@ -26,13 +26,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalibi import log
 from megalibi.config import Config, ConfigError, config_from_dict
+from megalibi.config.checks import check_option
 from megalibi.data.token_file import TokenFile
 from megalibi.data.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.words import WordTokenizer
 from megalibi.parallel import ProcessGroups, build_process_groups
 from megalibi.report.by_position import bin_positions, format_table, position_curve, to_columns
+from megalibi.report.outputs import check_outputs, check_picture
 from megalibi.report.plots import save_figure
-from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.report.record import describe_run, write_json
 from megalibi.report.run import EvaluationResult
 from megalibi.studies.evaluation import (
     Evaluation,
@@ -112,6 +114,7 @@ def choose_stride(protocol: str, stride: int | None, lengths: list[int]) -> int 
 
 def count_tokens(text: TokenFile, limit: int | None, lengths: list[int]) -> int:
     """Return how many tokens of the text are used."""
+    check_option("--tokens", limit, 1)
     num_tokens = text.num_tokens if limit is None else min(limit, text.num_tokens)
     if num_tokens <= lengths[-1]:
         used = f"--tokens={limit} of it" if limit is not None and limit < text.num_tokens else "it"
@@ -214,9 +217,8 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     stride = choose_stride(arguments.protocol, arguments.stride, lengths)
     text = TokenFile(arguments.data)
     num_tokens = count_tokens(text, arguments.tokens, lengths)
-    for option, output in (("--output", arguments.output), ("--picture", arguments.picture)):
-        if output is not None:
-            check_writable(output, option)
+    check_outputs({"--output": arguments.output, "--picture": arguments.picture})
+    check_picture(arguments.picture, "--picture")
     device = set_up_device(place)
     from megalibi.checkpoint import get_checkpoint, load_model, read_manifest  # after the device: it imports DeepSpeed
 
@@ -244,8 +246,6 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
         print(format_table({length: bin_positions(sums_2S) for length, sums_2S in sums.items()}))
         for row in results:
             row["by_position"] = to_columns(sums[row["length"]])
-    if arguments.picture is not None:
-        save_figure(position_curve(sums, train_seq_length=config.data.seq_length), arguments.picture)
     fields = {
         "checkpoint": str(checkpoint),
         "step": manifest.step,
@@ -260,6 +260,8 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
         **describe_run(str(device)),
     }
     write_json(fields, arguments.output)
+    if arguments.picture is not None:
+        save_figure(position_curve(sums, train_seq_length=config.data.seq_length), arguments.picture)
 
 
 if __name__ == "__main__":

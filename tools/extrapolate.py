@@ -21,8 +21,9 @@ from megalibi.config import Config, config_to_dict
 from megalibi.config.cli import run_tool
 from megalibi.files import write_aside
 from megalibi.report.metrics import read_metrics
+from megalibi.report.outputs import check_folder
 from megalibi.report.plots import save_figure
-from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.report.record import describe_run, write_json
 from megalibi.report.run import EvaluationResult, read_evaluation, summarize
 from megalibi.report.units import format_count, format_duration
 from megalibi.studies.extrapolation import (
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from megalibi.studies.scores import Scoring
 
 ROOT = Path(__file__).parents[1]
+RESULT_FILES = ("results.json", "table.md", "figure.png")
 EXAMPLE = """examples:
   python tools/extrapolate.py configs/extrapolation_small.yaml --jobs 2
   python tools/extrapolate.py configs/extrapolation_small.yaml study.methods=[alibi,rotary] train.steps=200 \\
@@ -158,6 +160,7 @@ def write_results(
         },
         "findings": [asdict(finding) for finding in findings],
     }
+    output.mkdir(parents=True, exist_ok=True)
     write_json(record, output / "results.json")
     page = write_report(
         curves,
@@ -178,7 +181,7 @@ def main() -> None:
     study.check_base(base)
     machine = describe_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
     output = arguments.output or ROOT / "results" / arguments.config.stem
-    check_writable(output / "results.json", "--output")
+    check_folder(output, "--output", files=RESULT_FILES)
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.

@@ -17,7 +17,8 @@ from megalibi import log
 from megalibi.config import ConfigError, config_from_dict
 from megalibi.config.cli import run_tool
 from megalibi.data.tokenizer import load_tokenizer
-from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.report.outputs import check_outputs
+from megalibi.report.record import describe_run, write_json
 from megalibi.studies.evaluation import check_lengths
 
 # launch/ is no package; its scripts find each other by their folder, and so does this one.
@@ -99,7 +100,7 @@ def describe(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def main() -> None:
     """Check, ask, write, and print what came of it."""
     arguments = parse_arguments()
-    check_writable(arguments.output, "--output")
+    check_outputs({"--output": arguments.output})
     if arguments.offline:  # read when the packages are imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     from megalibi.studies.lm_harness import open_tasks, simple_evaluate  # here: it says if the harness is missing

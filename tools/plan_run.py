@@ -17,9 +17,11 @@ from rich.table import Table
 
 from megalibi import log
 from megalibi.config import Config, ConfigError, config_from_dict, config_to_dict
+from megalibi.config.checks import MAX_WHOLE_NUMBER, check_option
 from megalibi.config.cli import run_tool
 from megalibi.config.load import load_tree
-from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.report.outputs import check_outputs
+from megalibi.report.record import describe_run, write_json
 from megalibi.report.units import format_bytes
 from megalibi.studies.memory import MemoryByKind
 from megalibi.studies.plan_gpus import GIB, USABLE, Gpu, get_gpu
@@ -63,8 +65,8 @@ def choose_gpu(arguments: argparse.Namespace) -> Gpu | None:
     gpu = None if arguments.gpu is None else get_gpu(arguments.gpu)
     if arguments.gpu_memory_gib is None:
         return gpu
-    if not arguments.gpu_memory_gib > 0:
-        raise ConfigError(f"--gpu-memory-gib={arguments.gpu_memory_gib:g} is not allowed: a number above 0 is")
+    if not 0 < arguments.gpu_memory_gib < MAX_WHOLE_NUMBER / GIB:  # false for what is no number
+        raise ConfigError(f"--gpu-memory-gib={arguments.gpu_memory_gib:g} is not allowed: a finite number above 0 is")
     memory_bytes = int(arguments.gpu_memory_gib * GIB)
     if gpu is None:
         return Gpu(name="the GPU", memory_bytes=memory_bytes, peak_flops_per_second=0.0, source="--gpu-memory-gib")
@@ -129,10 +131,8 @@ def main() -> None:
     arguments = parse_arguments()
     config, gpu = read_config(arguments), choose_gpu(arguments)
     ranks = arguments.ranks if arguments.ranks is not None else config.parallel.tensor_parallel_size
-    if ranks < 1:
-        raise ConfigError(f"--ranks={ranks} is not allowed: a number of at least 1 is")
-    if arguments.json is not None:
-        check_writable(arguments.json, "--json")
+    check_option("--ranks", ranks, 1)
+    check_outputs({"--json": arguments.json})
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed warns of no GPU
     from megalibi.studies.plan import plan_run
 

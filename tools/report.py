@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from megalibi.config.cli import run_tool
-from megalibi.report.html import REPORT_FILE, write_pictures, write_report
+from megalibi.report.html import PICTURES, REPORT_FILE, write_pictures, write_report
+from megalibi.report.outputs import check_folder, check_outputs
 
 EXAMPLE = """\
 examples:
@@ -27,7 +28,9 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="write the figures as PNG files there, too")
     args = parser.parse_args()
     output = args.output or (args.runs[0] / REPORT_FILE if len(args.runs) == 1 else Path(REPORT_FILE))
+    check_outputs({"--output": args.output})
     if args.pictures is not None:
+        check_folder(args.pictures, "--pictures", files=PICTURES)
         for path in write_pictures(args.runs, args.pictures):
             print(path)
     print(write_report(args.runs, output))

@@ -14,7 +14,7 @@ from megalibi.data.text import DocumentReader
 from megalibi.data.tokenizer import load_tokenizer
 from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.data.words import SUFFIX, count_words
-from megalibi.report.record import check_writable
+from megalibi.report.outputs import check_outputs
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input books.parquet notes.jsonl --vocab-size 32000 --output books.model
@@ -71,7 +71,7 @@ def check_output(output: str, *, overwrite: bool) -> None:
     """Find out before the work whether the tokenizer can be written."""
     if Path(output).exists() and not overwrite:
         raise ConfigError(f"{output} exists; choose another --output, or replace it with --overwrite")
-    check_writable(Path(output), "--output")
+    check_outputs({"--output": Path(output)})
 
 
 def main() -> None:

@@ -8,12 +8,20 @@ from typing import Any
 
 from megalibi.config.errors import ConfigError
 
+MAX_WHOLE_NUMBER = 2**63 - 1
+
 
 def check_at_least(section: str, minimum: float, **fields: float) -> None:
     """Refuse numbers below a minimum, or none."""
     for name, value in fields.items():
         if not (math.isfinite(value) and value >= minimum):
             raise ConfigError(f"{section}.{name}={value} is not allowed: a number of at least {minimum} is")
+
+
+def check_option(option: str, value: float | None, minimum: float) -> None:
+    """Refuse what an option of a command cannot be: below a minimum, no number, or of more than 64 bits."""
+    if value is not None and not minimum <= value <= MAX_WHOLE_NUMBER:  # false for a value that is no number
+        raise ConfigError(f"{option}={value} is not allowed: a number of at least {minimum} is")
 
 
 def check_one_of(section: str, name: str, value: Any, allowed: Iterable[Any]) -> None:

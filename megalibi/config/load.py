@@ -17,12 +17,12 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megalibi.config.checks import MAX_WHOLE_NUMBER
 from megalibi.config.errors import ConfigError
 from megalibi.config.schema import Config, DatasetConfig
 from megalibi.config.yaml_text import SavedLoader, SpellingLoader, ValueLoader, parse_yaml, read_yaml
 from megalibi.files import write_aside
 
-MAX_WHOLE_NUMBER = 2**63 - 1
 MAX_SHOWN = 120
 """Characters of a value in an error."""
 _KEY = re.compile(r"\w+(\.\w+|\[\w+\])*")

@@ -20,6 +20,7 @@ from megalibi.report.style import STYLESHEET
 from megalibi.report.units import format_bytes, format_count
 
 REPORT_FILE = "report.html"
+PICTURES = ("loss.png", "speed.png", "extrapolation.png")
 
 _FORMULA = """
 <p>Model FLOP count the matrix products that the model needs, forward and backward: per token

@@ -28,6 +28,8 @@ def check_outputs(outputs: Mapping[str, Path | None]) -> None:
     for option, path in outputs.items():
         if path is None:
             continue
+        if os.path.isdir(path):
+            raise ConfigError(f"{option}={path} is a folder: give the name of a file")
         _check_place(path, f"{option}={path}", is_folder=False)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

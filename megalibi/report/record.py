@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import shlex
@@ -19,7 +18,7 @@ import psutil
 
 import megalibi
 from megalibi.config import ConfigError
-from megalibi.files import make_folder, write_aside
+from megalibi.files import write_aside
 
 
 def describe_run(device: str, packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
@@ -42,22 +41,6 @@ def describe_run(device: str, packages: Sequence[str] = ("torch",)) -> dict[str,
         "hardware": _describe_hardware(device),
         "versions": versions,
     }
-
-
-def check_writable(output: Path, option: str) -> None:
-    """Make the folder of a file, and find out before the work whether the file can be written there.
-
-    Raises:
-        ConfigError: It cannot; the message begins with the option.
-    """
-    if output.is_dir():
-        raise ConfigError(f"{option}={output} is a folder: give the name of a file")
-    try:
-        make_folder(output.parent)
-    except OSError as error:
-        raise ConfigError(f"{option}={output} cannot be written: {error.strerror}") from error
-    if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"{option}={output} cannot be written: its folder is read-only")
 
 
 def write_json(fields: Mapping[str, Any], output: Path) -> None:

@@ -85,8 +85,12 @@ def describe_machine(
         launcher: Command that starts the ranks, before the script; empty: our choice.
 
     Raises:
-        ConfigError: There are too few GPUs for that.
+        ConfigError: There are too few GPUs for that, or the launcher is no command.
     """
+    try:
+        words = tuple(shlex.split(launcher))
+    except ValueError as error:  # a quote without its other
+        raise ConfigError(f"--launcher={launcher} is not allowed: {error}, a command is") from error
     return Machine(
         pretrain=root / "launch" / "pretrain.py",
         evaluate=root / "tools" / "evaluate.py",
@@ -95,7 +99,7 @@ def describe_machine(
         gpus=torch.cuda.device_count(),
         jobs=jobs,
         ranks=ranks,
-        launcher=tuple(shlex.split(launcher)),
+        launcher=words,
     )
 
 

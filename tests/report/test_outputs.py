@@ -39,7 +39,6 @@ def test_a_file_can_be_new_or_replaced_and_its_folder_is_made(folder: Path) -> N
 
 def test_what_cannot_be_a_file_is_said_with_its_option(folder: Path) -> None:
     for name, reason in {
-        "folder": "folder is a folder, the name of a file is needed",
         "file/x": "file is no folder",
         "file/x/y": "file is no folder",
         "dangling": "dangling is no file, the name of a file is needed",
@@ -49,6 +48,8 @@ def test_what_cannot_be_a_file_is_said_with_its_option(folder: Path) -> None:
         path = folder / name
         assert_refused(f"--output={path} cannot be written: ", check_outputs, {"--output": path})
         assert_refused(reason, check_outputs, {"--picture": None, "--output": path})
+    message = f"--output={folder / 'folder'} is a folder: give the name of a file"
+    assert_refused(message, check_outputs, {"--output": folder / "folder"})
     assert_refused("/dev/null is no file", check_outputs, {"--output": Path("/dev/null")})
 
 

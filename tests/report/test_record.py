@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import ConfigError
-from megalibi.report.record import check_writable, describe_run, write_json
+from megalibi.report.record import describe_run, write_json
 
 
 def test_a_record_says_what_its_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,13 +29,3 @@ def test_a_file_is_replaced_whole_and_numbers_stand_on_one_line(tmp_path: Path) 
     assert json.loads(output.read_text()) == fields
     assert "[ 1.5, -2e-07, 3 ]" in output.read_text()
     assert list(tmp_path.iterdir()) == [output]
-
-
-def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "out.json", "--output")
-    assert (tmp_path / "new").is_dir()
-    with pytest.raises(ConfigError, match=r"--output=.* is a folder: give the name of a file"):
-        check_writable(tmp_path, "--output")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"--output=.* cannot be written: "):
-        check_writable(tmp_path / "file" / "out.json", "--output")

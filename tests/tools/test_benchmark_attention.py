@@ -90,6 +90,15 @@ def test_a_record_of_other_settings_is_refused(run, tmp_path):
     assert done.stderr == f"error: --output={output} has batch=1, this run has 2\n"
 
 
+def test_without_a_ratio_there_is_no_picture_and_no_traceback(run, tmp_path):
+    picture = tmp_path / "out.png"
+    done = run("--device", "cpu", "--lengths", 32, "--heads", 2, "--head-dim", 16, "--repeats", 1, "--dtype", "float32",
+               "--backends", "none", "--peers", "none", "--modes", "forward", "--picture", picture)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{picture}: nothing to draw, only plain attention was measured"
+    assert not picture.exists()
+
+
 def test_q_and_k_from_a_file(run, tmp_path):
     torch.save(dict(zip("qk", torch.randn(2, 1, 64, 2, 16), strict=True)), tmp_path / "qk.pt")
     done = run(*TINY, "--qk", tmp_path / "qk.pt", "--modes", "forward", "--output", tmp_path / "out.json")
@@ -105,6 +114,10 @@ def test_q_and_k_from_a_file(run, tmp_path):
         (["--peers", "torch"], "error: --peers=torch: 'torch' is none of"),
         (["--dtype", "int8"], "error: --dtype=int8: 'int8' is none of float32, bfloat16, float16"),
         (["--repeats", "0"], "error: --repeats=0: must be at least 1"),
+        (["--picture", "a.xyz"], "error: --picture=a.xyz is not allowed: a name that ends in one of .eps"),
+        (["--picture", str(ROOT)], f"error: --picture={ROOT} is a folder: give the name of a file"),
+        (["--output", str(ROOT)], f"error: --output={ROOT} is a folder: give the name of a file"),
+        (["--output", str(TOOL / "a")], f"error: --output={TOOL / 'a'} cannot be written: {TOOL} is no folder"),
         (["--device", "cpu", "--qk", "no_such_file.pt"], "error: --qk: no_such_file.pt cannot be read as q and k"),
     ],
 )

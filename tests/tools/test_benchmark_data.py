@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megalibi.config.cli import run_tool
 from megalibi.data.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +56,33 @@ def test_loader():
         assert record[f"seq_length_{seq_length}_document_mask_tokens_per_second"]["median"] > 0
 
 
-def test_a_mistake_is_one_line():
-    done = run("loader", "--repeats", 0)
-    assert done.returncode == 2
-    assert done.stderr == "error: --repeats 0: at least 1 is needed\n"
+def test_a_mistake_is_one_line(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("benchmark_data", TOOL)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    preprocess = ["preprocess", "--input", "none.txt", "--tokenizer", "none.model"]
+    handler = signal.getsignal(signal.SIGTERM)
+    for arguments, message in (
+        (["loader", "--repeats", 0], "--repeats=0 is not allowed: a number of at least 1 is"),
+        (["loader", "--gigabytes", "nan"], "--gigabytes=nan is not allowed: a number of at least 0.001 is"),
+        (["loader", "--gigabytes", -1], "--gigabytes=-1.0 is not allowed"),
+        (["loader", "--gigabytes", "inf"], "--gigabytes=inf is not allowed"),
+        (["loader", "--seconds", 0], "--seconds=0.0 is not allowed"),
+        (["loader", "--seq-lengths", 64, 0], "--seq-lengths=0 is not allowed: a number of at least 1 is"),
+        (
+            ["loader", "--gigabytes", 0.001, "--seq-lengths", 10**6],
+            "--seq-lengths=1000000 is not allowed: fewer",
+        ),
+        (["loader", "--folder", TOOL], f"--folder={TOOL} cannot be written: {TOOL} is no folder"),
+        (["loader", "--output", ROOT], f"--output={ROOT} is a folder: give the name of a file"),
+        ([*preprocess, "--workers", 0], "--workers=0 is not allowed: a number of at least 1 is"),
+        ([*preprocess, "--output", TOOL / "a"], f"--output={TOOL / 'a'} cannot be written: {TOOL} is no folder"),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            run_tool(tool.main)
+        output, errors = capsys.readouterr()
+        assert (ended.value.code, output) == (2, "")
+        assert errors.startswith(f"error: {message}")
+        assert errors.count("\n") == 1
+    signal.signal(signal.SIGTERM, handler)  # the tool's own, so far

@@ -62,10 +62,12 @@ def test_what_is_saved_is_the_layers_q_and_k(run_dir):
     [
         (["--layer", 99], "error: --layer=99: the model has 0 to "),
         (["--length", 2000], "error: --length=2000: "),
+        (["--output", ROOT], f"error: --output={ROOT} is a folder: give the name of a file"),
+        (["--output", TOOL / "a.pt"], f"error: --output={TOOL / 'a.pt'} cannot be written: {TOOL} is no folder"),
     ],
 )
 def test_a_mistake_is_one_line(run_dir, arguments, message):
-    done = run(run_dir, *arguments, "--output", run_dir / "bad.pt")
+    done = run(run_dir, "--output", run_dir / "bad.pt", *arguments)
     assert done.returncode == 2
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1

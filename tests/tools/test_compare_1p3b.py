@@ -162,6 +162,9 @@ BAD_INPUT = {
     "tokens": (["study.valid_tokens=128"], "study.valid_tokens=128 is not allowed: more than 128"),
     "keep": (["checkpoint.keep=2"], "checkpoint.keep=2"),
     "text": (["data.train=none"], "none.idx: no such token file"),
+    "launcher": (["--launcher", "srun '"], "--launcher=srun ' is not allowed: No closing quotation, a command is"),
+    "output": (["--output", str(TOOL)], f"--output={TOOL} cannot be written: {TOOL} is no folder"),
+    "output below a file": (["--output", f"{TOOL}/a"], f"--output={TOOL}/a cannot be written: {TOOL} is no folder"),
     "two texts": (["data.valid=[a,b]"], "data.valid has 2 token files"),
 }
 

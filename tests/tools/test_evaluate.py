@@ -266,6 +266,16 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
         ({"tensor-parallel-size": 0}, "--tensor-parallel-size=0 is not allowed: 1 or more is"),
         ({"tensor-parallel-size": 2}, "--tensor-parallel-size=2 does not divide the number of ranks=1"),
         ({"picture": "."}, "--picture=. is a folder: give the name of a file"),
+        ({"picture": "a.xyz"}, "--picture=a.xyz is not allowed: a name that ends in one of .eps"),
+        ({"picture": "new/a"}, "--picture=new/a is not allowed: a name that ends in one of .eps"),
+        (
+            {"picture": "a.png", "output": "./a.png"},
+            "--picture=a.png is not allowed: another file than that of",
+        ),
+        ({"picture": "t.model/a.png"}, "--picture=t.model/a.png cannot be written: t.model is no folder"),
+        ({"output": "t.model/a.json"}, "--output=t.model/a.json cannot be written: t.model is no folder"),
+        ({"tokens": 0}, "--tokens=0 is not allowed: a number of at least 1 is"),
+        ({"tokens": -7}, "--tokens=-7 is not allowed: a number of at least 1 is"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -167,6 +167,9 @@ BAD_INPUT = {
     "training length": ("data.seq_length=20", "study.lengths=[16, 32] does not begin with data.seq_length=20"),
     "batch": ("train.global_batch_size=5", "train.global_batch_size=5 is no multiple of train.micro_batch_size=2"),
     "jobs": ("--jobs=0", "jobs=0 is not allowed"),
+    "launcher": ("--launcher=srun '", "--launcher=srun ' is not allowed: No closing quotation, a command is"),
+    "output": (f"--output={TOOL}", f"--output={TOOL} cannot be written: {TOOL} is no folder"),
+    "output below a file": (f"--output={TOOL}/a/b", f"--output={TOOL}/a/b cannot be written: {TOOL} is no folder"),
     "text": ("data.train=/nowhere/tokens", "/nowhere/tokens.idx: no such token file"),
 }
 
@@ -180,6 +183,18 @@ def test_bad_input_is_one_line_and_exit_code_2(study: Path, run: Runner, case: s
     assert line.startswith("error: ")
     assert message in line
     assert not (study.parent / "none").exists()
+
+
+def test_a_result_that_cannot_be_written_is_said_before_the_work(study: Path, run: Runner, tmp_path: Path) -> None:
+    for name in ("results.json", "table.md", "figure.png"):
+        (tmp_path / name).mkdir()
+        target = f"train.output_dir={tmp_path / 'none'}"
+        code, _, errors = run(*command_of(study, f"--output={tmp_path}", target))
+        (tmp_path / name).rmdir()
+        assert code == 2
+        reason = f"{tmp_path / name} is a folder, the name of a file is needed"
+        assert errors == f"error: --output={tmp_path} cannot be written: {reason}\n"
+        assert not list(tmp_path.iterdir())
 
 
 def test_help_has_an_example(run: Runner) -> None:

@@ -82,7 +82,16 @@ def test_a_study_is_planned_as_the_run_it_varies(run):
         (["--gpu", "H1000"], "gpu=H1000 is not known: did you mean H100?"),
         (["--ranks", "0"], "--ranks=0 is not allowed"),
         (["--ranks", "3"], "parallel.tensor_parallel_size=2 does not divide the number of ranks=3"),
+        (["--ranks", "-2"], "--ranks=-2 is not allowed: a number of at least 1 is"),
+        (["--ranks", "1" + "0" * 30], "--ranks=1000000000000000000000000000000 is not allowed"),
         (["--gpu-memory-gib", "-1"], "--gpu-memory-gib=-1 is not allowed"),
+        (["--gpu-memory-gib", "0"], "--gpu-memory-gib=0 is not allowed"),
+        (["--gpu-memory-gib", "nan"], "--gpu-memory-gib=nan is not allowed"),
+        (["--gpu-memory-gib", "inf"], "--gpu-memory-gib=inf is not allowed: a finite number above 0 is"),
+        (["--gpu-memory-gib", "1e300"], "--gpu-memory-gib=1e+300 is not allowed"),
+        (["train.steps=???"], "train.steps=??? is not allowed: a value is"),
+        (["train.steps=" + "7" * 5001], "train.steps=777777"),
+        (["zero={stage: !!set {a}}"], "override 'zero={stage: !!set {a}}' is not allowed: the tag !!set is not allow"),
         (["--attention", "flash"], "attention=flash is not allowed: one of fused, unfused is"),
         (["zero.stag=1"], "zero.stag is unknown"),
         (["--json", str(ROOT)], f"--json={ROOT} is a folder"),
@@ -99,6 +108,25 @@ def test_a_missing_file_is_one_line(run):
     code, _, err = run("no_such.yaml")
     assert code == 2
     assert err.startswith("error: no_such.yaml cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("12\n", "is not a configuration: a mapping of model, data"),
+        ("zero: !!set {a, b}\n", "is not a valid configuration: line 1: the tag !!set is not allowed"),
+        ("study: !!python/object:os.x {}\n", "is not a valid configuration: line 1: the tag !!python/object:os.x is n"),
+        ("zero: " + "[" * 2000, "is not a valid configuration: more than 32 levels within each other"),
+        ("zero: 1\nzero: 2\n", "is not a valid configuration: line 2: zero stands twice, first in line 1"),
+        ("", "is empty: a mapping of model, data"),
+    ],
+)
+def test_a_hostile_file_is_one_line(run, tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    code, out, err = run(tmp_path / "run.yaml")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path / 'run.yaml'} {message}")
+    assert err.count("\n") == 1
 
 
 def test_help_has_examples(run):

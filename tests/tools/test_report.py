@@ -70,6 +70,20 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path: Path) -> 
     assert done.stderr.count("\n") == 1
 
 
+def test_what_cannot_be_written_is_said_before_anything_is(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures" / "loss.png").mkdir(parents=True)
+    for options, message in (
+        (["--output", tmp_path], f"--output={tmp_path} is a folder: give the name of a file"),
+        (["--pictures", run_dir / "config.yaml"], f"--pictures={run_dir}/config.yaml cannot be written: "),
+        (["--pictures", tmp_path / "pictures"], f"--pictures={tmp_path}/pictures cannot be written: "),
+    ):
+        done = run_tool(run_dir, "--pictures", tmp_path / "new", *options, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"error: {message}")
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
 def test_help_has_an_example(tmp_path: Path) -> None:
     done = run_tool("--help", cwd=tmp_path)
     assert done.returncode == 0
