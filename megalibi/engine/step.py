@@ -74,7 +74,7 @@ def train_step(
             cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True),
             micro_batch_key=derive_key(seed, "dropout", first_sample),
         )
-        loss = losses_BS.sum()
+        loss = losses_BS.sum(dtype=torch.float64)
         loss_sum += loss.detach()
         engine.backward(loss * factor, scale_wrt_gas=False)
         engine.step()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
 
 from megalibi.config import Config, config_from_dict, derive, learning_rate_at
 from megalibi.data.dataset import open_dataset
@@ -139,6 +140,14 @@ class PlainNag(torch.optim.Optimizer):
             group["old_rate"] = rate
 
 
+def clip_in_fp64(parameters: list[nn.Parameter], max_norm: float) -> float:
+    """Clip as torch's clip_grad_norm_ does, by a norm that is summed in fp64 (trap 17); return the norm."""
+    norms = [parameter.grad.double().norm() for parameter in parameters if parameter.grad is not None]
+    norm = torch.stack(norms).norm()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm.item()
+
+
 def run_plain(config: Config, steps: int, *, mask_labels: bool = False) -> Curve:
     """Train in this process with nothing but PyTorch: the whole global batch at once, no DeepSpeed, no groups."""
     torch.set_num_threads(1)
@@ -161,14 +170,14 @@ def run_plain(config: Config, steps: int, *, mask_labels: bool = False) -> Curve
         (batch,) = loader.micro_batches(step * config.train.global_batch_size)
         batch = mask_by_content(batch) if mask_labels else batch
         losses = model(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens)
-        loss = losses.sum() / (batch.labels != IGNORE_INDEX).sum()
+        loss = losses.double().sum() / (batch.labels != IGNORE_INDEX).sum()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), o.clip_grad_norm)
+        norm = clip_in_fp64(list(model.parameters()), o.clip_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, o, config.train.steps)
         optimizer.step()
-        curve.append((loss.item(), norm.item()))
+        curve.append((loss.item(), norm))
     loader.close()
     return curve
 

@@ -187,6 +187,33 @@ def test_trap_1_norm_counts_each_shard_and_each_whole_tensor_once() -> None:
         assert replicated.count_nonzero() == 5
 
 
+LONG_GRADIENT = 4_000_000
+FP64_SUM_RELATIVE_BOUND = LONG_GRADIENT * 2.0**-53 / 2
+"""2e-10: of a norm whose squares are summed in fp64, one rounding for each, in any order; 1e-13 was seen."""
+
+
+def test_trap_17_the_norm_of_a_long_gradient_is_summed_in_fp64() -> None:
+    parameters = [nn.Parameter(torch.zeros(1000, LONG_GRADIENT // 2000)), nn.Parameter(torch.zeros(LONG_GRADIENT // 2))]
+    optimizer = make_optimizer(parameters)
+    for number, parameter in enumerate(parameters):
+        parameter.grad = randn(number, *parameter.shape)
+    flat = torch.cat([randn(number, *parameter.shape).flatten() for number, parameter in enumerate(parameters)])
+    exact = math.sqrt(math.fsum(flat.double().square().tolist()))  # squares of fp32 are exact in fp64
+    optimizer.step()
+    assert optimizer._global_grad_norm == pytest.approx(exact, rel=FP64_SUM_RELATIVE_BOUND, abs=0.0)
+
+
+def test_a_norm_whose_square_is_beyond_fp32_is_a_number() -> None:
+    parameters = make_parameters()
+    optimizer = make_optimizer(parameters, fp16=True)
+    optimizer.loss_scale = 2.0**100
+    set_grads(parameters, 0, factor=2.0**100)
+    exact = torch.cat([randn(number, *p.shape).flatten() for number, p in enumerate(parameters)]).double().norm()
+    optimizer.step()
+    assert not optimizer.overflow
+    assert optimizer._global_grad_norm == pytest.approx(exact.item(), rel=FP64_SUM_RELATIVE_BOUND, abs=0.0)
+
+
 def test_overflow_on_one_tensor_rank_skips_the_step_on_all() -> None:
     for _, scale, overflowed, replicated in run_on_ranks(4, _norm_and_scale, 2):
         assert (scale, overflowed) == (INITIAL_SCALE / 2, True)
