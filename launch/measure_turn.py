@@ -38,11 +38,11 @@ def run(config: Config, place: Place, output: Path) -> None:
     from megalibi.train import Job, check_run
 
     check_outputs({"--output": output})
-    derived = check_run(config, place.world_size)
+    derived, data = check_run(config, place.world_size)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
     groups = build_process_groups(config.parallel.tensor_parallel_size, timeout)
-    measure_turn(Job(config=config, derived=derived, groups=groups, device=device), output)
+    measure_turn(Job(config=config, derived=derived, data=data, groups=groups, device=device), output)
 
 
 if __name__ == "__main__":

@@ -34,11 +34,11 @@ def run(config: Config, place: Place) -> None:
     from megalibi.parallel import build_process_groups
     from megalibi.train import Job, check_run, train
 
-    derived = check_run(config, place.world_size)
+    derived, data = check_run(config, place.world_size)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
     groups = build_process_groups(config.parallel.tensor_parallel_size, timeout)
-    train(Job(config=config, derived=derived, groups=groups, device=device))
+    train(Job(config=config, derived=derived, data=data, groups=groups, device=device))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,10 @@ from megalibi.checkpoint import CHECKPOINTS, LATEST, check_resumable, find_check
 from megalibi.config import Config, ConfigError, DatasetConfig, Derived, derive, learning_rate_at, save_config
 from megalibi.data.dataset import Dataset, open_dataset
 from megalibi.data.hashing import format_sample_hash
+from megalibi.data.identity import DataIdentity
 from megalibi.data.loader import Batch, Loader, ValidationLoader
+from megalibi.data.provenance import identify_data, say_unrecorded
+from megalibi.data.token_file import TokenFile
 from megalibi.data.tokenizer import load_tokenizer
 from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.evaluate import validation_loss
@@ -43,14 +46,19 @@ class Job:
     """The run."""
     derived: Derived
     """What follows from it on this world."""
+    data: DataIdentity
+    """What it learns from."""
     groups: ProcessGroups
     """Of this process."""
     device: torch.device
     """Where this rank computes."""
 
 
-def check_run(config: Config, world_size: int) -> Derived:
+def check_run(config: Config, world_size: int) -> tuple[Derived, DataIdentity]:
     """Find everything that is wrong with a run before anything is allocated.
+
+    Returns:
+        What follows from the configuration, and what tells its data from others.
 
     Raises:
         ConfigError: With the field, its value and what is allowed.
@@ -60,17 +68,18 @@ def check_run(config: Config, world_size: int) -> Derived:
     open_split(config, config.data.train)
     if config.data.valid:
         open_split(config, config.data.valid)
-    if config.data.tokenizer is not None:
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-        if vocab_size > config.model.vocab_size:
-            raise ConfigError(
-                f"model.vocab_size={config.model.vocab_size} is below the {vocab_size} ids of data.tokenizer="
-                f"{config.data.tokenizer}: at least {vocab_size} is allowed"
-            )
+    tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size} is below the {tokenizer.vocab_size} ids of data.tokenizer="
+            f"{config.data.tokenizer}: at least {tokenizer.vocab_size} is allowed"
+        )
+    train, valid = ([TokenFile(d.prefix) for d in split] for split in (config.data.train, config.data.valid))
+    data = identify_data(train, valid, tokenizer)
     checkpoint = find_resume(config)
     if checkpoint is not None:
-        check_resumable(checkpoint, config, world_size)
-    return derived
+        check_resumable(checkpoint, config, data, world_size)
+    return derived, data
 
 
 def open_split(config: Config, split: tuple[DatasetConfig, ...]) -> Dataset:
@@ -185,7 +194,7 @@ def run_steps(
             writers.validation(validate(job, engine, done))
         if stopping or last or is_due(done, config.checkpoint.every_steps):
             writers.sync()  # no checkpoint is on the disk before the lines of its steps
-            save_checkpoint(engine, config, job.derived, groups, folder=checkpoints_folder(config), step=done)
+            save_checkpoint(engine, config, job.derived, job.data, groups, folder=checkpoints_folder(config), step=done)
         if stopping:
             reason = stop.signal_name or "a signal to another rank"
             _LOGGER.warning("stopped by %s after step %d, checkpoint saved; the same command goes on", reason, done)
@@ -295,6 +304,7 @@ def describe_run(job: Job, checkpoint: Path | None) -> None:
         "python": platform.python_version(),
     }
     write_aside(folder / "run_info.json", json.dumps(info, indent=1) + "\n")
+    say_unrecorded(dataset.prefix for dataset in (*config.data.train, *config.data.valid))
     _LOGGER.info(
         "%s parameters on %d ranks (tensor %d x data %d, ZeRO %d, %s), %s tokens per step, %s",
         f"{parameters:,}",

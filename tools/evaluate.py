@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megalibi import log
 from megalibi.config import Config, ConfigError, config_from_dict
 from megalibi.config.checks import check_option
+from megalibi.data.provenance import say_unrecorded
 from megalibi.data.token_file import TokenFile
 from megalibi.data.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.words import WordTokenizer
@@ -40,6 +41,7 @@ from megalibi.studies.evaluation import (
     Evaluation,
     check_and_measure,
     check_lengths,
+    check_same_tokenizer,
     check_tensor_parallel_size,
     evaluate,
 )
@@ -125,17 +127,24 @@ def count_tokens(text: TokenFile, limit: int | None, lengths: list[int]) -> int:
     return num_tokens
 
 
-def open_tokenizer(given: str | None, of_checkpoint: str | None) -> Tokenizer | None:
-    """Return what counts the bytes of the text; None, said in a line, if that is not possible."""
+def open_tokenizer(given: str | None, of_checkpoint: str | None) -> Tokenizer | WordTokenizer | None:
+    """Return the tokenizer of the text; None, said in a line, if it is not at hand."""
     path = given or of_checkpoint
     if path is None or (given is None and not Path(path).is_file()):
         _LOGGER.warning("no bits per byte: the tokenizer of the checkpoint is %s; --tokenizer names one", path)
         return None
-    tokenizer = load_tokenizer(path)
-    if isinstance(tokenizer, WordTokenizer) or not tokenizer.is_exact:
-        _LOGGER.warning("no bits per byte: %s does not keep texts as they are, so their bytes cannot be counted", path)
-        return None
-    return tokenizer
+    return load_tokenizer(path)
+
+
+def byte_counter(tokenizer: Tokenizer | WordTokenizer | None) -> Tokenizer | None:
+    """Return what counts the bytes of the text; None, said in a line, if that is not possible."""
+    if isinstance(tokenizer, Tokenizer) and tokenizer.is_exact:
+        return tokenizer
+    if tokenizer is not None:
+        _LOGGER.warning(
+            "no bits per byte: %s does not keep texts as they are, so their bytes cannot be counted", tokenizer.path
+        )
+    return None
 
 
 class Display:
@@ -228,7 +237,10 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     check_lengths(config, lengths)
     check_tensor_parallel_size(config, arguments.tensor_parallel_size, place.world_size)
     tokenizer = open_tokenizer(arguments.tokenizer, config.data.tokenizer)
-    num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, tokenizer)
+    check_same_tokenizer(manifest.data, text, tokenizer)
+    num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, byte_counter(tokenizer))
+    if place.rank == 0:
+        say_unrecorded([arguments.data])
     groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
     evaluation = Evaluation(
         model=load_model(checkpoint, device, groups.tensor),

@@ -19,7 +19,7 @@ from megalibi.config.cli import run_tool
 from megalibi.data.tokenizer import load_tokenizer
 from megalibi.report.outputs import check_outputs
 from megalibi.report.record import describe_run, write_json
-from megalibi.studies.evaluation import check_lengths
+from megalibi.studies.evaluation import check_lengths, check_same_tokenizer
 
 # launch/ is no package; its scripts find each other by their folder, and so does this one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
@@ -79,6 +79,7 @@ def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
             f"--tokenizer={path} has {tokenizer.vocab_size} pieces: at most model.vocab_size="
             f"{config.model.vocab_size} is allowed"
         )
+    check_same_tokenizer(manifest.data, None, tokenizer)
     model = HarnessModel(load_model(checkpoint, device), tokenizer, max_length=max_length, device=device)
     facts = {"checkpoint": str(checkpoint), "step": manifest.step, "train_seq_length": config.data.seq_length}
     return model, {**facts, "max_length": max_length, "tokenizer": path}

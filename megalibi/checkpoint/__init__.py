@@ -10,7 +10,8 @@ from megalibi.checkpoint.manifest import (
     list_checkpoints,
     read_manifest,
 )
-from megalibi.checkpoint.store import CheckpointError, check_resumable, load_checkpoint, save_checkpoint
+from megalibi.checkpoint.resumable import check_resumable
+from megalibi.checkpoint.store import CheckpointError, load_checkpoint, save_checkpoint
 from megalibi.checkpoint.weights import load_full_weights, load_model
 
 __all__ = [

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Manifest:
     """Of megalibi and of the packages that decide the format."""
     files: dict[str, FileEntry]
     """By path inside the checkpoint."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """What was learned from, a DataIdentity; empty in checkpoints that are older than this field."""
 
 
 def checkpoint_name(step: int) -> str:

@@ -26,7 +26,8 @@ from megalibi.checkpoint.manifest import (
     prune,
     read_manifest,
 )
-from megalibi.config import Config, ConfigError, Derived, config_from_dict, config_to_dict
+from megalibi.config import Config, ConfigError, Derived, config_to_dict
+from megalibi.data.identity import DataIdentity
 from megalibi.files import make_folder, sync_file
 from megalibi.log import get_logger
 from megalibi.parallel import ProcessGroups
@@ -85,7 +86,14 @@ class _HashingFile(io.RawIOBase):
 
 
 def save_checkpoint(
-    engine: DeepSpeedEngine, config: Config, derived: Derived, groups: ProcessGroups, *, folder: Path, step: int
+    engine: DeepSpeedEngine,
+    config: Config,
+    derived: Derived,
+    data: DataIdentity,
+    groups: ProcessGroups,
+    *,
+    folder: Path,
+    step: int,
 ) -> Path:
     """Write a checkpoint; every rank must call it, and all see the same file system.
 
@@ -93,6 +101,7 @@ def save_checkpoint(
         engine: From build_engine.
         config: The run.
         derived: What followed from it.
+        data: What it learns from.
         groups: Of this process.
         folder: The run's ``checkpoints``.
         step: Optimizer steps done.
@@ -129,6 +138,7 @@ def save_checkpoint(
             derived=dataclasses.asdict(derived),
             versions={"megalibi": megalibi.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
             files=dict(sorted(files.items())),
+            data=data.to_dict(),
         )
         error = _try_commit(partial, manifest)
     _raise_together([error], groups, partial)
@@ -180,41 +190,6 @@ def _all_gather_object(value: Any, groups: ProcessGroups) -> list[Any]:
     if groups.world.size > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def check_resumable(checkpoint: Path, config: Config, world_size: int) -> Manifest:
-    """Check that a run can go on from a checkpoint, without reading its tensors.
-
-    Raises:
-        ConfigError: It is damaged, holds another model, was trained on another data order, or was written by another
-            number of ranks.
-    """
-    manifest = read_manifest(checkpoint)
-    # Through a Config: a checkpoint that is older than a field has the field's default.
-    ours, theirs = config_to_dict(config), config_to_dict(config_from_dict(manifest.config))
-    fixed = {
-        "model": [name for name in ours["model"] if not name.endswith(("dropout", "attention_backend", "recompute"))],
-        "data": ["train", "seq_length"],
-        "train": ["global_batch_size", "seed", "precision"],
-        "parallel": ["tensor_parallel_size"],
-        "zero": ["stage"],
-        # DeepSpeed and torch take these from the checkpoint: a changed value would be ignored without a word.
-        "optimizer": ["kind", "weight_decay", "beta1", "beta2", "epsilon", "momentum", "clip_grad_norm"],
-    }
-    for section, names in fixed.items():
-        for name in names:
-            value, their_value = ours[section][name], theirs[section][name]
-            if value != their_value:
-                raise ConfigError(
-                    f"{section}.{name}={value} does not fit the checkpoint {checkpoint}, which has "
-                    f"{section}.{name}={their_value}: resume with that value, or start anew in another train.output_dir"
-                )
-    if manifest.topology["world_size"] != world_size:
-        raise ConfigError(
-            f"{checkpoint} was written by {manifest.topology['world_size']} ranks, this run has {world_size}: "
-            "resume on as many"
-        )
-    return manifest
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> Manifest:

@@ -1,14 +1,13 @@
-"""PREFIX.json beside a token file: which tokenizer made it, of what; and what tells one token file from another.
+"""PREFIX.json beside a token file: which tokenizer made it, and of what.
 
-The format of .bin and .idx records neither, so that ids of one vocabulary would pass for those of another, and a file
-that was made again for the one before.
+The format of .bin and .idx does not record that, so that ids of one vocabulary would pass for those of another.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,52 +15,15 @@ from typing import Any
 
 import megalibi
 from megalibi.config import ConfigError
+from megalibi.data.identity import DataIdentity, Identity, identify
 from megalibi.data.text import DocumentReader
-from megalibi.data.token_file import TokenFile
+from megalibi.data.token_file import TokenFile, check_token_ids
 from megalibi.data.tokenizer import Tokenizer
 from megalibi.data.words import WordTokenizer
+from megalibi.log import get_logger
 
+_LOGGER = get_logger(__name__)
 _FORMAT = "megalibi token file, 1"
-_SAMPLES = 64
-_SAMPLE_BYTES = 1 << 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """What tells a token file from others: another text or tokenizer gives another one, another path does not."""
-
-    tokens: int
-    """Tokens of all documents."""
-    documents: int
-    """Documents."""
-    idx_sha256: str
-    """Of the index: of all of it up to 4 MiB, of 64 places spread evenly over a larger one."""
-    bin_sha256: str
-    """Of the tokens, likewise."""
-
-
-def identify(token_file: TokenFile) -> Identity:
-    """Return what tells a token file from others; reads 8 MiB at most."""
-    return Identity(
-        tokens=token_file.num_tokens,
-        documents=token_file.num_documents,
-        idx_sha256=_sampled_sha256(token_file.idx_path),
-        bin_sha256=_sampled_sha256(token_file.bin_path),
-    )
-
-
-def _sampled_sha256(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    last = max(size - _SAMPLE_BYTES, 0)
-    with path.open("rb") as file:
-        if size <= _SAMPLES * _SAMPLE_BYTES:
-            digest.update(file.read())
-            return digest.hexdigest()
-        for sample in range(_SAMPLES):
-            file.seek(last * sample // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +44,68 @@ class Provenance:
     """Those for which the tokenizer has no id, so that the ids stand for another text."""
     versions: dict[str, str]
     """Of megalibi and of sentencepiece."""
+
+
+def identify_data(
+    train: Sequence[TokenFile], valid: Sequence[TokenFile], tokenizer: Tokenizer | WordTokenizer | None
+) -> DataIdentity:
+    """Return what a run learns from, after a check that one tokenizer made all of it.
+
+    Args:
+        train: Token files to train on.
+        valid: Token files to validate on.
+        tokenizer: What the user says that made them; None: nothing.
+
+    Raises:
+        ConfigError: Another one did, or several.
+    """
+    return DataIdentity(
+        tokenizer_sha256=check_tokenizer([*train, *valid], tokenizer, "data.tokenizer"),
+        train=tuple(map(identify, train)),
+        valid=tuple(map(identify, valid)),
+    )
+
+
+def check_tokenizer(
+    token_files: Sequence[TokenFile], tokenizer: Tokenizer | WordTokenizer | None, option: str
+) -> str | None:
+    """Return the sha256 of the tokenizer that made all token files; None: it is not known.
+
+    Args:
+        token_files: Those of one run.
+        tokenizer: What the user says that made them; None: nothing.
+        option: The field or option that named it.
+
+    Raises:
+        ConfigError: It made not all of them, or several did; or an id is past its vocabulary.
+    """
+    made_by: dict[str, str] = {} if tokenizer is None else {tokenizer.fingerprint: f"{option}={tokenizer.path}"}
+    for token_file in token_files:
+        provenance = read_provenance(token_file)
+        if tokenizer is not None:
+            check_token_ids(token_file, tokenizer.vocab_size)
+        if provenance is None:
+            continue
+        made = provenance.tokenizer
+        made_by.setdefault(made["sha256"], f"{made['path']} in {token_file.prefix}.json")
+        if len(made_by) > 1:
+            one, other = (f"{name} (sha256 {sha256[:12]})" for sha256, name in made_by.items())
+            raise ConfigError(
+                f"{token_file.prefix} was made with another tokenizer: {one} is not {other}; give the one that made "
+                "the tokens, or tokenize the text again"
+            )
+    return next(iter(made_by), None)
+
+
+def say_unrecorded(prefixes: Iterable[str]) -> None:
+    """Say of which token files it is not known which tokenizer made them."""
+    for prefix in prefixes:
+        if _read(provenance_path(prefix)) is None:
+            _LOGGER.warning(
+                "which tokenizer made %s is not known: it has no %s, as tools/preprocess_data.py writes it",
+                prefix,
+                provenance_path(prefix).name,
+            )
 
 
 def describe(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from megalibi.config import Config, ConfigError
+from megalibi.data.provenance import check_tokenizer
 from megalibi.data.token_file import TokenFile, check_ids
 from megalibi.data.tokenizer import Tokenizer
+from megalibi.data.words import WordTokenizer
 from megalibi.engine.evaluate import stream_loss
 from megalibi.parallel import ProcessGroups, all_reduce_raw
 from megalibi.report import memory_peak_bytes
@@ -77,6 +80,32 @@ def check_tensor_parallel_size(config: Config, size: int, world_size: int) -> No
     for name, value in shared.items():
         if value % size:
             raise ConfigError(f"--tensor-parallel-size={size} does not divide {name}={value}")
+
+
+def check_same_tokenizer(
+    trained: Mapping[str, Any],
+    text: TokenFile | None,
+    tokenizer: Tokenizer | WordTokenizer | None,
+    option: str = "--tokenizer",
+) -> None:
+    """Find out before the work whether text and model know the same ids: another vocabulary's would be scored as well.
+
+    Args:
+        trained: ``data`` of the checkpoint's manifest.
+        text: What would be scored, if it is a token file.
+        tokenizer: Of the text, if one is at hand.
+        option: What named the tokenizer.
+
+    Raises:
+        ConfigError: They do not.
+    """
+    sha256 = check_tokenizer([] if text is None else [text], tokenizer, option)
+    if sha256 is not None and trained.get("tokenizer_sha256") not in (None, sha256):
+        what = f"{option}={tokenizer.path}" if tokenizer is not None else f"the tokenizer of {text and text.prefix}"
+        raise ConfigError(
+            f"{what} (sha256 {sha256[:12]}) is not the tokenizer that the checkpoint was trained with (sha256 "
+            f"{trained['tokenizer_sha256'][:12]}): tokenize the text with that one"
+        )
 
 
 def check_and_measure(text: TokenFile, num_tokens: int, vocab_size: int, tokenizer: Tokenizer | None) -> int | None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,12 @@ from megalibi.checkpoint import Manifest, check_resumable, list_checkpoints, loa
 from megalibi.checkpoint.manifest import FileEntry
 from megalibi.checkpoint.store import _try_commit
 from megalibi.config import Config, ConfigError, derive, learning_rate_at
+from megalibi.data.token_file import TokenFile, TokenFileWriter
 from megalibi.engine.build import DeepSpeedEngine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.parallel import ProcessGroups
 from tests.checkpoint.full_disk import FREE_BYTES
-from tests.engine.runs import CPU, STAGES, build, make_config, open_loader, write_tokens
+from tests.engine.runs import CPU, STAGES, VOCAB_SIZE, build, identify, make_config, open_loader, write_tokens
 from tests.ranks import run_on_ranks
 
 STEPS = 20
@@ -52,7 +57,8 @@ def take_steps(
 
 
 def save(config: Config, engine: DeepSpeedEngine, groups: ProcessGroups, folder: str, step: int) -> Path:
-    return save_checkpoint(engine, config, derive(config, groups.world.size), groups, folder=Path(folder), step=step)
+    derived = derive(config, groups.world.size)
+    return save_checkpoint(engine, config, derived, identify(config), groups, folder=Path(folder), step=step)
 
 
 def run_straight_and_resumed(config: Config, folder: str) -> tuple[list[StepResult], list[StepResult]]:
@@ -200,7 +206,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field(
 ) -> None:
     config = replace(make_config(prefix), section, **{name: value})
     with pytest.raises(ConfigError) as refusal:
-        check_resumable(checkpoint, config, 1)
+        check_resumable(checkpoint, config, identify(config), 1)
     message = str(refusal.value)
     ours = getattr(getattr(make_config(prefix), section), name)
     assert message.startswith(f"{section}.{name}={value} does not fit the checkpoint {checkpoint}")
@@ -208,11 +214,85 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field(
     assert "\n" not in message
 
 
-def test_another_number_of_ranks_or_another_text_is_refused(prefix: str, checkpoint: Path) -> None:
+def test_another_number_of_ranks_is_refused(prefix: str, checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="was written by 1 ranks, this run has 2: resume on as many"):
-        check_resumable(checkpoint, make_config(prefix), 2)
+        check_resumable(checkpoint, make_config(prefix), identify(make_config(prefix)), 2)
+
+
+def copy_tokens(prefix: str, folder: Path) -> str:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(prefix + suffix, folder / f"moved{suffix}")
+    return str(folder / "moved")
+
+
+def change_a_token(prefix: str) -> None:
+    content = bytearray(Path(f"{prefix}.bin").read_bytes())
+    content[-2] ^= 1
+    Path(f"{prefix}.bin").write_bytes(content)
+
+
+def append_a_document(prefix: str) -> None:
+    tokens = TokenFile(prefix)
+    whole = tokens.read(0, tokens.num_tokens).copy()
+    starts = [*tokens.document_starts_between(0, tokens.num_tokens).tolist(), tokens.num_tokens]
+    with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
+        for start, stop in itertools.pairwise(starts):
+            writer.add_document(whole[start:stop])
+        writer.add_document([1, 2, 3])
+
+
+def move_a_boundary(prefix: str) -> None:
+    tokens = TokenFile(prefix)
+    whole = tokens.read(0, tokens.num_tokens).copy()
+    with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
+        for start in range(0, len(whole), 998):
+            writer.add_document(whole[start : start + 998])
+
+
+@pytest.mark.parametrize("change", [change_a_token, append_a_document, move_a_boundary])
+def test_data_that_moved_is_accepted_and_data_that_changed_is_refused(
+    prefix: str, checkpoint: Path, tmp_path: Path, change: Callable[[str], None]
+) -> None:
+    """All are read by path, and what a run was trained on is known by its content."""
+    moved = make_config(copy_tokens(prefix, tmp_path))
+    assert check_resumable(checkpoint, moved, identify(moved), 1).step == 1
+    change(moved.data.train[0].prefix)
+    with pytest.raises(ConfigError) as refusal:
+        check_resumable(checkpoint, moved, identify(moved), 1)
+    message = str(refusal.value)
+    assert message.startswith(f"data.train={moved.data.train[0].prefix} (")
+    assert f"is not what the checkpoint {checkpoint} was trained on (40,000 tokens in 41 documents" in message
+    assert "\n" not in message
+
+
+def test_another_blend_is_refused(prefix: str, checkpoint: Path) -> None:
+    blend = make_config(prefix, data={"train": [{"prefix": prefix, "weight": 0.5}, {"prefix": prefix, "weight": 0.5}]})
+    with pytest.raises(
+        ConfigError, match=r"data\.train has the weights \[0\.5, 0\.5\], and the checkpoint .* \[1\.0\]"
+    ):
+        check_resumable(checkpoint, blend, identify(blend), 1)
+
+
+def test_other_validation_data_is_said(prefix: str, checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config(prefix, data={"valid": prefix})
+    with caplog.at_level("WARNING", "megalibi"):
+        check_resumable(checkpoint, config, identify(config), 1)
+    assert "data.valid is not that of the checkpoint" in caplog.text
+
+
+def test_a_checkpoint_that_is_older_than_the_identity_of_data_knows_it_by_its_path(
+    prefix: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, old)
+    fields = json.loads((old / "manifest.json").read_text())
+    del fields["data"]
+    (old / "manifest.json").write_text(json.dumps(fields))
+    (old / "manifest.sha256").write_text(hashlib.sha256((old / "manifest.json").read_bytes()).hexdigest())
+    assert check_resumable(old, make_config(prefix), identify(make_config(prefix)), 1).step == 1
+    moved = make_config(copy_tokens(prefix, tmp_path))
     with pytest.raises(ConfigError, match=r"^data\.train="):
-        check_resumable(checkpoint, make_config(prefix + "_other"), 1)
+        check_resumable(old, moved, identify(moved), 1)
 
 
 def test_what_does_not_change_the_meaning_of_a_checkpoint_may_change(prefix: str, checkpoint: Path) -> None:
@@ -224,7 +304,7 @@ def test_what_does_not_change_the_meaning_of_a_checkpoint_may_change(prefix: str
         ("checkpoint", {"every_steps": 7, "keep": 1}),
     ):
         config = replace(config, section, **values)
-    assert check_resumable(checkpoint, config, 1).step == 1
+    assert check_resumable(checkpoint, config, identify(config), 1).step == 1
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:

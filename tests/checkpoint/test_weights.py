@@ -12,7 +12,7 @@ from megalibi.checkpoint import load_full_weights, load_model, save_checkpoint
 from megalibi.config import Config, ConfigError, derive
 from megalibi.engine.build import DTYPES
 from megalibi.parallel import ShardSpec, get_shard_spec, shard, unshard
-from tests.engine.runs import CPU, STAGES, VOCAB_SIZE, iterate_ours, make_config, process_groups, write_tokens
+from tests.engine.runs import CPU, STAGES, VOCAB_SIZE, identify, iterate_ours, make_config, process_groups, write_tokens
 from tests.ranks import run_on_ranks
 
 # The engine sums over the tensor group in another order, and in bf16 (unit roundoff 2^-9) where the run is bf16.
@@ -49,7 +49,8 @@ def train_and_save(configs: list[Config]) -> list[float]:
 def save_and_evaluate(engine: DeepSpeedEngine, config: Config) -> float:
     groups = process_groups(config.parallel.tensor_parallel_size)
     folder, dtype = Path(config.train.output_dir), DTYPES[config.train.precision]
-    save_checkpoint(engine, config, derive(config, groups.world.size), groups, folder=folder, step=STEPS)
+    derived = derive(config, groups.world.size)
+    save_checkpoint(engine, config, derived, identify(config), groups, folder=folder, step=STEPS)
     weights: RankWeights = {}
     for name, parameter in engine.module.named_parameters():
         with GatheredParameters([parameter], enabled=config.zero.stage == 3):

@@ -15,8 +15,10 @@ from torch import nn
 
 from megalibi.config import Config, config_from_dict, derive, learning_rate_at
 from megalibi.data.dataset import open_dataset
+from megalibi.data.identity import DataIdentity
 from megalibi.data.loader import IGNORE_INDEX, Batch, Loader
-from megalibi.data.token_file import TokenFileWriter
+from megalibi.data.provenance import identify_data
+from megalibi.data.token_file import TokenFile, TokenFileWriter
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize
@@ -55,6 +57,11 @@ def make_config(prefix: str, **sections: dict[str, Any]) -> Config:
     for section, values in sections.items():
         tree.setdefault(section, {}).update(values)
     return config_from_dict(tree)
+
+
+def identify(config: Config) -> DataIdentity:
+    train, valid = ([TokenFile(d.prefix) for d in split] for split in (config.data.train, config.data.valid))
+    return identify_data(train, valid, None)
 
 
 def open_loader(config: Config, *, data_rank: int = 0, data_size: int = 1, micro_batch_size: int = 0) -> Loader:

@@ -19,7 +19,7 @@ from megalibi.data.tokenizer import Tokenizer
 from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.model import GPT
 from megalibi.studies.lm_harness import BATCH_TOKENS, HarnessModel, open_tasks
-from tests.engine.runs import CPU, iterate_ours, make_config, process_groups
+from tests.engine.runs import CPU, identify, iterate_ours, make_config, process_groups
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def train_and_save(config: Config) -> None:
         if step == STEPS:
             groups = process_groups(1)
             folder = Path(config.train.output_dir) / "checkpoints"
-            save_checkpoint(engine, config, derive(config, 1), groups, folder=folder, step=STEPS)
+            save_checkpoint(engine, config, derive(config, 1), identify(config), groups, folder=folder, step=STEPS)
 
 
 @dataclass(frozen=True)

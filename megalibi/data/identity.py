@@ -1,0 +1,72 @@
+"""What tells one token file from another, so that one that was made again does not pass for the one before."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalibi.data.token_file import TokenFile
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What tells a token file from others: another text or tokenizer gives another one, another path does not."""
+
+    tokens: int
+    """Tokens of all documents."""
+    documents: int
+    """Documents."""
+    idx_sha256: str
+    """Of the index: of all of it up to 4 MiB, of 64 places spread evenly over a larger one."""
+    bin_sha256: str
+    """Of the tokens, likewise."""
+
+
+def identify(token_file: TokenFile) -> Identity:
+    """Return what tells a token file from others; reads 8 MiB at most."""
+    return Identity(
+        tokens=token_file.num_tokens,
+        documents=token_file.num_documents,
+        idx_sha256=_sampled_sha256(token_file.idx_path),
+        bin_sha256=_sampled_sha256(token_file.bin_path),
+    )
+
+
+def _sampled_sha256(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    last = max(size - _SAMPLE_BYTES, 0)
+    with path.open("rb") as file:
+        if size <= _SAMPLES * _SAMPLE_BYTES:
+            digest.update(file.read())
+            return digest.hexdigest()
+        for sample in range(_SAMPLES):
+            file.seek(last * sample // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIdentity:
+    """What a run learns from, wherever it stands; a checkpoint remembers it."""
+
+    tokenizer_sha256: str | None
+    """Of the tokenizer that made all of it; None: not known."""
+    train: tuple[Identity, ...]
+    """Of the token files of data.train, in their order."""
+    valid: tuple[Identity, ...]
+    """The same of data.valid."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return {
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "train": [dataclasses.asdict(identity) for identity in self.train],
+            "valid": [dataclasses.asdict(identity) for identity in self.valid],
+        }

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+
+from megalibi.config import ConfigError
+from megalibi.data.sources import find_format, find_sources
+from megalibi.data.text import DocumentReader
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {".csv": f"text\n{text}\n", ".txt": text, ".md": text}.get(path.suffix, json.dumps({"text": text}) + "\n")
+    path.write_text(content)
+    return path
+
+
+def read(*inputs: Path, **options) -> list[str]:
+    return [piece.text for piece in DocumentReader(map(str, inputs), **options)]
+
+
+ODD_NAMES = ["a[1].jsonl", "a*.jsonl", "a?.jsonl", "a b [x] *.jsonl", "[ab].txt", "{a,b}.jsonl", "~a.txt", "$HOME.txt"]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, "%41.txt", "a'b\".jsonl", "-a.txt"])
+def test_the_named_file_and_no_other_is_read(tmp_path, name):
+    for other in ("a1.jsonl", "ab.jsonl", "a b x y.jsonl", "a.txt", "b.txt", "a.jsonl", "A.txt"):
+        write(tmp_path / other, "another")
+    assert read(write(tmp_path / name, "this")) == ["this"]
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "[a]", "a b"])
+def test_the_named_folder_and_no_other_is_read(tmp_path, name):
+    for other in ("a1", "ab", "a"):
+        write(tmp_path / other / "x.jsonl", "another")
+    write(tmp_path / name / "[x].jsonl", "this")
+    assert read(tmp_path / name) == ["this"]
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.txt"])
+def test_a_pattern_that_is_no_file_is_refused(tmp_path, name):
+    write(tmp_path / "a1.jsonl", "another")
+    with pytest.raises(ConfigError, match="no such file") as error:
+        find_sources([str(tmp_path / name)])
+    assert ("patterns are the shell's" in str(error.value)) == ("*" in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "--input '' is empty: the name of a file"),
+        ("a" * 300 + ".jsonl", "a" * 100 + "...: cannot be read: File name too long"),
+        ("a\0b.txt", "a\0b.txt: no such file"),
+        ("none.jsonl.zst", "none.jsonl.zst: no such file"),
+        ("a.parquet.gz", "a.parquet.gz: format not known from its name"),
+        ("a.gz", "a.gz: format not known from its name"),
+        ("pipe.txt", "pipe.txt: not a regular file"),
+        ("no good : name", "no good : name: neither a file, nor a folder, nor a hub name"),
+    ],
+)
+def test_names_of_nothing(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.txt")
+    for existing in ("a.parquet.gz", "a.gz"):
+        Path(existing).touch()
+    with pytest.raises(ConfigError) as error:
+        find_sources([name])
+    assert str(error.value).startswith(message)
+
+
+def test_all_files_of_a_folder_are_read_in_the_order_of_their_names(tmp_path):
+    """Names that say train or test, formats side by side, folders within: nothing is chosen."""
+    names = ["c.csv", "test_report.jsonl", "train_a.jsonl", "b.txt", "sub/valid.jsonl", "a.JSONL"]
+    for name in names:
+        write(tmp_path / name, name)
+    assert read(tmp_path) == sorted(names)
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
+    for name in ("a.jsonl", "README.md", ".hidden.jsonl", ".git/x.jsonl"):
+        write(tmp_path / name, name)
+    with caplog.at_level("WARNING", "megalibi"):
+        assert read(tmp_path) == ["a.jsonl"]
+    assert "1 files are left out, their formats are not known: README.md" in caplog.text
+    (tmp_path / "a.jsonl").unlink()
+    with pytest.raises(ConfigError, match="no file in this folder is in a known format"):
+        find_sources([str(tmp_path)])
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    write(tmp_path / "elsewhere" / "x.jsonl", "x")
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "a.jsonl", "a")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    assert read(tmp_path / "in") == ["a", "x"]
+
+
+@pytest.mark.parametrize(("unit", "expected"), [("document", ["a\nb\n", "c"]), ("line", ["a", "b", "c"])])
+def test_the_text_unit_holds_in_folders(tmp_path, unit, expected):
+    write(tmp_path / "1.txt", "a\nb\n")
+    write(tmp_path / "2.txt", "c")
+    assert read(tmp_path, text_unit=unit) == expected
+
+
+def test_records_of_a_folder_may_have_other_fields_and_types(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "x": 1}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "two", "x": "s"}\n')
+    (tmp_path / "c.jsonl").write_text('{"y": [], "text": "three"}\n')
+    assert read(tmp_path) == ["one", "two", "three"]
+
+
+def test_folders_that_datasets_saved(tmp_path):
+    saved = datasets.Dataset.from_dict({"id": [1, 2], "text": ["one", "two"]})
+    saved.save_to_disk(tmp_path / "one")
+    assert read(tmp_path / "one") == ["one", "two"]
+    datasets.DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(tmp_path / "splits")
+    assert read(tmp_path / "splits") == ["one", "two"]
+    assert read(tmp_path / "splits" / "test") == ["one"]
+    datasets.DatasetDict({"test": saved}).save_to_disk(tmp_path / "no_train")
+    with pytest.raises(ConfigError, match="there is no split train; give the folder of one of test"):
+        read(tmp_path / "no_train")
+    with pytest.raises(ConfigError, match="column 'id' holds int64, not text"):
+        read(tmp_path / "one", text_key="id")
+    with pytest.raises(ConfigError, match="no column 'body'; choose one of id, text with --text-key"):
+        read(tmp_path / "one", text_key="body")
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="one: cannot be read: "):
+        read(tmp_path / "one")
+
+
+def test_names_of_the_hub(monkeypatch):
+    (source,) = find_sources(["org/some.name:config@test[:10%]"])
+    assert source.hub_name() == ("org/some.name", "config", "test[:10%]")
+    (source,) = find_sources(["name"])
+    assert source.hub_name() == ("name", None, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("wiki.train.tokens", ".tokens"),
+        ("a.jsonl.zst", ".jsonl"),
+        ("a.CSV.GZ", ".csv"),
+        ("a.parquet", ".parquet"),
+        ("a.feather", ".feather"),
+        ("a.arrow.gz", None),
+        ("jsonl", None),
+        (".jsonl", None),
+        ("a.jsonl.tmp", None),
+    ],
+)
+def test_formats_by_name(name, expected):
+    assert find_format(name) == expected
