@@ -69,9 +69,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def check_output(output: str, *, overwrite: bool) -> None:
     """Find out before the work whether the tokenizer can be written."""
+    check_outputs({"--output": Path(output)})
     if Path(output).exists() and not overwrite:
         raise ConfigError(f"{output} exists; choose another --output, or replace it with --overwrite")
-    check_outputs({"--output": Path(output)})
 
 
 def main() -> None:
@@ -88,21 +88,22 @@ def main() -> None:
         skip_bad_records=arguments.skip_bad_records,
         cut=cut_at_spaces if is_word_level else cut_anywhere,
     )
+    learned = None
     if is_word_level:
         count_words(reader, arguments.output, vocab_size=arguments.vocab_size)
     else:
-        text = train_tokenizer(
+        learned = train_tokenizer(
             (piece.text for piece in reader),
             arguments.vocab_size,
             arguments.output,
             character_coverage=arguments.character_coverage,
             max_sentences=arguments.max_sentences,
         )
-        print(text.describe())
-    if left_out := reader.describe_left_out():
-        print(left_out)
     tokenizer = load_tokenizer(arguments.output)
     print(f"{arguments.output}: {tokenizer.vocab_size} ids, sha256 {tokenizer.fingerprint[:16]}")
+    for line in (learned and learned.describe(), reader.describe_left_out()):
+        if line:
+            print(line)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,6 +166,7 @@ def _tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode_tasks(tasks: Iterable[list[Piece]], tokenizer_path: str, workers: int) -> Iterator[_Encoded]:
+    _start_resource_tracker()
     # spawn: reading the input may have started threads, which a forked process would inherit half alive.
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(tokenizer_path,))
@@ -178,6 +180,20 @@ def _encode_tasks(tasks: Iterable[list[Piece]], tokenizer_path: str, workers: in
             yield pending.popleft().result()
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _start_resource_tracker() -> None:
+    """Start the process that tidies up after multiprocessing so that the end of the terminal leaves it to its work.
+
+    It ignores Ctrl-C and SIGTERM by itself; what is ignored when a process starts, it goes on to ignore.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _write(writer: TokenFileWriter, results: Iterable[_Encoded], report: Callable[[Progress], None]) -> Progress:

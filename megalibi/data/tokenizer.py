@@ -42,7 +42,7 @@ class Tokenizer:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             loaded = bool(model) and self._processor.LoadFromSerializedProto(model)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the second of an entry that is not UTF-8
             loaded = False
         if not loaded:
             raise ConfigError(f"{self.path}: not a sentencepiece model; train one with tools/train_tokenizer.py")

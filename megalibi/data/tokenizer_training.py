@@ -17,6 +17,7 @@ from megalibi.data.words import write_vocabulary
 _SENTENCE_CHARACTERS = 1_000
 _THREADS = 4  # fixed, because the model records it, and its fingerprint must not depend on the machine
 _FIXED_IDS = 258
+_MAX_IDS = 2**31 - 1
 _MIN_COVERAGE = 0.98  # sentencepiece's own bound
 _RESERVED = "\u2585"  # sentencepiece's sign for what it does not know: it leaves out whole sentences that hold one
 
@@ -102,9 +103,10 @@ def train_tokenizer(
 
 
 def _check_training(vocab_size: int, character_coverage: float, max_sentences: int) -> None:
-    if vocab_size <= _FIXED_IDS:
+    if not _FIXED_IDS < vocab_size <= _MAX_IDS:
         raise ConfigError(
-            f"vocab_size={vocab_size} is not allowed: more than {_FIXED_IDS} is, those of 256 bytes, <unk> and </s>"
+            f"vocab_size={vocab_size} is not allowed: more than {_FIXED_IDS} is, those of 256 bytes, <unk> and </s>, "
+            f"up to {_MAX_IDS}"
         )
     if not _MIN_COVERAGE <= character_coverage <= 1.0:
         raise ConfigError(

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import lzma
+import tempfile
 from pathlib import Path
 
 import pyarrow
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 import megalibi.data.text as text_module
 from megalibi.config import ConfigError
-from megalibi.data.cutting import cut_at_spaces
+from megalibi.data.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.text import DocumentReader
 
 DOCUMENTS = ["first one\n\nof two  lines\n", "zweites\tmit ß und 日本", "third"]
@@ -81,6 +82,57 @@ def test_text_units(tmp_path, text_unit, expected, suffix):
     content = b"one\r\ntwo \n\n \nthree\n"
     (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if suffix == ".txt.gz" else content)
     assert read_documents(tmp_path / f"a{suffix}", text_unit=text_unit) == expected
+
+
+def test_a_lone_carriage_return_ends_no_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\rstill one\r\ntwo\r\r\n\rthree\x0b\x0c\xe2\x80\xa8")
+    lines = ["one\rstill one", "two\r", "\rthree\x0b\x0c\u2028"]
+    assert read_documents(tmp_path / "a.txt", text_unit="line") == lines
+
+
+@pytest.mark.parametrize("text_unit", ["document", "line", "paragraph"])
+@pytest.mark.parametrize("suffix", [".txt", ".tokens", ".txt.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, text_unit, suffix):
+    """At the beginning; anywhere else it is a character."""
+    content = b"\xef\xbb\xbfone \xef\xbb\xbf two"
+    (tmp_path / f"a{suffix}").write_bytes(gzip.compress(content) if suffix == ".txt.gz" else content)
+    assert read_documents(tmp_path / f"a{suffix}", text_unit=text_unit) == ["one \ufeff two"]
+
+
+@given(st.lists(st.text("ab \r\t\u3042", max_size=5), max_size=8), st.booleans())
+def test_lines_are_those_between_line_ends(lines, has_last_end):
+    content = "\n".join(lines) + "\n" * has_last_end
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.txt")
+        path.write_bytes(content.encode())
+        expected = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n") if content]
+        assert read_documents(path, text_unit="line", keep_empty=True) == expected
+        assert read_documents(path, text_unit="line") == [line for line in expected if line]
+        reader = DocumentReader([str(path)], text_unit="line")
+        list(reader)
+        assert reader.counts[0].documents + reader.counts[0].empty == len(expected)
+
+
+def test_long_text_without_a_space_is_cut_where_the_reader_is_told_to(tmp_path):
+    text = "\u3042" * 500_000 + "\n" + "\u3044" * 500_000
+    (tmp_path / "a.txt").write_text(text)
+    pieces = list(DocumentReader([str(tmp_path / "a.txt")], cut=cut_anywhere))
+    assert "".join(piece.text for piece in pieces) == text
+    assert max(len(piece.text) for piece in pieces) <= text_module.PIECE_CHARACTERS
+    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    ("text", "max_characters", "expected"),
+    [
+        ("abc\ndef\nghi", 5, ["abc\n", "def\n", "ghi"]),
+        ("abcdefgh", 3, ["abc", "def", "gh"]),
+        ("ab cdefgh\nij", 4, ["ab", " cde", "fgh\n", "ij"]),
+        ("      x", 3, ["   ", "   ", "x"]),
+    ],
+)
+def test_cutting_anywhere(text, max_characters, expected):
+    assert list(cut_anywhere(text, max_characters)) == expected
 
 
 def test_empty_documents_are_left_out(tmp_path):

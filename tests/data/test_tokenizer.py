@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 
 import numpy as np
 import pytest
@@ -52,6 +53,68 @@ def test_long_texts_are_encoded_as_sentencepiece_does_at_once(tokenizer, tokeniz
     text = "\n".join(english) + " " * 3000 + "a" * 3000 + "\n    x" * 900
     assert tokenizer.can_cut
     assert tokenizer.encode(text) == bare.encode(text)
+
+
+CHINESE = "\u7684\u4e00\u662f\u4e0d\u4e86\u4eba\u6211\u5728\u6709\u4ed6\u8fd9\u4e2d\u5927\u6765\u4e0a\u56fd\uff0c\u3002"
+
+
+def chinese(num_characters: int, seed: int = 0) -> str:
+    """Text without a space, in which some characters often stand side by side."""
+    generator = random.Random(seed)
+    text = ""
+    while len(text) < num_characters:
+        text += CHINESE[2 * (place := generator.randrange(8)) : 2 * place + 2] if generator.random() < 0.7 else "\uff0c"
+        text += generator.choice(CHINESE) if generator.random() < 0.2 else ""
+    return text[:num_characters]
+
+
+@pytest.fixture(scope="module")
+def chinese_path(tmp_path_factory, english):
+    path = tmp_path_factory.mktemp("chinese") / "chinese.model"
+    train_tokenizer([chinese(20_000), *english[:5]], 600, path)
+    return path
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def foreign_tokenizer(request, tmp_path_factory, english):
+    """Without our options, but for those that keep a text as it is."""
+    options = {"model_type": request.param, "normalization_rule_name": "identity", "byte_fallback": True}
+    options |= {"add_dummy_prefix": False, "remove_extra_whitespaces": False, "hard_vocab_limit": False}
+    path = tmp_path_factory.mktemp("foreign") / "foreign.model"
+    path.write_bytes(train_foreign([chinese(20_000).replace("\uff0c", "\n"), *english[:5]], **options))
+    return Tokenizer(path)
+
+
+@given(
+    text=st.text(st.sampled_from(CHINESE + " \n\u2581abcth.9\u3042\U0001d11e"), max_size=80),
+    max_characters=st.integers(1, 20),
+)
+def test_a_cut_changes_no_id(foreign_tokenizer, text, max_characters):
+    assert foreign_tokenizer.can_cut
+    pieces = list(foreign_tokenizer.cut(text, max_characters))
+    assert "".join(pieces) == text
+    (whole,) = foreign_tokenizer._encode_strings([text])
+    assert [token for ids in foreign_tokenizer._encode_strings(pieces) for token in ids] == whole
+
+
+def test_text_without_spaces_is_cut(chinese_path):
+    """Its pieces are short, so that neither memory nor time grow with a document."""
+    text = chinese(200_000, seed=1)
+    tokenizer = Tokenizer(chinese_path)
+    pieces = list(tokenizer.cut(text, 1_000))
+    assert max(map(len, pieces)) <= 1_000
+    assert len(pieces) < 250
+    bare = sentencepiece.SentencePieceProcessor(model_file=str(chinese_path))
+    assert tokenizer.encode(text) == bare.encode(text)
+
+
+def test_a_normalizer_forbids_cuts_between_characters(tmp_path, english):
+    """It may join what a cut has parted: a letter and its accent."""
+    options = {"normalization_rule_name": "nfkc", "byte_fallback": True, "model_type": "bpe", "add_dummy_prefix": False}
+    model = train_foreign(english, **options, remove_extra_whitespaces=False)
+    (tmp_path / "a.model").write_bytes(model)
+    text = "e\u0301" * 50
+    assert list(Tokenizer(tmp_path / "a.model").cut(text, 3)) == [text]
 
 
 def test_encode_batch_is_encode_of_each(tokenizer, english):
@@ -106,6 +169,67 @@ def test_arguments_that_are_not_allowed(tmp_path, english, arguments, message):
 def test_no_text(tmp_path):
     with pytest.raises(ConfigError, match="there is no text"):
         train_tokenizer([], 600, tmp_path / "a")
+
+
+@pytest.mark.parametrize("text", [chinese(400_000), "aGVsbG8gd29ybGQ" * 80_000, ("\u3042" * 400 + "\n") * 1_000])
+def test_long_text_without_spaces_is_learned_from(tmp_path, english, text):
+    """Of more than a megabyte without one, sentencepiece would leave out every byte."""
+    assert len(text.encode()) > 1 << 20
+    learned = train_tokenizer([*english[:5], text], 700, tmp_path / "with.model")
+    assert learned.used == learned.sentences > 400
+    assert learned.describe() == f"learned from all {learned.sentences:,} sentences"
+    train_tokenizer(english[:5], 700, tmp_path / "without.model")
+    with_text, without = (len(Tokenizer(tmp_path / f"{name}.model").encode(text)) for name in ("with", "without"))
+    assert with_text < without / 2
+
+
+def test_what_is_not_learned_from_is_said(tmp_path, english):
+    learned = train_tokenizer(english, 600, tmp_path / "a.model", max_sentences=100)
+    assert learned.used == 100 < learned.sentences
+    assert (
+        learned.describe() == f"learned from 100 of {learned.sentences:,} sentences, drawn at random (--max-sentences)"
+    )
+
+
+def test_a_sign_that_sentencepiece_reserves_leaves_out_nothing_but_itself(tmp_path, english):
+    """sentencepiece leaves out whole sentences that hold one."""
+    marked = ["\u2585".join(english[:20])]
+    learned = train_tokenizer(marked, 600, tmp_path / "marked.model")
+    train_tokenizer(english[:20], 600, tmp_path / "plain.model")
+    assert learned.describe().endswith("; left out 19 signs U+2585, which sentencepiece keeps for itself")
+    assert (tmp_path / "marked.model").read_bytes() == (tmp_path / "plain.model").read_bytes()
+    text = english[0] + "\u2585" + english[1]
+    tokenizer = Tokenizer(tmp_path / "marked.model")
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_lost_characters_are_counted(tmp_path, english):
+    """By a tokenizer without bytes for what it does not know, and without line ends."""
+    (tmp_path / "a.model").write_bytes(train_foreign(english, normalization_rule_name="identity"))
+    tokenizer = Tokenizer(tmp_path / "a.model")
+    for text, lost in (("the same", 0), ("\u65e5the\u672c \u8a9e", 3), ("a\nb\nc", 2), ("two  spaces", 1), ("", 0)):
+        assert tokenizer.count_lost(text, tokenizer.encode(text)) == lost, text
+
+
+def test_nothing_is_lost_of_any_text_by_our_own(tokenizer):
+    text = "\u65e5\u2581\n\t  \x00\u2585"
+    assert tokenizer.count_lost(text, tokenizer.encode(text)) == 0
+
+
+def test_a_damaged_model(tmp_path, tokenizer_path):
+    """One flipped bit anywhere: a tokenizer or one line, and no crash."""
+    model = bytearray(tokenizer_path.read_bytes())
+    refused = 0
+    for place in range(0, len(model), 97):
+        model[place] ^= 0x80
+        (tmp_path / "a.model").write_bytes(model)
+        model[place] ^= 0x80
+        try:
+            Tokenizer(tmp_path / "a.model")
+        except ConfigError as error:
+            refused += 1
+            assert "a.model: " in str(error)  # noqa: PT017
+    assert refused > 10
 
 
 def test_missing_model(tmp_path):

@@ -74,7 +74,7 @@ def test_existing_output_is_refused_in_one_line(tmp_path, corpus, model):
     assert TokenFile(tmp_path / "out").num_tokens > 0
 
 
-@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("interrupt", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing_half_written(tmp_path, corpus, model, interrupt):
     """The input is long, so that the interrupt comes in the middle of the work."""
     long_corpus = tmp_path / "long.jsonl"
@@ -98,7 +98,8 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, corpus, model, inter
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        os.killpg(process.pid, interrupt) if interrupt == signal.SIGINT else process.send_signal(interrupt)
+        # Ctrl-C and the end of a terminal reach the workers, too.
+        os.killpg(process.pid, interrupt) if interrupt != signal.SIGTERM else process.send_signal(interrupt)
         _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     *progress, last = errors.splitlines()
@@ -152,3 +153,56 @@ def test_progress_lines_elsewhere(tmp_path, monkeypatch):
     with tool.Display(None, Console(file=output)) as display:
         display.update(tool.Progress(documents=3, tokens=12345, text_bytes=250))
     assert output.getvalue().strip().endswith("time left unknown")
+
+
+def test_nohup_goes_on_past_the_end_of_the_terminal(tmp_path, corpus, model):
+    arguments = ["--input", corpus, "--tokenizer", model, "--output", tmp_path / "a", "--text-key", "body"]
+    ignoring = ["bash", "-c", "trap '' HUP; exec \"$@\"", "bash"]
+    process = subprocess.Popen([*ignoring, *command(*arguments, "--workers", 1)], start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "a.bin.tmp").exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(300) == 0
+    assert TokenFile(tmp_path / "a").num_tokens > 0
+
+
+def test_bad_records_are_an_error_or_listed(tmp_path, model):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": 7}\n\n{"text": null}\n{"text": "two"}\nno json\n')
+    arguments = ["--input", tmp_path / "a.jsonl", "--tokenizer", model, "--output", tmp_path / "out", "--workers", 1]
+    done = subprocess.run(command(*arguments), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {tmp_path / 'a.jsonl'}, line 2: text is a number, not text; mend it, or leave such records out with "
+        "--skip-bad-records\n"
+    )
+    assert not list(tmp_path.glob("out*"))
+    done = subprocess.run(command(*arguments, "--skip-bad-records"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'out'}: 2 documents, ")
+    assert "line 2: text is a number, not text; left out\n" in done.stderr
+    assert "line 6: it is not JSON: Expecting value (column 1); left out\n" in done.stderr
+    assert "left out: 1 without text, 2 bad records\n" in done.stderr
+    (source,) = json.loads((tmp_path / "out.json").read_text())["sources"]
+    assert source["num_bad_records"] == 2
+    assert [line.partition(":")[0] for line in source["bad_records"]] == ["line 2", "line 6"]
+
+
+def test_a_tokenizer_that_cannot_represent_the_text_is_said(tmp_path, sources):
+    """As a word-level vocabulary of other text: here 8 of 20 characters stand in words that it does not know."""
+    (tmp_path / "known.txt").write_text("some words\n")
+    (tmp_path / "a.txt").write_text("some new text words\n" * 30)
+    trainer = [
+        TOOL.with_name("train_tokenizer.py"),
+        "--input",
+        tmp_path / "known.txt",
+        "--output",
+        tmp_path / "t.words",
+    ]
+    subprocess.run([sys.executable, *map(str, trainer)], check=True, capture_output=True)
+    arguments = ["--input", tmp_path / "a.txt", "--tokenizer", tmp_path / "t.words", "--output", tmp_path / "out"]
+    done = subprocess.run(command(*arguments, "--workers", 1), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "t.words cannot represent 35% of the characters, 210 of 600: they are lost" in done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["lost_characters"] == 210

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,3 +76,73 @@ def test_a_sentencepiece_model_needs_a_size(tmp_path):
     done = run("--input", tmp_path / "a.txt", "--output", tmp_path / "t.model")
     assert done.returncode == 2
     assert done.stderr == "error: --vocab-size is missing: a number of token ids, 32000 for example\n"
+
+
+def test_an_existing_tokenizer_is_kept_unless_told(corpus):
+    output = corpus / "t.model"
+    output.write_text("precious")
+    arguments = ["--input", corpus / "a.txt", "--vocab-size", 500, "--output", output]
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {output} exists; choose another --output, or replace it with --overwrite\n"
+    assert output.read_text() == "precious"
+    assert run(*arguments, "--overwrite").returncode == 0
+    assert Tokenizer(output).vocab_size == 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vocab-size", "0"], "vocab_size=0 is not allowed: more than 258 is"),
+        (["--vocab-size", "500", "--character-coverage", "2"], "character_coverage=2.0 is not allowed: a share from"),
+        (["--vocab-size", "500", "--character-coverage", "nan"], "character_coverage=nan is not allowed"),
+        (["--vocab-size", "500", "--max-sentences", "0"], "max_sentences=0 is not allowed: 1 or more is"),
+        (["--vocab-size", str(2**40)], f"vocab_size={2**40} is not allowed"),
+        (["--vocab-size", "500", "--output", "."], "--output=. is a folder: give the name of a file"),
+        (["--vocab-size", "500", "--output", "a.txt/t.model"], "--output=a.txt/t.model cannot be written: a.txt is"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_one_line(corpus, monkeypatch, arguments, message):
+    monkeypatch.chdir(corpus)
+    before = sorted(corpus.iterdir())
+    done = run("--input", "a.txt", "--output", "t.model", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
+    assert done.stderr.count("\n") == 1
+    assert sorted(corpus.iterdir()) == before
+
+
+def test_a_full_disk_does_not_lose_the_training(corpus):
+    """A real one: a small tmpfs in a mount namespace of its own."""
+    (corpus / "full").mkdir()
+    (corpus / "temporary").mkdir()
+    script = f'mount -t tmpfs -o size=16k tmpfs "{corpus}/full" && exec "$@"'
+    arguments = ["--input", corpus / "a.txt", "--vocab-size", 2000, "--output", corpus / "full" / "t.model"]
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script, "bash"]
+    done = subprocess.run(
+        [*namespace, sys.executable, TOOL, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(corpus / "temporary")},
+    )
+    assert done.returncode == 2, done.stderr
+    what, _, kept = done.stderr.rstrip("\n").rpartition("; what was made is kept as ")
+    assert what == f"error: {corpus / 'full' / 't.model'} cannot be written: No space left on device"
+    assert Path(kept).parent == corpus / "temporary"
+    assert Tokenizer(kept).vocab_size == 2000
+
+
+def test_bad_records_and_what_was_left_out_are_said(tmp_path):
+    lines = [json.dumps({"text": f"some text, number {number} of many"}) for number in range(400)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": 7}', '{"text": ""}']) + "\n")
+    arguments = ["--input", tmp_path / "a.jsonl", "--vocab-size", 290, "--output", tmp_path / "t.model"]
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert f"{tmp_path / 'a.jsonl'}, line 401: text is a number, not text" in done.stderr
+    done = run(*arguments, "--skip-bad-records", "--max-sentences", "100")
+    assert done.returncode == 0, done.stderr
+    assert "line 401: text is a number, not text; left out" in done.stderr
+    assert done.stdout.splitlines()[1:] == [
+        "learned from 100 of 400 sentences, drawn at random (--max-sentences)",
+        "left out: 1 without text, 1 bad records",
+    ]
