@@ -87,14 +87,17 @@ def commit(partial: Path, manifest: Manifest) -> Path:
     write_synced(partial / MANIFEST_CHECKSUM, hashlib.sha256(text.encode()).hexdigest().encode())
     sync_folder(partial)
     final = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
+    old = None
     if final.exists():  # a run went back to an earlier checkpoint and came here again
         others = [checkpoint for checkpoint in list_checkpoints(final.parent) if checkpoint != final]
         if others and _read_latest(final.parent) == final.name:  # a crash now must not leave it naming nothing
             _replace_latest(others[-1])
-        discard(final)
+        old = _put_aside(final)
     os.rename(partial, final)
     sync_folder(final.parent)
     _replace_latest(final)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -223,7 +226,13 @@ def prune(folder: Path, keep: int) -> None:
 
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint; it stops to be one at once, so that a crash meanwhile leaves no half of one."""
+    shutil.rmtree(_put_aside(checkpoint), ignore_errors=True)
+
+
+def _put_aside(checkpoint: Path) -> Path:
+    """Let a checkpoint be none any more, and return where its files are."""
     aside = checkpoint.with_name(checkpoint.name + _DISCARDED_SUFFIX)
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(checkpoint, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    sync_folder(aside.parent)  # else, after a power failure, its files may be gone and its old name be there again
+    return aside

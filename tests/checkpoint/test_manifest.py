@@ -25,7 +25,7 @@ from megalibi.checkpoint.manifest import (
     read_manifest,
 )
 from megalibi.config import ConfigError
-from megalibi.files import write_synced
+from megalibi.files import make_folder, write_synced
 from tests.launch.jobs import CONTEXT
 
 KILLS = 12
@@ -35,7 +35,7 @@ def save(folder: Path, step: int, content: str = "", keep: int = 0) -> Path:
     """Write a checkpoint of two files, as store.py does."""
     partial = folder / f"{checkpoint_name(step)}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    make_folder(partial)
     files = {}
     for name in ("a.pt", "b.pt"):
         data = f"{name} of step {step} {content}".encode()
