@@ -44,7 +44,7 @@ $(SAMPLE)/train.jsonl: $(VENV)/.installed tools/build_sample_corpus.py
 	python tools/build_sample_corpus.py --output $(SAMPLE)
 
 $(SAMPLE)/tokenizer.model: $(SAMPLE)/train.jsonl
-	python tools/train_tokenizer.py --input $(SAMPLE)/train.jsonl --vocab-size 4096 --output $@
+	python tools/train_tokenizer.py --input $(SAMPLE)/train.jsonl --vocab-size 4096 --output $@ --overwrite
 
 $(SAMPLE)/%.idx: $(SAMPLE)/tokenizer.model
 	python tools/preprocess_data.py --input $(SAMPLE)/$*.jsonl --tokenizer $< --output $(SAMPLE)/$* --workers 2 --overwrite

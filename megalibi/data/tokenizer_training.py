@@ -11,10 +11,11 @@ from typing import NamedTuple
 import sentencepiece
 
 from megalibi.config import ConfigError
-from megalibi.data.cutting import cut_anywhere
+from megalibi.data.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.words import write_vocabulary
 
 _SENTENCE_CHARACTERS = 1_000
+_LONGEST_SENTENCE_CHARACTERS = 2_048  # of text without spaces; sentencepiece would leave out those of a megabyte
 _THREADS = 4  # fixed, because the model records it, and its fingerprint must not depend on the machine
 _FIXED_IDS = 258
 _MAX_IDS = 2**31 - 1
@@ -54,7 +55,8 @@ def train_tokenizer(
     stand alone (as in LLaMA, arXiv:2302.13971, section 2.1).
 
     Args:
-        texts: Any text; it is cut into sentences of about 1,000 characters, line ends included.
+        texts: Any text; it is cut into sentences of about 1,000 characters, line ends included,
+            and of 2,048 at most where it has no spaces.
         vocab_size: Number of ids, with 256 bytes, ``<unk>`` (0) and ``</s>`` (1), the end of a document.
         output: The ``.model`` file.
         character_coverage: Share of the characters that get an id of their own.
@@ -131,8 +133,9 @@ class _Sample:
         parts = text.split(_RESERVED)
         self.num_reserved += len(parts) - 1
         for part in parts:
-            for sentence in cut_anywhere(part, _SENTENCE_CHARACTERS):
-                self._draw(sentence)
+            for sentence in cut_at_spaces(part, _SENTENCE_CHARACTERS):
+                for short in cut_anywhere(sentence, _LONGEST_SENTENCE_CHARACTERS):
+                    self._draw(short)
 
     def _draw(self, sentence: str) -> None:
         if self.num_sentences < self._size:
