@@ -36,7 +36,8 @@ def test_log_probs_are_those_of_the_losses(fields: dict[str, Any]) -> None:
     scored = labels >= 0
     of_labels = log_probs.gather(2, labels.clamp(min=0)[..., None])[..., 0]
     assert_close(of_labels[scored], -model(tokens, labels)[scored], FP32_RELATIVE_ERROR, "loss")
-    assert torch.equal(model.log_probs(tokens, first=5), log_probs[:, 5:])
+    # Matrix products of other shapes, whose last bits differ on some processors.
+    assert_close(model.log_probs(tokens, first=5), log_probs[:, 5:], FP32_RELATIVE_ERROR, "from the sixth on")
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])
