@@ -13,8 +13,8 @@ from megalibi.config import OptimizerConfig
 from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER, LOSS_SCALE_WINDOW
 from megalibi.parallel import Group, all_reduce_raw, get_shard_spec
 
-NORM_CHUNK_ELEMENTS = 2**20
-"""Elements of a gradient that are cast to fp64 at once, for its norm: 8 MiB, which stay in a processor's cache."""
+NORM_CHUNK_ELEMENTS = 2**18
+"""Elements of a gradient that are cast to fp64 at once, for its norm: 2 MiB, which stay in a processor's cache."""
 
 
 def build_optimizer(
