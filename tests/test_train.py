@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 from dataclasses import replace
@@ -116,6 +117,24 @@ def test_a_path_begins_a_run_and_the_same_command_goes_on(tmp_path: Path) -> Non
     job = Job(config, f"checkpoint.resume={seed}")
     assert job.wait() == [2]
     assert "is of this run itself: to go back to it, write its name into" in job.read_log(0)
+
+
+def test_a_run_goes_on_with_its_data_wherever_it_stands_and_with_no_other(tmp_path: Path) -> None:
+    config = write_job(tmp_path)
+    run_job(config, "train.steps=4")
+    for suffix in (".bin", ".idx"):
+        os.rename(tmp_path / f"tokens{suffix}", tmp_path / f"moved{suffix}")
+    moved = f"data.train={tmp_path}/./moved"
+    run_job(config, "train.steps=5", moved)
+    content = bytearray((tmp_path / "moved.bin").read_bytes())
+    content[1_000] ^= 1
+    (tmp_path / "moved.bin").write_bytes(content)
+    job = Job(config, moved)
+    assert job.wait() == [2]
+    (line,) = job.read_log(0).splitlines()
+    assert line.startswith(f"error: data.train={tmp_path}/./moved (20,000 tokens in 21 documents, sha256 ")
+    assert "step_00000005 was trained on (20,000 tokens in 21 documents, sha256 " in line
+    assert [record["step"] for record in read_records(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
 def test_a_rank_that_alone_meets_bad_data_ends_the_job_and_names_itself(tmp_path: Path) -> None:

@@ -57,8 +57,11 @@ def identify_data(
         tokenizer: What the user says that made them; None: nothing.
 
     Raises:
-        ConfigError: Another one did, or several.
+        ConfigError: Another one did, or several; or an id is past its vocabulary.
     """
+    if tokenizer is not None:
+        for token_file in (*train, *valid):
+            check_token_ids(token_file, tokenizer.vocab_size)
     return DataIdentity(
         tokenizer_sha256=check_tokenizer([*train, *valid], tokenizer, "data.tokenizer"),
         train=tuple(map(identify, train)),
@@ -77,13 +80,11 @@ def check_tokenizer(
         option: The field or option that named it.
 
     Raises:
-        ConfigError: It made not all of them, or several did; or an id is past its vocabulary.
+        ConfigError: It made not all of them, or several did.
     """
     made_by: dict[str, str] = {} if tokenizer is None else {tokenizer.fingerprint: f"{option}={tokenizer.path}"}
     for token_file in token_files:
         provenance = read_provenance(token_file)
-        if tokenizer is not None:
-            check_token_ids(token_file, tokenizer.vocab_size)
         if provenance is None:
             continue
         made = provenance.tokenizer

@@ -159,4 +159,4 @@ def test_a_tokenizer_that_is_too_small_for_the_ids_is_refused(tmp_path, english,
     (tmp_path / "a.json").unlink()
     train_tokenizer(english, 400, tmp_path / "small.model")
     with pytest.raises(ConfigError, match=r"past vocab_size=400; the file was made with another tokenizer"):
-        check_tokenizer([token_file], Tokenizer(tmp_path / "small.model"), "data.tokenizer")
+        identify_data([token_file], [], Tokenizer(tmp_path / "small.model"))

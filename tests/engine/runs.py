@@ -19,6 +19,7 @@ from megalibi.data.identity import DataIdentity
 from megalibi.data.loader import IGNORE_INDEX, Batch, Loader
 from megalibi.data.provenance import identify_data
 from megalibi.data.token_file import TokenFile, TokenFileWriter
+from megalibi.data.tokenizer import load_tokenizer
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize
@@ -61,7 +62,7 @@ def make_config(prefix: str, **sections: dict[str, Any]) -> Config:
 
 def identify(config: Config) -> DataIdentity:
     train, valid = ([TokenFile(d.prefix) for d in split] for split in (config.data.train, config.data.valid))
-    return identify_data(train, valid, None)
+    return identify_data(train, valid, config.data.tokenizer and load_tokenizer(config.data.tokenizer))
 
 
 def open_loader(config: Config, *, data_rank: int = 0, data_size: int = 1, micro_batch_size: int = 0) -> Loader:

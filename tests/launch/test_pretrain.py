@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megalibi.checkpoint import find_checkpoint
+from megalibi.data.preprocess import preprocess
 from megalibi.data.tokenizer_training import train_tokenizer
 from tests.launch.jobs import (
     LAUNCHER_VARIABLES,
@@ -42,6 +43,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.truncate(folder / "short.bin", 100)
     (folder / "foreign.idx").write_bytes(b"PNG" * 100)
     train_tokenizer([Path(__file__).read_text()], 600, folder / "large.model")
+    text = Path(__file__).read_text()
+    train_tokenizer([text], 400, folder / "small.model")
+    train_tokenizer([text * 2], 401, folder / "other.model")
+    (folder / "text.txt").write_text(text)
+    for tokenizer, name in (("small", "recorded"), ("other", "other"), ("small", "remade")):
+        preprocess(
+            [str(folder / "text.txt")], tokenizer_path=str(folder / f"{tokenizer}.model"), output=str(folder / name)
+        )
+    shutil.copy(folder / "other.json", folder / "remade.json")
     return config
 
 
@@ -59,6 +69,16 @@ BAD_INPUT = {
     "ids": ("model.vocab_size=100", "past vocab_size=100"),
     "no tokenizer": ("data.tokenizer={folder}/none.model", "none.model: no such tokenizer"),
     "large tokenizer": ("data.tokenizer={folder}/large.model", "model.vocab_size=509 is below the 600 ids of data."),
+    "small tokenizer": ("data.tokenizer={folder}/small.model", "past vocab_size=400; the file was made with another"),
+    "other tokenizer": (
+        "data.train={folder}/recorded data.tokenizer={folder}/other.model",
+        "recorded was made with another tokenizer: data.tokenizer={folder}/other.model (sha256 ",
+    ),
+    "two tokenizers": (
+        "data.train=[{folder}/recorded,{folder}/other]",
+        "other was made with another tokenizer: {folder}/small.model in {folder}/recorded.json (sha256 ",
+    ),
+    "tokens of another record": ("data.train={folder}/remade", "remade.json describes another token file than the one"),
     "unknown back end": ("model.attention_backend=nope", "model.attention_backend=nope cannot be used: backend='nope'"),
     "no checkpoint": ("checkpoint.resume={folder}/none", "none is no complete checkpoint"),
 }  # fmt: skip
@@ -77,8 +97,8 @@ def assert_refused(job: Job, message: str) -> None:
 def test_bad_input_is_one_line_and_exit_code_2_and_creates_nothing(config: Path, case: str) -> None:
     override, message = BAD_INPUT[case]
     target = config.parent / "new"
-    job = Job(config, override.format(folder=config.parent), f"train.output_dir={target}")
-    assert_refused(job, message)
+    job = Job(config, *override.format(folder=config.parent).split(), f"train.output_dir={target}")
+    assert_refused(job, message.format(folder=config.parent))
     assert not target.exists()
 
 

@@ -18,6 +18,7 @@ import torch
 from megalibi.checkpoint import load_model, save_checkpoint
 from megalibi.config import Config, ConfigError, derive
 from megalibi.config.cli import run_tool
+from megalibi.data.preprocess import preprocess
 from megalibi.data.token_file import TokenFile, TokenFileWriter
 from megalibi.data.tokenizer import Tokenizer
 from megalibi.data.tokenizer_training import train_tokenizer
@@ -64,6 +65,11 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.add_document([*tokenizer.encode(text), tokenizer.end_of_document_id])
     with TokenFileWriter(folder / "foreign", 600) as writer:
         writer.add_document([5] * 200 + [509] + [5] * 100)
+    train_tokenizer([*texts[1:], "another"], 500, folder / "other.model")
+    (folder / "some.txt").write_text(texts[0])
+    for name in ("t", "other"):
+        tokens = {"tokenizer_path": str(folder / f"{name}.model"), "output": str(folder / f"some_by_{name}")}
+        preprocess([str(folder / "some.txt")], **tokens)
     config = make_config(
         str(folder / "text"),
         model={"vocab_size": 509, "num_attention_heads": HEADS},
@@ -265,6 +271,10 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
         ({"data": "foreign"}, "foreign.bin: token 200 is id 509, past vocab_size=509"),
         ({"output": "."}, "--output=. is a folder: give the name of a file"),
         ({"tokenizer": "none.model"}, "none.model: no such tokenizer"),
+        ({"tokenizer": "other.model"}, "--tokenizer=other.model (sha256 "),
+        ({"tokenizer": "other.model"}, ") is not the tokenizer that the checkpoint was trained with (sha256 "),
+        ({"data": "some_by_other"}, "some_by_other was made with another tokenizer: "),
+        ({"data": "some_by_other", "tokenizer": "other.model"}, "is not the tokenizer that the checkpoint was trained"),
         ({"tensor-parallel-size": 0}, "--tensor-parallel-size=0 is not allowed: 1 or more is"),
         ({"tensor-parallel-size": 2}, "--tensor-parallel-size=2 does not divide the number of ranks=1"),
         ({"picture": "."}, "--picture=. is a folder: give the name of a file"),
@@ -307,6 +317,25 @@ def load_tool() -> Any:
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     return tool
+
+
+def test_text_by_the_models_own_tokenizer_is_taken_without_a_word(run_dir: Path) -> None:
+    done = evaluate(run_dir, data=run_dir / "some_by_t", tokens=40, lengths=16)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"\S+ INFO attention back end for [^\n]+\n", done.stderr), done.stderr
+
+
+def test_text_of_an_unknown_tokenizer_is_refused_even_if_the_models_is_not_at_hand(run_dir: Path) -> None:
+    """By what the checkpoint and the text remember."""
+    os.rename(run_dir / "t.model", run_dir / "elsewhere.model")
+    try:
+        done = evaluate(run_dir, data=run_dir / "some_by_other")
+    finally:
+        os.rename(run_dir / "elsewhere.model", run_dir / "t.model")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: the tokenizer of {run_dir / 'some_by_other'} (sha256 ")
+    assert "is not the tokenizer that the checkpoint was trained with" in last
 
 
 def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(run_dir: Path) -> None:
