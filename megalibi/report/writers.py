@@ -13,7 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from megalibi.files import make_folder, open_aside, sync_folder
+from megalibi.files import make_folder, open_aside
 from megalibi.report.metrics import METRICS_FILE, StepRecord, ValidationRecord, parse_line
 from megalibi.report.units import format_bytes, format_count, format_duration
 
@@ -53,12 +53,12 @@ class JsonlWriter:
         self.path = Path(path)
         make_folder(self.path.parent)
         self._file = self.path.open("a", encoding="utf-8")
-        sync_folder(self.path.parent)
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of later steps and lines that a crash tore, so that the file has each step once.
 
         The file is rewritten aside and renamed: a crash meanwhile leaves the old file or the new one, never a part.
+        Its name is on the disk then: every run begins with this, a new one too, so that `sync` need not see to it.
 
         Args:
             step: The step the run resumes from; 0 empties the file.
