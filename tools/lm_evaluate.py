@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megalibi import log
 from megalibi.config import ConfigError, config_from_dict
+from megalibi.config.checks import check_option
 from megalibi.config.cli import run_tool
 from megalibi.data.tokenizer import load_tokenizer
 from megalibi.report.outputs import check_outputs
@@ -56,8 +57,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """Return the checkpoint as a model of the harness, and what the output says of it."""
+def check_options(arguments: argparse.Namespace) -> None:
+    """Find out before the work what cannot be."""
+    check_outputs({"--output": arguments.output})
+    check_option("--max-length", arguments.max_length, 1)
+    check_option("--num-fewshot", arguments.num_fewshot, 0)
+    check_option("--limit", arguments.limit, 1)
+
+
+def check_model(arguments: argparse.Namespace) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """Return what loads the checkpoint as a model of the harness, and what the output says of it."""
     place = find_place({})  # alone: the harness is not told of other ranks
     device = set_up_device(place)
     from megalibi.checkpoint import get_checkpoint, load_model, read_manifest  # after the device: it imports DeepSpeed
@@ -67,8 +76,6 @@ def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     manifest = read_manifest(checkpoint)
     config = config_from_dict(manifest.config)
     max_length = config.data.seq_length if arguments.max_length is None else arguments.max_length
-    if max_length < 1:
-        raise ConfigError(f"--max-length={max_length} is not allowed: 1 or more is")
     check_lengths(config, [max_length])
     path = arguments.tokenizer or config.data.tokenizer
     if path is None:
@@ -80,9 +87,12 @@ def load(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
             f"{config.model.vocab_size} is allowed"
         )
     check_same_tokenizer(manifest.data, None, tokenizer)
-    model = HarnessModel(load_model(checkpoint, device), tokenizer, max_length=max_length, device=device)
+
+    def load() -> HarnessModel:
+        return HarnessModel(load_model(checkpoint, device), tokenizer, max_length=max_length, device=device)
+
     facts = {"checkpoint": str(checkpoint), "step": manifest.step, "train_seq_length": config.data.seq_length}
-    return model, {**facts, "max_length": max_length, "tokenizer": path}
+    return load, {**facts, "max_length": max_length, "tokenizer": path}
 
 
 def describe(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -101,18 +111,21 @@ def describe(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def main() -> None:
     """Check, ask, write, and print what came of it."""
     arguments = parse_arguments()
-    check_outputs({"--output": arguments.output})
+    check_options(arguments)
     if arguments.offline:  # read when the packages are imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    from megalibi.studies.lm_harness import open_tasks, simple_evaluate  # here: it says if the harness is missing
+    from megalibi.studies.lm_harness import simple_evaluate  # here: it says if the harness is missing
+    from megalibi.studies.lm_tasks import open_tasks, prepare_tasks
 
     names = arguments.tasks.split(",")
-    tasks = open_tasks(names, arguments.include_path)
-    model, facts = load(arguments)
+    manager = open_tasks(names, arguments.include_path)
+    load, facts = check_model(arguments)
+    tasks = prepare_tasks(manager, names, num_fewshot=arguments.num_fewshot, limit=arguments.limit)
+    model = load()
     results = simple_evaluate(
         model,
-        tasks=names,
-        task_manager=tasks,
+        tasks=tasks,
+        task_manager=manager,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
         log_samples=False,

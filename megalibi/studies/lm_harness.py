@@ -8,10 +8,8 @@ Shapes: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from megalibi.model import GPT
 try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
@@ -33,7 +32,7 @@ try:
 except ImportError as error:
     raise ConfigError(f"lm-evaluation-harness is not installed ({error}): pip install 'megalibi[lm-eval]'") from error
 
-__all__ = ["HarnessModel", "open_tasks", "simple_evaluate"]
+__all__ = ["ConfigurableTask", "HarnessModel", "TaskManager", "read_writing_options", "simple_evaluate"]
 
 BATCH_TOKENS = 2048
 """Tokens of one forward pass, if there are several texts: their log-probabilities exist at once."""
@@ -51,25 +50,19 @@ class Scored:
     """Tokens at the end that are scored."""
 
 
-def open_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:
-    """Return the harness's task manager, after a check that it knows the tasks.
-
-    Args:
-        names: Tasks, groups or tags.
-        include_path: A folder with more task files.
+def read_writing_options(options: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Return the stop strings of a task's generation_kwargs, and the most tokens to write.
 
     Raises:
-        ConfigError: There is no such folder or task.
+        ConfigError: The task wants tokens to be drawn at random, or options that cannot be read.
     """
-    if include_path is not None and not include_path.is_dir():
-        raise ConfigError(f"--include-path={include_path}: there is no such folder")
-    tasks = TaskManager(include_path=None if include_path is None else str(include_path))
-    for name in names:
-        if name not in tasks.task_index:
-            near = difflib.get_close_matches(name, tasks.task_index, n=1)
-            hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists those of the harness"
-            raise ConfigError(f"--tasks={name} is no task: {hint}")
-    return tasks
+    try:
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), MAX_NEW_TOKENS))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"generation_kwargs={options} is not allowed: {error}") from error
+    if kwargs["do_sample"]:
+        raise ConfigError(f"generation_kwargs={options} draws at random: do_sample: false is allowed")
+    return list(kwargs["until"]), kwargs["max_gen_toks"]
 
 
 class HarnessModel(TemplateLM):
@@ -99,6 +92,16 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return the ids of a text; there are no special tokens to add."""
         return self._tokens.encode(string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return for each context and continuation its log-likelihood, and whether it is what the model would write.
+
+        Nothing is certain to follow anything, which the harness has no tokens for.
+        """
+        asked = [bool(self.tok_encode(continuation)) for _, continuation in (request.args for request in requests)]
+        some = [request for request, is_asked in zip(requests, asked, strict=True) if is_asked]
+        answers = iter(super().loglikelihood(some, disable_tqdm=disable_tqdm))
+        return [next(answers) if is_asked else (0.0, True) for is_asked in asked]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, in windows that do not overlap but for a longer last one."""
@@ -140,10 +143,7 @@ class HarnessModel(TemplateLM):
         """
         results = []
         for context, options in tqdm([request.args for request in requests], "writing", disable=disable_tqdm):
-            kwargs: dict[str, Any] = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
-            if kwargs["do_sample"]:
-                raise ConfigError(f"generation_kwargs={options} draws at random: do_sample: false is allowed")
-            results.append(self._write(context, list(kwargs["until"]), kwargs["max_gen_toks"]))
+            results.append(self._write(context, *read_writing_options(options)))
             self.cache_hook.add_partial("generate_until", (context, options), results[-1])
         return results
 

@@ -18,7 +18,8 @@ from megalibi.data.token_file import TokenFileWriter
 from megalibi.data.tokenizer import Tokenizer
 from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.model import GPT
-from megalibi.studies.lm_harness import BATCH_TOKENS, HarnessModel, open_tasks
+from megalibi.studies.lm_harness import BATCH_TOKENS, HarnessModel, TaskManager, simple_evaluate
+from megalibi.studies.lm_tasks import open_tasks, prepare_tasks
 from tests.engine.runs import CPU, identify, iterate_ours, make_config, process_groups
 from tests.ranks import run_on_ranks
 
@@ -162,10 +163,10 @@ def choose(trained: Trained, document: dict[str, Any], *, most: bool) -> int:
     return likelihoods.index(max(likelihoods) if most else min(likelihoods))
 
 
-def run_tool(trained: Trained, tasks: str) -> subprocess.CompletedProcess[str]:
+def run_tool(trained: Trained, tasks: str, *options: str) -> subprocess.CompletedProcess[str]:
     folder = trained.folder
     command = [sys.executable, str(TOOL), "--checkpoint", str(folder), "--tasks", tasks, "--offline"]
-    command += ["--include-path", str(folder / "tasks"), "--output", str(folder / "out.json")]
+    command += ["--include-path", str(folder / "tasks"), "--output", str(folder / "out.json"), *options]
     environment = {**os.environ, "HF_HOME": str(folder / "cache")}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
@@ -257,6 +258,144 @@ def test_drawing_at_random_is_refused(trained: Trained) -> None:
     options = {"until": ["\n"], "do_sample": True, "temperature": 0.7}
     with pytest.raises(ConfigError, match="draws at random: do_sample: false is allowed"):
         trained.harness.generate_until([Request(("x", options))], disable_tqdm=True)
+
+
+def test_nothing_is_certain_to_follow_anything(trained: Trained) -> None:
+    pairs = [("", ""), ("from ", "__future__"), ("x = ", ""), ("", "import")]
+    results = trained.harness.loglikelihood([Request(pair) for pair in pairs], disable_tqdm=True)
+    assert results[0] == results[2] == (0.0, True)
+    for number in (1, 3):
+        expected = likelihood_of(trained, *pairs[number])
+        assert results[number][0] == pytest.approx(expected, rel=LOG_PROB_RELATIVE_BOUND)
+
+
+CHOICE: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "acc"}],
+}
+WRITE: dict[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "{{answer}}",
+    "metric_list": [{"metric": "exact_match"}],
+}
+ANSWERED = [{"question": f"{number}: ", "choices": ["a", "b"], "answer": number % 2} for number in range(4)]
+BROKEN_TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
+    "no_file": (
+        {**CHOICE, "dataset_kwargs": {"data_files": {"test": "nowhere.jsonl"}}},
+        ANSWERED,
+        "--tasks=CASE cannot be loaded: mend the task file or its data \\(FileNotFoundError: .*nowhere.jsonl",
+    ),
+    "no_split": ({**CHOICE, "test_split": "other"}, ANSWERED, "--tasks=CASE cannot be loaded: .*KeyError"),
+    "no_output_type": ({**CHOICE, "output_type": "singing"}, ANSWERED, "--tasks=CASE cannot be loaded: .*singing"),
+    "template": ({**CHOICE, "doc_to_text": "{{question"}, ANSWERED, "cannot be loaded: .*TemplateSyntaxError"),
+    "field": ({**CHOICE, "doc_to_text": "{{a.b}}"}, ANSWERED, "cannot be loaded: .*UndefinedError: 'a' is undefined"),
+    "later_field": (
+        {**CHOICE, "doc_to_text": "{{question if answer == 0 else a.b}}"},
+        ANSWERED,
+        "task CASE cannot be asked: mend the task file or its data .*'a' is undefined",
+    ),
+    "target": (
+        {**WRITE, "doc_to_target": "{{answer if answer == 0 else a.b}}"},
+        ANSWERED,
+        "task CASE cannot be asked: mend the task file or its data .*'a' is undefined",
+    ),
+    "label": (
+        {**CHOICE, "doc_to_target": "nolabel"},
+        ANSWERED,
+        "task CASE cannot be scored: the label of document 0 is 'nolabel', one of \\['a', 'b'\\]",
+    ),
+    "late_label": (
+        CHOICE,
+        [*ANSWERED, {**ANSWERED[0], "answer": 2}],
+        "task CASE cannot be scored: the label of document 4 is 2, one of",
+    ),
+    "hidden_label": (
+        {**CHOICE, "doc_to_target": "answer"},
+        [{**ANSWERED[0], "answer": -1}],
+        "task CASE cannot be scored: the label of document 0 is -1, one of",
+    ),
+    "empty_first_choice": (
+        CHOICE,
+        [{**ANSWERED[0], "choices": ["", "b"]}],
+        "--tasks=CASE cannot be loaded: the harness takes no empty text for a choice of the first document",
+    ),
+    "examples": (
+        {**CHOICE, "num_fewshot": 50},
+        ANSWERED,
+        "task CASE cannot be asked: it has too few examples for num_fewshot=50, give a smaller --num-fewshot",
+    ),
+    "at_random": (
+        {**WRITE, "generation_kwargs": {"until": ["."], "do_sample": True, "temperature": 1.0}},
+        ANSWERED,
+        "draws at random: do_sample: false is allowed",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def manager(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
+    """Knows the broken tasks by their cases, and some that can be asked; it takes seconds to make one."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for case, (fields, documents, _) in BROKEN_TASKS.items():
+        write_task(folder, case, documents, **fields)
+    write_task(folder, "numbers", ANSWERED, **CHOICE)
+    write_task(folder, "late", [*ANSWERED, {**ANSWERED[0], "answer": 2}], **CHOICE)
+    texts = [{**document, "answer": "b", "choices": ["a", "b", ""]} for document in ANSWERED]
+    write_task(folder, "texts", [{**ANSWERED[0], "answer": "a"}, *texts], **CHOICE)
+    (folder / "no_yaml.yaml").write_text("task: a\n  b: [c\n")
+    with pytest.raises(ConfigError, match=r"--tasks=a is no task: .* A task file cannot be read, .*no_yaml\.yaml: "):
+        open_tasks(["a"], folder)
+    return open_tasks(list(BROKEN_TASKS), folder)
+
+
+@pytest.mark.parametrize("case", BROKEN_TASKS)
+def test_a_task_that_cannot_be_used_is_said_in_one_line_before_there_is_a_model(
+    manager: TaskManager, case: str
+) -> None:
+    message = BROKEN_TASKS[case][2].replace("CASE", case)
+    with pytest.raises(ConfigError, match=message) as caught:
+        prepare_tasks(manager, [case], num_fewshot=None, limit=None)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_only_what_is_asked_is_checked_and_a_choice_by_its_text_is_a_label(manager: TaskManager) -> None:
+    late, texts = prepare_tasks(manager, ["late", "texts"], num_fewshot=None, limit=4)
+    assert (len(late.instances), len(texts.instances)) == (8, 11)
+    with pytest.raises(ConfigError, match="task numbers cannot be asked: it has too few examples for num_fewshot=6"):
+        prepare_tasks(manager, ["numbers"], num_fewshot=6, limit=4)
+
+
+def test_what_is_prepared_is_asked_as_the_harness_itself_would(trained: Trained, manager: TaskManager) -> None:
+    options = {"task_manager": manager, "num_fewshot": 2, "limit": 3}
+    harness = simple_evaluate(trained.harness, tasks=["numbers"], **options)
+    tasks = prepare_tasks(manager, ["numbers"], num_fewshot=2, limit=3)
+    ours = simple_evaluate(trained.harness, tasks=tasks, **options)
+    assert harness is not None
+    assert ours is not None
+    assert ours["samples"] == harness["samples"]
+    assert len(ours["samples"]["numbers"]) == 3
+
+
+def test_options_that_cannot_be_are_one_line(trained: Trained) -> None:
+    for options, message in (
+        (("--limit", "0"), "--limit=0 is not allowed: a number of at least 1 is"),
+        (("--limit", "-1"), "--limit=-1 is not allowed: a number of at least 1 is"),
+        (("--num-fewshot", "-1"), "--num-fewshot=-1 is not allowed: a number of at least 0 is"),
+        (("--max-length", "0"), "--max-length=0 is not allowed: a number of at least 1 is"),
+        (("--output", "."), "--output=. is a folder: give the name of a file"),
+    ):
+        done = run_tool(trained, "our_choice", *options)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+    done = run_tool(trained, "lambada_openai")
+    (line,) = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert done.returncode == 2
+    assert line.startswith("error: --tasks=lambada_openai cannot be loaded: its data is not on this machine")
+    assert "Traceback" not in done.stderr
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name(trained: Trained) -> None:

@@ -1,0 +1,145 @@
+"""Tasks of lm-evaluation-harness, tried before a model is loaded: their files, data, templates, examples and labels.
+
+Nothing of ours computes here: whatever is raised while the harness loads a task or renders its documents is in the task
+file, its data or the hub, and becomes one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megalibi.config import ConfigError
+from megalibi.studies.lm_harness import ConfigurableTask, TaskManager, read_writing_options
+
+MAX_REASON = 300
+"""Characters of what another package says, in an error."""
+
+
+def open_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:
+    """Return the harness's task manager, after a check that it knows the tasks.
+
+    Args:
+        names: Tasks, groups or tags.
+        include_path: A folder with more task files.
+
+    Raises:
+        ConfigError: There is no such folder or task, or a task file cannot be read.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"--include-path={include_path}: there is no such folder")
+    with _blame(f"--include-path={include_path} cannot be read"):
+        tasks = TaskManager(include_path=None if include_path is None else str(include_path))
+    for name in names:
+        if name not in tasks.task_index:
+            near = difflib.get_close_matches(name, tasks.task_index, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists those of the harness"
+            broken = None if include_path is None else find_broken_file(include_path)
+            also = "" if broken is None else f" A task file cannot be read, {broken}"
+            raise ConfigError(f"--tasks={name} is no task: {hint}{also}")
+    return tasks
+
+
+def prepare_tasks(
+    manager: TaskManager, names: Sequence[str], *, num_fewshot: int | None, limit: int | None
+) -> list[Any]:
+    """Load tasks, and render every document that will be asked.
+
+    Args:
+        manager: Of the harness.
+        names: Tasks, groups or tags that it knows.
+        num_fewshot: Examples before each question; None: as each task says.
+        limit: Questions of each task; None: all.
+
+    Returns:
+        The harness's tasks and groups, for simple_evaluate.
+
+    Raises:
+        ConfigError: A task, its data, a template, a label or the number of examples cannot be used.
+    """
+    prepared: list[Any] = []
+    for name in names:
+        with _blame(f"--tasks={name} cannot be loaded"):
+            loaded = manager.load([name])
+        for task_name, task in loaded["tasks"].items():
+            _set_num_fewshot(task, num_fewshot)
+            _check_task(task_name, task, limit)
+        groups = loaded["groups"]
+        prepared.extend([groups[name]] if name in groups else loaded["tasks"].values())
+    return prepared
+
+
+def find_broken_file(folder: Path) -> str | None:
+    """Return what is wrong with the first task file of a folder that is no YAML; None: with none of them."""
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)  # the harness's own tags are not looked at
+        except (yaml.YAMLError, OSError, UnicodeDecodeError, RecursionError) as error:
+            return f"{path}: {_shorten(str(error))}"
+    return None
+
+
+def _set_num_fewshot(task: Any, num_fewshot: int | None) -> None:
+    """Do as simple_evaluate: a task that sets 0 keeps it."""
+    own = task.get_config("num_fewshot")
+    if num_fewshot is not None and own != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    elif own is None:
+        task.set_config(key="num_fewshot", value=0)
+
+
+def _check_task(name: str, task: Any, limit: int | None) -> None:
+    """Render the documents of a task, and check what the harness would score as wrong, or fail at after the work."""
+    with _blame(f"task {name} cannot be asked", task.get_config("num_fewshot")):
+        task.set_fewshot_seed(seed=0)
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+        documents = [document for _, document in task.doc_iterator(limit=limit)]
+        targets = [task.doc_to_target(document) for document in documents]
+    for instance in task.instances:
+        if not all(isinstance(argument, (str, dict)) for argument in instance.args):
+            raise ConfigError(f"task {name} cannot be asked: {_shorten(repr(instance.args))} are not all texts")
+        if instance.request_type == "generate_until":
+            read_writing_options(instance.args[1])
+    if not isinstance(task, ConfigurableTask) or task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input:
+        return
+    for number, (document, target) in enumerate(zip(documents, targets, strict=True)):
+        choices = list(task.doc_to_choice(document))
+        if not all(_is_label(label, choices) for label in (target if isinstance(target, list) else [target])):
+            raise ConfigError(
+                f"task {name} cannot be scored: the label of document {number} is {_shorten(repr(target))}, one of "
+                f"{_shorten(repr(choices))} or its number from 0 is allowed; mend doc_to_target or the data"
+            )
+
+
+def _is_label(label: Any, choices: Sequence[str]) -> bool:
+    if isinstance(label, (int, float)):
+        return 0 <= label < len(choices) and label == int(label)
+    return isinstance(label, str) and label in choices
+
+
+@contextlib.contextmanager
+def _blame(what: str, num_fewshot: int | None = None) -> Iterator[None]:
+    """Turn any error of the harness, or of what it builds on, into one line that says what cannot be done."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_shorten(str(error))}"
+        if num_fewshot and "population" in str(error):  # random.sample
+            remedy = f"it has too few examples for num_fewshot={num_fewshot}, give a smaller --num-fewshot"
+        elif isinstance(error, ConnectionError) or "offline" in reason.lower() or "on the Hub" in reason:
+            remedy = "its data is not on this machine: load it once without --offline, where the hub can be reached"
+        elif isinstance(error, IndexError) and "string index" in str(error):
+            remedy = "the harness takes no empty text for a choice of the first document, give another order"
+        else:
+            remedy = "mend the task file or its data"
+        raise ConfigError(f"{what}: {remedy} ({reason})") from error
+
+
+def _shorten(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= MAX_REASON else f"{words[:MAX_REASON]}..."
