@@ -42,7 +42,7 @@ class DataConfig:
     """The same for the validation loss; none: no validation."""
     tokenizer: str | None = None
     """What the token files were made with, T.model (sentencepiece) or T.words; its vocabulary is checked against the
-    model's."""
+    model's, and its hash against what PREFIX.json says of each file."""
     seq_length: int
     """Tokens per training sample. The model itself has no length cap."""
     document_mask: bool = False

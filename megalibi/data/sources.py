@@ -152,8 +152,9 @@ def _find_in_folder(folder: Path, say_left_out: bool) -> Iterator[Source]:
     if not sources:
         raise ConfigError(f"{folder}: no file in this folder is in a known format; {_FORMATS_IN_WORDS} are read")
     if left_out and say_left_out:
-        names = ", ".join(left_out[:_NAMES_SAID]) + (", ..." if len(left_out) > _NAMES_SAID else "")
-        _LOGGER.warning("%s: %d files are left out, their formats are not known: %s", folder, len(left_out), names)
+        more = len(left_out) - _NAMES_SAID
+        names = ", ".join(left_out[:_NAMES_SAID]) + (f" and {more} more" if more > 0 else "")
+        _LOGGER.warning("%s: left out, because the format is not known from the name: %s", folder, names)
     yield from sources
 
 
@@ -189,4 +190,5 @@ def broken(source: Source, error: BaseException, place: str = "") -> ConfigError
 
 
 def _reason(error: BaseException) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    return " ".join(reason.split()).rstrip(".")

@@ -94,7 +94,7 @@ class IndexReader:
                 at = falling[0]
                 self._refuse(f"document index {first + at} is {boundaries[at]}, after {before[at]}: they must rise")
             if first == 0 and boundaries[0] != 0:
-                break
+                self._refuse(f"the first document index is {boundaries[0]}, not 0")
             long = np.flatnonzero(boundaries - before > 1)
             num_long += long.size
             long_document = first + int(long[0]) - 1 if long.size else long_document

@@ -100,7 +100,7 @@ def count_words(pieces: Iterable[Piece], output: str | os.PathLike[str], *, voca
     """Count the words of documents and write their vocabulary, aside and then renamed.
 
     Args:
-        pieces: From ``iterate_pieces``, empty documents kept.
+        pieces: From a ``DocumentReader`` that keeps empty documents.
         output: The ``.words`` file.
         vocab_size: Number of ids, the special ones included; None: all words, and unused ids up to a multiple of 8.
 

@@ -85,7 +85,12 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
         write(tmp_path / name, name)
     with caplog.at_level("WARNING", "megalibi"):
         assert read(tmp_path) == ["a.jsonl"]
-    assert "1 files are left out, their formats are not known: README.md" in caplog.text
+    assert f"{tmp_path}: left out, because the format is not known from the name: README.md\n" in caplog.text
+    for number in range(6):
+        write(tmp_path / f"{number}.md", "")
+    with caplog.at_level("WARNING", "megalibi"):
+        assert read(tmp_path) == ["a.jsonl"]
+    assert "from the name: 0.md, 1.md, 2.md, 3.md, 4.md and 2 more\n" in caplog.text
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(ConfigError, match="no file in this folder is in a known format"):
         find_sources([str(tmp_path)])

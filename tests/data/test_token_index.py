@@ -104,7 +104,7 @@ def write_index(
         ([2, 1, 1], [0, 4, 6], [0, 10**12, 2, 3], "document index 2 is 2, after 1000000000000: they must rise"),
         ([2, 1, 1], [0, 4, 6], [0, -1, 2, 3], "document index 1 is -1, after 0: they must rise"),
         ([2, 1, 1], [0, 4, 6], [0, 1, 2], "the document indices do not span its 3 sequences"),
-        ([2, 1, 1], [0, 4, 6], [1, 2, 3], "the document indices do not span its 3 sequences"),
+        ([2, 1, 1], [0, 4, 6], [1, 2, 3], "the first document index is 1, not 0"),
         ([2, 1, 1], [0, 4, 6], [], "the document indices do not span its 3 sequences"),
         ([], [], [], "the document indices do not span its 0 sequences"),
         ([1] * 16, list(range(0, 32, 2)), [0, 1, 2, 3, 3, *range(5, 17)],

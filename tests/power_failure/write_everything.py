@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from megalibi.data.text import Piece
 from megalibi.data.token_file import TokenFileWriter
-from megalibi.data.tokenizer import train_tokenizer
+from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.data.words import count_words
 from megalibi.report.plots import save_figure
 from megalibi.report.record import write_json
