@@ -6,7 +6,7 @@ import io
 import os
 import random
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sentencepiece
 
@@ -20,6 +20,7 @@ _THREADS = 4  # fixed, because the model records it, and its fingerprint must no
 _FIXED_IDS = 258
 _MAX_IDS = 2**31 - 1
 _MIN_COVERAGE = 0.98  # sentencepiece's own bound
+_SPACE = "\u2581"  # as sentencepiece writes it
 _RESERVED = "\u2585"  # sentencepiece's sign for what it does not know: it leaves out whole sentences that hold one
 
 
@@ -76,6 +77,10 @@ def train_tokenizer(
     if not sample.drawn:
         raise ConfigError("there is no text to train a tokenizer on")
     model = io.BytesIO()
+    # Text with few spaces or none, as Chinese, would leave them without an id, and decoding would not give them back.
+    num_spaces = sum(sentence.count(" ") for sentence in sample.drawn)
+    spaces_are_rare = num_spaces <= (1.0 - character_coverage) * sum(map(len, sample.drawn))
+    required: dict[str, Any] = {"required_chars": _SPACE} if spaces_are_rare else {}  # an empty one is recorded, too
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sample.drawn),
@@ -83,6 +88,7 @@ def train_tokenizer(
             model_type="bpe",
             vocab_size=vocab_size,
             character_coverage=character_coverage,
+            **required,
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",

@@ -183,6 +183,19 @@ def test_long_text_without_spaces_is_learned_from(tmp_path, english, text):
     assert with_text < without / 2
 
 
+@pytest.mark.parametrize("spaces", [0, 1, 3])
+def test_spaces_are_kept_even_if_the_text_has_few_or_none(tmp_path, spaces):
+    text = chinese(60_000)
+    for number in range(spaces):
+        text = text[: number * 1_000] + " " + text[number * 1_000 :]
+    train_tokenizer([text], 500, tmp_path / "a.model")
+    tokenizer = Tokenizer(tmp_path / "a.model")
+    assert tokenizer.is_exact
+    assert tokenizer.can_cut
+    for some in ("  a b\n ", CHINESE, " " + CHINESE[:2] + "  " + CHINESE[3:]):
+        assert tokenizer.decode(tokenizer.encode(some)) == some
+
+
 def test_what_is_not_learned_from_is_said(tmp_path, english):
     learned = train_tokenizer(english, 600, tmp_path / "a.model", max_sentences=100)
     assert learned.used == 100 < learned.sentences
