@@ -239,8 +239,6 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     tokenizer = open_tokenizer(arguments.tokenizer, config.data.tokenizer)
     check_same_tokenizer(manifest.data, text, tokenizer)
     num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, byte_counter(tokenizer))
-    if place.rank == 0:
-        say_unrecorded([arguments.data])
     groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
     evaluation = Evaluation(
         model=load_model(checkpoint, device, groups.tensor),
@@ -251,6 +249,8 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
         groups=groups,
         device=device,
     )
+    if place.rank == 0:  # not before: what is wrong with the checkpoint is one line
+        say_unrecorded([arguments.data])
     results, sums = evaluate_lengths(evaluation, lengths)
     if place.rank > 0:
         return

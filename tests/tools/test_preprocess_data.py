@@ -92,7 +92,9 @@ def test_an_interrupt_leaves_nothing_half_written(tmp_path, corpus, model, inter
         "--workers",
         1,
     ]
-    with subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    # A test run under nohup ignores the end of the terminal, and its children would.
+    heeding = ["bash", "-c", 'exec env --default-signal=HUP "$@"', "bash", *command(*arguments)]
+    with subprocess.Popen(heeding, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + 300
         while not ((folder / "a.bin.tmp").exists() and (folder / "a.bin.tmp").stat().st_size > 0):
             assert process.poll() is None
