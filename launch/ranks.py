@@ -132,19 +132,28 @@ def _run_rank(work: Callable[[Place], None]) -> int:
         else:
             time.sleep(SPOKESMAN_SECONDS)
         return EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            if _is_spokesman(place):
+                sys.stderr.write(f"error: {str(error.filename)[:100]}...: {error.strerror}\n")
+            return EXIT_USER_ERROR
+        return _report_failure(error)
     except KeyboardInterrupt:
         if _is_spokesman(place):
             sys.stderr.write("error: interrupted\n")
         return EXIT_INTERRUPTED
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.stderr.write(
-                f"error: the disk is full on {socket.gethostname()}: {error}; free space and start again\n"
-            )
-            return EXIT_USER_ERROR
-        log.get_logger(__name__).exception("failed")
-        return 1
+        return _report_failure(error)
     return 0
+
+
+def _report_failure(error: Exception) -> int:
+    """Say what went wrong, and return the exit code."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        sys.stderr.write(f"error: the disk is full on {socket.gethostname()}: {error}; free space and start again\n")
+        return EXIT_USER_ERROR
+    log.get_logger(__name__).error("failed", exc_info=error)
+    return 1
 
 
 def _is_spokesman(place: Place | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from megalibi import log
@@ -67,8 +68,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_output(output: str, *, overwrite: bool) -> None:
+def check_output(output: str, inputs: list[str], *, overwrite: bool) -> None:
     """Find out before the work whether the tokenizer can be written."""
+    if os.path.realpath(output) in map(os.path.realpath, inputs):
+        raise ConfigError(f"--output={output} is one of the inputs: it would be lost")
     check_outputs({"--output": Path(output)})
     if Path(output).exists() and not overwrite:
         raise ConfigError(f"{output} exists; choose another --output, or replace it with --overwrite")
@@ -78,7 +81,7 @@ def main() -> None:
     """Train, write, and say what came of it."""
     arguments = parse_arguments()
     is_word_level = arguments.output.endswith(SUFFIX)
-    check_output(arguments.output, overwrite=arguments.overwrite)
+    check_output(arguments.output, arguments.input, overwrite=arguments.overwrite)
     if not is_word_level and arguments.vocab_size is None:
         raise ConfigError("--vocab-size is missing: a number of token ids, 32000 for example")
     reader = DocumentReader(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 from collections.abc import Callable
@@ -31,6 +32,11 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     except ConfigError as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"error: {message}\n")
+        code = EXIT_USER_ERROR
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        sys.stderr.write(f"error: {str(error.filename)[:100]}...: {error.strerror}\n")
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")

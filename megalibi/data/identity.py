@@ -10,7 +10,8 @@ from typing import Any
 
 from megalibi.data.token_file import TokenFile
 
-_SAMPLES = 64
+_WHOLE_BYTES = 1 << 26
+_SAMPLES = 256
 _SAMPLE_BYTES = 1 << 16
 
 
@@ -23,13 +24,13 @@ class Identity:
     documents: int
     """Documents."""
     idx_sha256: str
-    """Of the index: of all of it up to 4 MiB, of 64 places spread evenly over a larger one."""
+    """Of the index: of all of it up to 64 MiB, of 256 places spread evenly over a larger one."""
     bin_sha256: str
     """Of the tokens, likewise."""
 
 
 def identify(token_file: TokenFile) -> Identity:
-    """Return what tells a token file from others; reads 8 MiB at most."""
+    """Return what tells a token file from others; reads 128 MiB at most."""
     return Identity(
         tokens=token_file.num_tokens,
         documents=token_file.num_documents,
@@ -43,7 +44,7 @@ def _sampled_sha256(path: Path) -> str:
     digest = hashlib.sha256(str(size).encode())
     last = max(size - _SAMPLE_BYTES, 0)
     with path.open("rb") as file:
-        if size <= _SAMPLES * _SAMPLE_BYTES:
+        if size <= _WHOLE_BYTES:
             digest.update(file.read())
             return digest.hexdigest()
         for sample in range(_SAMPLES):

@@ -29,6 +29,7 @@ from megalibi.log import get_logger
 
 _LOGGER = get_logger(__name__)
 _TASK_CHARACTERS = 262_144  # large enough that sending it costs little, small enough that workers end together
+_MAX_WORKERS = 1_024
 _TASKS_PER_WORKER = 4  # being encoded or waiting: this bounds the memory
 
 
@@ -87,8 +88,8 @@ def preprocess(
     """
     tokenizer = load_tokenizer(tokenizer_path)
     _check_output(output, overwrite)
-    if workers < 1:
-        raise ConfigError(f"--workers {workers}: at least 1 process is needed")
+    if not 1 <= workers <= _MAX_WORKERS:
+        raise ConfigError(f"--workers {workers}: at least 1 process is needed, and {_MAX_WORKERS} at most are allowed")
     reader = DocumentReader(
         inputs,
         text_key=text_key,
@@ -101,6 +102,7 @@ def preprocess(
     try:
         make_folder(Path(output).parent)
         with TokenFileWriter(output, tokenizer.vocab_size) as writer:
+            _check_output(output, overwrite)  # another run may have ended meanwhile; none can while we write
             progress = _write(writer, _encode_tasks(tasks, tokenizer_path, workers), report)
             if progress.documents == 0:
                 raise ConfigError(f"{', '.join(inputs)}: no text in there")

@@ -16,6 +16,7 @@ from typing import Any
 import megalibi
 from megalibi.config import ConfigError
 from megalibi.data.identity import DataIdentity, Identity, identify
+from megalibi.data.sources import RECORD_HEAD
 from megalibi.data.text import DocumentReader
 from megalibi.data.token_file import TokenFile, check_token_ids
 from megalibi.data.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ def say_unrecorded(prefixes: Iterable[str]) -> None:
     for prefix in prefixes:
         if _read(provenance_path(prefix)) is None:
             _LOGGER.warning(
-                "which tokenizer made %s is not known: it has no %s, as tools/preprocess_data.py writes it",
+                "which tokenizer made %s is not known: no %s says it, as tools/preprocess_data.py writes one",
                 prefix,
                 provenance_path(prefix).name,
             )
@@ -169,9 +170,10 @@ def read_provenance(token_file: TokenFile) -> Provenance | None:
     try:
         provenance = Provenance(**{**fields, "identity": Identity(**fields["identity"])})
         sha256, vocab_size = provenance.tokenizer["sha256"], provenance.tokenizer["vocab_size"]
+        made_by = provenance.tokenizer["path"]
     except (TypeError, KeyError) as error:
         raise ConfigError(f"{path}: damaged or of another version ({error}); make the token file again") from error
-    if not isinstance(sha256, str) or not isinstance(vocab_size, int):
+    if not (isinstance(sha256, str) and isinstance(made_by, str) and isinstance(vocab_size, int)):
         raise ConfigError(f"{path}: damaged, its tokenizer is {provenance.tokenizer}; make the token file again")
     if provenance.identity != identify(token_file):
         raise ConfigError(
@@ -182,11 +184,13 @@ def read_provenance(token_file: TokenFile) -> Provenance | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the fields of a provenance; None if the file is none."""
+    """Return the fields of a provenance, none if it is damaged; None if the file is another one, or is not there."""
+    content = b""
     try:
-        fields = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        fields = json.loads(content)
     except (OSError, ValueError, RecursionError):
-        return None
+        return {} if content.startswith(RECORD_HEAD) else None
     if not isinstance(fields, dict) or fields.pop("format", None) != _FORMAT:
         return None
     return fields

@@ -13,10 +13,12 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 from megalibi.config import ConfigError
+from megalibi.data.members import MemberReader
 from megalibi.log import get_logger
 
 TEXT_FORMATS = (".txt", ".tokens")
@@ -26,13 +28,17 @@ RECORD_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow", ".
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _WHOLE_FORMATS = (".parquet", ".arrow", ".feather")
 """They are compressed inside, and read from any place: not as a stream."""
-_FORMATS_IN_WORDS = ".txt, .tokens, .json, .jsonl, .ndjson, .csv (also with .gz, .bz2, .xz, .zst), .parquet, .arrow"
+_FORMATS_IN_WORDS = (
+    ".txt, .tokens, .json, .jsonl, .ndjson, .csv (also with .gz, .bz2, .xz, .zst), .parquet, .arrow, .feather"
+)
 INPUT_HELP = (
-    "a file (.txt, .tokens, .json, .jsonl, .csv, .parquet, .arrow, also compressed), a folder of such files, or a "
-    "dataset on the hub, ORG/NAME[:CONFIG][@SPLIT]; a name is taken as it is, whatever signs are in it"
+    f"a file ({_FORMATS_IN_WORDS}), a folder of such files, or a dataset "
+    "on the hub, ORG/NAME[:CONFIG][@SPLIT]; a name is taken as it is, whatever signs are in it"
 )
 """What the commands say of --input."""
 _SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
+RECORD_HEAD = b'{\n "format": "megalibi token file'
+"""How PREFIX.json begins, which the preprocessing writes beside a token file."""
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<name>[^@]+))?(@(?P<split>.+))?")
 _NAMES_SAID = 5
 _BUFFER_BYTES = 1 << 18
@@ -60,7 +66,11 @@ class Source(NamedTuple):
         """Return its bytes, decompressed; a file without bytes has none, however it is compressed."""
         if os.path.getsize(self.name) == 0:
             return io.BytesIO()
-        openers: dict[str, Callable[[str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+        openers: dict[str, Callable[[str], Any]] = {
+            ".gz": gzip.open,
+            ".bz2": partial(MemberReader, make=bz2.BZ2Decompressor),
+            ".xz": partial(MemberReader, make=lzma.LZMADecompressor),
+        }
         opener = openers.get(self.compression, _open_zst if self.compression else io.FileIO)
         return cast(BinaryIO, io.BufferedReader(opener(self.name), _BUFFER_BYTES))
 
@@ -145,7 +155,7 @@ def _find_in_folder(folder: Path, say_left_out: bool) -> Iterator[Source]:
     sources, left_out = [], []
     for path in _walk(folder):
         file_format = find_format(path.name)
-        if file_format is None:
+        if file_format is None or _is_about_others(path):
             left_out.append(str(path.relative_to(folder)))
         else:
             sources.append(Source(str(path), file_format))
@@ -154,22 +164,37 @@ def _find_in_folder(folder: Path, say_left_out: bool) -> Iterator[Source]:
     if left_out and say_left_out:
         more = len(left_out) - _NAMES_SAID
         names = ", ".join(left_out[:_NAMES_SAID]) + (f" and {more} more" if more > 0 else "")
-        _LOGGER.warning("%s: left out, because the format is not known from the name: %s", folder, names)
+        _LOGGER.warning("%s: left out, for their names or what they hold are not those of texts: %s", folder, names)
     yield from sources
 
 
+def _is_about_others(path: Path) -> bool:
+    """Return whether a file describes the files beside it: what ``datasets`` or the preprocessing wrote of them."""
+    if path.name in ("dataset_info.json", "dataset_infos.json"):
+        return True
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(RECORD_HEAD)) == RECORD_HEAD
+
+
 def _walk(folder: Path) -> list[Path]:
-    """Return the files below a folder in the order of their names, those that are hidden left out."""
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(root))
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and os.path.realpath(os.path.join(root, name)) not in seen
-        ]
-        found += [Path(root, name) for name in names if not name.startswith(".")]
-    return sorted(found)
+    """Return the files below a folder in the order of their names, hidden ones left out, and none by two names."""
+    found: dict[str, Path] = {}  # by what a name leads to; names in order, so that the first one stays
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=_refuse_folder):
+        real = os.path.realpath(root)
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            seen.add(real)
+            for name in sorted(names):
+                if not name.startswith("."):
+                    found.setdefault(os.path.realpath(os.path.join(root, name)), Path(root, name))
+    return sorted(found.values())
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def _check_opens(source: Source) -> None:

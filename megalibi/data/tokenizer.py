@@ -62,12 +62,15 @@ class Tokenizer:
         keeps_whitespace = self.decode(ids) == probe and self.text_bytes[ids].sum() == len(probe)
         byte_tokens = [self._processor.piece_to_id(piece) for piece in _SPACE_BYTES]
         has_bytes = all(self._processor.is_byte(token) for token in byte_tokens)
-        self._space_tokens = byte_tokens if keeps_whitespace and has_bytes else None
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+        normalizes = bool(proto.normalizer_spec.precompiled_charsmap)  # as NFKC, which writes fi for a ligature
+        self._space_tokens = byte_tokens if keeps_whitespace and has_bytes and not normalizes else None
         self.is_exact = self._space_tokens is not None
         """Whether the texts of ids, ``text_bytes`` long and joined, are the text they were made from."""
         self.can_cut = keeps_whitespace and not any(_SPACE in piece.lstrip(_SPACE) for piece in pieces)
         """Whether the pieces that ``cut`` makes of a text have, joined, the text's ids."""
-        self._pairs = _neighbours(model, pieces) if self.can_cut and self.is_exact else None
+        merges = proto.trainer_spec.model_type in (proto.trainer_spec.UNIGRAM, proto.trainer_spec.BPE)
+        self._pairs = _neighbours(pieces) if self.can_cut and self.is_exact and merges else None
         self.counts_lines = False
         """Whether line ends are tokens, so that even an empty document is a line."""
 
@@ -140,16 +143,13 @@ class Tokenizer:
         return [*first, *(token for part in others for token in (*self._space_tokens, *part))]
 
 
-def _neighbours(model: bytes, pieces: Sequence[str]) -> set[str] | None:
-    """Return the pairs of characters that stand side by side in a piece; None if they do not say where ids may end.
+def _neighbours(pieces: Sequence[str]) -> set[str]:
+    """Return the pairs of characters that stand side by side in a piece.
 
-    They do for byte-pair encodings and unigram models that see a text as it is: a merge, or a path, across two
-    characters goes through a piece that holds both. A normalizer could join characters before that.
+    Between others a text may be cut: a merge of a byte-pair encoding, or a path of a unigram model, across two
+    characters goes through a piece that holds both. A normalizer could join characters before that: such models are
+    not exact.
     """
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
-    kinds = (proto.trainer_spec.UNIGRAM, proto.trainer_spec.BPE)
-    if proto.trainer_spec.model_type not in kinds or proto.normalizer_spec.precompiled_charsmap:
-        return None
     texts = (piece.replace(_SPACE, " ") for piece in pieces)
     return {text[place : place + 2] for text in texts for place in range(len(text) - 1)}
 

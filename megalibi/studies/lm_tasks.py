@@ -40,7 +40,7 @@ def open_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:
             near = difflib.get_close_matches(name, tasks.task_index, n=1)
             hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists those of the harness"
             broken = None if include_path is None else find_broken_file(include_path)
-            also = "" if broken is None else f" A task file cannot be read, {broken}"
+            also = "" if broken is None else f"; and a task file cannot be read, {broken}"
             raise ConfigError(f"--tasks={name} is no task: {hint}{also}")
     return tasks
 

@@ -105,6 +105,23 @@ def test_existing_output_is_kept_unless_told(tmp_path, corpus, tokenizer_path):
     assert TokenFile(tmp_path / "out").num_documents == 31
 
 
+def test_what_another_run_finished_meanwhile_is_kept(tmp_path, corpus, tokenizer_path, monkeypatch):
+    """It ends between the first look at the output and the lock."""
+    arguments = {"tokenizer_path": str(tokenizer_path), "output": str(tmp_path / "out")}
+    reader = preprocess_module.DocumentReader
+
+    def slow_to_open(*args, **kwargs):
+        monkeypatch.setattr(preprocess_module, "DocumentReader", reader)
+        (tmp_path / "short.txt").write_text("short")
+        preprocess([str(tmp_path / "short.txt")], **arguments)
+        return reader(*args, **kwargs)
+
+    monkeypatch.setattr(preprocess_module, "DocumentReader", slow_to_open)
+    with pytest.raises(ConfigError, match=r"out\.bin exists; choose another --output"):
+        preprocess([str(corpus)], **arguments)
+    assert TokenFile(tmp_path / "out").num_documents == 1
+
+
 def test_a_broken_input_leaves_nothing(tmp_path, corpus, tokenizer_path):
     with pytest.raises(ConfigError, match=r"gone\.txt: no such file"):
         preprocess(

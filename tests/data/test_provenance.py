@@ -75,7 +75,7 @@ def test_identities_differ_by_content_and_not_by_place(tmp_path, english, tokeni
 
 def test_a_large_file_is_known_by_its_beginning_its_end_and_places_between(tmp_path):
     """Larger than what is read of it; a change in any of the places, and of the size, gives another identity."""
-    num_tokens = 5_000_000
+    num_tokens = 40_000_000
 
     def write(changes: dict[int, int]) -> TokenFile:
         tokens = (np.arange(num_tokens) % 60_000).astype(np.uint16)
@@ -87,8 +87,8 @@ def test_a_large_file_is_known_by_its_beginning_its_end_and_places_between(tmp_p
 
     identity = identify(write({}))
     assert identify(write({})) == identity
-    step = (2 * num_tokens - (1 << 16)) / 63 / 2
-    for place in (0, num_tokens - 1, *(int(number * step) + 100 for number in (1, 31, 62))):
+    step = (2 * num_tokens - (1 << 16)) / 255 / 2
+    for place in (0, num_tokens - 1, *(int(number * step) + 100 for number in (1, 128, 254))):
         assert identify(write({place: 60_001})) != identity
 
 
@@ -102,7 +102,13 @@ def test_a_token_file_that_was_made_again_beside_an_old_record_is_refused(tmp_pa
 
 @pytest.mark.parametrize(
     "change",
-    [{"identity": {}}, {"tokenizer": {}}, {"tokenizer": {"sha256": 7, "vocab_size": 1}}, {"more": 1}],
+    [
+        {"identity": {}},
+        {"tokenizer": {}},
+        {"tokenizer": {"sha256": 7, "path": "", "vocab_size": 1}},
+        {"tokenizer": {"sha256": "", "vocab_size": 1}},
+        {"more": 1},
+    ],
 )
 def test_a_damaged_record_is_refused(tmp_path, english, tokenizer_path, change):
     token_file = tokenize(tmp_path, "a", english[:4], tokenizer_path)
@@ -110,6 +116,16 @@ def test_a_damaged_record_is_refused(tmp_path, english, tokenizer_path, change):
     (tmp_path / "a.json").write_text(json.dumps({**fields, **change}))
     with pytest.raises(ConfigError, match=r"a\.json: damaged"):
         read_provenance(token_file)
+
+
+def test_a_truncated_record_is_refused_and_may_be_made_again(tmp_path, english, tokenizer_path):
+    token_file = tokenize(tmp_path, "a", english[:4], tokenizer_path)
+    content = (tmp_path / "a.json").read_bytes()
+    (tmp_path / "a.json").write_bytes(content[:200])
+    with pytest.raises(ConfigError, match=r"a\.json: damaged"):
+        read_provenance(token_file)
+    tokenize(tmp_path, "a", english[:4], tokenizer_path)
+    assert (tmp_path / "a.json").read_bytes() == content
 
 
 def test_text_that_is_called_like_the_record_is_not_written_over(tmp_path, english, tokenizer_path):

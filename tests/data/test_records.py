@@ -8,6 +8,8 @@ import gzip
 import io
 import json
 import lzma
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -283,9 +285,10 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
 @pytest.mark.parametrize("compression", [suffix for suffix in COMPRESS if suffix])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])
 def test_truncated_and_damaged_files(tmp_path, name, compression):
-    lines = b"text\n" + b"".join(b"%d\n" % number for number in range(100_000, 400_000, 7))
+    texts = [f"{number} \u00fc\u65e5" for number in range(100_000, 400_000, 7)]  # damage cuts such letters in parts
+    lines = "".join(f"{text}\n" for text in ["text", *texts]).encode()
     if name.startswith("a.json"):
-        lines = b"".join(b'{"text": "%d"}\n' % number for number in range(100_000, 400_000, 7))
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
     whole = write(tmp_path / (name + compression), lines).read_bytes()
     path = tmp_path / ("b" + name + compression)
     flipped = bytearray(whole)
@@ -296,6 +299,91 @@ def test_truncated_and_damaged_files(tmp_path, name, compression):
         with pytest.raises(ConfigError) as error:
             list(DocumentReader([str(path)], text_unit="line", skip_bad_records=True))
         assert str(error.value).startswith(f"{path}" if content == flipped else f"{path}: cannot be read")
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz"])
+def test_flips_in_compressed_text_name_the_file(tmp_path, compression):
+    """Whatever the bytes before the damage is found: one error, of the file that is read."""
+    text = "".join(f"{number} \u00fc\u65e5\u672c\n" for number in range(2_000))
+    whole = COMPRESS[compression](text.encode())
+    path = tmp_path / f"a.txt{compression}"
+    for place in range(20, len(whole) - 20, len(whole) // 60):
+        flipped = bytearray(whole)
+        flipped[place] ^= 0x08
+        path.write_bytes(flipped)
+        with pytest.raises(ConfigError) as error:
+            list(DocumentReader([str(path)]))
+        assert str(error.value).startswith(f"{path}: cannot be read"), place
+
+
+@pytest.mark.parametrize("compression", [".gz", ".bz2", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_every_member_of_a_compressed_file_is_read_or_refused(tmp_path, name, compression):
+    parts = [b'{"text": "one"}\n', b'{"text": "two"}\n' * 20_000, b'{"text": "three"}\n']
+    members = [COMPRESS[compression](part) for part in parts]
+    path = tmp_path / (name + compression)
+    path.write_bytes(b"".join(members))
+    whole = b"".join(parts).decode()
+    texts = [piece.text for piece in DocumentReader([str(path)])]
+    assert texts == ["one", *["two"] * 20_000, "three"] if name == "a.jsonl" else "".join(texts) == whole
+    for damaged in (
+        members[0] + b"\1" + members[1],
+        b"".join(members) + b"garbage",
+        b"".join(members[:2]) + members[2][:8],
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="cannot be read"):
+            list(DocumentReader([str(path)]))
+
+
+def test_an_xz_file_may_be_padded(tmp_path):
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"one ") + bytes(8) + lzma.compress(b"two") + bytes(4))
+    assert [piece.text for piece in DocumentReader([str(path)])] == ["one two"]
+
+
+FLIPS = """
+import sys
+from pathlib import Path
+from megalibi.config import ConfigError
+from megalibi.data.records import BadRecord, read_records
+from megalibi.data.sources import Source
+path, expected = Path(sys.argv[1]), [f"text {number}" for number in range(500)]
+whole = bytearray(path.read_bytes())
+for place in range(0, len(whole), max(1, len(whole) // 300)):
+    whole[place] ^= 0x40
+    path.write_bytes(whole)
+    whole[place] ^= 0x40
+    try:
+        texts = list(read_records(Source(str(path), path.suffix), "text"))
+        assert len(texts) == len(expected), place
+        # The bytes of a text have no checksum in this format; which rows have one, and where it begins, must hold.
+        differ = sum(text != other for text, other in zip(texts, expected))
+        assert differ <= 2, (place, differ)
+    except ConfigError as error:
+        assert str(error).startswith(str(path)), error
+print("held")
+"""
+
+
+@pytest.mark.parametrize("opened", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
+def test_a_flipped_arrow_file_ends_no_process(tmp_path, opened):
+    table = pyarrow.table({"text": [f"text {number}" for number in range(500)], "id": list(range(500))})
+    with opened(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+    command = [sys.executable, "-c", FLIPS, str(tmp_path / "a.arrow")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "held\n"), done.stderr[-2000:]
+
+
+def test_a_field_may_be_long(tmp_path):
+    assert read(write(tmp_path / "a.csv", b"text\n" + b"x" * 300_000 + b"\n")) == ["x" * 300_000]
+
+
+def test_the_place_of_a_bad_byte_across_what_is_read_at_once(tmp_path):
+    content = b"x" * ((1 << 20) - 1) + "\u65e5".encode()[:1]
+    with pytest.raises(ConfigError, match=rf"line 1, byte {(1 << 20) - 1} of the file"):
+        list(DocumentReader([str(write(tmp_path / "a.txt", content + b"yy"))]))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt"])

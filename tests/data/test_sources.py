@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import datasets
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalibi.config import ConfigError
+from megalibi.data.preprocess import preprocess
 from megalibi.data.sources import find_format, find_sources
 from megalibi.data.text import DocumentReader
 
@@ -85,12 +89,12 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
         write(tmp_path / name, name)
     with caplog.at_level("WARNING", "megalibi"):
         assert read(tmp_path) == ["a.jsonl"]
-    assert f"{tmp_path}: left out, because the format is not known from the name: README.md\n" in caplog.text
+    assert f"{tmp_path}: left out, for their names or what they hold are not those of texts: README.md\n" in caplog.text
     for number in range(6):
         write(tmp_path / f"{number}.md", "")
     with caplog.at_level("WARNING", "megalibi"):
         assert read(tmp_path) == ["a.jsonl"]
-    assert "from the name: 0.md, 1.md, 2.md, 3.md, 4.md and 2 more\n" in caplog.text
+    assert "of texts: 0.md, 1.md, 2.md, 3.md, 4.md and 2 more\n" in caplog.text
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(ConfigError, match="no file in this folder is in a known format"):
         find_sources([str(tmp_path)])
@@ -103,6 +107,37 @@ def test_links_to_folders_are_followed_once(tmp_path):
     (tmp_path / "in" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
     assert read(tmp_path / "in") == ["a", "x"]
+
+
+def test_a_file_is_read_once_by_however_many_names(tmp_path):
+    write(tmp_path / "real" / "a.txt", "a")
+    for link, target in (("alink", "real"), ("zlink", "real"), ("file.txt", "real/a.txt")):
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert read(tmp_path) == ["a"]
+
+
+def test_what_describes_the_files_of_a_folder_is_no_text(tmp_path, tokenizer_path, caplog):
+    """As PREFIX.json, which stands where its token file does."""
+    write(tmp_path / "a.jsonl", "some text")
+    (tmp_path / "dataset_info.json").write_text('{"features": {}}')
+    arguments = {"tokenizer_path": str(tokenizer_path), "output": str(tmp_path / "tokens")}
+    for overwrite in (False, True):
+        assert preprocess([str(tmp_path)], **arguments, overwrite=overwrite).documents == 1
+    assert (tmp_path / "tokens.json").exists()
+    caplog.clear()
+    with caplog.at_level("WARNING", "megalibi"):
+        assert read(tmp_path) == ["some text"]
+    assert "of texts: dataset_info.json, tokens.bin, tokens.idx, tokens.json\n" in caplog.text
+
+
+@given(st.dictionaries(st.text("ab[*? .", min_size=1, max_size=6), st.text("ab \r\n\u3042", max_size=9), max_size=5))
+def test_a_folder_gives_what_its_files_hold(files):
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            Path(folder, f"x{name}.txt").write_bytes(text.encode())
+        expected = [path.read_bytes().decode() for path in sorted(Path(folder).iterdir())]
+        if files:
+            assert read(Path(folder)) == [text for text in expected if text]
 
 
 @pytest.mark.parametrize(("unit", "expected"), [("document", ["a\nb\n", "c"]), ("line", ["a", "b", "c"])])

@@ -108,13 +108,17 @@ def test_text_without_spaces_is_cut(chinese_path):
     assert tokenizer.encode(text) == bare.encode(text)
 
 
-def test_a_normalizer_forbids_cuts_between_characters(tmp_path, english):
+@pytest.mark.parametrize("rule", ["nfkc", "nfkc_cf", "nmt_nfkc"])
+def test_a_normalizer_changes_texts_and_forbids_cuts_between_characters(tmp_path, english, rule):
     """It may join what a cut has parted: a letter and its accent."""
-    options = {"normalization_rule_name": "nfkc", "byte_fallback": True, "model_type": "bpe", "add_dummy_prefix": False}
+    options = {"normalization_rule_name": rule, "byte_fallback": True, "model_type": "bpe", "add_dummy_prefix": False}
     model = train_foreign(english, **options, remove_extra_whitespaces=False)
     (tmp_path / "a.model").write_bytes(model)
     text = "e\u0301" * 50
-    assert list(Tokenizer(tmp_path / "a.model").cut(text, 3)) == [text]
+    tokenizer = Tokenizer(tmp_path / "a.model")
+    assert list(tokenizer.cut(text, 3)) == [text]
+    assert not tokenizer.is_exact
+    assert tokenizer.count_lost("\ufb01ne \u2460", tokenizer.encode("\ufb01ne \u2460")) == 2
 
 
 def test_encode_batch_is_encode_of_each(tokenizer, english):

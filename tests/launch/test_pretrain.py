@@ -79,6 +79,7 @@ BAD_INPUT = {
         "other was made with another tokenizer: {folder}/small.model in {folder}/recorded.json (sha256 ",
     ),
     "tokens of another record": ("data.train={folder}/remade", "remade.json describes another token file than the one"),
+    "long name": ("data.tokenizer=" + "n" * 300, "nnn...: File name too long"),
     "unknown back end": ("model.attention_backend=nope", "model.attention_backend=nope cannot be used: backend='nope'"),
     "no checkpoint": ("checkpoint.resume={folder}/none", "none is no complete checkpoint"),
 }  # fmt: skip

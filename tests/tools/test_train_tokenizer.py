@@ -112,6 +112,16 @@ def test_bad_arguments_are_one_line(corpus, monkeypatch, arguments, message):
     assert sorted(corpus.iterdir()) == before
 
 
+def test_an_input_is_not_written_over(corpus):
+    content = (corpus / "a.txt").read_bytes()
+    done = run("--input", corpus / "a.txt", "--vocab-size", 500, "--output", corpus / "a.txt", "--overwrite")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: --output={corpus / 'a.txt'} is one of the inputs: it would be lost\n",
+    )
+    assert (corpus / "a.txt").read_bytes() == content
+
+
 def test_a_full_disk_does_not_lose_the_training(corpus):
     """A real one: a small tmpfs in a mount namespace of its own."""
     (corpus / "full").mkdir()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from megalibi.config import ConfigError
-from megalibi.data.sources import Source
+from megalibi.data.sources import BROKEN_FILE, Source, broken
 
 _FIELDS_SAID = 20
 _BLOCK_BYTES = 1 << 20
@@ -32,7 +32,7 @@ class BadTextError(ValueError):
 
 def no_field(name: str, text_key: str, fields: Iterable[object]) -> ConfigError:
     """Return the error for a file whose records do not have the field."""
-    names = list(map(str, fields))
+    names = [name if name == name.strip() and name.isprintable() else repr(name) for name in map(str, fields)]
     listed = ", ".join(names[:_FIELDS_SAID]) + (", ..." if len(names) > _FIELDS_SAID else "")
     return ConfigError(f"{name}: no column {text_key!r}; choose one of {listed} with --text-key")
 
@@ -54,7 +54,17 @@ def check_encodes(text: str) -> str:
 
 
 def not_utf8(source: Source) -> ConfigError:
-    """Return the error for a file that is not UTF-8, with the place at which it stops to be: it is read once more."""
+    """Return the error for a file that is not UTF-8, with the place at which it stops to be: it is read once more.
+
+    A damaged compressed file gives bytes that are no text before it is found to be damaged: then that is the error.
+    """
+    try:
+        return _find_not_utf8(source)
+    except BROKEN_FILE as error:
+        return broken(source, error)
+
+
+def _find_not_utf8(source: Source) -> ConfigError:
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_read, line = 0, 1
     with source.open() as file:
@@ -64,6 +74,8 @@ def not_utf8(source: Source) -> ConfigError:
                 decoder.decode(block)
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
+                while source.compression and file.read(_BLOCK_BYTES):
+                    pass  # to its checksum
                 return _not_utf8(source, line, num_read - len(pending) + error.start, error)
             line += block.count(b"\n")
             num_read += len(block)

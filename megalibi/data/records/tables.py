@@ -49,7 +49,22 @@ def _columns(source: Source, text_key: str) -> Iterator[Any]:
             batches = reader = pyarrow.ipc.open_stream(mapped)
         index = _check_column(source.name, reader.schema, text_key)
         for batch in batches:
-            yield batch.column(index)
+            yield _validated(batch.column(index))
+
+
+def _validated(column: Any) -> Any:
+    """Return a column whose offsets stay within it: reading one of a damaged file would end the process.
+
+    Text that is not UTF-8 is left to whoever reads the rows. Parquet's reader makes its arrays itself.
+    """
+    import pyarrow
+
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid as error:  # offsets are looked at first
+        if "utf8" not in str(error).lower():
+            raise
+    return column
 
 
 def _check_column(name: str, schema: Any, text_key: str) -> int:
