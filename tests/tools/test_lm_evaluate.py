@@ -347,7 +347,9 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
     texts = [{**document, "answer": "b", "choices": ["a", "b", ""]} for document in ANSWERED]
     write_task(folder, "texts", [{**ANSWERED[0], "answer": "a"}, *texts], **CHOICE)
     (folder / "no_yaml.yaml").write_text("task: a\n  b: [c\n")
-    with pytest.raises(ConfigError, match=r"--tasks=a is no task: .*; and a task file cannot be read, .*no_yaml\.yaml: "):
+    with pytest.raises(
+        ConfigError, match=r"--tasks=a is no task: .*; and a task file cannot be read, .*no_yaml\.yaml: "
+    ):
         open_tasks(["a"], folder)
     return open_tasks(list(BROKEN_TASKS), folder)
 
