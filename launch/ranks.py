@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.config.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from megalibi.config.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, refuse_long_names
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,8 @@ def _run_rank(work: Callable[[Place], None]) -> int:
     try:
         place = find_place(os.environ)
         log.configure(rank=place.rank, world_size=place.world_size)
-        work(place)
+        with refuse_long_names():
+            work(place)
     except (ConfigError, FloatingPointError) as error:
         if _is_spokesman(place):
             host = f" [on {socket.gethostname()}]" if place is not None and place.rank > 0 else ""
@@ -132,28 +133,19 @@ def _run_rank(work: Callable[[Place], None]) -> int:
         else:
             time.sleep(SPOKESMAN_SECONDS)
         return EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            if _is_spokesman(place):
-                sys.stderr.write(f"error: {str(error.filename)[:100]}...: {error.strerror}\n")
-            return EXIT_USER_ERROR
-        return _report_failure(error)
     except KeyboardInterrupt:
         if _is_spokesman(place):
             sys.stderr.write("error: interrupted\n")
         return EXIT_INTERRUPTED
     except Exception as error:
-        return _report_failure(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sys.stderr.write(
+                f"error: the disk is full on {socket.gethostname()}: {error}; free space and start again\n"
+            )
+            return EXIT_USER_ERROR
+        log.get_logger(__name__).exception("failed")
+        return 1
     return 0
-
-
-def _report_failure(error: Exception) -> int:
-    """Say what went wrong, and return the exit code."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        sys.stderr.write(f"error: the disk is full on {socket.gethostname()}: {error}; free space and start again\n")
-        return EXIT_USER_ERROR
-    log.get_logger(__name__).error("failed", exc_info=error)
-    return 1
 
 
 def _is_spokesman(place: Place | None) -> bool:

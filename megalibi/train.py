@@ -22,7 +22,6 @@ from megalibi.data.hashing import format_sample_hash
 from megalibi.data.identity import DataIdentity
 from megalibi.data.loader import Batch, Loader, ValidationLoader
 from megalibi.data.provenance import identify_data, say_unrecorded
-from megalibi.data.token_file import TokenFile
 from megalibi.data.tokenizer import load_tokenizer
 from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.evaluate import validation_loss
@@ -39,6 +38,18 @@ _LOGGER = get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunData:
+    """What a run learns from, opened and checked once."""
+
+    train: Dataset
+    """data.train."""
+    valid: Dataset | None
+    """data.valid."""
+    identity: DataIdentity
+    """What tells it from other data."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What stays the same from the first step to the last."""
 
@@ -46,7 +57,7 @@ class Job:
     """The run."""
     derived: Derived
     """What follows from it on this world."""
-    data: DataIdentity
+    data: RunData
     """What it learns from."""
     groups: ProcessGroups
     """Of this process."""
@@ -54,32 +65,30 @@ class Job:
     """Where this rank computes."""
 
 
-def check_run(config: Config, world_size: int) -> tuple[Derived, DataIdentity]:
+def check_run(config: Config, world_size: int) -> tuple[Derived, RunData]:
     """Find everything that is wrong with a run before anything is allocated.
 
     Returns:
-        What follows from the configuration, and what tells its data from others.
+        What follows from the configuration, and its data.
 
     Raises:
         ConfigError: With the field, its value and what is allowed.
     """
     derived = derive(config, world_size)
     check_run_folder(Path(config.train.output_dir), "train.output_dir", folders=(CHECKPOINTS,))
-    open_split(config, config.data.train)
-    if config.data.valid:
-        open_split(config, config.data.valid)
+    train = open_split(config, config.data.train)
+    valid = open_split(config, config.data.valid) if config.data.valid else None
     tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size={config.model.vocab_size} is below the {tokenizer.vocab_size} ids of data.tokenizer="
             f"{config.data.tokenizer}: at least {tokenizer.vocab_size} is allowed"
         )
-    train, valid = ([TokenFile(d.prefix) for d in split] for split in (config.data.train, config.data.valid))
-    data = identify_data(train, valid, tokenizer)
+    identity = identify_data(train.token_files, valid.token_files if valid else [], tokenizer)
     checkpoint = find_resume(config)
     if checkpoint is not None:
-        check_resumable(checkpoint, config, data, world_size)
-    return derived, data
+        check_resumable(checkpoint, config, identity, world_size)
+    return derived, RunData(train=train, valid=valid, identity=identity)
 
 
 def open_split(config: Config, split: tuple[DatasetConfig, ...]) -> Dataset:
@@ -147,7 +156,7 @@ def train(job: Job) -> None:
     if groups.world.rank == 0:
         describe_run(job, checkpoint)
     loader = Loader(
-        open_split(config, config.data.train),
+        job.data.train,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         data_rank=groups.data.rank,
@@ -190,11 +199,13 @@ def run_steps(
 
         done, stopping = step + 1, stop.is_agreed(groups, job.device)
         last = done == config.train.steps
-        if config.data.valid and not stopping and (last or is_due(done, config.train.eval_every_steps)):
-            writers.validation(validate(job, engine, done))
+        if job.data.valid and not stopping and (last or is_due(done, config.train.eval_every_steps)):
+            writers.validation(validate(job, job.data.valid, engine, done))
         if stopping or last or is_due(done, config.checkpoint.every_steps):
             writers.sync()  # no checkpoint is on the disk before the lines of its steps
-            save_checkpoint(engine, config, job.derived, job.data, groups, folder=checkpoints_folder(config), step=done)
+            save_checkpoint(
+                engine, config, job.derived, job.data.identity, groups, folder=checkpoints_folder(config), step=done
+            )
         if stopping:
             reason = stop.signal_name or "a signal to another rank"
             _LOGGER.warning("stopped by %s after step %d, checkpoint saved; the same command goes on", reason, done)
@@ -260,12 +271,12 @@ def make_record(job: Job, step: int, result: StepResult, seconds: float) -> Step
     )
 
 
-def validate(job: Job, engine: DeepSpeedEngine, step: int) -> ValidationRecord:
+def validate(job: Job, dataset: Dataset, engine: DeepSpeedEngine, step: int) -> ValidationRecord:
     """Return the loss on the first ``train.eval_samples`` samples of data.valid, or on all if they are fewer."""
     config, groups = job.config, job.groups
     began = time.perf_counter()
     loader = ValidationLoader(
-        open_split(config, config.data.valid),
+        dataset,
         num_samples=config.train.eval_samples,
         micro_batch_size=config.train.micro_batch_size,
         data_rank=groups.data.rank,

@@ -33,7 +33,7 @@ from megalibi.config.cli import run_tool
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import Loader
 from megalibi.data.preprocess import preprocess
-from megalibi.data.text import DocumentReader
+from megalibi.data.text import DocumentReader, join_pieces
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.files import write_aside
 from megalibi.report.outputs import check_folder, check_outputs
@@ -49,14 +49,7 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 def read_documents(inputs: Sequence[str], text_key: str) -> list[str]:
     """Read whole documents into memory."""
-    documents: list[str] = []
-    pieces: list[str] = []
-    for piece in DocumentReader(inputs, text_key=text_key):
-        pieces.append(piece.text)
-        if piece.ends_document:
-            documents.append("".join(pieces))
-            pieces = []
-    return documents
+    return [piece.text for piece in join_pieces(DocumentReader(inputs, text_key=text_key))]
 
 
 def deal(documents: Sequence[str], workers: int) -> list[list[str]]:

@@ -20,7 +20,7 @@ from rich.console import Console
 from megalibi import log
 from megalibi.config import Config, ConfigError, config_to_dict
 from megalibi.config.cli import run_tool
-from megalibi.files import write_aside
+from megalibi.files import make_folder, write_aside
 from megalibi.model import count_parameters
 from megalibi.report.outputs import check_folder
 from megalibi.report.plots import save_figure
@@ -154,7 +154,7 @@ def write_results(output: Path, arguments: argparse.Namespace, base: Config, res
         **results.to_json(),
         "findings": [asdict(finding) for finding in judge(results)],
     }
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     write_json(record, output / "results.json")
     picture = PICTURE if results.has_curves else None
     if picture:

@@ -19,7 +19,7 @@ from rich.console import Console
 from megalibi import log
 from megalibi.config import Config, config_to_dict
 from megalibi.config.cli import run_tool
-from megalibi.files import write_aside
+from megalibi.files import make_folder, write_aside
 from megalibi.report.metrics import read_metrics
 from megalibi.report.outputs import check_folder
 from megalibi.report.plots import save_figure
@@ -160,7 +160,7 @@ def write_results(
         },
         "findings": [asdict(finding) for finding in findings],
     }
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     write_json(record, output / "results.json")
     page = write_report(
         curves,

@@ -28,7 +28,8 @@ def check_resumable(checkpoint: Path, config: Config, data: DataIdentity, world_
     """
     manifest = read_manifest(checkpoint)
     # Through a Config: a checkpoint that is older than a field has the field's default.
-    ours, theirs = config_to_dict(config), config_to_dict(config_from_dict(manifest.config))
+    trained_config = config_from_dict(manifest.config)
+    ours, theirs = config_to_dict(config), config_to_dict(trained_config)
     fixed = {
         "model": [name for name in ours["model"] if not name.endswith(("dropout", "attention_backend", "recompute"))],
         "data": ["seq_length"] if manifest.data else ["train", "seq_length"],
@@ -47,7 +48,7 @@ def check_resumable(checkpoint: Path, config: Config, data: DataIdentity, world_
                     f"{section}.{name}={their_value}: resume with that value, or start anew in another train.output_dir"
                 )
     if manifest.data:
-        _check_same_data(checkpoint, manifest.data, config_from_dict(manifest.config), config, data)
+        _check_same_data(checkpoint, manifest.data, trained_config, config, data)
     if manifest.topology["world_size"] != world_size:
         raise ConfigError(
             f"{checkpoint} was written by {manifest.topology['world_size']} ranks, this run has {world_size}: "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -28,20 +29,31 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores the end of the terminal, and so do we
             signal.signal(number, _interrupt)
     try:
-        code = main()
+        with refuse_long_names():
+            code = main()
     except ConfigError as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"error: {message}\n")
-        code = EXIT_USER_ERROR
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        sys.stderr.write(f"error: {str(error.filename)[:100]}...: {error.strerror}\n")
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def refuse_long_names() -> Iterator[None]:
+    """Let a name that no file can have be the user's mistake, in whatever option or field it stands.
+
+    Raises:
+        ConfigError: Instead of the OSError that says so.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise ConfigError(f"{str(error.filename)[:100]}...: {error.strerror}") from error
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

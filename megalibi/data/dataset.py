@@ -30,6 +30,10 @@ class Dataset(Protocol):
     def seq_length(self) -> int:
         """Tokens that a sample feeds to the model; it is one longer, for the last label."""
 
+    @property
+    def token_files(self) -> list[TokenFile]:
+        """Where the samples are."""
+
     def sample_ids(self, indices_N: Int64Array) -> Int64Array:
         """Return [N, 2]: set number and place in its stream of the samples at these indices of the order."""
 
@@ -73,6 +77,7 @@ class TokenDataset:
         vocab_size: int | None = None,
     ) -> None:
         self.token_file = token_file
+        self.token_files = [token_file]
         self.seq_length = seq_length
         self.samples_per_epoch = (token_file.num_tokens - 1) // seq_length
         self._seed = seed
@@ -131,6 +136,7 @@ class BlendedDataset:
     def __init__(self, datasets: Sequence[Dataset], weights: Sequence[float]) -> None:
         self._datasets = list(datasets)
         self._schedule = BlendSchedule(weights)
+        self.token_files = [token_file for dataset in datasets for token_file in dataset.token_files]
         self.seq_length = datasets[0].seq_length
 
     def sample_ids(self, indices_N: Int64Array) -> Int64Array:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalibi.data.token_file import TokenFile
-
 _WHOLE_BYTES = 1 << 26
 _SAMPLES = 256
 _SAMPLE_BYTES = 1 << 16
@@ -29,17 +27,8 @@ class Identity:
     """Of the tokens, likewise."""
 
 
-def identify(token_file: TokenFile) -> Identity:
-    """Return what tells a token file from others; reads 128 MiB at most."""
-    return Identity(
-        tokens=token_file.num_tokens,
-        documents=token_file.num_documents,
-        idx_sha256=_sampled_sha256(token_file.idx_path),
-        bin_sha256=_sampled_sha256(token_file.bin_path),
-    )
-
-
-def _sampled_sha256(path: Path) -> str:
+def sampled_sha256(path: Path) -> str:
+    """Return the checksum of a file and of its size: of all of it, or of places of a large one (see Identity)."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     last = max(size - _SAMPLE_BYTES, 0)

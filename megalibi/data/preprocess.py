@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from megalibi.config import ConfigError
 from megalibi.data.provenance import check_replaceable, describe, provenance_path, to_json
-from megalibi.data.text import DocumentReader, Piece, TextUnit
+from megalibi.data.text import DocumentReader, Piece, TextUnit, join_pieces
 from megalibi.data.token_file import TokenFileWriter, token_dtype
 from megalibi.data.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.words import WordTokenizer
@@ -98,7 +98,7 @@ def preprocess(
         skip_bad_records=skip_bad_records,
         cut=tokenizer.cut,
     )
-    tasks = _tasks(reader if tokenizer.can_cut else _join(reader))
+    tasks = _tasks(reader if tokenizer.can_cut else join_pieces(reader))
     try:
         make_folder(Path(output).parent)
         with TokenFileWriter(output, tokenizer.vocab_size) as writer:
@@ -142,16 +142,6 @@ def _check_output(output: str, overwrite: bool) -> None:
         if Path(output + suffix).exists() and not overwrite:
             raise ConfigError(f"{output}{suffix} exists; choose another --output, or replace it with --overwrite")
     check_replaceable(output)
-
-
-def _join(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Put documents together again, for a tokenizer whose pieces reach across spaces."""
-    texts: list[str] = []
-    for piece in pieces:
-        texts.append(piece.text)
-        if piece.ends_document:
-            yield Piece("".join(texts), True)
-            texts = []
 
 
 def _tasks(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

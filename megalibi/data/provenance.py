@@ -15,7 +15,7 @@ from typing import Any
 
 import megalibi
 from megalibi.config import ConfigError
-from megalibi.data.identity import DataIdentity, Identity, identify
+from megalibi.data.identity import DataIdentity, Identity
 from megalibi.data.sources import RECORD_HEAD
 from megalibi.data.text import DocumentReader
 from megalibi.data.token_file import TokenFile, check_token_ids
@@ -65,8 +65,8 @@ def identify_data(
             check_token_ids(token_file, tokenizer.vocab_size)
     return DataIdentity(
         tokenizer_sha256=check_tokenizer([*train, *valid], tokenizer, "data.tokenizer"),
-        train=tuple(map(identify, train)),
-        valid=tuple(map(identify, valid)),
+        train=tuple(token_file.identity for token_file in train),
+        valid=tuple(token_file.identity for token_file in valid),
     )
 
 
@@ -121,7 +121,7 @@ def describe(
 ) -> Provenance:
     """Return what is to be said of a token file that was just written."""
     return Provenance(
-        identity=identify(TokenFile(prefix)),
+        identity=TokenFile(prefix).identity,
         tokenizer={"path": tokenizer.path, "sha256": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         sources=[count.to_dict() for count in reader.counts],
         options=options,
@@ -175,7 +175,7 @@ def read_provenance(token_file: TokenFile) -> Provenance | None:
         raise ConfigError(f"{path}: damaged or of another version ({error}); make the token file again") from error
     if not (isinstance(sha256, str) and isinstance(made_by, str) and isinstance(vocab_size, int)):
         raise ConfigError(f"{path}: damaged, its tokenizer is {provenance.tokenizer}; make the token file again")
-    if provenance.identity != identify(token_file):
+    if provenance.identity != token_file.identity:
         raise ConfigError(
             f"{path} describes another token file than the one beside it: make the token file again with "
             "tools/preprocess_data.py --overwrite, or delete the .json if the tokens are the right ones"

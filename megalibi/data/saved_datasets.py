@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.config import ConfigError
-from megalibi.data.records.common import Record, no_field
+from megalibi.data.records.common import Record
+from megalibi.data.records.tables import check_column, read_rows, validated
 from megalibi.data.sources import Source
 
 _ROWS = 64  # that are decoded at a time
@@ -23,30 +24,25 @@ def read_dataset(source: Source, text_key: str) -> Iterator[Record]:
     Raises:
         ConfigError: The dataset cannot be had or read, has no such column, or another type stands in it.
     """
-    tables = _tables(source)
+    columns, number = _columns(source, text_key), 0
     while True:
         try:  # around their code alone: it raises errors of any library below it
-            table = next(tables, None)
+            column = next(columns, None)
         except ConfigError:
             raise
         except Exception as error:
             what = "" if Path(source.name).is_dir() else "no file or folder here, and of the hub it "
             raise ConfigError(f"{source.name}: {what}cannot be read: {error or type(error).__name__}") from error
-        if table is None:
+        if column is None:
             return
-        if text_key not in table.column_names:
-            raise no_field(source.name, text_key, table.column_names)
-        for value in table.column(text_key):
-            text = value.as_py()
-            if not isinstance(text, str | None):
-                raise ConfigError(
-                    f"{source.name}: column {text_key!r} holds {value.type}, not text; choose with --text-key"
-                )
-            yield text
+        yield from read_rows(column, number + 1)
+        number += len(column)
 
 
-def _tables(source: Source) -> Iterator[Any]:
-    yield from _load(source).with_format("arrow").iter(batch_size=_ROWS)
+def _columns(source: Source, text_key: str) -> Iterator[Any]:
+    for table in _load(source).with_format("arrow").iter(batch_size=_ROWS):
+        index = check_column(source.name, table.schema, text_key)
+        yield validated(table.column(index))
 
 
 def _load(source: Source) -> Any:

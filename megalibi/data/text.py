@@ -189,3 +189,13 @@ class DocumentReader:
             yield Piece(held, False)
             held = piece
         yield Piece(held, True)
+
+
+def join_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Put documents together again, for whom pieces must not end within one."""
+    texts: list[str] = []
+    for piece in pieces:
+        texts.append(piece.text)
+        if piece.ends_document:
+            yield Piece("".join(texts), True)
+            texts = []

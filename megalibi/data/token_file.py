@@ -16,6 +16,7 @@ import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalibi.config import ConfigError
+from megalibi.data.identity import Identity, sampled_sha256
 from megalibi.data.token_index import IndexReader
 from megalibi.files import AsideFile, sync_folder
 
@@ -75,6 +77,16 @@ class TokenFile:
         self.num_tokens = num_bytes // self.dtype.itemsize
         with self.bin_path.open("rb") as file:
             self._tokens: IntegerArray = np.frombuffer(_map(file), self.dtype, self.num_tokens)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What tells this file from others; reads 128 MiB at most."""
+        return Identity(
+            tokens=self.num_tokens,
+            documents=self.num_documents,
+            idx_sha256=sampled_sha256(self.idx_path),
+            bin_sha256=sampled_sha256(self.bin_path),
+        )
 
     def read(self, start_token: int, count: int) -> IntegerArray:
         """Return ``count`` tokens from ``start_token`` on, as a read-only view of the file in its own type."""

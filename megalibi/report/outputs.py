@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megalibi.config import ConfigError
+from megalibi.files import make_folder
 from megalibi.report.metrics import METRICS_FILE
 from megalibi.report.run import CONFIG_FILE, INFO_FILE
 from megalibi.report.writers import TENSORBOARD_FOLDER
@@ -32,7 +33,7 @@ def check_outputs(outputs: Mapping[str, Path | None]) -> None:
             raise ConfigError(f"{option}={path} is a folder: give the name of a file")
         _check_place(path, f"{option}={path}", is_folder=False)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
         except OSError as error:
             raise ConfigError(f"{option}={path} cannot be written: {error.strerror}") from error
         other = options.setdefault(path.resolve(), option)

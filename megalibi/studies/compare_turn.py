@@ -15,7 +15,7 @@ from megalibi.engine.step import StepResult, train_step
 from megalibi.report import memory_peak_bytes
 from megalibi.report.record import describe_run, write_json
 from megalibi.studies.memory import measure_memory
-from megalibi.train import Job, check_finite, open_split, read_batches
+from megalibi.train import Job, check_finite, read_batches
 
 
 def measure_turn(job: Job, output: Path) -> None:
@@ -30,7 +30,7 @@ def measure_turn(job: Job, output: Path) -> None:
     config, groups, device = job.config, job.groups, job.device
     engine = build_engine(config, job.derived, groups, device)
     loader = Loader(
-        open_split(config, config.data.train),
+        job.data.train,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=config.train.micro_batch_size,
         data_rank=groups.data.rank,

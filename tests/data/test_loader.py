@@ -143,11 +143,9 @@ def test_indivisible_batch():
         Loader(None, global_batch_size=10, micro_batch_size=2, data_size=2)  # type: ignore
 
 
-@pytest.mark.parametrize(("micro_batch_size", "data_size"), [(1, 1), (2, 2), (4, 3), (16, 1)])
-@pytest.mark.parametrize("num_samples", [1, 7, 12])
-def test_validation_reads_the_first_samples_once(spec, num_samples, micro_batch_size, data_size):
-    dataset = open_blend(spec, shuffle=False)
-    loaders = [
+def open_validation(dataset, num_samples, micro_batch_size, data_size):
+    """Return the loaders of all data ranks."""
+    return [
         ValidationLoader(
             dataset,
             num_samples=num_samples,
@@ -158,6 +156,13 @@ def test_validation_reads_the_first_samples_once(spec, num_samples, micro_batch_
         )
         for rank in range(data_size)
     ]
+
+
+@pytest.mark.parametrize(("micro_batch_size", "data_size"), [(1, 1), (2, 2), (4, 3), (16, 1)])
+@pytest.mark.parametrize("num_samples", [1, 7, 12])
+def test_validation_reads_the_first_samples_once(spec, num_samples, micro_batch_size, data_size):
+    dataset = open_blend(spec, shuffle=False)
+    loaders = open_validation(dataset, num_samples, micro_batch_size, data_size)
     batches = [batch for group in zip(*loaders, strict=True) for batch in group]
     assert len(batches) == data_size * len(loaders[0])
     assert all(batch.tokens.shape == (micro_batch_size, 16) for batch in batches)
@@ -186,16 +191,7 @@ def test_validation_reads_every_set_of_a_blend_to_its_end(write_tokens, micro_ba
     sets = [(write_tokens([range(100 * i, 100 * i + 4 * n + 1)], str(i)), 1.0) for i, n in ((1, 1), (2, 2), (3, 6))]
     dataset = open_dataset(sets, seq_length=4, seed=0, vocab_size=400, shuffle=False)
     for num_samples, expected in ((5, [100, 200, 300, 204, 304]), (16, [100, 200, 300, 204, 304, 308, 312, 316, 320])):
-        loaders = [
-            ValidationLoader(
-                dataset,
-                num_samples=num_samples,
-                micro_batch_size=micro_batch_size,
-                data_rank=rank,
-                data_size=data_size,
-            )
-            for rank in range(data_size)
-        ]
+        loaders = open_validation(dataset, num_samples, micro_batch_size, data_size)
         assert {loader.num_samples for loader in loaders} == {len(expected)}
         batches = [batch for group in zip(*loaders, strict=True) for batch in group]
         real = torch.cat([batch.tokens[batch.labels[:, 0] != IGNORE_INDEX] for batch in batches])

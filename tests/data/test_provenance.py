@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from megalibi.config import ConfigError
-from megalibi.data.identity import identify
 from megalibi.data.preprocess import preprocess
 from megalibi.data.provenance import check_tokenizer, identify_data, read_provenance, say_unrecorded
 from megalibi.data.token_file import TokenFile, TokenFileWriter
@@ -62,15 +61,15 @@ def test_what_is_said_of_a_token_file(tmp_path, english, tokenizer_path):
     assert set(fields["versions"]) == {"megalibi", "sentencepiece"}
     provenance = read_provenance(token_file)
     assert provenance is not None
-    assert provenance.identity == identify(token_file)
+    assert provenance.identity == token_file.identity
 
 
 def test_identities_differ_by_content_and_not_by_place(tmp_path, english, tokenizer_path, other_path):
-    first = identify(tokenize(tmp_path, "a", english[:4], tokenizer_path))
-    assert identify(tokenize(tmp_path, "b", english[:4], tokenizer_path)) == first
-    assert identify(tokenize(tmp_path, "c", english[:5], tokenizer_path)) != first
-    assert identify(tokenize(tmp_path, "d", english[1:5], tokenizer_path)) != first
-    assert identify(tokenize(tmp_path, "e", english[:4], other_path)) != first
+    first = tokenize(tmp_path, "a", english[:4], tokenizer_path).identity
+    assert tokenize(tmp_path, "b", english[:4], tokenizer_path).identity == first
+    assert tokenize(tmp_path, "c", english[:5], tokenizer_path).identity != first
+    assert tokenize(tmp_path, "d", english[1:5], tokenizer_path).identity != first
+    assert tokenize(tmp_path, "e", english[:4], other_path).identity != first
 
 
 def test_a_large_file_is_known_by_its_beginning_its_end_and_places_between(tmp_path):
@@ -85,11 +84,11 @@ def test_a_large_file_is_known_by_its_beginning_its_end_and_places_between(tmp_p
             writer.add_document(tokens)
         return TokenFile(tmp_path / "large")
 
-    identity = identify(write({}))
-    assert identify(write({})) == identity
+    identity = write({}).identity
+    assert write({}).identity == identity
     step = (2 * num_tokens - (1 << 16)) / 255 / 2
     for place in (0, num_tokens - 1, *(int(number * step) + 100 for number in (1, 128, 254))):
-        assert identify(write({place: 60_001})) != identity
+        assert write({place: 60_001}).identity != identity
 
 
 def test_a_token_file_that_was_made_again_beside_an_old_record_is_refused(tmp_path, english, tokenizer_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from megalibi.config import ConfigError
@@ -35,6 +35,20 @@ def no_field(name: str, text_key: str, fields: Iterable[object]) -> ConfigError:
     names = [name if name == name.strip() and name.isprintable() else repr(name) for name in map(str, fields)]
     listed = ", ".join(names[:_FIELDS_SAID]) + (", ..." if len(names) > _FIELDS_SAID else "")
     return ConfigError(f"{name}: no column {text_key!r}; choose one of {listed} with --text-key")
+
+
+def find_column(name: str, columns: Sequence[str], text_key: str) -> int:
+    """Return the place of the column that holds the text.
+
+    Raises:
+        ConfigError: There is none, or several.
+    """
+    count = columns.count(text_key)
+    if count == 0:
+        raise no_field(name, text_key, columns)
+    if count > 1:
+        raise ConfigError(f"{name}: {count} columns are called {text_key!r}")
+    return columns.index(text_key)
 
 
 def check_encodes(text: str) -> str:

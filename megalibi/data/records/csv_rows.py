@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalibi.config import ConfigError
-from megalibi.data.records.common import BadRecord, Record, no_field, not_utf8
+from megalibi.data.records.common import BadRecord, Record, find_column, not_utf8
 from megalibi.data.sources import BROKEN_FILE, Source, broken
 
 _MAX_FIELD_CHARACTERS = 2**31 - 1
@@ -22,17 +22,14 @@ def read_csv(source: Source, text_key: str) -> Iterator[Record]:
         with source.open() as file:
             rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", newline=""), strict=True)
             header: list[str] = next((row for row in rows if row), [])
-            if header and header.count(text_key) != 1:
-                if text_key in header:
-                    raise ConfigError(f"{source.name}: {header.count(text_key)} columns are called {text_key!r}")
-                raise no_field(source.name, text_key, header)
+            column = find_column(source.name, header, text_key) if header else 0
             while True:
                 before = rows.line_num
                 row = next(rows, None)
                 if row is None:
                     return
                 if len(row) == len(header):
-                    yield row[header.index(text_key)]
+                    yield row[column]
                 elif row:
                     reason = f"it has {len(row)} fields, and the header has {len(header)}"
                     yield BadRecord(f"line {before + 1}", reason)

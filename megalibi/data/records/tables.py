@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalibi.config import ConfigError
-from megalibi.data.records.common import BadRecord, Record, no_field
+from megalibi.data.records.common import BadRecord, Record, find_column
 from megalibi.data.sources import BROKEN_FILE, Source, broken
 
 _ROWS = 64  # that are decoded at a time
@@ -19,14 +19,19 @@ def read_tables(source: Source, text_key: str) -> Iterator[Record]:
     number = 0
     try:
         for column in _columns(source, text_key):
-            for value in column:
-                number += 1
-                try:
-                    yield value.as_py()
-                except UnicodeDecodeError as error:
-                    yield BadRecord(f"row {number}", f"it is not UTF-8 text ({error.reason} at byte {error.start + 1})")
+            yield from read_rows(column, number + 1)
+            number += len(column)
     except (*BROKEN_FILE, pyarrow.ArrowException) as error:
         raise broken(source, error, f"row {number}" if number else "") from error
+
+
+def read_rows(column: Any, first_row: int) -> Iterator[Record]:
+    """Yield the texts of an array, of which the first is in this row of its file."""
+    for row, value in enumerate(column, start=first_row):
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError as error:
+            yield BadRecord(f"row {row}", f"it is not UTF-8 text ({error.reason} at byte {error.start + 1})")
 
 
 def _columns(source: Source, text_key: str) -> Iterator[Any]:
@@ -37,7 +42,7 @@ def _columns(source: Source, text_key: str) -> Iterator[Any]:
     if source.format == ".parquet":
         # Buffered: a column is read page by page, where it would be a row group at once.
         with pyarrow.parquet.ParquetFile(source.name, buffer_size=1 << 20) as file:
-            index = _check_column(source.name, file.schema_arrow, text_key)
+            check_column(source.name, file.schema_arrow, text_key)
             for batch in file.iter_batches(_ROWS, columns=[text_key]):
                 yield batch.column(batch.schema.names.index(text_key))
         return
@@ -47,12 +52,12 @@ def _columns(source: Source, text_key: str) -> Iterator[Any]:
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         except pyarrow.ArrowInvalid:  # the other of the two formats, in which ``datasets`` writes
             batches = reader = pyarrow.ipc.open_stream(mapped)
-        index = _check_column(source.name, reader.schema, text_key)
+        index = check_column(source.name, reader.schema, text_key)
         for batch in batches:
-            yield _validated(batch.column(index))
+            yield validated(batch.column(index))
 
 
-def _validated(column: Any) -> Any:
+def validated(column: Any) -> Any:
     """Return a column whose offsets stay within it: reading one of a damaged file would end the process.
 
     Text that is not UTF-8 is left to whoever reads the rows. Parquet's reader makes its arrays itself.
@@ -67,7 +72,7 @@ def _validated(column: Any) -> Any:
     return column
 
 
-def _check_column(name: str, schema: Any, text_key: str) -> int:
+def check_column(name: str, schema: Any, text_key: str) -> int:
     """Return the place of the text's column.
 
     Raises:
@@ -75,13 +80,9 @@ def _check_column(name: str, schema: Any, text_key: str) -> int:
     """
     import pyarrow.types as types
 
-    count = schema.names.count(text_key)
-    if count == 0:
-        raise no_field(name, text_key, schema.names)
-    if count > 1:
-        raise ConfigError(f"{name}: {count} columns are called {text_key!r}")
-    kind = schema.field(text_key).type
+    index = find_column(name, schema.names, text_key)
+    kind = schema.field(index).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)):
         raise ConfigError(f"{name}: column {text_key!r} holds {kind}, not text; choose with --text-key")
-    return int(schema.names.index(text_key))
+    return index
