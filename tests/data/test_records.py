@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.feather
 import pyarrow.parquet
@@ -346,34 +347,49 @@ FLIPS = """
 import sys
 from pathlib import Path
 from megalibi.config import ConfigError
-from megalibi.data.records import BadRecord, read_records
+from megalibi.data.records import read_records
+from megalibi.data.saved_datasets import read_dataset
 from megalibi.data.sources import Source
-path, expected = Path(sys.argv[1]), [f"text {number}" for number in range(500)]
+path, is_saved = Path(sys.argv[1]), len(sys.argv) > 2
+source = Source(str(path.parent), "") if is_saved else Source(str(path), path.suffix)
+read = read_dataset if is_saved else read_records
+expected = [f"text {number}" for number in range(500)]
 whole = bytearray(path.read_bytes())
-for place in range(0, len(whole), max(1, len(whole) // 300)):
+for place in range(0, len(whole), max(1, len(whole) // (100 if is_saved else 300))):
     whole[place] ^= 0x40
+    path.unlink()  # what is mapped stays as it was
     path.write_bytes(whole)
     whole[place] ^= 0x40
     try:
-        texts = list(read_records(Source(str(path), path.suffix), "text"))
+        texts = list(read(source, "text"))
         assert len(texts) == len(expected), place
         # The bytes of a text have no checksum in this format; which rows have one, and where it begins, must hold.
         differ = sum(text != other for text, other in zip(texts, expected))
         assert differ <= 2, (place, differ)
     except ConfigError as error:
-        assert str(error).startswith(str(path)), error
+        assert str(error).startswith(source.name), error
 print("held")
 """
+TEXTS_500 = {"text": [f"text {number}" for number in range(500)], "id": list(range(500))}
+
+
+def read_flipped(path: Path, *more: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FLIPS, str(path), *more], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "held\n"), done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("opened", [pyarrow.ipc.new_stream, pyarrow.ipc.new_file])
 def test_a_flipped_arrow_file_ends_no_process(tmp_path, opened):
-    table = pyarrow.table({"text": [f"text {number}" for number in range(500)], "id": list(range(500))})
+    table = pyarrow.table(TEXTS_500)
     with opened(tmp_path / "a.arrow", table.schema) as writer:
         writer.write_table(table, max_chunksize=70)
-    command = [sys.executable, "-c", FLIPS, str(tmp_path / "a.arrow")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "held\n"), done.stderr[-2000:]
+    read_flipped(tmp_path / "a.arrow")
+
+
+def test_a_flipped_file_that_datasets_saved_ends_no_process(tmp_path):
+    datasets.Dataset.from_dict(TEXTS_500).save_to_disk(tmp_path / "saved")
+    (path,) = (tmp_path / "saved").glob("*.arrow")
+    read_flipped(path, "saved")
 
 
 def test_a_field_may_be_long(tmp_path):
