@@ -68,8 +68,8 @@ class DocumentReader:
     All inputs are looked at when it is made, so that a wrong name shows before hours of work.
 
     Args:
-        inputs: Files (.txt, .tokens, .json, .jsonl, .ndjson, .csv, .parquet, .arrow, also compressed), folders, or hub
-            names: ORG/NAME[:CONFIG][@SPLIT]. Names are taken as they are.
+        inputs: Files in a format of megalibi.data.sources, folders, or hub names: ORG/NAME[:CONFIG][@SPLIT]. Names are
+            taken as they are.
         text_key: The field that holds the text; .txt and .tokens files have none.
         text_unit: What is one document in such a file: the whole file, a line, or a paragraph (blank lines between).
         keep_empty: Yield empty records and lines too, for whom line ends are tokens.
