@@ -32,15 +32,16 @@ def run(config: Config, place: Place, output: Path) -> None:
     # The imports stand here because they take seconds, and the configuration is known to be sound by now.
     device = set_up_device(place)
 
-    from megalibi.parallel import build_process_groups
+    from megalibi.job import Job, check_run, describe_facts
+    from megalibi.parallel import build_process_groups, check_same
     from megalibi.report.outputs import check_outputs
     from megalibi.studies.compare_turn import measure_turn
-    from megalibi.train import Job, check_run
 
     check_outputs({"--output": output})
     derived, data = check_run(config, place.world_size)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
+    check_same(describe_facts(config, data.identity), device)
     groups = build_process_groups(config.parallel.tensor_parallel_size, timeout)
     measure_turn(Job(config=config, derived=derived, data=data, groups=groups, device=device), output)
 

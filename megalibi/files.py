@@ -138,7 +138,7 @@ def _open_locked(aside: Path, path: Path) -> BinaryIO:
     while True:
         descriptor = os.open(aside, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(descriptor, path)
+            lock_file(descriptor, path)
             if _names(aside, descriptor):  # else its writer renamed it between our two calls: begin anew
                 os.ftruncate(descriptor, 0)
                 return os.fdopen(descriptor, "wb")
@@ -148,7 +148,16 @@ def _open_locked(aside: Path, path: Path) -> BinaryIO:
         os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def lock_file(descriptor: int, path: Path) -> None:
+    """Lock an open file for this process, until it is closed or the process ends; where there are no locks, nothing.
+
+    Args:
+        descriptor: Of the file.
+        path: What an error names.
+
+    Raises:
+        FileInUseError: Another process has it.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

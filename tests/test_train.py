@@ -15,7 +15,8 @@ from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.engine.step import StepResult
-from megalibi.train import check_finite, is_due
+from megalibi.job import is_due
+from megalibi.train import check_finite
 from tests.engine.runs import VOCAB_SIZE, make_config, write_tokens
 from tests.launch.jobs import Job, exact_records, last_step, read_records, run_job, write_job
 
@@ -79,7 +80,9 @@ def test_signals_save_and_a_finished_run_can_be_made_longer(tmp_path: Path) -> N
         job.signal(number, rank)
         job.succeed()
         stopped = last_step(run)
-        assert [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step_{stopped:08d}"]
+        # No loss after it has shown yet that the newest is good, so that the one before stays.
+        kept = [f"step_{step:08d}" for step in (before, stopped) if step]
+        assert [path.name for path in list_checkpoints(run / "checkpoints")] == kept
         assert f"stopped by {number.name} after step {stopped}, checkpoint saved" in job.read_log(rank)
 
     steps = f"train.steps={stopped + 2}"
@@ -139,25 +142,27 @@ def test_a_run_goes_on_with_its_data_wherever_it_stands_and_with_no_other(tmp_pa
 
 def test_a_rank_that_alone_meets_bad_data_ends_the_job_and_names_itself(tmp_path: Path) -> None:
     prefix = write_tokens(tmp_path, num_tokens=100_000)
-    config = write_job(tmp_path, data={"train": prefix}, checkpoint={"every_steps": 1})
+    config = write_job(tmp_path, data={"train": prefix}, checkpoint={"every_steps": 0})
     place = spoil_one_sample(write_tokens(tmp_path, num_tokens=100_000))
     job = Job(config, FOREVER, world_size=2)
     codes = job.wait()
-    assert codes[1] == 2
-    assert codes[0] != 0
-    host = socket.gethostname()
-    assert f"[rank 1/2 on {host}]" in job.read_log(1)
-    assert f"tokens.bin: token {place} is id {VOCAB_SIZE}, past vocab_size={VOCAB_SIZE}" in job.read_log(1)
-    assert "Traceback" not in job.read_log(1)
-    assert f"[rank 0/2 on {host}] failed" in job.read_log(0)
-    assert find_checkpoint(tmp_path / "run" / "checkpoints") is not None
+    assert codes == [2, 2]
+    (error,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    assert f"tokens.bin: token {place} is id {VOCAB_SIZE}, past vocab_size={VOCAB_SIZE}" in error
+    done = last_step(tmp_path / "run")
+    saved = f"[rank 1 on {socket.gethostname()}]; stopped after step {done}, checkpoint saved; the same command goes on"
+    assert error.endswith(saved)
+    assert "Traceback" not in job.output
+    checkpoint = find_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == f"step_{done:08d}"
 
 
-def spoil_one_sample(prefix: str) -> int:
-    """Write an id past the vocabulary where only rank 1 of 2 will read it, after some steps; return its place."""
+def spoil_one_sample(prefix: str, first: int = 12) -> int:
+    """Write an id past the vocabulary where only rank 1 of 2 will read it, after some samples; return its place."""
     train = make_config(prefix).train
     dataset = open_dataset(prefix, seq_length=33, seed=train.seed, vocab_size=VOCAB_SIZE)
-    samples = np.arange(12, 400)
+    samples = np.arange(first, 400)
     samples = samples[samples % 4 >= 2]  # batches of 4 samples, the last two of which are rank 1's
     for sample in dataset.sample_ids(samples)[:, 1].tolist():
         place = sample * 33 + 16
@@ -194,7 +199,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path) -> No
 
 def test_what_is_not_finite_stops_a_run_unless_the_loss_can_be_scaled_less() -> None:
     good = StepResult(loss=1.0, grad_norm=1.0, tokens=1, sample_hash=0, loss_scale=1.0, skipped=False)
-    check_finite(1, good, "bf16")
+    check_finite(1, good, "bf16", "go back")
     for field in ("loss", "grad_norm"):
         for value in (float("nan"), float("inf")):
             bad = replace(good, **{field: value})
@@ -205,9 +210,9 @@ def test_what_is_not_finite_stops_a_run_unless_the_loss_can_be_scaled_less() -> 
                 (skipped, "bf16"),
                 (skipped, "fp32"),
             ):
-                with pytest.raises(FloatingPointError, match=r"^step 7 has .*the checkpoints before it are whole"):
-                    check_finite(7, result, precision)
-            check_finite(7, skipped, "fp16")
+                with pytest.raises(FloatingPointError, match=r"^step 7 has .*: .* stops; go back, with a lower"):
+                    check_finite(7, result, precision, "go back")
+            check_finite(7, skipped, "fp16", "go back")
 
 
 def test_a_validation_reads_all_of_a_blend_on_any_number_of_ranks(tmp_path: Path) -> None:
@@ -248,3 +253,82 @@ def test_a_run_says_what_it_is(tmp_path: Path) -> None:
 def test_every_so_many_steps() -> None:
     assert [step for step in range(1, 10) if is_due(step, 3)] == [3, 6, 9]
     assert not any(is_due(step, 0) for step in range(1, 10))
+
+
+def error_of(job: Job) -> str:
+    (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in job.output
+    return line
+
+
+def test_a_stop_in_a_validation_saves_and_the_next_start_validates_first(tmp_path: Path) -> None:
+    """In the last one, too; the validations are long, of batches of one sample."""
+    config = write_job(
+        tmp_path,
+        data={"valid": str(tmp_path / "tokens")},
+        train={"steps": 4, "eval_every_steps": 2, "eval_samples": 500, "micro_batch_size": 1},
+        checkpoint={"every_steps": 0},
+    )
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    run_job(config, f"train.output_dir={straight}", world_size=2)
+    for step in (2, 4):
+        job = Job(config, world_size=2)
+        job.wait_until(lambda step=step: last_step(run) == step)
+        job.signal(signal.SIGTERM, rank=1)
+        job.succeed()
+        assert f"stopped by SIGTERM after step {step}, checkpoint saved; the same command goes on" in job.read_log(1)
+        validated = [record["step"] for record in read_records(run) if "validation_loss" in record]
+        assert validated == list(range(2, step, 2))  # else the signal came too late to show anything
+    run_job(config, world_size=2)
+    assert exact_records(run) == exact_records(straight)
+    job = run_job(config, world_size=2)
+    assert "nothing to do: step 4 of train.steps=4 is done" in job.read_log(0)
+    assert exact_records(run) == exact_records(straight)
+
+
+def test_what_one_rank_meets_in_a_validation_costs_no_step_and_is_said_by_name(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path, num_tokens=100_000)
+    (tmp_path / "valid").mkdir()
+    valid = write_tokens(tmp_path / "valid", num_tokens=100_000)
+    config = write_job(
+        tmp_path,
+        data={"train": prefix, "valid": valid},
+        train={"steps": 3, "eval_samples": 400},
+        checkpoint={"every_steps": 0},
+    )
+    prefix = write_tokens(tmp_path, num_tokens=100_000)
+    place = spoil_one_sample(valid, first=0)
+    job = Job(config, world_size=2)
+    assert job.wait() == [2, 2]
+    error = error_of(job)
+    assert f"{valid}.bin: token {place} is id {VOCAB_SIZE}, past vocab_size={VOCAB_SIZE}" in error
+    assert error.endswith(
+        f"[rank 1 on {socket.gethostname()}]; stopped after step 3, checkpoint saved; the same command goes on"
+    )
+    assert [record["step"] for record in read_records(tmp_path / "run")] == [1, 2, 3]
+    checkpoint = find_checkpoint(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    assert checkpoint.name == "step_00000003"
+
+    (tmp_path / "valid").joinpath("tokens.bin").unlink()
+    write_tokens(tmp_path / "valid", num_tokens=100_000)
+    run_job(config, world_size=2)
+    assert [record["step"] for record in read_records(tmp_path / "run")] == [1, 2, 3, 3]
+
+
+def test_fp16_that_diverges_keeps_the_checkpoints_that_are_good(tmp_path: Path) -> None:
+    config = write_job(
+        tmp_path, zero={"stage": 0}, train={"precision": "fp16"}, checkpoint={"every_steps": 1, "keep": 1}
+    )
+    run_job(config, "train.steps=4")
+    # Step 5 has a finite loss and destroys the weights; then no loss is a number, whatever it is scaled with.
+    job = Job(config, "train.steps=60", "optimizer.learning_rate=1e6", "optimizer.decay_steps=0")
+    assert job.wait() == [1], job.output
+    losses = {record["step"]: record["loss"] for record in read_records(tmp_path / "run")}
+    assert losses[5] != "NaN"
+    assert {losses[step] for step in losses if step > 5} == {"NaN"}
+    kept = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert kept == ["step_00000004", "step_00000005"]
+    assert "no checkpoint of step 6: its loss is not finite; step 5 stays the newest" in job.read_log(0)
+    error = error_of(job)
+    assert "with fp16's loss scale at its minimum of 1: the run has diverged and stops; go back to step 4, the" in error

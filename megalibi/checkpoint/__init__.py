@@ -1,5 +1,6 @@
 """Checkpoints that survive a crash at any moment."""
 
+from megalibi.checkpoint.lock import RunLock
 from megalibi.checkpoint.manifest import (
     CHECKPOINTS,
     LATEST,
@@ -8,9 +9,10 @@ from megalibi.checkpoint.manifest import (
     find_damage,
     get_checkpoint,
     list_checkpoints,
+    prune,
     read_manifest,
 )
-from megalibi.checkpoint.resumable import check_resumable
+from megalibi.checkpoint.resumable import check_resumable, describe_changes
 from megalibi.checkpoint.store import CheckpointError, load_checkpoint, save_checkpoint
 from megalibi.checkpoint.weights import load_full_weights, load_model
 
@@ -19,7 +21,9 @@ __all__ = [
     "LATEST",
     "CheckpointError",
     "Manifest",
+    "RunLock",
     "check_resumable",
+    "describe_changes",
     "find_checkpoint",
     "find_damage",
     "get_checkpoint",
@@ -27,6 +31,7 @@ __all__ = [
     "load_checkpoint",
     "load_full_weights",
     "load_model",
+    "prune",
     "read_manifest",
     "save_checkpoint",
 ]

@@ -62,6 +62,8 @@ class Manifest:
     """By path inside the checkpoint."""
     data: dict[str, Any] = field(default_factory=dict)
     """What was learned from, a DataIdentity; empty in checkpoints that are older than this field."""
+    run_id: str = ""
+    """Of the run that wrote it; empty in checkpoints that are older than this field."""
 
 
 def checkpoint_name(step: int) -> str:
@@ -102,12 +104,28 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 
 
 def _replace_latest(checkpoint: Path) -> None:
-    write_aside(checkpoint.with_name(LATEST), f"{checkpoint.name}\n")
+    latest = checkpoint.with_name(LATEST)
+    if latest.is_symlink():  # somebody's, to a folder: a file is renamed over files alone
+        latest.unlink()
+    write_aside(latest, f"{checkpoint.name}\n")
 
 
 def _read_latest(folder: Path) -> str | None:
+    """Return the name that ``latest`` holds, or that of the checkpoint it is a link to; None: there is none."""
     latest = folder / LATEST
-    return latest.read_bytes().decode(errors="replace").strip() if latest.is_file() else None
+    if latest.is_symlink() and not latest.is_file():
+        target = latest.resolve()
+        return target.name if target.parent == folder.resolve() else os.readlink(latest)
+    if latest.is_dir():
+        raise ConfigError(
+            f"{latest} is a folder: a file that holds the name of a checkpoint, or a link to one, is needed"
+        )
+    try:
+        return latest.read_bytes().decode(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{latest} cannot be read: {error.strerror}") from error
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -11,7 +11,6 @@ from typing import Any, BinaryIO, cast
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 
@@ -23,16 +22,12 @@ from megalibi.checkpoint.manifest import (
     checkpoint_name,
     commit,
     find_damage,
-    prune,
     read_manifest,
 )
 from megalibi.config import Config, ConfigError, Derived, config_to_dict
 from megalibi.data.identity import DataIdentity
 from megalibi.files import make_folder, sync_file
-from megalibi.log import get_logger
-from megalibi.parallel import ProcessGroups
-
-_LOGGER = get_logger(__name__)
+from megalibi.parallel import ProcessGroups, gather_objects
 
 
 class CheckpointError(ConfigError):
@@ -94,8 +89,9 @@ def save_checkpoint(
     *,
     folder: Path,
     step: int,
+    run_id: str,
 ) -> Path:
-    """Write a checkpoint; every rank must call it, and all see the same file system.
+    """Write a checkpoint; every rank must call it, and all see the same file system. No other one is deleted.
 
     Args:
         engine: From build_engine.
@@ -105,6 +101,7 @@ def save_checkpoint(
         groups: Of this process.
         folder: The run's ``checkpoints``.
         step: Optimizer steps done.
+        run_id: Of the run.
 
     Returns:
         The checkpoint's folder.
@@ -125,7 +122,7 @@ def save_checkpoint(
         engine.checkpoint_engine = ours
 
     written = {str(path.relative_to(partial)): entry for path, entry in recording.files.items()}
-    files_by_rank = _all_gather_object(written, groups)
+    files_by_rank = gather_objects(written, groups.world)
     _raise_together([recording.error], groups, partial)
     error = None
     if groups.world.rank == 0:
@@ -139,11 +136,10 @@ def save_checkpoint(
             versions={"megalibi": megalibi.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
             files=dict(sorted(files.items())),
             data=data.to_dict(),
+            run_id=run_id,
         )
         error = _try_commit(partial, manifest)
     _raise_together([error], groups, partial)
-    if groups.world.rank == 0:
-        _try_prune(folder, config.checkpoint.keep)
     return folder / checkpoint_name(step)
 
 
@@ -168,28 +164,13 @@ def _try_commit(partial: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def _try_prune(folder: Path, keep: int) -> None:
-    """Delete old checkpoints; the new one stands whether or not that works."""
-    try:
-        prune(folder, keep)
-    except (OSError, ConfigError) as error:
-        _LOGGER.warning("old checkpoints could not be deleted: %s", error)
-
-
 def _raise_together(errors: list[str | None], groups: ProcessGroups, partial: Path) -> None:
     """Raise on every rank what any rank met, and remove the half-written folder."""
-    met = [error for rank_errors in _all_gather_object(errors, groups) for error in rank_errors if error]
+    met = [error for rank_errors in gather_objects(errors, groups.world) for error in rank_errors if error]
     if met:
         if groups.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"checkpoint not written, the one before it stays: {met[0]}")
-
-
-def _all_gather_object(value: Any, groups: ProcessGroups) -> list[Any]:
-    values = [value] * groups.world.size
-    if groups.world.size > 1:
-        dist.all_gather_object(values, value)
-    return values
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> Manifest:
@@ -203,7 +184,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGr
         damage = list(find_damage(checkpoint, manifest, part=groups.world.rank, parts=groups.world.size))
     except ConfigError as error:  # on this rank, perhaps: its file system may show less
         damage = [str(error)]
-    all_damage = [line for lines in _all_gather_object(damage, groups) for line in lines]
+    all_damage = [line for lines in gather_objects(damage, groups.world) for line in lines]
     if all_damage:
         raise ConfigError(f"{all_damage[0]}; to resume from another checkpoint write its name into latest")
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

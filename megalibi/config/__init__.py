@@ -9,6 +9,7 @@ from megalibi.config.derive import (
     padded_vocab_size,
 )
 from megalibi.config.errors import ConfigError
+from megalibi.config.identity import NO_WEIGHT_DEPENDS_ON, ON_RESUME, OnResume, find_changes, flatten_config
 from megalibi.config.load import config_from_dict, config_to_dict, load_config, save_config
 from megalibi.config.model import ModelConfig
 from megalibi.config.schema import (
@@ -23,6 +24,8 @@ from megalibi.config.schema import (
 )
 
 __all__ = [
+    "NO_WEIGHT_DEPENDS_ON",
+    "ON_RESUME",
     "AdaptiveBand",
     "CheckpointConfig",
     "Config",
@@ -31,6 +34,7 @@ __all__ = [
     "DatasetConfig",
     "Derived",
     "ModelConfig",
+    "OnResume",
     "OptimizerConfig",
     "ParallelConfig",
     "TrainConfig",
@@ -39,6 +43,8 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "derive",
+    "find_changes",
+    "flatten_config",
     "learning_rate_at",
     "load_config",
     "padded_vocab_size",

@@ -128,6 +128,11 @@ class OptimizerConfig:
         check_at_least("optimizer", 0.0, warmup_init_learning_rate=self.warmup_init_learning_rate)
         check_at_least("optimizer", 0.0, epsilon=self.epsilon, clip_grad_norm=self.clip_grad_norm)
         check_fraction("optimizer", beta1=self.beta1, beta2=self.beta2, momentum=self.momentum)
+        if 0 < self.decay_steps < self.warmup_steps:
+            raise ConfigError(
+                f"optimizer.decay_steps={self.decay_steps} is below optimizer.warmup_steps={self.warmup_steps}: the "
+                "learning rate would still rise there; at least as many steps are allowed, or 0 for train.steps"
+            )
         for name in ("min_learning_rate", "warmup_init_learning_rate"):
             if getattr(self, name) > self.learning_rate:
                 raise ConfigError(

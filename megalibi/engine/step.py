@@ -62,6 +62,8 @@ def train_step(
     counts = torch.tensor([[int((b.labels != IGNORE_INDEX).sum()), b.sample_hash] for b in batches], device=device)
     tokens, sample_hash = (int(n) for n in all_reduce_raw(counts.sum(0), groups.data))
     loss_scale = find_loss_scale(engine)
+    if hasattr(engine.optimizer, "loss_scaler"):  # a checkpoint may have brought another one
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # that such a step was skipped is ours to say
     # ZeRO 1 to 3 multiply by the loss scale themselves.
     factor = groups.data.size / tokens * (loss_scale if engine.zero_optimization_stage() == 0 else 1.0)
 

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
-from megalibi.parallel import ProcessGroups, all_reduce_raw
+from megalibi.config import ConfigError
+from megalibi.parallel import ProcessGroups, all_reduce_raw, gather_objects
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 REPEATED_SIGNAL_SECONDS = 2.0
 """Launchers pass on a signal that the scheduler or the terminal has sent to every process already."""
+
+
+class StoppedError(Exception):
+    """A signal asked for the end; raised on every rank at the same place."""
+
+
+class DataError(ConfigError):
+    """A rank could not read its data; raised on every rank at the same place."""
 
 
 class StopRequest:
@@ -36,7 +46,27 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def is_agreed(self, groups: ProcessGroups, device: torch.device) -> bool:
-        """Return whether any rank was asked, the same answer on every rank."""
-        asked = torch.tensor(int(self.signal_name is not None), device=device)
-        return bool(all_reduce_raw(asked, groups.world, dist.ReduceOp.MAX))
+
+def check_together(
+    groups: ProcessGroups, device: torch.device, *, stop: StopRequest | None = None, failure: str | None = None
+) -> None:
+    """Go on only if no rank was asked to stop and none failed; every rank must call it.
+
+    Args:
+        groups: Of this process.
+        device: Where this rank computes.
+        stop: What asks this rank to stop; None: nothing.
+        failure: Why this rank cannot go on.
+
+    Raises:
+        StoppedError: On every rank: one was asked to stop.
+        DataError: On every rank, with the words of the first that failed, its number and its host.
+    """
+    asked = 2 if failure else int(stop is not None and stop.signal_name is not None)
+    worst = int(all_reduce_raw(torch.tensor(asked, device=device), groups.world, dist.ReduceOp.MAX))
+    if worst == 2:
+        where = f" [rank {groups.world.rank} on {socket.gethostname()}]" if groups.world.size > 1 else ""
+        failures = gather_objects(failure and f"{failure}{where}", groups.world)
+        raise DataError(next(words for words in failures if words))
+    if worst:
+        raise StoppedError

@@ -1,5 +1,6 @@
 """Tensor parallelism over torch.distributed: groups, collectives, sharded layers, loss and keyed randomness."""
 
+from megalibi.parallel.agreement import check_same, gather_objects
 from megalibi.parallel.collectives import (
     all_gather_raw,
     all_reduce_raw,
@@ -37,12 +38,14 @@ __all__ = [
     "all_gather_raw",
     "all_reduce_raw",
     "build_process_groups",
+    "check_same",
     "copy_to_tensor_group",
     "derive_key",
     "dropout_key",
     "fork_rng",
     "gather_from_sequence",
     "gather_from_tensor_group",
+    "gather_objects",
     "get_shard_spec",
     "init_normal_",
     "keyed_dropout",

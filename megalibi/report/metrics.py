@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -112,6 +113,16 @@ def parse_line(line: str) -> StepRecord | ValidationRecord:
     if "validation_loss" in fields:
         return _from_fields(ValidationRecord, fields)
     return _from_fields(StepRecord, fields)
+
+
+def read_lines(path: Path | str) -> Iterator[StepRecord | ValidationRecord]:
+    """Yield the records of a metrics.jsonl in the order of its lines, without the lines that cannot be read."""
+    if not Path(path).exists():
+        return
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                yield parse_line(line)
 
 
 def read_metrics(run_dir: Path | str) -> RunMetrics:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,16 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from megalibi.files import make_folder, open_aside
+from megalibi.files import make_folder, open_aside, sync_file, sync_folder
+from megalibi.log import get_logger
 from megalibi.report.metrics import METRICS_FILE, StepRecord, ValidationRecord, parse_line
 from megalibi.report.units import format_bytes, format_count, format_duration
 
+_LOGGER = get_logger(__name__)
+
 TENSORBOARD_FOLDER = "tensorboard"
+DROPPED_FILE = "metrics.dropped.jsonl"
+"""Lines of metrics.jsonl that a run set aside when it went back to a checkpoint."""
 
 # Steps whose mean time gives the time left: long enough to be steady, short enough to follow a change.
 _RECENT_STEPS = 50
@@ -43,7 +47,7 @@ class JsonlWriter:
     """Appends one line per record to metrics.jsonl.
 
     Each line is flushed, so a killed process loses none. They are not synced to the disk one by one, but before each
-    checkpoint: after a power failure the run resumes from one, and `truncate_after` drops what lies beyond it.
+    checkpoint: after a power failure the run resumes from one, and `set_aside_after` moves away what lies beyond it.
 
     Args:
         path: The file; it and its folder are made if they do not exist.
@@ -54,19 +58,34 @@ class JsonlWriter:
         make_folder(self.path.parent)
         self._file = self.path.open("a", encoding="utf-8")
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps and lines that a crash tore, so that the file has each step once.
+    def set_aside_after(self, step: int) -> int:
+        """Move the lines of later steps, and those that cannot be read, to metrics.dropped.jsonl.
 
-        The file is rewritten aside and renamed: a crash meanwhile leaves the old file or the new one, never a part.
-        Its name is on the disk then: every run begins with this, a new one too, so that `sync` need not see to it.
+        So the file has each step once, and no line is lost. It is rewritten aside and renamed: a crash meanwhile leaves
+        the old file or the new one, never a part. Its name is on the disk then: every run begins with this, a new one
+        too, so that `sync` need not see to it.
 
         Args:
             step: The step the run resumes from; 0 empties the file.
+
+        Returns:
+            The number of lines that were moved.
         """
         self._file.close()
+        dropped = []
         with open_aside(self.path) as kept:
-            kept.writelines(line.encode() for line in _lines_until(self.path, step))
+            for line in _read_lines(self.path):
+                if _is_until(line, step):
+                    kept.write(line)
+                else:
+                    dropped.append(line if line.endswith(b"\n") else line + b"\n")
+            if dropped:
+                with self.path.with_name(DROPPED_FILE).open("ab") as file:
+                    file.writelines(dropped)
+                    sync_file(file)
+                sync_folder(self.path.parent)
         self._file = self.path.open("a", encoding="utf-8")
+        return len(dropped)
 
     def step(self, record: StepRecord) -> None:
         """Append the record of one step."""
@@ -89,13 +108,18 @@ class JsonlWriter:
         self._file.flush()
 
 
-def _lines_until(path: Path, step: int) -> Iterator[str]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            # Without its newline a line is torn, even where what is left happens to be JSON.
-            with contextlib.suppress(ValueError):
-                if line.endswith("\n") and parse_line(line).step <= step:
-                    yield line
+def _read_lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        yield from file
+
+
+def _is_until(line: bytes, step: int) -> bool:
+    """Return whether a line is whole and of a step that is not later."""
+    try:
+        # Without its newline a line is torn, even where what is left happens to be JSON.
+        return line.endswith(b"\n") and parse_line(line.decode()).step <= step
+    except ValueError:
+        return False
 
 
 class TensorBoardWriter:
@@ -294,13 +318,20 @@ def build_writers(
         rank: This process's rank in the job.
         total_steps: The step the run ends at.
         log_every_steps: How often the console prints a line where there is no terminal.
-        resumed_step: The step the run resumes from; later records of an earlier process are dropped.
+        resumed_step: The step the run resumes from; later records of an earlier process are set aside.
         eval_samples: How many samples a validation shall read.
     """
     if rank != 0:
         return Writers()
     jsonl = JsonlWriter(Path(run_dir) / METRICS_FILE)
-    jsonl.truncate_after(resumed_step)
+    if moved := jsonl.set_aside_after(resumed_step):
+        _LOGGER.warning(
+            "%d lines of %s that are of later steps than %d, or cannot be read, are in %s now",
+            moved,
+            jsonl.path,
+            resumed_step,
+            DROPPED_FILE,
+        )
     return Writers(
         [
             jsonl,

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from megalibi.config import Config, ConfigError, config_to_dict, save_config
+from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, ConfigError, config_to_dict, save_config
+from megalibi.job import check_run
 from megalibi.report.run import Quartiles
 from megalibi.studies.compare import CompareStudy, Variant, variant_config, variants
 from megalibi.studies.jobs import run_jobs
 from megalibi.studies.machine import Machine
 from megalibi.studies.memory import MemoryByKind
-from megalibi.studies.runs import FREE_FIELDS
-from megalibi.train import check_run
+
+# Recomputation leaves the weights as they are, and takes time and spares memory.
+_WITHOUT_EFFECT = NO_WEIGHT_DEPENDS_ON - {"model.recompute"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class Turn:
             f"{section}.{name}={value}, not {turn['config'].get(section, {}).get(name)}"
             for section, fields in ours.items()
             for name, value in fields.items()
-            if f"{section}.{name}" not in FREE_FIELDS and turn["config"].get(section, {}).get(name) != value
+            if f"{section}.{name}" not in _WITHOUT_EFFECT and turn["config"].get(section, {}).get(name) != value
         ]
         if changed:
             raise ConfigError(

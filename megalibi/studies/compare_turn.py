@@ -12,10 +12,11 @@ from megalibi.config import config_to_dict, learning_rate_at
 from megalibi.data.loader import Loader
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
+from megalibi.job import Job
 from megalibi.report import memory_peak_bytes
 from megalibi.report.record import describe_run, write_json
 from megalibi.studies.memory import measure_memory
-from megalibi.train import Job, check_finite, read_batches
+from megalibi.train import check_finite, read_together
 
 
 def measure_turn(job: Job, output: Path) -> None:
@@ -42,7 +43,7 @@ def measure_turn(job: Job, output: Path) -> None:
         samples_consumed = step * config.train.global_batch_size
         return train_step(
             engine,
-            read_batches(loader, samples_consumed, groups),
+            read_together(lambda: loader.micro_batches(samples_consumed), job),
             groups=groups,
             device=device,
             learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
@@ -55,7 +56,7 @@ def measure_turn(job: Job, output: Path) -> None:
         began = time.perf_counter()
         result = take_step(step)  # its loss is read back, so the device has finished
         step_seconds.append(time.perf_counter() - began)
-        check_finite(step + 1, result, config.train.precision)
+        check_finite(step + 1, result, config.train.precision, "measure")
     device_bytes = device_peak_bytes(device)  # before the profiler takes memory of its own
     memory = measure_memory(engine, lambda: take_step(config.train.steps), device)
     loader.close()

@@ -17,32 +17,16 @@ from typing import Any
 from rich.console import Console
 
 from megalibi.checkpoint import CHECKPOINTS, LATEST, find_checkpoint, find_damage, get_checkpoint, read_manifest
-from megalibi.config import Config, ConfigError, config_from_dict, config_to_dict, save_config
+from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, ConfigError, config_from_dict, flatten_config, save_config
+from megalibi.job import check_run
 from megalibi.log import get_logger
 from megalibi.report.metrics import METRICS_FILE, StepRecord, parse_line
 from megalibi.report.units import format_count, format_duration
 from megalibi.studies.jobs import JobProgress, run_jobs
 from megalibi.studies.machine import Machine
-from megalibi.train import check_run
 
 _LOGGER = get_logger(__name__)
 _TAIL_BYTES = 1 << 14  # some forty lines of metrics.jsonl
-
-FREE_FIELDS = frozenset(
-    {
-        "train.output_dir",
-        "train.log_every_steps",
-        "train.eval_every_steps",
-        "train.eval_samples",
-        "checkpoint.every_steps",
-        "checkpoint.keep",
-        "checkpoint.resume",
-        "parallel.timeout_minutes",
-        "data.valid",
-        "data.tokenizer",
-    }
-)
-"""What may change between two commands of a study: no weight depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,11 +106,11 @@ class Training:
         return None
 
     def _check_same(self, saved: Mapping[str, Any]) -> None:
-        ours, theirs = _flatten(config_to_dict(self.config)), _flatten(config_to_dict(config_from_dict(dict(saved))))
+        ours, theirs = flatten_config(self.config), flatten_config(config_from_dict(dict(saved)))
         changed = [
             f"{field}={ours[field]}, not {theirs[field]}"
             for field in ours
-            if field not in FREE_FIELDS and ours[field] != theirs[field]
+            if field not in NO_WEIGHT_DEPENDS_ON and ours[field] != theirs[field]
         ]
         if changed:
             raise ConfigError(
@@ -142,10 +126,6 @@ def _put_aside(checkpoint: Path) -> Path:
     checkpoint.rename(aside)
     checkpoint.with_name(LATEST).unlink(missing_ok=True)
     return aside
-
-
-def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
 
 
 def _read_last_steps(path: Path) -> list[StepRecord]:

@@ -82,6 +82,30 @@ def test_a_latest_that_names_nothing_is_an_error_that_names_the_newest(tmp_path:
         find_checkpoint(tmp_path)
 
 
+def test_latest_may_be_a_link_to_a_checkpoint_and_to_nothing_else(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path / "checkpoints", step)
+    folder = tmp_path / "checkpoints"
+    latest = folder / "latest"
+    for target in ("step_00000001", str(folder / "step_00000001")):
+        latest.unlink()
+        latest.symlink_to(target)
+        assert find_checkpoint(folder) == folder / "step_00000001"
+    save(folder, 3)
+    assert not latest.is_symlink()
+    assert find_checkpoint(folder) == folder / "step_00000003"
+    save(tmp_path / "other", 1)
+    for target in (str(tmp_path / "other" / "step_00000001"), "step_00000009"):
+        latest.unlink()
+        latest.symlink_to(target)
+        with pytest.raises(ConfigError, match=r"latest names '.*', which is no complete checkpoint; the newest one is"):
+            find_checkpoint(folder)
+    latest.unlink()
+    latest.mkdir()
+    with pytest.raises(ConfigError, match=r"latest is a folder: a file that holds the name of a checkpoint, or a link"):
+        find_checkpoint(folder)
+
+
 def test_folders_without_a_manifest_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step_00000007").mkdir()
     (tmp_path / "step_00000008.partial").mkdir()

@@ -50,7 +50,7 @@ def save_and_evaluate(engine: DeepSpeedEngine, config: Config) -> float:
     groups = process_groups(config.parallel.tensor_parallel_size)
     folder, dtype = Path(config.train.output_dir), DTYPES[config.train.precision]
     derived = derive(config, groups.world.size)
-    save_checkpoint(engine, config, derived, identify(config), groups, folder=folder, step=STEPS)
+    save_checkpoint(engine, config, derived, identify(config), groups, folder=folder, step=STEPS, run_id="a")
     weights: RankWeights = {}
     for name, parameter in engine.module.named_parameters():
         with GatheredParameters([parameter], enabled=config.zero.stage == 3):

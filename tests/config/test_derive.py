@@ -105,6 +105,9 @@ def test_the_papers_warm_up_starts_above_zero_and_its_cosine_ends_at_the_minimum
         ConfigError, match=r"optimizer\.warmup_init_learning_rate=2\.0 is above optimizer\.learning_rate=1"
     ):
         OptimizerConfig(learning_rate=1.0, warmup_init_learning_rate=2.0)
+    with pytest.raises(ConfigError, match=r"optimizer\.decay_steps=5 is below optimizer\.warmup_steps=10: the l"):
+        OptimizerConfig(learning_rate=1.0, warmup_steps=10, decay_steps=5)
+    OptimizerConfig(learning_rate=1.0, warmup_steps=10, decay_steps=10)
 
 
 def test_learning_rate_warms_up_then_falls_as_a_cosine() -> None:

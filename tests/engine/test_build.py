@@ -115,6 +115,16 @@ def test_fp16_overflow_skips_the_step_halves_the_scale_and_the_run_goes_on(prefi
         assert sum(changed for _, changed in run[1:]) >= 4
 
 
+def test_the_loss_scale_stays_at_its_minimum_and_says_that_the_step_was_skipped(prefix: str) -> None:
+    """At every stage: it is ours to end the run, in one line. ZeRO 1 to 3 of DeepSpeed would raise in the step."""
+    optimizer = {"learning_rate": 1e6, "clip_grad_norm": 0.0, "warmup_steps": 0}
+    configs = make_stages(prefix, train={"precision": "fp16"}, optimizer=optimizer)
+    steps = 1 + INITIAL_LOSS_SCALE_POWER + 3
+    for run in run_on_ranks(2, _run_fp16, configs, steps)[0]:
+        assert all(result.skipped for result, _ in run[-4:])
+        assert [result.loss_scale for result, _ in run[-3:]] == [1.0, 1.0, 1.0]
+
+
 def _build_without_fp16(config: Config) -> None:
     with fp16_support(False), pytest.raises(ConfigError, match=r"train\.precision=fp16 with zero\.stage=1 is not supp"):
         build(config)

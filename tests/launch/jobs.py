@@ -78,7 +78,7 @@ class ScriptJob:
 
     Args:
         script: What each rank runs.
-        arguments: Of the command line.
+        arguments: Of the command line, by rank.
         folder: Where what the ranks print goes, a file for each.
         environments: What a launcher tells each rank.
     """
@@ -86,7 +86,11 @@ class ScriptJob:
     _count = 0
 
     def __init__(
-        self, script: Path, arguments: Sequence[str], folder: Path, environments: Sequence[Mapping[str, str]]
+        self,
+        script: Path,
+        arguments: Sequence[Sequence[str]],
+        folder: Path,
+        environments: Sequence[Mapping[str, str]],
     ) -> None:
         ScriptJob._count += 1
         self.logs: list[Path] = []
@@ -94,7 +98,7 @@ class ScriptJob:
         for rank, environment in enumerate(environments):
             log = folder / f"job{ScriptJob._count}_rank{rank}.log"
             process = CONTEXT.Process(
-                target=_run_rank, args=(str(script), list(arguments), dict(environment), str(log)), daemon=True
+                target=_run_rank, args=(str(script), list(arguments[rank]), dict(environment), str(log)), daemon=True
             )
             process.start()
             self.logs.append(log)
@@ -151,6 +155,7 @@ class Job(ScriptJob):
         overrides: ``section.field=value`` strings.
         world_size: Number of ranks, told as torchrun does.
         environments: What another launcher tells each rank.
+        rank_overrides: What each rank alone is told, as on hosts with files of their own.
     """
 
     def __init__(
@@ -159,9 +164,13 @@ class Job(ScriptJob):
         *overrides: str,
         world_size: int = 1,
         environments: Sequence[Mapping[str, str]] | None = None,
+        rank_overrides: Sequence[Sequence[str]] | None = None,
     ) -> None:
-        arguments = ["--config", str(config), *overrides]
-        super().__init__(SCRIPT, arguments, config.parent, environments or torchrun_environment(world_size))
+        environments = environments or torchrun_environment(world_size)
+        arguments = [
+            ["--config", str(config), *overrides, *own] for own in rank_overrides or [[] for _ in environments]
+        ]
+        super().__init__(SCRIPT, arguments, config.parent, environments)
 
 
 def run_job(config: Path, *overrides: str, world_size: int = 1) -> Job:

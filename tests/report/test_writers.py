@@ -10,7 +10,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megalibi.report.metrics import StepRecord, ValidationRecord, read_metrics
-from megalibi.report.writers import ConsoleWriter, JsonlWriter, TensorBoardWriter, Writers, build_writers
+from megalibi.report.writers import DROPPED_FILE, ConsoleWriter, JsonlWriter, TensorBoardWriter, Writers, build_writers
 
 MakeStep = Callable[..., StepRecord]
 MakeValidation = Callable[..., ValidationRecord]
@@ -24,26 +24,38 @@ def test_each_line_is_on_disk_before_the_next_step(tmp_path: Path, make_step: Ma
     writer.close()
 
 
-def test_truncating_leaves_each_step_once_and_writing_goes_on(
+def test_going_back_leaves_each_step_once_and_loses_no_line(
     tmp_path: Path, make_step: MakeStep, make_validation: MakeValidation
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [make_step(1), make_step(2), make_validation(2), make_step(3), make_validation(3)]
-    path.write_text("".join(f"{record.to_json()}\n" for record in lines) + make_step(4).to_json()[:30])
+    torn = make_step(4).to_json()[:30]
+    whole = [f"{record.to_json()}\n" for record in lines]
+    unreadable = "one line that nobody can read\n"
+    path.write_text("".join([whole[0], unreadable, *whole[1:], torn]))
     writer = JsonlWriter(path)
-    writer.truncate_after(2)
+    assert writer.set_aside_after(2) == 4
     writer.step(make_step(3, loss=5.0))
     writer.close()
     expected = [make_step(1), make_step(2), make_validation(2), make_step(3, loss=5.0)]
     assert path.read_text() == "".join(f"{record.to_json()}\n" for record in expected)
-    assert list(tmp_path.iterdir()) == [path]
+    dropped = tmp_path / DROPPED_FILE
+    assert dropped.read_text() == "".join([unreadable, *whole[3:], f"{torn}\n"])
+    assert sorted(tmp_path.iterdir()) == [dropped, path]
+
+    writer = JsonlWriter(path)
+    assert writer.set_aside_after(0) == 4  # as where checkpoints/ is gone; the lines before it are still there
+    writer.close()
+    assert path.read_text() == ""
+    assert dropped.read_text().endswith("".join(f"{record.to_json()}\n" for record in expected))
+    assert len(dropped.read_text().splitlines()) == 8
 
 
-def test_truncating_drops_a_last_line_that_lacks_only_its_newline(tmp_path: Path, make_step: MakeStep) -> None:
+def test_a_last_line_that_lacks_only_its_newline_is_torn(tmp_path: Path, make_step: MakeStep) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{make_step(1).to_json()}\n{make_step(2).to_json()}")
     writer = JsonlWriter(path)
-    writer.truncate_after(2)
+    assert writer.set_aside_after(2) == 1
     writer.close()
     assert path.read_text() == f"{make_step(1).to_json()}\n"
 
@@ -54,7 +66,7 @@ def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path: Path, make_step: Mak
     writer.step(make_step(2))
     (tmp_path / "metrics.jsonl.tmp").mkdir()  # so the file aside cannot be opened
     with pytest.raises(IsADirectoryError):
-        writer.truncate_after(1)
+        writer.set_aside_after(1)
     assert read_metrics(tmp_path).steps == (make_step(1), make_step(2))
 
 

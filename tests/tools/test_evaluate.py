@@ -50,7 +50,7 @@ def train_and_save(config: Config) -> None:
             groups = process_groups(config.parallel.tensor_parallel_size)
             derived = derive(config, groups.world.size)
             folder = Path(config.train.output_dir) / "checkpoints"
-            save_checkpoint(engine, config, derived, identify(config), groups, folder=folder, step=STEPS)
+            save_checkpoint(engine, config, derived, identify(config), groups, folder=folder, step=STEPS, run_id="a")
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def evaluate_on_ranks(run_dir: Path, world_size: int, **options: object) -> tupl
     """Run the tool on ranks, as deepspeed starts it; return what it wrote, and what rank 0 printed."""
     output = run_dir / f"ranks{world_size}.json"
     command = [*arguments(run_dir, lengths="16,64", tokens=30_000, output=output, **options), "--by-position"]
-    job = ScriptJob(TOOL, [*command, "--local_rank=0"], run_dir, torchrun_environment(world_size))
+    job = ScriptJob(TOOL, [[*command, "--local_rank=0"]] * world_size, run_dir, torchrun_environment(world_size))
     job.succeed()
     assert not any(job.read_log(rank) for rank in range(1, world_size)), job.output
     return json.loads(output.read_text()), job.read_log(0)

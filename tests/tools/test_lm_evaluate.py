@@ -60,7 +60,9 @@ def train_and_save(config: Config) -> None:
         if step == STEPS:
             groups = process_groups(1)
             folder = Path(config.train.output_dir) / "checkpoints"
-            save_checkpoint(engine, config, derive(config, 1), identify(config), groups, folder=folder, step=STEPS)
+            save_checkpoint(
+                engine, config, derive(config, 1), identify(config), groups, folder=folder, step=STEPS, run_id="a"
+            )
 
 
 @dataclass(frozen=True)

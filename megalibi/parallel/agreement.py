@@ -1,0 +1,66 @@
+"""What ranks must have in common before they compute together, and how they fail together."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalibi.config import ConfigError
+from megalibi.parallel.groups import Group
+
+
+def gather_objects(value: Any, world: Group) -> list[Any]:
+    """Return what every rank has, by rank. For words about a failure: it takes milliseconds a rank."""
+    values = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(values, value, group=world.handle)
+    return values
+
+
+def check_same(facts: Mapping[str, str], device: torch.device) -> None:
+    """Compare facts of all ranks; every rank must call it, before it builds groups, for a group's size may differ.
+
+    One all-gather of 32 bytes a rank where all agree. Where they do not, rank 0 tells all its facts, and every rank
+    what differs.
+
+    Args:
+        facts: Values by name. What is told of a difference is the first name in the order of rank 0.
+        device: Where this rank's collectives take tensors.
+
+    Raises:
+        ConfigError: On every rank: the first fact that differs, both values, and the hosts.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    digest = hashlib.sha256(repr(list(facts.items())).encode()).digest()
+    ours = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
+    all_digests = torch.empty(dist.get_world_size(), len(digest), dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(all_digests.view(-1), ours)
+    if bool((all_digests == all_digests[0]).all()):
+        return
+    told = [(dict(facts), socket.gethostname())]
+    dist.broadcast_object_list(told, device=device)
+    (theirs, their_host) = told[0]
+    differing = [name for name in {**theirs, **facts} if theirs.get(name) != facts.get(name)]
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(
+        ranks, (differing[:1], facts.get(differing[0]) if differing else None, len(differing), socket.gethostname())
+    )
+    raise ConfigError(_describe(theirs, their_host, ranks))
+
+
+def _describe(theirs: dict[str, str], their_host: str, ranks: list[Any]) -> str:
+    """Return the line: of the rank that differs first, and how many others do."""
+    rank, ((name,), value, count, host) = next((rank, found) for rank, found in enumerate(ranks) if found[0])
+    others = sum(1 for found in ranks if found[0]) - 1
+    more = (f", and {count - 1} more" if count > 1 else "") + (f"; {others} more ranks differ" if others else "")
+    return (
+        f"the ranks do not agree: {name} is {theirs.get(name, 'not there')} on rank 0 (host {their_host}) and "
+        f"{value if value is not None else 'not there'} on rank {rank} (host {host}){more}: start all ranks with the "
+        "same configuration, data and code"
+    )

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+from megalibi.config import ON_RESUME, Config, OnResume, config_from_dict, find_changes
+from megalibi.config.identity import BY_CONTENT, NO_WEIGHT_DEPENDS_ON
+
+DOCS = Path(__file__).parents[2] / "docs" / "resume.md"
+SMALL = {
+    "model": {"num_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "ffn_hidden_size": 96, "vocab_size": 509},
+    "data": {"train": "tokens", "seq_length": 32},
+    "optimizer": {"learning_rate": 1e-3},
+    "train": {"steps": 3, "global_batch_size": 8, "micro_batch_size": 2, "output_dir": "run"},
+}
+
+
+def test_every_field_is_decided_once() -> None:
+    hints = typing.get_type_hints(Config)
+    fields = [f"{section}.{field.name}" for section, kind in hints.items() for field in dataclasses.fields(kind)]
+    assert sorted(fields) == sorted(ON_RESUME)
+    assert set(ON_RESUME) > BY_CONTENT
+    assert set(ON_RESUME) > NO_WEIGHT_DEPENDS_ON
+
+
+def test_the_table_in_the_docs_is_the_code() -> None:
+    rows = re.findall(r"^\| `([\w.]+)` \| (.*?)(?: \(.*\))? \|$", DOCS.read_text(), re.MULTILINE)
+    assert rows == [(name, on_resume.value) for name, on_resume in ON_RESUME.items()]
+
+
+def test_what_decides_a_weight_may_not_change_without_a_word() -> None:
+    free = {name for name, on_resume in ON_RESUME.items() if on_resume is OnResume.FREE}
+    assert free <= NO_WEIGHT_DEPENDS_ON
+    assert not {name for name in ON_RESUME if name.startswith("optimizer.")} & NO_WEIGHT_DEPENDS_ON
+
+
+def test_changes_are_named_with_both_values_and_files_are_left_to_their_content() -> None:
+    ours = config_from_dict(SMALL)
+    tree = {**SMALL, "data": {"train": "elsewhere", "seq_length": 64, "document_mask": True}}
+    assert find_changes(ours, config_from_dict(tree)) == {
+        "data.seq_length": (32, 64),
+        "data.document_mask": (False, True),
+    }

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from megalibi.checkpoint import list_checkpoints
+from tests.launch.jobs import Job, exact_records, last_step, read_records, run_job, write_job
+
+FOREVER = "train.steps=1000000"
+
+
+def error_of(job: Job) -> str:
+    """Return the one line that a job was refused with."""
+    assert set(job.wait()) == {2}, job.output
+    (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in job.output
+    return line
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [
+        ("optimizer.learning_rate=0.002", "optimizer.learning_rate is 0.003 on rank 0 (host {host}) and 0.002 on"),
+        ("train.seed=5", "train.seed is 1234 on rank 0 (host {host}) and 5 on rank 1"),
+        ("train.steps=7", "train.steps is 6 on rank 0 (host {host}) and 7 on rank 1"),
+        ("parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size is 1 on rank 0 (host {host}) and 2 on"),
+        ("data.train={folder}/other", "data.train[0] is {folder}/tokens (weight 1.0, 20,000 tokens in 21 documents"),
+    ],
+)  # fmt: skip
+def test_ranks_that_were_told_other_things_do_not_start(tmp_path: Path, other: str, expected: str) -> None:
+    config = write_job(tmp_path)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tmp_path / f"tokens{suffix}", tmp_path / f"other{suffix}")
+    job = Job(config, world_size=2, rank_overrides=[[], [other.format(folder=tmp_path)]])
+    line = error_of(job)
+    assert expected.format(host=socket.gethostname(), folder=tmp_path) in line
+    assert f"(host {socket.gethostname()}): start all ranks with the same configuration, data and code" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_whose_data_differs_behind_one_name_do_not_start(tmp_path: Path) -> None:
+    """As on two hosts, each with a disk of its own."""
+    config = write_job(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for suffix in (".bin", ".idx"):
+            shutil.copy(tmp_path / f"tokens{suffix}", tmp_path / name)
+    content = bytearray((tmp_path / "b" / "tokens.bin").read_bytes())
+    content[10_000] ^= 1
+    (tmp_path / "b" / "tokens.bin").write_bytes(content)
+    folders = [[f"data.train={tmp_path}/{name}/tokens"] for name in ("a", "b")]
+    line = error_of(Job(config, world_size=2, rank_overrides=folders))
+    assert line.count("sha256 of .idx") == 2
+    one, other = line.split(" on rank 0 ")
+    assert one.split("of .idx ")[1].split(",")[0] == other.split("of .idx ")[1].split(",")[0]
+    assert one.split("of .bin ")[1] != other.split("of .bin ")[1].split(")")[0]
+
+
+def test_two_runs_on_one_folder_the_second_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    config = write_job(tmp_path, checkpoint={"every_steps": 1})
+    first = Job(config, FOREVER, world_size=2)
+    first.wait_until(lambda: last_step(tmp_path / "run") > 2)
+    line = error_of(Job(config, FOREVER, world_size=2))
+    expected = f"is in use by another run (host {socket.gethostname()}, pid {first.processes[0].pid}, since "
+    assert expected in line
+    before = last_step(tmp_path / "run")
+    first.wait_until(lambda: last_step(tmp_path / "run") > before + 2)
+    first.kill()
+    done = last_step(tmp_path / "run")
+    steps = [record["step"] for record in read_records(tmp_path / "run")]
+    assert steps == list(range(1, done + 1))
+    run_job(config, f"train.steps={done + 2}", world_size=2)  # a killed run leaves no lock
+
+
+def test_the_checkpoint_of_another_run_of_the_same_shape_is_refused(tmp_path: Path) -> None:
+    config = write_job(tmp_path)
+    run_job(config, "train.steps=2")
+    run_job(config, "train.steps=4", f"train.output_dir={tmp_path}/other")
+    copied = tmp_path / "run" / "checkpoints" / "step_00000004"
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "step_00000004", copied)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step_00000004\n")
+    ids = [json.loads((tmp_path / name / "run_info.json").read_text())["run_id"] for name in ("other", "run")]
+    line = error_of(Job(config))
+    assert f"{copied} was written by another run (run_id {ids[0]}, this folder's is {ids[1]})" in line
+
+    shutil.rmtree(copied)
+    (tmp_path / "run" / "checkpoints" / "latest").unlink()
+    shutil.move(tmp_path / "run", tmp_path / "moved")  # a folder takes its identity along
+    run_job(config, "train.steps=3", f"train.output_dir={tmp_path}/moved")
+    (tmp_path / "moved" / "run_info.json").unlink()  # its checkpoints know it, too
+    run_job(config, "train.steps=4", f"train.output_dir={tmp_path}/moved")
+    assert json.loads((tmp_path / "moved" / "run_info.json").read_text())["run_id"] == ids[1]
+
+
+def test_a_longer_run_whose_learning_rate_jumps_says_so_and_how_to_keep_it(tmp_path: Path) -> None:
+    config = write_job(
+        tmp_path, optimizer={"warmup_steps": 0, "decay_steps": 0, "min_learning_rate": 1e-4}, train={"steps": 4}
+    )
+    run_job(config)
+    job = run_job(config, "train.steps=6", "model.dropout=0.1")
+    log = job.read_log(0)
+    assert "goes on with other values than before: model.dropout 0.0 -> 0.1, train.steps 4 -> 6" in log
+    rates = [record["learning_rate"] for record in read_records(tmp_path / "run")]
+    assert rates[4] > rates[3]
+    said = f"the learning rate was {rates[3]:.3g} in step 4 and is {rates[4]:.3g} in step 5, where the checkpoint's"
+    assert f"{said} schedule has 0.0001: optimizer.decay_steps=4 keeps that schedule" in log
+
+    job = run_job(config, "train.steps=8", "optimizer.decay_steps=6", "model.dropout=0.1")
+    assert "learning rate" not in job.read_log(0)
+    assert [record["learning_rate"] for record in read_records(tmp_path / "run")][6:] == [1e-4, 1e-4]
+
+
+def test_going_back_names_what_will_go_and_keeps_the_lines(tmp_path: Path) -> None:
+    config = write_job(tmp_path, checkpoint={"keep": 0})
+    run_job(config)
+    run = tmp_path / "run"
+    before = exact_records(run)
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").symlink_to("step_00000002")  # a link does as well as a file
+    job = run_job(config)
+    log = job.read_log(0)
+    assert "resumed from" in log
+    assert "goes back to step_00000002: step_00000004, step_00000006 will be deleted after the next save" in log
+    assert f"4 lines of {run}/metrics.jsonl that are of later steps than 2, or cannot be read, are in metrics.dr" in log
+    assert exact_records(run) == before
+    dropped = (run / "metrics.dropped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in dropped] == [3, 4, 5, 6]
+    assert not (run / "checkpoints" / "latest").is_symlink()
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step_{s:08d}" for s in (2, 4, 6)]
