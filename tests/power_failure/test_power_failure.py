@@ -125,10 +125,26 @@ def test_training_loses_no_checkpoint_and_no_line_of_one(logged: Logged) -> None
         for names in folder.after_crash():
             found = step_of(find_checkpoint(names))
             assert found >= saved
-            if "truncated" not in disk.marks and "trained" not in disk.marks:
+            if "set aside" not in disk.marks and "trained" not in disk.marks:
                 assert logged_steps(disk.certain("runs/a/metrics.jsonl"), synced=True) >= found
             seen.add(found)
     assert seen == {*range(0, STEPS + 1, SAVED_EVERY)}
+
+
+def test_setting_lines_aside_loses_none(logged: Logged) -> None:
+    num_moments = 0
+    for _, disk in moments(logged):
+        if disk.marks != ["trained"]:
+            continue
+        folder = disk.certain("runs/a")
+        assert isinstance(folder, Folder)
+        for names in folder.after_crash():
+            kept, dropped = names["metrics.jsonl"], names.get("metrics.dropped.jsonl")
+            assert isinstance(kept, File)
+            data = kept.synced_data + (dropped.synced_data if isinstance(dropped, File) else b"")
+            assert set(map(int, re.findall(rb'"step": (\d+)', data))) == set(range(1, STEPS + 1))
+            num_moments += 1
+    assert num_moments > 5
 
 
 def test_a_run_that_goes_back_has_a_whole_checkpoint_at_every_moment(logged: Logged) -> None:
@@ -183,7 +199,8 @@ def test_token_files_are_of_one_run_and_whole(logged: Logged) -> None:
         ("data/figure.png", "files"),
         ("runs/a/config.yaml", "trained"),
         ("runs/a/run_info.json", "trained"),
-        ("runs/a/metrics.jsonl", "truncated"),
+        ("runs/a/metrics.jsonl", "set aside"),
+        ("runs/a/metrics.dropped.jsonl", "set aside"),
     ],
 )
 def test_a_file_is_whole_and_stays(logged: Logged, path: str, mark: str) -> None:

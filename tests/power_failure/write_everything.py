@@ -54,9 +54,9 @@ def main() -> None:
         sys.exit("training failed")
     mark("trained")
     lines = JsonlWriter(disk / "runs" / "a" / "metrics.jsonl")
-    lines.truncate_after(STEPS - 1)
+    lines.set_aside_after(STEPS - 1)
     lines.close()
-    mark("truncated")
+    mark("set aside")
     for step in GOING_BACK:
         save(disk / "back" / "checkpoints", step, keep=3)
         mark(f"saved {step}")
