@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -98,8 +99,9 @@ def attention(
         bias="distance" if distance_bias is not None else "no" if alibi_slopes is None else "alibi",
     )
     name = _resolve(backend, call)
-    # Autocast would cast the bias to 16 bits together with q, k and v.
-    with torch.autocast(q_BSHK.device.type, enabled=False):
+    # Autocast would cast the bias to 16 bits together with q, k and v. To switch it off takes as long as a short kernel.
+    autocast = torch.is_autocast_enabled(call.device_type)
+    with torch.autocast(call.device_type, enabled=False) if autocast else nullcontext():
         return _BACKENDS[name].attend(
             q_BSHK,
             k_BSHK,

@@ -8,8 +8,7 @@ Shape suffixes: B batch, S sequence, H heads, K head dimension.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -19,14 +18,23 @@ from alibi_attention.documents import get_lengths
 _MIN_HEAD_DIM = 16  # of a matrix product
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """The shape of a call."""
+class Documents(NamedTuple):
+    """Documents packed into a row, or rows of one length, which need neither."""
 
     cu_seqlens: torch.Tensor | None
-    """Boundaries of packed documents."""
+    """Their boundaries."""
     tasks: torch.Tensor | None
-    """Of every block of packed documents: its row, its number in it, the row's first block among all; [3, blocks]."""
+    """Of every block: its row, its number in it, the row's first block among all; [3, blocks]."""
+
+
+NO_DOCUMENTS = Documents(None, None)
+
+
+class Geometry(NamedTuple):
+    """The shape of a call: numbers alone, by which what was made for a shape is found again."""
+
+    packed: bool
+    """Whether the rows are packed documents."""
     num_groups: int
     """Heads of all rows; heads, if documents are packed, since all of them share a block's number."""
     num_heads: int
@@ -49,8 +57,6 @@ class Geometry:
     def arguments(self) -> dict[str, Any]:
         """Return what every kernel is called with."""
         return {
-            "cu_seqlens_ptr": self.cu_seqlens,
-            "tasks_ptr": self.tasks,
             "num_groups": self.num_groups,
             "num_heads": self.num_heads,
             "num_query_blocks": self.num_query_blocks,
@@ -63,22 +69,25 @@ class Geometry:
             "BLOCK": self.block,
         }
 
-    def tensors(self, **tensors: torch.Tensor) -> dict[str, Any]:
-        """Return addresses and strides of [B, S, H, K] tensors as arguments, by the kernels' names of the tensors."""
-        arguments: dict[str, Any] = {}
-        for name, x_BSHK in tensors.items():
-            stride_b, stride_s, stride_h, _ = x_BSHK.stride()
-            arguments[f"{name}_ptr"] = x_BSHK
+    def strides(self, **strides: tuple[int, ...]) -> dict[str, int]:
+        """Return strides of [B, S, H, K] tensors as arguments, by the kernels' names of the tensors."""
+        arguments: dict[str, int] = {}
+        for name, (stride_b, stride_s, stride_h, _) in strides.items():
             # A packed document is found by its first token alone.
-            arguments[f"{name}_stride_b"] = stride_b if self.tasks is None else 0
+            arguments[f"{name}_stride_b"] = 0 if self.packed else stride_b
             arguments[f"{name}_stride_s"] = stride_s
             arguments[f"{name}_stride_h"] = stride_h
         return arguments
 
+    def dense_strides(self, num_tokens: int) -> tuple[int, ...]:
+        """Return the strides of a [B, S, H, K] tensor of so many tokens in a row that is contiguous."""
+        stride_s = self.num_heads * self.head_dim
+        return num_tokens * stride_s, stride_s, self.head_dim, 1
+
 
 def make_geometry(
     q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, cu_seqlens: torch.Tensor | None, query_offset: int, block: int
-) -> Geometry:
+) -> tuple[Geometry, Documents]:
     """Return the geometry of a call; packed documents have to be one row of a batch.
 
     Raises:
@@ -86,20 +95,25 @@ def make_geometry(
     """
     batch, num_queries, num_heads, head_dim = q_BSHK.shape
     num_keys = k_BSHK.shape[1]
-    tasks = None if cu_seqlens is None else _get_tasks(cu_seqlens, num_queries, block)
-    return Geometry(
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.contiguous(),
-        tasks=tasks,
+    documents = NO_DOCUMENTS
+    num_query_blocks, num_key_blocks = -(-num_queries // block), -(-num_keys // block)
+    if cu_seqlens is not None:
+        tasks = _get_tasks(cu_seqlens, num_queries, block)
+        documents = Documents(cu_seqlens.contiguous(), tasks)
+        num_query_blocks = num_key_blocks = tasks.shape[1]
+    geometry = Geometry(
+        packed=cu_seqlens is not None,
         num_groups=batch * num_heads,
         num_heads=num_heads,
-        num_query_blocks=-(-num_queries // block) if tasks is None else tasks.shape[1],
-        num_key_blocks=-(-num_keys // block) if tasks is None else tasks.shape[1],
+        num_query_blocks=num_query_blocks,
+        num_key_blocks=num_key_blocks,
         num_queries=num_queries,
         num_keys=num_keys,
         query_offset=query_offset,
         head_dim=head_dim,
         block=block,
     )
+    return geometry, documents
 
 
 # All layers of a model get the same boundaries. They are read once: reading them waits for the GPU.
@@ -116,7 +130,7 @@ def _get_tasks(cu_seqlens: torch.Tensor, num_tokens: int, block: int) -> torch.T
 
 
 def _make_tasks(cu_seqlens: torch.Tensor, num_tokens: int, block: int) -> torch.Tensor:
-    """Return ``Geometry.tasks``, the blocks with the most causal work first."""
+    """Return ``Documents.tasks``, the blocks with the most causal work first."""
     lengths = torch.tensor(get_lengths(cu_seqlens, num_tokens))
     num_blocks = (lengths + block - 1) // block
     rows = torch.arange(len(lengths)).repeat_interleave(num_blocks)

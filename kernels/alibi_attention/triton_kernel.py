@@ -10,12 +10,14 @@ batch, or the heads alone if documents are packed.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from alibi_attention.capability import Capability
-from alibi_attention.triton_geometry import Geometry, make_geometry
+from alibi_attention.triton_geometry import Documents, Geometry, make_geometry
+from alibi_attention.triton_launch import Launch
 
 try:
     from alibi_attention import triton_backward, triton_forward, triton_tiles
@@ -29,6 +31,8 @@ NAME = "triton"
 _MAX_HEAD_DIM = 256
 # Fewer blocks of keys have none to leave out: the block before the diagonal is always too near.
 _MIN_HORIZON_BLOCKS = 3
+# For which launches are kept. A training has a few, and a few dozen where documents are packed.
+_MAX_SHAPES = 512
 
 
 def capability() -> Capability:
@@ -82,21 +86,24 @@ class _Attention(torch.autograd.Function):
         query_offset: int,
         horizon_eps: float,
     ) -> torch.Tensor:
-        q_BSHK, k_BSHK, v_BSHK = (_with_dense_heads(x) for x in (q_BSHK, k_BSHK, v_BSHK))
+        q_BSHK, k_BSHK, v_BSHK = _with_dense_heads(q_BSHK), _with_dense_heads(k_BSHK), _with_dense_heads(v_BSHK)
         slopes_H = None if slopes_H is None else slopes_H.contiguous()
-        geometry = make_geometry(q_BSHK, k_BSHK, cu_seqlens, query_offset, triton_tiles.block_tokens(q_BSHK.dtype))
+        geometry, documents = make_geometry(
+            q_BSHK, k_BSHK, cu_seqlens, query_offset, triton_tiles.block_tokens(q_BSHK.dtype)
+        )
         o_BSHK, lse_GS, first_keys_GN = run_forward(
-            q_BSHK, k_BSHK, v_BSHK, slopes_H, geometry, softmax_scale, horizon_eps
+            q_BSHK, k_BSHK, v_BSHK, slopes_H, geometry, documents, softmax_scale, horizon_eps
         )
         ctx.save_for_backward(q_BSHK, k_BSHK, v_BSHK, o_BSHK, lse_GS, slopes_H, first_keys_GN)
-        ctx.geometry, ctx.softmax_scale = geometry, softmax_scale
+        ctx.geometry, ctx.documents, ctx.softmax_scale = geometry, documents, softmax_scale
         return o_BSHK
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, do_BSHK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         do_BSHK = _with_dense_heads(do_BSHK)
-        gradients = run_backward(do_BSHK, *ctx.saved_tensors, geometry=ctx.geometry, softmax_scale=ctx.softmax_scale)
+        given = {"geometry": ctx.geometry, "documents": ctx.documents, "softmax_scale": ctx.softmax_scale}
+        gradients = run_backward(do_BSHK, *ctx.saved_tensors, **given)
         return *gradients, None, None, None, None, None
 
 
@@ -106,33 +113,27 @@ def run_forward(
     v_BSHK: torch.Tensor,
     slopes_H: torch.Tensor | None,
     geometry: Geometry,
+    documents: Documents,
     softmax_scale: float,
     horizon_eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return the output, the base-2 log-sum-exp [G, queries], and each query block's first key, None for no horizon."""
-    groups, shape = geometry.num_groups, geometry.arguments()
+    if slopes_H is None or geometry.num_key_blocks < _MIN_HORIZON_BLOCKS:
+        horizon_eps = 0.0
+    attend, find_norms = _forward_launches(
+        q_BSHK.device, q_BSHK.dtype, slopes_H is None, geometry, q_BSHK.stride(), k_BSHK.stride(), v_BSHK.stride(),
+        softmax_scale, horizon_eps,
+    )  # fmt: skip
+    groups = geometry.num_groups
     o_BSHK = torch.empty(q_BSHK.shape, dtype=q_BSHK.dtype, device=q_BSHK.device)
     lse_GS = torch.empty(groups, geometry.num_queries, device=q_BSHK.device)
     norms_GN = first_keys_GN = None
     with torch.cuda.device_of(q_BSHK):  # Triton launches on the current device
-        if slopes_H is not None and horizon_eps > 0.0 and geometry.num_key_blocks >= _MIN_HORIZON_BLOCKS:
+        if find_norms is not None:
             norms_GN = lse_GS.new_empty(groups, geometry.num_key_blocks)
             first_keys_GN = lse_GS.new_empty(groups, geometry.num_query_blocks, dtype=torch.int32)
-            triton_forward.key_norms_kernel[(norms_GN.numel(),)](
-                norms_ptr=norms_GN, **geometry.tensors(k=k_BSHK), **shape
-            )
-        triton_forward.forward_kernel[(groups * geometry.num_query_blocks,)](
-            lse_ptr=lse_GS,
-            slopes_ptr=slopes_H,
-            norms_ptr=norms_GN,
-            first_keys_ptr=first_keys_GN,
-            softmax_scale=softmax_scale,
-            log2_inverse_eps=0.0 if norms_GN is None else -math.log2(horizon_eps),
-            length_bucket=geometry.num_keys.bit_length(),
-            SCAN=triton_tiles.scan_blocks(),
-            **geometry.tensors(q=q_BSHK, k=k_BSHK, v=v_BSHK, o=o_BSHK),
-            **shape,
-        )
+            find_norms(k_BSHK, norms_GN, *documents)
+        attend(q_BSHK, k_BSHK, v_BSHK, o_BSHK, lse_GS, slopes_H, norms_GN, first_keys_GN, *documents)
     return o_BSHK, lse_GS, first_keys_GN
 
 
@@ -147,29 +148,91 @@ def run_backward(
     first_keys_GN: torch.Tensor | None,
     *,
     geometry: Geometry,
+    documents: Documents,
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk and dv from what ``run_forward`` was given and has returned."""
+    find_dq, find_dk_dv = _backward_launches(
+        q_BSHK.device, q_BSHK.dtype, slopes_H is None, first_keys_GN is None, geometry, q_BSHK.stride(),
+        k_BSHK.stride(), v_BSHK.stride(), do_BSHK.stride(), softmax_scale,
+    )  # fmt: skip
     dq_BSHK, dk_BSHK, dv_BSHK = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BSHK, k_BSHK, v_BSHK))
-    tokens = geometry.num_groups * geometry.block
-    shared = {
-        **geometry.tensors(q=q_BSHK, k=k_BSHK, v=v_BSHK, do=do_BSHK),
-        **geometry.arguments(),
-        "lse_ptr": lse_GS,
-        "delta_ptr": torch.empty_like(lse_GS),  # written by the first kernel, read by the second
-        "slopes_ptr": slopes_H,
-        "first_keys_ptr": first_keys_GN,
+    delta_GS = torch.empty_like(lse_GS)  # written by the first kernel, read by the second
+    found = (lse_GS, delta_GS, slopes_H, first_keys_GN, *documents)
+    with torch.cuda.device_of(q_BSHK):
+        find_dq(q_BSHK, k_BSHK, v_BSHK, o_BSHK, do_BSHK, dq_BSHK, *found)
+        find_dk_dv(q_BSHK, k_BSHK, v_BSHK, do_BSHK, dk_BSHK, dv_BSHK, *found)
+    return dq_BSHK, dk_BSHK, dv_BSHK
+
+
+@lru_cache(maxsize=_MAX_SHAPES)
+def _forward_launches(
+    device: torch.device,  # a compiled kernel is loaded into one device
+    dtype: torch.dtype,
+    no_slopes: bool,
+    geometry: Geometry,
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    softmax_scale: float,
+    horizon_eps: float,
+) -> tuple[Launch, Launch | None]:
+    """Return the launches of the forward pass, and of the norms before it if there is a horizon.
+
+    Everything that Triton looks at in an argument has to be among those given here, if they are not all used.
+    """
+    shape, groups = geometry.arguments(), geometry.num_groups
+    programs = groups * geometry.num_query_blocks
+    arguments = {
         "softmax_scale": softmax_scale,
+        "log2_inverse_eps": 0.0 if horizon_eps == 0.0 else -math.log2(horizon_eps),
+        **geometry.strides(q=q_strides, k=k_strides, v=v_strides, o=geometry.dense_strides(geometry.num_queries)),
+        **shape,
+        "length_bucket": geometry.num_keys.bit_length(),
+        "SCAN": triton_tiles.scan_blocks(),
+    }
+    attend = Launch(triton_forward.forward_kernel, lambda _: programs, arguments)
+    if horizon_eps == 0.0:
+        return attend, None
+    norms = groups * geometry.num_key_blocks
+    find_norms = Launch(triton_forward.key_norms_kernel, lambda _: norms, {**geometry.strides(k=k_strides), **shape})
+    return attend, find_norms
+
+
+@lru_cache(maxsize=_MAX_SHAPES)
+def _backward_launches(
+    device: torch.device,
+    dtype: torch.dtype,
+    no_slopes: bool,
+    no_horizon: bool,
+    geometry: Geometry,
+    q_strides: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...],
+    do_strides: tuple[int, ...],
+    softmax_scale: float,
+) -> tuple[Launch, Launch]:
+    """Return the launches for dq, and for dk and dv; see ``_forward_launches``."""
+    arguments = {
+        "softmax_scale": softmax_scale,
+        **geometry.strides(q=q_strides, k=k_strides, v=v_strides, do=do_strides),
+        **geometry.arguments(),
         "length_bucket": geometry.num_keys.bit_length(),
     }
-    with torch.cuda.device_of(q_BSHK):
-        triton_backward.query_gradient_kernel[lambda tile: (tokens * geometry.num_query_blocks // tile["BLOCK_M"],)](
-            **geometry.tensors(o=o_BSHK), dq_ptr=dq_BSHK, **shared
-        )
-        triton_backward.key_gradient_kernel[lambda tile: (tokens * geometry.num_key_blocks // tile["BLOCK_N"],)](
-            **geometry.tensors(dk=dk_BSHK), dv_ptr=dv_BSHK, SCAN=triton_tiles.scan_blocks(), **shared
-        )
-    return dq_BSHK, dk_BSHK, dv_BSHK
+    tokens = geometry.num_groups * geometry.block
+    find_dq = Launch(
+        triton_backward.query_gradient_kernel,
+        lambda tile: tokens * geometry.num_query_blocks // tile["BLOCK_M"],
+        arguments | geometry.strides(o=geometry.dense_strides(geometry.num_queries)),
+    )
+    find_dk_dv = Launch(
+        triton_backward.key_gradient_kernel,
+        lambda tile: tokens * geometry.num_key_blocks // tile["BLOCK_N"],
+        arguments
+        | geometry.strides(dk=geometry.dense_strides(geometry.num_keys))
+        | {"SCAN": triton_tiles.scan_blocks()},
+    )
+    return find_dq, find_dk_dv
 
 
 def _with_dense_heads(x_BSHK: torch.Tensor) -> torch.Tensor:

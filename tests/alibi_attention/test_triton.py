@@ -35,9 +35,9 @@ def plain_sdpa(q, k, v):
 
 def find_first_keys(q, k, v, slopes, horizon_eps=2.0**-24, cu_seqlens=None, softmax_scale=None):
     """The first key of each query block [groups, blocks], as the forward pass stores it for the backward."""
-    geometry = make_geometry(q, k, cu_seqlens, k.shape[1] - q.shape[1], BLOCK)
+    geometry, documents = make_geometry(q, k, cu_seqlens, k.shape[1] - q.shape[1], BLOCK)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return triton_kernel.run_forward(q, k, v, slopes, geometry, scale, horizon_eps)[2]
+    return triton_kernel.run_forward(q, k, v, slopes, geometry, documents, scale, horizon_eps)[2]
 
 
 def attend_from(q, k, v, slopes, first_keys):
