@@ -99,7 +99,7 @@ def attention(
         bias="distance" if distance_bias is not None else "no" if alibi_slopes is None else "alibi",
     )
     name = _resolve(backend, call)
-    # Autocast would cast the bias to 16 bits together with q, k and v. To switch it off takes as long as a short kernel.
+    # Autocast would cast the bias to 16 bits together with q, k and v. Switching it off takes as long as a kernel may.
     autocast = torch.is_autocast_enabled(call.device_type)
     with torch.autocast(call.device_type, enabled=False) if autocast else nullcontext():
         return _BACKENDS[name].attend(

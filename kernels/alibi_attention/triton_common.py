@@ -167,8 +167,9 @@ def see_keys(
 
     Small whole numbers in fp32: distances of a tile are differences of two vectors, and exact.
     """
-    key_N = key + tl.arange(0, BLOCK_N)
-    seen_N = (key_N - position).to(tl.float32)
+    # Converted apart: the vector once, before a loop over keys, and in it one number instead of BLOCK_N. Conversions
+    # run on the unit that computes exp2, the kernels' narrowest. Whole numbers below 2^24: the sum is exact.
+    seen_N = tl.arange(0, BLOCK_N).to(tl.float32) + (key - position).to(tl.float32)
     if RAGGED:
-        seen_N = tl.where(key_N < keys, seen_N, 2.0**30)
+        seen_N = tl.where(key + tl.arange(0, BLOCK_N) < keys, seen_N, 2.0**30)
     return seen_N

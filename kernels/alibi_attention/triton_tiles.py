@@ -70,11 +70,13 @@ class Tiles:
         return [_make_config(*sizes) for sizes in self.candidates[min(fitting)]]
 
 
+# A tile's rows (queries; of KEY_GRADIENT, keys) are 16 to a warp: with fewer, warps compute the same scores twice. Head
+# dimension 256 leaves KEY_GRADIENT no other choice.
 FORWARD = Tiles(  # BLOCK_M is the block: its programs have nothing to divide
     interpreted=(64, 32),
     candidates={
-        (2, 64): ((128, 128, 8, 3), (128, 64, 8, 4), (128, 64, 4, 3)),
-        (2, 128): ((128, 128, 8, 2), (128, 64, 8, 3)),
+        (2, 64): ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 4)),
+        (2, 128): ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2)),
         (2, 256): ((128, 64, 8, 2), (128, 32, 8, 2)),
         (4, 128): ((64, 32, 8, 2),),
         (4, 256): ((64, 16, 8, 2),),
@@ -83,17 +85,17 @@ FORWARD = Tiles(  # BLOCK_M is the block: its programs have nothing to divide
 QUERY_GRADIENT = Tiles(
     interpreted=(32, 64),
     candidates={
-        (2, 64): ((128, 64, 8, 3), (64, 64, 4, 3)),
+        (2, 64): ((128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)),
         (2, 128): ((128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3)),
-        (2, 256): ((64, 32, 8, 2), (128, 32, 8, 2)),
+        (2, 256): ((128, 32, 8, 2), (64, 32, 8, 2)),
         (4, 256): ((32, 32, 8, 2),),
     },
 )
 KEY_GRADIENT = Tiles(
     interpreted=(32, 32),
     candidates={
-        (2, 64): ((64, 128, 8, 3), (64, 64, 8, 3), (32, 64, 4, 3)),
-        (2, 128): ((64, 128, 8, 2), (64, 64, 8, 3), (32, 128, 8, 3)),
+        (2, 64): ((64, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 3)),
+        (2, 128): ((64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2)),
         (2, 256): ((32, 64, 8, 2), (64, 32, 8, 1)),
         (4, 64): ((32, 32, 8, 2),),
         (4, 256): ((16, 32, 8, 1),),
