@@ -16,7 +16,7 @@ from alibi_attention import alibi_slopes, attention, backends, resolve_backend, 
 from alibi_attention.triton_geometry import make_geometry
 
 FP32_ATOL = 1e-5  # output and gradients of standard normal inputs, against fp64
-ERROR_FACTOR_16_BIT = 2.0  # times the error of plain SDPA in the same type
+ERROR_FACTOR = 2.0  # times the error of SDPA in the same type
 BLOCK = 64  # tokens of a block in the interpreter
 MAX_SHARED_BYTES = 227 * 1024  # of a program on sm_90
 MAX_SPILLED_BYTES = 512  # stored by a thread; 396 by the largest tile of dk and dv, and 144 or less by the others
@@ -73,7 +73,7 @@ def test_16_bit_error_is_at_most_twice_that_of_plain_sdpa(make_inputs, forward_b
     plain_ref = partial(attend_ref, alibi_slopes=None)
     plain = max_errors(forward_backward(plain_sdpa, inputs), forward_backward(plain_ref, inputs, torch.float64))
     for name, error, plain_error in zip(("output", "dq", "dk", "dv"), errors, plain, strict=True):
-        assert error <= ERROR_FACTOR_16_BIT * plain_error, f"{name}: {error} against {plain_error}"
+        assert error <= ERROR_FACTOR * plain_error, f"{name}: {error} against {plain_error}"
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,11 @@ def test_one_far_key_with_a_huge_norm_is_found(make_inputs, forward_backward):
     results = forward_backward(partial(attend_triton, alibi_slopes=slopes), inputs)
     exact = forward_backward(partial(attend_ref, alibi_slopes=slopes), inputs, torch.float64)
     assert (exact[0][:, 200:] - 2.0).abs().max() < 0.1  # it holds nearly all weight
-    for result, truth in zip(results, exact, strict=True):
-        assert (result - truth).abs().max() < FP32_ATOL * max(1.0, truth.abs().max().item())
+    # With scores as large as 200 a rounding of the score, or of the log-sum-exp that a backward pass without the matrix
+    # of weights starts from, is 1e-5 of a weight, more than FP32_ATOL: PyTorch's own kernel says what can be had.
+    sdpa = forward_backward(partial(attention, backend="sdpa", alibi_slopes=slopes), inputs)
+    for error, sdpa_error in zip(max_errors(results, exact), max_errors(sdpa, exact), strict=True):
+        assert error <= ERROR_FACTOR * sdpa_error
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
