@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megalibi import log
 from megalibi.config import ConfigError
@@ -92,15 +92,21 @@ def set_up_device(place: Place) -> torch.device:
 
 
 def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
-    """Join the other ranks."""
+    """Join the other ranks, after ``set_up_device``."""
+    import torch
     import torch.distributed as dist
 
-    os.environ["LOCAL_RANK"] = str(place.local_rank)  # DeepSpeed wants it, and srun does not set it
+    group: dict[str, Any] = {"backend": backend, "timeout": timeout}
+    local_rank = place.local_rank
+    if backend == "nccl":
+        local_rank = torch.cuda.current_device()  # 0 wherever a scheduler shows each rank its own GPU alone
+        group["device_id"] = torch.device("cuda", local_rank)  # or barriers guess it
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes it for the GPU's number; srun does not set it
     if not place.master_address:  # alone: no address, no port that another run could hold
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **group)
         return
     os.environ.update(MASTER_ADDR=place.master_address, MASTER_PORT=str(place.master_port))
-    dist.init_process_group(backend, rank=place.rank, world_size=place.world_size, timeout=timeout)
+    dist.init_process_group(rank=place.rank, world_size=place.world_size, **group)
 
 
 def run_rank(work: Callable[[Place], None]) -> NoReturn:
