@@ -54,4 +54,5 @@ def deepspeed_config(config: Config, derived: Derived, *, overlap: bool) -> dict
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": NEVER,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice in each micro batch
     }

@@ -29,6 +29,7 @@ def test_deepspeed_is_told_what_the_configuration_says(stage: int, precision: st
     assert ds_config["bf16"]["enabled"] == (precision == "bf16" and stage > 0)
     assert ds_config["fp16"]["enabled"] == (precision == "fp16" and stage > 0)
     assert ds_config["gradient_clipping"] == (config.optimizer.clip_grad_norm if stage > 0 else 0.0)
+    assert not ds_config["timers"]["throughput"]["enabled"]
     assert ds_config["communication_data_type"] == ds_config["data_types"]["grad_accum_dtype"] == "fp32"
 
 
