@@ -130,8 +130,9 @@ def _overview_lines(capability: Capability, device: str) -> Iterator[Sequence[st
     for dtype in capability.dtypes:
         error, ratio = "not here", ""
         if capability.find_refusal(Call(device, dtype, HEAD_DIM)) is None:
-            (row,) = measure_type([capability], dtype, length, device)
-            error, ratio = f"{max(row.errors):.1e}", f"{row.ratio:.2f}"
+            error = "refused"
+            for row in measure_type([capability], dtype, length, device):
+                error, ratio = f"{max(row.errors):.1e}", f"{row.ratio:.2f}"
         yield (name, devices, str(dtype).removeprefix("torch."), *rest, error, ratio)
         name, devices, rest = "", "", [""] * len(rest)
 

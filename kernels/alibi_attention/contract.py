@@ -8,6 +8,7 @@ Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries of a b
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import torch.nn.functional as F
 from alibi_attention.capability import Call, Capability
 from alibi_attention.dispatch import attention
 from alibi_attention.slopes import alibi_slopes
+
+_LOGGER = logging.getLogger("alibi_attention")
 
 HEAD_DIM = 64
 HEAD_COUNTS = (8, 12, 20)
@@ -171,7 +174,10 @@ def measure_type(
     device: str = "cpu",
     head_counts: Sequence[int] = HEAD_COUNTS,
 ) -> Iterator[Row]:
-    """Measure some back ends that take this type, on the same inputs, whose fp64 is computed once."""
+    """Measure some back ends that take this type, on the same inputs, whose fp64 is computed once.
+
+    One that refuses when it is run is said in a warning, and has no row.
+    """
     some = length > _ALL_HEADS_UP_TO or any(is_interpreted(capability, device) for capability in able)
     by_backend: dict[str, list[tuple[list[float], float, float, float, float]]] = {c.name: [] for c in able}
     models = [choose_slopes(head_counts, _SOME_HEADS)] if some else [alibi_slopes(count) for count in head_counts]
@@ -179,14 +185,19 @@ def measure_type(
         inputs = [x.to(device) for x in make_inputs(length, len(slopes), dtype)]
         plain = forward_backward(plain_attention, inputs), exact_attention(inputs, None)
         exact = exact_attention(inputs, slopes)
-        for name, found in by_backend.items():
-            found.append(_measure_backend(name, inputs, slopes, exact, plain))
+        for name in tuple(by_backend):
+            try:
+                by_backend[name].append(_measure_backend(name, inputs, slopes, exact, plain))
+            except RuntimeError as error:  # a build of its library may lack what the library can do
+                said = str(error).partition("\n")[0]
+                _LOGGER.warning("%s %s %d tokens is left out: %s", name, _name_dtype(dtype), length, said)
+                del by_backend[name]
     heads = ", ".join(map(str, head_counts))
-    for capability in able:
+    for capability in (c for c in able if c.name in by_backend):
         errors, max_errors, ratios, head_ratios, variations = zip(*by_backend[capability.name], strict=True)
         yield Row(
             backend=capability.name,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=_name_dtype(dtype),
             length=length,
             heads=f"{_SOME_HEADS} of {heads}" if some else heads,
             errors=tuple(max(column) for column in zip(*errors, strict=True)),
@@ -244,6 +255,10 @@ def to_markdown(rows: Iterable[Row]) -> str:
         cells += [f"{row.ratio:.2f}", f"{row.head_ratio:.2f}", f"{row.total_variation:.1e}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _name_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _max_length(name: str, dtype: torch.dtype) -> float:

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from alibi_attention import __main__, backends
+from alibi_attention import __main__, backends, reference, sdpa
 from alibi_attention.capability import Call
 from alibi_attention.contract import HEAD_DIM
 
@@ -41,6 +42,23 @@ def test_the_contract_is_printed_and_written_between_the_markers(capsys, monkeyp
     assert out.strip() in text
     assert "`sdpa` | bfloat16 | 33 |" in text
     assert "sdpa bfloat16 33 tokens: ratio" in err
+
+
+def test_a_back_end_that_refuses_when_it_is_run_is_said_and_the_others_are_measured(capsys, caplog, monkeypatch):
+    def attend(q, *arguments, **named):
+        if q.dtype == torch.bfloat16:
+            raise RuntimeError("this build has no bf16.\nException raised from somewhere")
+        return reference.attend(q, *arguments, **named)
+
+    monkeypatch.setattr(sdpa, "attend", attend)
+    assert __main__.main(["--contract", *QUICK]) == 0
+    text = capsys.readouterr().out
+    assert "`sdpa` | bfloat16" not in text
+    for row in ("`sdpa` | float32 | 33 |", "`reference` | bfloat16 | 33 |"):
+        assert row in text
+    assert caplog.messages == ["sdpa bfloat16 33 tokens is left out: this build has no bf16."]
+    assert __main__.main(["--backends", "sdpa"]) == 0
+    assert "refused" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
