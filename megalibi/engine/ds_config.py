@@ -43,7 +43,8 @@ def deepspeed_config(config: Config, derived: Derived, *, overlap: bool) -> dict
             "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear in the whole process
         },
         "zero_allow_untested_optimizer": True,  # torch's AdamW(fused=True)
-        "bf16": {"enabled": precision == "bf16"},
+        # A gradient is added to the fp32 ones as soon as it is there, and not kept beside them: ZeRO 1 alone asks.
+        "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "fp16": {
             "enabled": precision == "fp16",
             "loss_scale": 0,  # dynamic

@@ -163,17 +163,20 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 class Stage1Bf16(FlatStage):
-    """The whole model's gradients twice on every rank: bf16 of the micro batch, fp32 of the step."""
+    """The whole model's gradients in fp32 on every rank; in bf16 each only until it is added to them."""
 
     def __init__(self, rank: Rank) -> None:
         super().__init__(rank)
         self.gradients = [rank.hold(len(flat), GRADIENTS) for flat in self.flat_weights]
 
+    def take_gradient(self, parameter: nn.Parameter) -> None:
+        """Add it to the step's, and drop it."""
+        if parameter.grad is not None:
+            parameter.grad.to(torch.float32)
+            parameter.grad = None
+
     def end_micro_step(self, last: bool) -> None:
-        """Add the micro batch's gradients to the step's, one after the other; reduce at the end."""
-        for parameter in self.rank.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.to(torch.float32)
+        """Reduce at the end."""
         if last:
             all_reduce_in_buckets(self.rank, self.gradients)
 
