@@ -1,8 +1,12 @@
 """Our C++ kernel for CPUs (native.cpp): the fp32 bias in registers, and the early exit past each head's horizon.
 
 The kernel is compiled once per machine, in seconds, by the C++ compiler found there; where there is none the other back
-ends do the work. The library lies in the user's cache, under a name made of its source, the compiler and the processor,
-and gets there by a rename: ranks that start together may each compile it, and none ever waits for another.
+ends do the work. The library lies in the user's cache (PyTorch's, for its own extensions: TORCH_EXTENSIONS_DIR names
+another), under a name made of its source, the compiler and the processor, and gets there by a rename: ranks that start
+together may each compile it, and none ever waits for another.
+
+To map a library that a full disk or an interruption cut short ends the process without a word. So the library is on the
+disk before it has its name, its size and checksum lie beside it, and one that does not match them is compiled again.
 """
 
 from __future__ import annotations
@@ -194,21 +198,75 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         key = hashlib.sha256(
             "\0".join((macros, *_FLAGS, *(source.read_text() for source in _SOURCES))).encode()
         ).hexdigest()[:16]
-        library = Path(get_default_build_root()) / "alibi_attention" / f"native-{key}.so"
-        if not library.exists():
-            _compile(compiler, library)
-        return ctypes.CDLL(str(library)), ""
+        root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+        return _open(compiler, Path(root) / "alibi_attention" / f"native-{key}.so"), ""
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"the C++ kernel cannot be had: {error}"
 
 
-def _compile(compiler: str, library: Path) -> None:
+def _open(compiler: str, library: Path) -> ctypes.CDLL:
+    """Return the library, compiled anew unless it lies in the cache as it was written."""
+    if _is_whole(library):
+        return ctypes.CDLL(str(library))
     _LOGGER.info("compiling %s with %s into %s (once per machine)", _SOURCES[0].name, compiler, library.parent)
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / library.name
+        _run_compiler(compiler, *_FLAGS, "-fPIC", "-shared", str(_SOURCES[0]), "-o", str(built))
+        try:
+            _keep(built, library)
+        except OSError as error:
+            _LOGGER.warning(
+                "the compiled kernel cannot be kept in %s, so that every start compiles it again: %s; "
+                "TORCH_EXTENSIONS_DIR names another folder",
+                library.parent,
+                error,
+            )
+            return ctypes.CDLL(str(built))  # what is mapped stays when its name goes
+    return ctypes.CDLL(str(library))
+
+
+def _is_whole(library: Path) -> bool:
+    """Tell whether a library lies in the cache, and has the size and the checksum that it was written with."""
+    try:
+        if not library.exists():
+            return False
+        found, recorded = _describe(library), _record_of(library).read_text(errors="replace")
+    except OSError as error:
+        _LOGGER.warning("the compiled kernel in the cache is not used: %s", error)
+        return False
+    if found != recorded:
+        _LOGGER.warning("the compiled kernel in the cache is damaged and not used: %s", library)
+    return found == recorded
+
+
+def _keep(built: Path, library: Path) -> None:
+    """Put a library into the cache, on the disk before it has its name there, and its record beside it.
+
+    Others may do the same at the same time. The compiler gives all of them the same bytes; where it did not, the record
+    of one beside the library of another would cost the next process a compilation, and no more.
+    """
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-        finished = Path(scratch) / library.name
-        _run_compiler(compiler, *_FLAGS, "-fPIC", "-shared", str(_SOURCES[0]), "-o", str(finished))
-        finished.replace(library)
+    with tempfile.TemporaryDirectory(dir=library.parent) as aside:
+        copy = Path(shutil.copy(built, aside))
+        record = _record_of(copy)
+        record.write_text(_describe(built))
+        for path in (copy, record):
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        if _describe(copy) != record.read_text():
+            raise OSError(f"{copy} is not what was written")
+        record.replace(_record_of(library))  # first: who finds the library finds its record
+        copy.replace(library)
+
+
+def _record_of(library: Path) -> Path:
+    return library.with_name(library.name + ".sha256")
+
+
+def _describe(library: Path) -> str:
+    """Return the size in bytes and the checksum of a file, as they lie beside it."""
+    content = library.read_bytes()
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n"
 
 
 def _run_compiler(*command: str) -> str:
