@@ -229,7 +229,8 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     check_outputs({"--output": arguments.output, "--picture": arguments.picture})
     check_picture(arguments.picture, "--picture")
     device = set_up_device(place)
-    from megalibi.checkpoint import get_checkpoint, load_model, read_manifest  # after the device: it imports DeepSpeed
+    # After the device: it imports DeepSpeed.
+    from megalibi.checkpoint import get_checkpoint, load_model, read_manifest, refusing_together
 
     checkpoint = get_checkpoint(arguments.checkpoint)
     manifest = read_manifest(checkpoint)
@@ -240,8 +241,10 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     check_same_tokenizer(manifest.data, text, tokenizer)
     num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, byte_counter(tokenizer))
     groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
+    with refusing_together(groups):
+        model = load_model(checkpoint, device, groups.tensor)
     evaluation = Evaluation(
-        model=load_model(checkpoint, device, groups.tensor),
+        model=model,
         text=text,
         num_tokens=num_tokens,
         num_bytes=num_bytes,

@@ -16,6 +16,8 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 import megalibi
 from megalibi.checkpoint.manifest import (
+    LATEST,
+    MANIFEST,
     PARTIAL_SUFFIX,
     FileEntry,
     Manifest,
@@ -24,6 +26,7 @@ from megalibi.checkpoint.manifest import (
     find_damage,
     read_manifest,
 )
+from megalibi.checkpoint.reading import open_states, reading_only, refusing_together
 from megalibi.config import Config, ConfigError, Derived, config_to_dict
 from megalibi.data.identity import DataIdentity
 from megalibi.files import make_folder, sync_file
@@ -177,19 +180,33 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGr
     """Load weights, optimizer and loss scale; every rank must call it. Every file is verified first.
 
     Raises:
-        ConfigError: On every rank; a file is missing or damaged, and named.
+        ConfigError: On every rank; a file is missing, damaged, may not be read or would run code, and is named.
     """
-    try:
+    advice = f"; to resume from another checkpoint write its name into {LATEST}"
+    with refusing_together(groups, advice):
         manifest = read_manifest(checkpoint)
-        damage = list(find_damage(checkpoint, manifest, part=groups.world.rank, parts=groups.world.size))
-    except ConfigError as error:  # on this rank, perhaps: its file system may show less
-        damage = [str(error)]
-    all_damage = [line for lines in gather_objects(damage, groups.world) for line in lines]
-    if all_damage:
-        raise ConfigError(f"{all_damage[0]}; to resume from another checkpoint write its name into latest")
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        for damage in find_damage(checkpoint, manifest, part=groups.world.rank, parts=groups.world.size):
+            raise ConfigError(damage)
+    model_files, needed = _find_files(engine, checkpoint, groups)
+    with refusing_together(groups, advice):
+        for path in sorted(needed):
+            if str(path.relative_to(checkpoint)) not in manifest.files:
+                raise ConfigError(f"{path} is not in {MANIFEST}, which lists the files of the checkpoint")
+            open_states(path, mmap=True)  # its tensors stay in the file: DeepSpeed reads them below
+    with reading_only(engine, model_files, needed):
+        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     assert loaded is not None, checkpoint
     return manifest
+
+
+def _find_files(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> tuple[list[Path], set[Path]]:
+    """Return the model states of each tensor rank, and all files that DeepSpeed will load on this rank."""
+    place = str(checkpoint.parent), checkpoint.name
+    model_files = [Path(engine._get_ckpt_name(*place, mp_placeholder=f"{r:02d}")) for r in range(groups.tensor.size)]
+    needed = {model_files[0], model_files[groups.tensor.rank]}  # the first tells it how many there are
+    if engine.zero_optimization():
+        needed.add(Path(engine._get_zero_ckpt_name(*place)))
+    return model_files, needed
 
 
 def topology(config: Config, groups: ProcessGroups) -> dict[str, int]:

@@ -19,18 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 
-from megalibi.checkpoint.manifest import Manifest, find_damage, read_manifest
+from megalibi.checkpoint.manifest import MANIFEST, Manifest, find_damage, read_manifest
+from megalibi.checkpoint.reading import open_states
 from megalibi.config import Config, ConfigError, config_from_dict, padded_vocab_size
 from megalibi.engine.build import DTYPES
 from megalibi.model import GPT
 from megalibi.parallel import ALONE, Group, get_shard_spec, shard, unshard
-
-# What DeepSpeed pickles into its files beside tensors: with these named, a file cannot run code of its own.
-_DEEPSPEED_TYPES = [DynamicLossScaler, LossScaler, ZeroStageEnum]
 
 Pieces = dict[str, list[Tensor]]
 """The tensors of one tensor rank by name, each as the flat pieces it is cut into over the data ranks."""
@@ -143,6 +139,7 @@ def _cut_groups(
 
 def _open_file(checkpoint: Path, manifest: Manifest, ending: str) -> dict[str, Any]:
     """Open a file memory-mapped; DeepSpeed puts ``bf16_`` before some of the names."""
-    (name,) = (name for name in manifest.files if name in (ending, f"bf16_{ending}"))
-    with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
-        return torch.load(checkpoint / name, map_location="cpu", mmap=True, weights_only=True)
+    names = [name for name in (ending, f"bf16_{ending}") if name in manifest.files]
+    if not names:
+        raise ConfigError(f"{checkpoint / ending} is not in {MANIFEST}, which lists the files of the checkpoint")
+    return open_states(checkpoint / names[0], mmap=True)

@@ -1,0 +1,145 @@
+"""Reading the files of a checkpoint, without running what somebody may have put into them.
+
+A file of ``torch.save`` is a pickle, and a pickle can name any function and have it called when it is loaded. Whoever
+can write the file can write the manifest and its checksums to fit. So every file is loaded with ``weights_only``:
+tensors, numbers, text and containers, and the few types below that DeepSpeed puts beside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from megalibi.config import ConfigError
+from megalibi.parallel import ProcessGroups
+
+# All that DeepSpeed 0.19.8 pickles beside what torch allows, at any ZeRO stage: plain classes, whose attributes are set
+# without a call of anything.
+_DEEPSPEED_TYPES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+# The one line that DeepSpeed's BF16 optimizer prints whenever it is loaded.
+_CHATTER = "_load_legacy_checkpoint current_rank_sd[BASE_OPTIMIZER_STATE]"
+
+MapLocation = Callable[[Any, str], Any] | torch.device | str | None
+"""As in ``torch.load``."""
+
+
+def open_states(path: Path, *, map_location: MapLocation = "cpu", mmap: bool = False) -> dict[str, Any]:
+    """Return what DeepSpeed saved in a file.
+
+    Args:
+        path: The file.
+        map_location: Where its tensors go, as in ``torch.load``.
+        mmap: Whether they stay in the file until they are used.
+
+    Raises:
+        ConfigError: It would run code, or cannot be read.
+    """
+    try:
+        with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
+            states: dict[str, Any] = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+    except OSError as error:
+        raise ConfigError(_describe(error)) from error
+    except Exception as error:  # a forged pickle can raise anything
+        message = str(error)
+        if named := re.search(r"GLOBAL (\S+)", message):
+            raise ConfigError(
+                f"{path} would run code when loaded, for it names {named[1]}; it is not a checkpoint of megalibi"
+            ) from error
+        first_line = message.splitlines()[0] if message else "no reason given"
+        raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {first_line}") from error
+    return states
+
+
+@contextlib.contextmanager
+def refusing_together(groups: ProcessGroups, advice: str = "") -> Iterator[None]:
+    """Let what one rank cannot read end all of them: in a collective the others would wait for it.
+
+    Every rank must enter and leave.
+
+    Args:
+        groups: Of this process.
+        advice: What the user can do, put after what is wrong.
+
+    Raises:
+        ConfigError: On every rank, if a rank met one or may not read a file; with the rank and its host.
+    """
+    problem = None
+    try:
+        yield
+    except ConfigError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = _describe(error)
+    met = [(problem, groups.world.rank, socket.gethostname())] * groups.world.size
+    if groups.world.size > 1:
+        dist.all_gather_object(met, met[0])
+    for problem, rank, host in met:
+        if problem is not None:
+            raise ConfigError(problem + (f" (rank {rank} on {host})" if groups.world.size > 1 else "") + advice)
+
+
+def _describe(error: OSError) -> str:
+    return f"{error.filename} cannot be read: {error.strerror}"
+
+
+class ReadingEngine(TorchCheckpointEngine):
+    """Loads for DeepSpeed, and only files that were checked before.
+
+    Args:
+        checked: Their paths.
+    """
+
+    def __init__(self, checked: Set[Path]) -> None:
+        self._checked = checked
+
+    def load(self, path: str, map_location: MapLocation = None) -> dict[str, Any]:
+        """Return what DeepSpeed saved in a checked file."""
+        assert Path(path) in self._checked, path
+        return open_states(Path(path), map_location=map_location)
+
+
+@contextlib.contextmanager
+def reading_only(engine: DeepSpeedEngine, model_files: list[Path], checked: Set[Path]) -> Iterator[None]:
+    """Let DeepSpeed load nothing but checked files.
+
+    By itself it looks for them by a pattern made of their path: a ``[`` in a folder's name would hide them, and a copy
+    beside them would be taken for the state of another rank.
+
+    Args:
+        engine: What loads.
+        model_files: The model states of each tensor rank.
+        checked: All that it may read.
+    """
+    ours, engine.checkpoint_engine = engine.checkpoint_engine, ReadingEngine(checked)
+    engine._get_all_ckpt_names = lambda load_dir, tag: [str(path) for path in model_files]
+    try:
+        with _without_chatter():
+            yield
+    finally:
+        engine.checkpoint_engine = ours
+        del engine._get_all_ckpt_names
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        lines = printed.getvalue().splitlines(keepends=True)
+        sys.stdout.writelines(line for line in lines if line.rstrip("\n") != _CHATTER)

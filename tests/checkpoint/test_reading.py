@@ -1,0 +1,198 @@
+"""What is not megalibi's own in a checkpoint: code, files beside its files, and what may not be read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+
+from megalibi.checkpoint import find_checkpoint, load_full_weights
+from megalibi.checkpoint.reading import _CHATTER, _without_chatter, open_states
+from megalibi.config import ConfigError
+from tests.launch.jobs import (
+    Job,
+    ScriptJob,
+    exact_records,
+    run_job,
+    torchrun_environment,
+    write_job,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+class Code:
+    """Pickled, it is a call: whoever loads it makes a folder."""
+
+    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.call
+
+
+def make_codes(folder: Path) -> dict[str, tuple[Any, str]]:
+    """Return objects that make the folder, and the name of what each calls."""
+    hidden = LossScaler(scale=1.0)
+    hidden.cur_scale = Code(exec, f"import os; os.mkdir({str(folder)!r})")
+    return {
+        "posix": (Code(os.mkdir, str(folder)), "posix.mkdir"),
+        "builtin": (Code(exec, f"import os; os.mkdir({str(folder)!r})"), "exec"),
+        "module": (Code(shutil.copytree, str(ROOT / "launch"), str(folder)), "shutil.copytree"),
+        "in a type of DeepSpeed": (hidden, "exec"),
+    }
+
+
+@pytest.mark.parametrize("name", ["posix", "builtin", "module", "in a type of DeepSpeed"])
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_no_code_of_a_file_runs(tmp_path: Path, name: str, as_zip: bool) -> None:
+    code, called = make_codes(tmp_path / "made")[name]
+    path = tmp_path / "mp_rank_00_model_states.pt"
+    torch.save({"module": {"weight": torch.ones(3)}, "lr_scheduler": code}, path, _use_new_zipfile_serialization=as_zip)
+    for mmap in (True, False):
+        with pytest.raises(ConfigError) as refusal:
+            open_states(path, mmap=mmap)
+        assert "\n" not in str(refusal.value)
+        if as_zip or not mmap:
+            assert str(refusal.value) == (
+                f"{path} would run code when loaded, for it names {called}; it is not a checkpoint of megalibi"
+            )
+    assert not (tmp_path / "made").exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "made").exists()  # so that the refusal was needed
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(100)])
+def test_what_is_no_file_of_torch_is_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.pt cannot be loaded: ") as refusal:
+        open_states(tmp_path / "a.pt")
+    assert "\n" not in str(refusal.value)
+
+
+def test_only_the_line_of_deepspeed_is_kept_back(capsys: pytest.CaptureFixture[str]) -> None:
+    with _without_chatter():
+        sys.stdout.write(f"before\n{_CHATTER}\nafter\n")
+    assert capsys.readouterr().out == "before\nafter\n"
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two tensor ranks with a checkpoint at step 2, at ZeRO 1 and at ZeRO 3."""
+    config = write_job(
+        tmp_path_factory.mktemp("job"), parallel={"tensor_parallel_size": 2}, zero={"stage": request.param}
+    )
+    run_job(config, "train.steps=2", world_size=2)
+    return config
+
+
+def copy_run(config: Path, folder: Path) -> Path:
+    """Return the checkpoint of a copy of the run."""
+    shutil.copytree(config.parent / "run", folder)
+    checkpoint = find_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    return checkpoint
+
+
+def plant(checkpoint: Path, ending: str, made: Path) -> Path:
+    """Put code into a file of rank 1, and make the manifest and its checksum fit; return the file."""
+    (path,) = checkpoint.glob(f"*mp_rank_01_{ending}")
+    states = torch.load(path, weights_only=False)
+    torch.save({**states, "more": make_codes(made)["builtin"][0]}, path)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    content = path.read_bytes()
+    manifest["files"][path.name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    text = json.dumps(manifest)
+    (checkpoint / "manifest.json").write_text(text)
+    (checkpoint / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
+    return path
+
+
+def error_of(job: ScriptJob, codes: set[int] | None = None) -> str:
+    """Return the line with which a job ended, on every rank with exit code 2."""
+    assert set(job.wait()) == (codes or {2}), job.output
+    assert "Traceback" not in job.output, job.output
+    (line,) = (line for line in job.output.splitlines() if line.startswith("error: "))
+    return line
+
+
+@pytest.mark.parametrize("ending", ["model_states.pt", "optim_states.pt"])
+@pytest.mark.parametrize("resume", ["auto", "a path"])
+def test_a_run_does_not_resume_from_code(config: Path, tmp_path: Path, ending: str, resume: str) -> None:
+    """Of rank 1 alone: rank 0, whose files are its own, must not wait for it."""
+    checkpoint = copy_run(config, tmp_path / "run")
+    path = plant(checkpoint, ending, tmp_path / "made")
+    overrides = [f"train.output_dir={tmp_path / 'run'}"]
+    if resume == "a path":
+        overrides = [f"train.output_dir={tmp_path / 'new'}", f"checkpoint.resume={checkpoint}"]
+    line = error_of(Job(config, *overrides, world_size=2))
+    assert line.startswith(f"error: {path} would run code when loaded, for it names exec; it is not a checkpoi")
+    assert f"(rank 1 on {socket.gethostname()})" in line
+    assert not (tmp_path / "made").exists()
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("ending", ["model_states.pt", "optim_states.pt"])
+def test_no_tool_reads_code(config: Path, tmp_path: Path, ending: str) -> None:
+    checkpoint = copy_run(config, tmp_path / "run")
+    path = plant(checkpoint, ending, tmp_path / "made")
+    common = ["--checkpoint", str(checkpoint), "--data", str(config.parent / "tokens")]
+    # Below ZeRO 3 no weights are in the optimizer's files, and these are not opened.
+    is_read = ending == "model_states.pt" or "zero" in min(file.name for file in checkpoint.glob("*model_states.pt"))
+    evaluate = [*common, "--lengths", "32", "--tokens", "200", "--output", str(tmp_path / "out.json")]
+    sharing = [*evaluate, "--tensor-parallel-size", "2"]
+    for script, arguments, world_size in (
+        ("evaluate.py", evaluate, 1),
+        ("evaluate.py", sharing, 2),
+        ("capture_qk.py", [*common, "--length", "32", "--output", str(tmp_path / "qk.pt")], 1),
+    ):
+        job = ScriptJob(ROOT / "tools" / script, arguments, tmp_path, torchrun_environment(world_size))
+        if is_read:
+            assert error_of(job).startswith(f"error: {path} would run code when loaded, for it names exec; ")
+        else:
+            job.succeed()
+    if is_read:
+        with pytest.raises(ConfigError, match="would run code when loaded"):
+            load_full_weights(checkpoint)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (3, "fp32")])
+def test_names_that_are_patterns_and_files_beside_a_checkpoints_own_do_not_matter(
+    tmp_path: Path, stage: int, precision: str
+) -> None:
+    """DeepSpeed finds the model states by a pattern: a folder's ``[`` hid them, and a copy counted as a rank's."""
+    folder = tmp_path / "run[1]*?"
+    folder.mkdir()
+    config = write_job(
+        folder,
+        parallel={"tensor_parallel_size": 2},
+        zero={"stage": stage},
+        train={"steps": 4, "precision": precision, "output_dir": str(folder / "a[b]*?")},
+    )
+    run_job(config, f"train.output_dir={tmp_path / 'straight'}", world_size=2)
+    run_job(config, "train.steps=2", world_size=2)
+    checkpoint = find_checkpoint(folder / "a[b]*?" / "checkpoints")
+    assert checkpoint is not None
+    for name in (
+        "mp_rank_00_copy_model_states.pt",
+        "mp_rank_02_model_states.pt",
+        "zero_pp_rank_0_mp_rank_00_copy_model_states.pt",
+        "zero_pp_rank_0_mp_rank_02_model_states.pt",
+        "zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    ):
+        (checkpoint / name).write_bytes(b"of somebody else")
+    job = run_job(config, world_size=2)
+    assert "resumed from" in job.read_log(0)
+    assert _CHATTER not in job.output
+    assert exact_records(folder / "a[b]*?") == exact_records(tmp_path / "straight")
