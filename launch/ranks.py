@@ -113,7 +113,7 @@ def run_rank(work: Callable[[Place], None]) -> NoReturn:
     """Do a rank's work and end the process with what came of it.
 
     What went wrong is one line, which one rank says, or a traceback that names rank and host. Exit codes: 0; 1 failed;
-    2 what the user can mend (ConfigError, a full disk); 130 Ctrl-C.
+    2 what the user can mend (ConfigError, a full disk, no permission); 130 Ctrl-C.
 
     Args:
         work: Called with this process's place.
@@ -144,6 +144,13 @@ def _run_rank(work: Callable[[Place], None]) -> int:
             sys.stderr.write("error: interrupted\n")
         return EXIT_INTERRUPTED
     except Exception as error:
+        if isinstance(error, PermissionError) and error.filename is not None:
+            if _is_spokesman(place) or _have_met():  # once they have met, this one may be the only one
+                rank = "" if place is None or place.world_size == 1 else f"rank {place.rank} "
+                sys.stderr.write(f"error: {error.filename}: {error.strerror} [{rank}on {socket.gethostname()}]\n")
+            else:
+                time.sleep(SPOKESMAN_SECONDS)
+            return EXIT_USER_ERROR
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             sys.stderr.write(
                 f"error: the disk is full on {socket.gethostname()}: {error}; free space and start again\n"
@@ -159,8 +166,12 @@ def _is_spokesman(place: Place | None) -> bool:
 
     A host may lack a file that others have. Later the ranks fail together, and one that does not logs its error.
     """
-    import torch.distributed as dist
-
     if place is None:
         return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    return place.rank == 0 or (place.local_rank == 0 and not dist.is_initialized())
+    return place.rank == 0 or (place.local_rank == 0 and not _have_met())
+
+
+def _have_met() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_initialized()

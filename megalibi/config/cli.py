@@ -19,8 +19,9 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and exit the process with what came of it.
 
-    ConfigError becomes ``error: MESSAGE`` on standard error and exit code 2. Ctrl-C, SIGTERM and the end of the
-    terminal let the command remove what is half-written and become exit code 130.
+    ConfigError becomes ``error: MESSAGE`` on standard error and exit code 2, and so does a file or folder that the user
+    may not use. Ctrl-C, SIGTERM and the end of the terminal let the command remove what is half-written and become exit
+    code 130.
 
     Args:
         main: The command; what it returns is the exit code (None is 0).
@@ -34,6 +35,11 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     except ConfigError as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"error: {message}\n")
+        code = EXIT_USER_ERROR
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
         code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")

@@ -15,6 +15,7 @@ import torch
 import alibi_attention
 from alibi_attention import alibi_slopes, attention, native
 from alibi_attention.native import _BLOCK
+from tests.permissions import NOT_ABOVE_PERMISSIONS
 
 FP32_ROUNDING = 2.0**-24  # relative, of one number
 FP32_ATOL = 1e-5  # output and gradients of standard normal inputs, against fp64
@@ -234,10 +235,6 @@ def test_without_a_compiler_auto_goes_on_and_the_reason_is_said(tmp_path):
     assert usable == "False"
     assert reason == "no C++ compiler is found (no-such-compiler, by CXX or by default)"
     assert chosen != "native"
-
-
-NOT_ABOVE_PERMISSIONS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
-"""What a command must be run by so that root, too, is refused what the permissions refuse."""
 
 
 def assert_not_kept(process: subprocess.Popen[str], why: str) -> None:
