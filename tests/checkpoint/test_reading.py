@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from megalibi.checkpoint import find_checkpoint, load_full_weights
 from megalibi.checkpoint.reading import _CHATTER, _without_chatter, open_states
 from megalibi.config import ConfigError
+from tests.checkpoint.planted import ROOT, make_codes, plant
 from tests.launch.jobs import (
     Job,
     ScriptJob,
@@ -27,30 +25,6 @@ from tests.launch.jobs import (
     torchrun_environment,
     write_job,
 )
-
-ROOT = Path(__file__).parents[2]
-
-
-class Code:
-    """Pickled, it is a call: whoever loads it makes a folder."""
-
-    def __init__(self, function: Callable[..., object], *arguments: object) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
-        return self.call
-
-
-def make_codes(folder: Path) -> dict[str, tuple[Any, str]]:
-    """Return objects that make the folder, and the name of what each calls."""
-    hidden = LossScaler(scale=1.0)
-    hidden.cur_scale = Code(exec, f"import os; os.mkdir({str(folder)!r})")
-    return {
-        "posix": (Code(os.mkdir, str(folder)), "posix.mkdir"),
-        "builtin": (Code(exec, f"import os; os.mkdir({str(folder)!r})"), "exec"),
-        "module": (Code(shutil.copytree, str(ROOT / "launch"), str(folder)), "shutil.copytree"),
-        "in a type of DeepSpeed": (hidden, "exec"),
-    }
 
 
 @pytest.mark.parametrize("name", ["posix", "builtin", "module", "in a type of DeepSpeed"])
@@ -70,6 +44,24 @@ def test_no_code_of_a_file_runs(tmp_path: Path, name: str, as_zip: bool) -> None
     assert not (tmp_path / "made").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "made").exists()  # so that the refusal was needed
+
+
+def test_what_deepspeed_pickles_is_read(tmp_path: Path) -> None:
+    """All of its types, with one that only a GPU's fp16 run has at ZeRO 1 to 3."""
+    scaler = DynamicLossScaler(2.0**16, 1000, 1.0, 2, False)
+    scaler.cur_iter, scaler.cur_scale = 7, 2.0**15
+    saved = {
+        "loss_scaler": scaler,
+        "static": LossScaler(scale=4.0),
+        "zero_stage": ZeroStageEnum.gradients,
+        "param_slice_mappings": [{"weight": fragment_address(numel=3, start=7)}],
+        "param_shapes": [{"weight": torch.Size([2, 3])}],
+    }
+    torch.save(saved, tmp_path / "a.pt")
+    read = open_states(tmp_path / "a.pt")
+    assert vars(read.pop("loss_scaler")) == vars(saved.pop("loss_scaler"))
+    assert vars(read.pop("static")) == vars(saved.pop("static"))
+    assert read == saved
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(100)])
@@ -104,20 +96,6 @@ def copy_run(config: Path, folder: Path) -> Path:
     return checkpoint
 
 
-def plant(checkpoint: Path, ending: str, made: Path) -> Path:
-    """Put code into a file of rank 1, and make the manifest and its checksum fit; return the file."""
-    (path,) = checkpoint.glob(f"*mp_rank_01_{ending}")
-    states = torch.load(path, weights_only=False)
-    torch.save({**states, "more": make_codes(made)["builtin"][0]}, path)
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    content = path.read_bytes()
-    manifest["files"][path.name] = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    text = json.dumps(manifest)
-    (checkpoint / "manifest.json").write_text(text)
-    (checkpoint / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
-    return path
-
-
 def error_of(job: ScriptJob, codes: set[int] | None = None) -> str:
     """Return the line with which a job ended, on every rank with exit code 2."""
     assert set(job.wait()) == (codes or {2}), job.output
@@ -131,7 +109,7 @@ def error_of(job: ScriptJob, codes: set[int] | None = None) -> str:
 def test_a_run_does_not_resume_from_code(config: Path, tmp_path: Path, ending: str, resume: str) -> None:
     """Of rank 1 alone: rank 0, whose files are its own, must not wait for it."""
     checkpoint = copy_run(config, tmp_path / "run")
-    path = plant(checkpoint, ending, tmp_path / "made")
+    path = plant(checkpoint, f"mp_rank_01_{ending}", tmp_path / "made")
     overrides = [f"train.output_dir={tmp_path / 'run'}"]
     if resume == "a path":
         overrides = [f"train.output_dir={tmp_path / 'new'}", f"checkpoint.resume={checkpoint}"]
@@ -145,7 +123,7 @@ def test_a_run_does_not_resume_from_code(config: Path, tmp_path: Path, ending: s
 @pytest.mark.parametrize("ending", ["model_states.pt", "optim_states.pt"])
 def test_no_tool_reads_code(config: Path, tmp_path: Path, ending: str) -> None:
     checkpoint = copy_run(config, tmp_path / "run")
-    path = plant(checkpoint, ending, tmp_path / "made")
+    path = plant(checkpoint, f"mp_rank_01_{ending}", tmp_path / "made")
     common = ["--checkpoint", str(checkpoint), "--data", str(config.parent / "tokens")]
     # Below ZeRO 3 no weights are in the optimizer's files, and these are not opened.
     is_read = ending == "model_states.pt" or "zero" in min(file.name for file in checkpoint.glob("*model_states.pt"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.model import GPT
 from megalibi.studies.lm_harness import BATCH_TOKENS, HarnessModel, TaskManager, simple_evaluate
 from megalibi.studies.lm_tasks import open_tasks, prepare_tasks
+from tests.checkpoint.planted import plant
 from tests.engine.runs import CPU, identify, iterate_ours, make_config, process_groups
 from tests.ranks import run_on_ranks
 
@@ -427,3 +429,14 @@ def test_without_the_package_the_line_says_what_to_install(trained: Trained) -> 
     assert done.returncode == 2
     assert "error: lm-evaluation-harness is not installed" in done.stderr
     assert "pip install 'megalibi[lm-eval]'" in done.stderr
+
+
+def test_code_in_a_checkpoint_does_not_run(trained: Trained, tmp_path: Path) -> None:
+    checkpoint = tmp_path / f"step_{STEPS:08d}"
+    shutil.copytree(trained.folder / "checkpoints" / checkpoint.name, checkpoint)
+    path = plant(checkpoint, "model_states.pt", tmp_path / "made")
+    done = run_tool(trained, "our_choice", "--checkpoint", str(checkpoint))
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"error: {path} would run code when loaded, for it names exec; ")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "made").exists()
