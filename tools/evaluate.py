@@ -241,7 +241,7 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     check_same_tokenizer(manifest.data, text, tokenizer)
     num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, byte_counter(tokenizer))
     groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
-    with refusing_together(groups):
+    with refusing_together(checkpoint, groups):
         model = load_model(checkpoint, device, groups.tensor)
     evaluation = Evaluation(
         model=model,

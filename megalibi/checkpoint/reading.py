@@ -52,7 +52,7 @@ def open_states(path: Path, *, map_location: MapLocation = "cpu", mmap: bool = F
         with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
             states: dict[str, Any] = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except OSError as error:
-        raise ConfigError(_describe(error)) from error
+        raise ConfigError(_describe(error, path)) from error
     except Exception as error:  # a forged pickle can raise anything
         message = str(error)
         if named := re.search(r"GLOBAL (\S+)", message):
@@ -65,12 +65,13 @@ def open_states(path: Path, *, map_location: MapLocation = "cpu", mmap: bool = F
 
 
 @contextlib.contextmanager
-def refusing_together(groups: ProcessGroups, advice: str = "") -> Iterator[None]:
+def refusing_together(checkpoint: Path, groups: ProcessGroups, advice: str = "") -> Iterator[None]:
     """Let what one rank cannot read end all of them: in a collective the others would wait for it.
 
     Every rank must enter and leave.
 
     Args:
+        checkpoint: What is read.
         groups: Of this process.
         advice: What the user can do, put after what is wrong.
 
@@ -83,7 +84,7 @@ def refusing_together(groups: ProcessGroups, advice: str = "") -> Iterator[None]
     except ConfigError as error:
         problem = str(error)
     except OSError as error:
-        problem = _describe(error)
+        problem = _describe(error, checkpoint)
     met = [(problem, groups.world.rank, socket.gethostname())] * groups.world.size
     if groups.world.size > 1:
         dist.all_gather_object(met, met[0])
@@ -92,8 +93,9 @@ def refusing_together(groups: ProcessGroups, advice: str = "") -> Iterator[None]
             raise ConfigError(problem + (f" (rank {rank} on {host})" if groups.world.size > 1 else "") + advice)
 
 
-def _describe(error: OSError) -> str:
-    return f"{error.filename} cannot be read: {error.strerror}"
+def _describe(error: OSError, path: Path) -> str:
+    """Say it with the file, which the error of a failing disk does not name."""
+    return f"{error.filename or path} cannot be read: {error.strerror or error}"
 
 
 class ReadingEngine(TorchCheckpointEngine):
