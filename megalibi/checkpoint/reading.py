@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -25,7 +24,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megalibi.config import ConfigError
-from megalibi.parallel import ProcessGroups
+from megalibi.parallel import ProcessGroups, gather_objects
 
 # All that DeepSpeed 0.19.8 pickles beside what torch allows, at any ZeRO stage: plain classes, whose attributes are set
 # without a call of anything.
@@ -85,12 +84,9 @@ def refusing_together(checkpoint: Path, groups: ProcessGroups, advice: str = "")
         problem = str(error)
     except OSError as error:
         problem = _describe(error, checkpoint)
-    met = [(problem, groups.world.rank, socket.gethostname())] * groups.world.size
-    if groups.world.size > 1:
-        dist.all_gather_object(met, met[0])
-    for problem, rank, host in met:
-        if problem is not None:
-            raise ConfigError(problem + (f" (rank {rank} on {host})" if groups.world.size > 1 else "") + advice)
+    for met, rank, host in gather_objects((problem, groups.world.rank, socket.gethostname()), groups.world):
+        if met is not None:
+            raise ConfigError(met + (f" (rank {rank} on {host})" if groups.world.size > 1 else "") + advice)
 
 
 def _describe(error: OSError, path: Path) -> str:
