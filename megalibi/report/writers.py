@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -12,6 +13,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from megalibi.config import ConfigError
 from megalibi.files import make_folder, open_aside, sync_file, sync_folder
 from megalibi.log import get_logger
 from megalibi.report.metrics import METRICS_FILE, StepRecord, ValidationRecord, parse_line
@@ -29,6 +31,10 @@ _RECENT_STEPS = 50
 
 class Writer(Protocol):
     """Something that records go to."""
+
+    @property
+    def name(self) -> str:
+        """How a warning names it."""
 
     def step(self, record: StepRecord) -> None:
         """Take the record of one step."""
@@ -49,12 +55,19 @@ class JsonlWriter:
     Each line is flushed, so a killed process loses none. They are not synced to the disk one by one, but before each
     checkpoint: after a power failure the run resumes from one, and `set_aside_after` moves away what lies beyond it.
 
+    A disk that is full does not end the run, for that would cost the steps since the last checkpoint: lines that cannot
+    be written are kept, and tried again with each record, before each checkpoint and at the end. If space is made in
+    the meantime nothing is lost; if not, the next checkpoint, which is larger, says so on all ranks.
+
     Args:
         path: The file; it and its folder are made if they do not exist.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.name = self.path.name
+        self._unwritten = bytearray()
+        self._is_failing = False
         make_folder(self.path.parent)
         self._file = self.path.open("a", encoding="utf-8")
 
@@ -97,15 +110,54 @@ class JsonlWriter:
 
     def sync(self) -> None:
         """Wait until the lines are on the disk."""
-        os.fsync(self._file.fileno())
+        self._write(again=True)
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._warn(error)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file.
+
+        Raises:
+            ConfigError: Lines could not be written.
+        """
+        self._write()
         self._file.close()
+        if self._unwritten:
+            num_lines = self._unwritten.count(b"\n")
+            raise ConfigError(
+                f"the last {num_lines} lines of {self.path} could not be written and are lost; "
+                "checkpoints are not affected"
+            )
 
     def _append(self, line: str) -> None:
-        self._file.write(line + "\n")
-        self._file.flush()
+        self._unwritten += f"{line}\n".encode()
+        self._write()
+
+    def _write(self, *, again: bool = False) -> None:
+        """Write what is not written yet; a line that was written in part goes on where it broke off."""
+        descriptor = self._file.fileno()
+        try:
+            while self._unwritten:
+                del self._unwritten[: os.write(descriptor, self._unwritten)]
+        except OSError as error:
+            if again or not self._is_failing:
+                self._warn(error)
+            return
+        if self._is_failing:
+            self._is_failing = False
+            _LOGGER.warning("%s can be written again, no line is missing", self.path)
+
+    def _warn(self, error: OSError) -> None:
+        self._is_failing = True
+        _LOGGER.warning(
+            "%s cannot be written: %s; %d lines are kept in memory and tried again with each step, training goes on: "
+            "make room before the next checkpoint",
+            self.path,
+            error.strerror,
+            self._unwritten.count(b"\n"),
+        )
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:
@@ -130,9 +182,12 @@ class TensorBoardWriter:
         resumed_step: The step the run resumes from: TensorBoard hides what an earlier process wrote beyond it.
     """
 
+    name = "TensorBoard"
+
     def __init__(self, folder: Path | str, *, resumed_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # here: it takes seconds to import, on one rank only
 
+        _silence_its_thread()
         self._events = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def step(self, record: StepRecord) -> None:
@@ -167,6 +222,17 @@ class TensorBoardWriter:
         self._events.close()
 
 
+def _silence_its_thread() -> None:
+    """Keep the traceback of TensorBoard's thread off the terminal: the next call raises the same error, and says it."""
+    say = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            say(failed)
+
+    threading.excepthook = hook
+
+
 class ConsoleWriter:
     """Shows progress: a bar on a terminal, a plain line every few steps elsewhere.
 
@@ -177,6 +243,8 @@ class ConsoleWriter:
         eval_samples: How many samples a validation shall read; a line says so if there were fewer.
         console: Where to; standard output if None.
     """
+
+    name = "the console"
 
     def __init__(
         self,
@@ -266,32 +334,52 @@ class ConsoleWriter:
 class Writers:
     """Several writers as one; closes them at the end of a ``with`` block.
 
+    A record is not worth a run: a writer that fails is named in one warning, with the reason, and then left out.
+
     Args:
         writers: Who gets every record; none on ranks that only take part.
     """
 
     def __init__(self, writers: Sequence[Writer] = ()) -> None:
-        self._writers = tuple(writers)
+        self._writers = list(writers)
 
     def step(self, record: StepRecord) -> None:
         """Hand the record of one step to every writer."""
-        for writer in self._writers:
-            writer.step(record)
+        self._each(lambda writer: writer.step(record))
 
     def validation(self, record: ValidationRecord) -> None:
         """Hand the record of one validation to every writer."""
-        for writer in self._writers:
-            writer.validation(record)
+        self._each(lambda writer: writer.validation(record))
 
     def sync(self) -> None:
         """Have every writer put on the disk what it took."""
-        for writer in self._writers:
-            writer.sync()
+        self._each(lambda writer: writer.sync())
 
     def close(self) -> None:
-        """Close every writer."""
-        for writer in self._writers:
-            writer.close()
+        """Close every writer.
+
+        Raises:
+            ConfigError: metrics.jsonl lacks lines.
+        """
+        lost: list[ConfigError] = []
+
+        def close(writer: Writer) -> None:
+            try:
+                writer.close()
+            except ConfigError as error:
+                lost.append(error)
+
+        self._each(close)
+        if lost:
+            raise lost[0]
+
+    def _each(self, work: Callable[[Writer], None]) -> None:
+        for writer in tuple(self._writers):
+            try:
+                work(writer)
+            except Exception as error:  # whatever a library of theirs may raise
+                self._writers.remove(writer)
+                _warn_left_out(writer.name, error)
 
     def __enter__(self) -> Writers:
         return self
@@ -299,7 +387,17 @@ class Writers:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except ConfigError as lost:
+            if error is None:
+                raise
+            _LOGGER.warning("%s", lost)  # what ended the run is to be its error
+
+
+def _warn_left_out(name: str, error: Exception) -> None:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    _LOGGER.warning("%s failed and is left out from here on, training goes on: %s", name, reason)
 
 
 def build_writers(
@@ -332,15 +430,17 @@ def build_writers(
             resumed_step,
             DROPPED_FILE,
         )
-    return Writers(
-        [
-            jsonl,
-            TensorBoardWriter(Path(run_dir) / TENSORBOARD_FOLDER, resumed_step=resumed_step),
-            ConsoleWriter(
-                total_steps=total_steps,
-                log_every_steps=log_every_steps,
-                resumed_step=resumed_step,
-                eval_samples=eval_samples,
-            ),
-        ]
+    writers: list[Writer] = [jsonl]
+    try:
+        writers.append(TensorBoardWriter(Path(run_dir) / TENSORBOARD_FOLDER, resumed_step=resumed_step))
+    except Exception as error:  # a disk, or an installation of TensorBoard that cannot be imported
+        _warn_left_out(TensorBoardWriter.name, error)
+    writers.append(
+        ConsoleWriter(
+            total_steps=total_steps,
+            log_every_steps=log_every_steps,
+            resumed_step=resumed_step,
+            eval_samples=eval_samples,
+        )
     )
+    return Writers(writers)

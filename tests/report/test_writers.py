@@ -2,6 +2,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import logging
+import resource
+import shutil
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +15,10 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megalibi.config import ConfigError
 from megalibi.report.metrics import StepRecord, ValidationRecord, read_metrics
 from megalibi.report.writers import DROPPED_FILE, ConsoleWriter, JsonlWriter, TensorBoardWriter, Writers, build_writers
+from tests.launch.jobs import CONTEXT
 
 MakeStep = Callable[..., StepRecord]
 MakeValidation = Callable[..., ValidationRecord]
@@ -168,6 +176,66 @@ def test_resuming_drops_what_an_earlier_process_wrote_beyond_the_checkpoint(
             for step in range(resumed_step + 1, last + 1):
                 writers.step(make_step(step))
     assert [record.step for record in read_metrics(tmp_path).steps] == [1, 2, 3]
+
+
+def test_a_tensorboard_whose_folder_is_gone_is_left_out_with_one_warning(
+    tmp_path: Path, make_step: MakeStep, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megalibi"), "propagate", True)  # other tests configure it not to
+    tracebacks: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    with build_writers(tmp_path, rank=0, total_steps=9, log_every_steps=9) as writers:
+        writers.step(make_step(1))
+        shutil.rmtree(tmp_path / "tensorboard")
+        for step in range(2, 8):
+            writers.step(make_step(step))
+            writers.sync()
+    assert not tracebacks
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("TensorBoard failed and is left out from here on, training goes on: ")
+    assert "No such file or directory" in message
+    assert [record.step for record in read_metrics(tmp_path).steps] == list(range(1, 8))
+
+
+def test_a_tensorboard_that_cannot_begin_is_left_out(
+    tmp_path: Path, make_step: MakeStep, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megalibi"), "propagate", True)
+    (tmp_path / "tensorboard").write_text("no folder")
+    with build_writers(tmp_path, rank=0, total_steps=9, log_every_steps=9) as writers:
+        writers.step(make_step(1))
+    assert "TensorBoard failed and is left out from here on" in caplog.text
+    assert read_metrics(tmp_path).steps == (make_step(1),)
+
+
+def write_to_a_full_disk(folder: str, last_step: int, bytes_until_step_4: int) -> None:
+    """Write records where files may not grow past a size, which the system lets the process raise before step 4."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_until_step_4, most))
+    fields = dict.fromkeys(StepRecord.__dataclass_fields__, 1)
+    writers = Writers([JsonlWriter(Path(folder) / "metrics.jsonl")])
+    with writers:
+        for step in range(1, last_step + 1):
+            if step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+            writers.step(StepRecord(**(fields | {"step": step})))
+            writers.sync()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 500])  # at a line's end, and within one
+def test_lines_that_a_full_disk_does_not_take_are_written_when_it_does(tmp_path: Path, num_bytes: int) -> None:
+    process = CONTEXT.Process(target=write_to_a_full_disk, args=(str(tmp_path), 5, num_bytes))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_lines_that_no_disk_took_are_said_at_the_end(tmp_path: Path) -> None:
+    with CONTEXT.Pool(1) as pool, pytest.raises(ConfigError, match=r"the last 3 lines of .* could not be written"):
+        pool.apply(write_to_a_full_disk, (str(tmp_path), 3, 0))
 
 
 def test_an_error_in_the_loop_closes_every_writer(tmp_path: Path, make_step: MakeStep) -> None:
