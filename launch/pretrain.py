@@ -3,8 +3,8 @@
 Example:
     deepspeed --num_gpus 8 launch/pretrain.py --config configs/gpt_1.3b_alibi_1024.yaml parallel.tensor_parallel_size=2
 
-Exit codes: 0 finished, or stopped by SIGTERM, SIGINT or SIGUSR1 with a checkpoint saved; 1 failed; 2 the configuration,
-the data, a checkpoint or the disk cannot be used, said in one line.
+Exit codes: 0 finished, or stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP with a checkpoint saved; 1 failed; 2 the
+configuration, the data, a checkpoint, the disk or the memory cannot be used, said in one line.
 """
 
 from __future__ import annotations

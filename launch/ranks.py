@@ -118,6 +118,7 @@ def run_rank(work: Callable[[Place], None]) -> NoReturn:
     Args:
         work: Called with this process's place.
     """
+    log.outlive_terminal()
     code = _run_rank(work)
     sys.stdout.flush()
     sys.stderr.flush()

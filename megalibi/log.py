@@ -5,9 +5,14 @@ Library code asks for ``get_logger(__name__)`` and logs; ``configure`` is called
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
+import os
 import socket
 import sys
+from collections.abc import Iterable
+from typing import Any, TextIO, cast
 
 _ROOT = "megalibi"
 
@@ -48,3 +53,49 @@ def configure(*, rank: int = 0, world_size: int = 1, level: int = logging.INFO) 
         logger.handlers[:] = [handler]
         logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
         logger.propagate = False
+
+
+class _LastingStream:
+    """A stream whose writes never fail: what cannot be written is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_terminal() -> None:
+    """Let nothing depend on who reads the output: a pipe, a terminal or a log that is gone or full ends no work.
+
+    Call it before any file is opened: where the shell closed a standard stream, its number is given to the null device,
+    for else the next file that is opened would get it, and messages of libraries would be written into that file.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, descriptor)  # children inherit it
+            if null != descriptor:
+                os.close(null)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # as Python leaves it where the shell closed it
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal has not
+        setattr(sys, name, cast(TextIO, _LastingStream(stream)))

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from megalibi.config import ConfigError
 from megalibi.parallel import ProcessGroups, all_reduce_raw, gather_objects
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""The last is the end of the terminal."""
 REPEATED_SIGNAL_SECONDS = 2.0
 """Launchers pass on a signal that the scheduler or the terminal has sent to every process already."""
 
@@ -36,7 +37,9 @@ class StopRequest:
         self.signal_name: str | None = None
         self._first_seconds = 0.0
         for number in STOP_SIGNALS:
-            signal.signal(number, self._take)
+            # nohup ignores the end of the terminal, and so do we. A shell's & ignores SIGINT, but a scheduler sends it.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._take)
 
     def _take(self, number: int, _frame: FrameType | None) -> None:
         now = time.monotonic()
