@@ -24,6 +24,7 @@ METRICS_FILE = "metrics.jsonl"
 
 # JSON has no NaN and no infinity. As in protobuf's JSON they are strings, which float() reads back in any language.
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+_KINDS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,7 @@ def parse_line(line: str) -> StepRecord | ValidationRecord:
     """Read one line of metrics.jsonl; fields that no record knows are ignored.
 
     Raises:
-        ValueError: The line is no JSON object, or lacks a field.
+        ValueError: The line is no JSON object, lacks a field, or has one of another type.
     """
     fields = json.loads(line)
     if not isinstance(fields, dict):
@@ -201,7 +202,14 @@ def _from_fields(record_type: type[Record], fields: Mapping[str, Any]) -> Record
         if field.name in fields:
             value = fields[field.name]
             # Annotations are strings here (PEP 563): "float" and "float | None" alike.
-            values[field.name] = float(value) if str(field.type).startswith("float") else value
+            kind, _, optional = str(field.type).partition(" | ")
+            if kind == "float" and value in _NON_FINITE.values():
+                value = float(value)
+            # Whole numbers are floats too, and true and false are numbers only to Python.
+            fits = type(value) in _KINDS[kind] or (value is None and bool(optional))
+            if not fits:
+                raise ValueError(f"field {field.name} is {value!r}, which is no {kind}")
+            values[field.name] = float(value) if kind == "float" and value is not None else value
         elif field.default is dataclasses.MISSING:
             raise ValueError(f"field {field.name} is missing")
     return record_type(**values)

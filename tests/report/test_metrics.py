@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import mmap
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,3 +132,24 @@ def test_memory_follows_what_is_held_and_its_peak_remembers() -> None:
         held.write(b"x" * len(held))
         assert memory_bytes(torch.device("cpu")) > before + 50_000_000
     assert memory_peak_bytes("cpu") > before + 50_000_000 > memory_bytes("cpu")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", '"7"'),
+        ("step", "null"),
+        ("step", "1.5"),
+        ("loss", '"x"'),
+        ("loss", "null"),
+        ("step", "true"),
+        ("sample_hash", "7"),
+    ],
+)
+def test_a_field_of_another_type_is_said_with_its_line(
+    tmp_path: Path, make_step: Callable[..., StepRecord], field: str, value: str
+) -> None:
+    good = make_step(2).to_json()
+    (tmp_path / "metrics.jsonl").write_text(re.sub(f'"{field}": [^,}}]+', f'"{field}": {value}', good) + f"\n{good}\n")
+    with pytest.raises(ConfigError, match=f"metrics.jsonl line 1: not a record of a step .field {field} is "):
+        read_metrics(tmp_path)
