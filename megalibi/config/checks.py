@@ -18,6 +18,13 @@ def check_at_least(section: str, minimum: float, **fields: float) -> None:
             raise ConfigError(f"{section}.{name}={value} is not allowed: a number of at least {minimum} is")
 
 
+def check_at_most(section: str, maximum: float, **fields: float) -> None:
+    """Refuse numbers above a maximum: those that no memory holds, or no library takes."""
+    for name, value in fields.items():
+        if value > maximum:
+            raise ConfigError(f"{section}.{name}={value} is not allowed: a number of at most {maximum:,} is")
+
+
 def check_option(option: str, value: float | None, minimum: float) -> None:
     """Refuse what an option of a command cannot be: below a minimum, no number, or of more than 64 bits."""
     if value is not None and not minimum <= value <= MAX_WHOLE_NUMBER:  # false for a value that is no number

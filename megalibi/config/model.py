@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megalibi.config.checks import check_at_least, check_fraction, check_one_of
+from megalibi.config.checks import check_at_least, check_at_most, check_fraction, check_one_of
 from megalibi.config.errors import ConfigError
 
 POSITION_METHODS = ("alibi", "sinusoidal", "rotary", "t5_bias", "learned", "none")
 ACTIVATIONS = ("gelu", "relu")
 RECOMPUTATIONS = ("none", "full")
+MAX_LAYERS = 100_000
+MAX_WIDTH = 2**24
+MAX_ROWS = 2**31 - 1
+"""Of a table: Megatron-LM's token files have ids of at most 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,10 @@ class ModelConfig:
         """Check what one section can know."""
         for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"):
             check_at_least("model", 1, **{name: getattr(self, name)})
+        check_at_most("model", MAX_LAYERS, num_layers=self.num_layers)
+        check_at_most("model", MAX_WIDTH, hidden_size=self.hidden_size, ffn_hidden_size=self.ffn_hidden_size)
+        for name in ("vocab_size", "padded_vocab_size", "max_position_embeddings", "t5_num_buckets"):
+            check_at_most("model", MAX_ROWS, **{name: getattr(self, name)})
         check_one_of("model", "position_method", self.position_method, POSITION_METHODS)
         check_one_of("model", "activation", self.activation, ACTIVATIONS)
         check_one_of("model", "recompute", self.recompute, RECOMPUTATIONS)

@@ -9,12 +9,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from megalibi.config.checks import check_at_least, check_fraction, check_one_of
+from megalibi.config.checks import check_at_least, check_at_most, check_fraction, check_one_of
 from megalibi.config.errors import ConfigError
 from megalibi.config.model import ModelConfig
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "nesterov")
+MAX_TIMEOUT_MINUTES = 525_600
+"""A year; torch counts in whole numbers that do not hold everything."""
+MAX_BUCKET_ELEMENTS = 2**31 - 1
+MAX_BATCH_SIZE = 2**24
+"""Sequences per step; all their numbers are held at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,7 @@ class ParallelConfig:
         """Check what one section can know."""
         check_at_least("parallel", 1, tensor_parallel_size=self.tensor_parallel_size)
         check_at_least("parallel", 0.01, timeout_minutes=self.timeout_minutes)
+        check_at_most("parallel", MAX_TIMEOUT_MINUTES, timeout_minutes=self.timeout_minutes)
         check_one_of("parallel", "context_parallel_size", self.context_parallel_size, (1,))
 
 
@@ -82,12 +88,14 @@ class ZeroConfig:
     stage: int = 1
     """0: nothing is cut; 1: optimizer states; 2: and gradients; 3: and weights."""
     bucket_elements: int = 100_000_000
-    """Elements per reduction and gathering bucket. Larger is faster and takes more memory."""
+    """Elements per reduction and gathering bucket. Larger is faster and takes more memory. DeepSpeed wants an even
+    number: an odd one is rounded up."""
 
     def __post_init__(self) -> None:
         """Check what one section can know."""
         check_one_of("zero", "stage", self.stage, (0, 1, 2, 3))
         check_at_least("zero", 1, bucket_elements=self.bucket_elements)
+        check_at_most("zero", MAX_BUCKET_ELEMENTS, bucket_elements=self.bucket_elements)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +177,10 @@ class TrainConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size", "log_every_steps", "eval_samples"):
             check_at_least("train", 1, **{name: getattr(self, name)})
         check_at_least("train", 0, eval_every_steps=self.eval_every_steps, seed=self.seed)
+        check_at_most("train", MAX_BATCH_SIZE, global_batch_size=self.global_batch_size)
         check_one_of("train", "precision", self.precision, PRECISIONS)
+        if not self.output_dir.strip():
+            raise ConfigError("train.output_dir is empty: the path of the run's folder is allowed")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ def deepspeed_config(config: Config, derived: Derived, *, overlap: bool) -> dict
     """
     stage = config.zero.stage
     precision = config.train.precision if stage > 0 else "fp32"
+    # It refuses an odd number where it gathers: with 16 bits, every other element is aligned to 4 bytes.
+    bucket_elements = config.zero.bucket_elements + config.zero.bucket_elements % 2
     return {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
@@ -36,8 +38,8 @@ def deepspeed_config(config: Config, derived: Derived, *, overlap: bool) -> dict
         "gradient_clipping": config.optimizer.clip_grad_norm if stage > 0 else 0.0,
         "zero_optimization": {
             "stage": stage,
-            "reduce_bucket_size": config.zero.bucket_elements,
-            "allgather_bucket_size": config.zero.bucket_elements,
+            "reduce_bucket_size": bucket_elements,
+            "allgather_bucket_size": bucket_elements,
             "overlap_comm": overlap,
             "contiguous_gradients": True,
             "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear in the whole process

@@ -150,7 +150,7 @@ def test_a_text_is_what_was_typed(path: Path, tmp_path: Path, spelling: str) -> 
 
 def test_a_text_keeps_what_yaml_would_cut_off_and_loses_its_quotes(path: Path) -> None:
     for text, name in {"run #3": "run #3", "'run #3'": "run #3", '""': "", "a'b": "a'b", "  a b ": "a b"}.items():
-        assert load_config(path, [f"train.output_dir={text}"]).train.output_dir == name
+        assert load_config(path, [f"checkpoint.resume={text}"]).checkpoint.resume == name
 
 
 def test_numbers_booleans_lists_and_nothing_are_read_as_before(path: Path) -> None:
