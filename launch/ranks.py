@@ -19,15 +19,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.config.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, refuse_long_names
+from megalibi.config.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, refuse_files
 
 if TYPE_CHECKING:
     import torch
 
 SLURM_FIRST_PORT = 20_000
 SLURM_PORTS = 20_000
+_MAX_PORT = 65_535
+_LAUNCHERS = "start with deepspeed, torchrun or srun, or unset RANK for a process alone"
 SPOKESMAN_SECONDS = 10
 """How long the others let the spokesman speak: a launcher that sees one rank end kills the rest."""
+# CPU, CUDA, and a tensor of more bytes than there are addresses.
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "Storage size calculation overflowed")
+_MAX_REASON = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,43 +48,88 @@ class Place:
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
-    """Read what the launcher said: RANK and its kin (deepspeed, torchrun), SLURM's (srun), or nothing (alone)."""
+    """Read what the launcher said: RANK and its kin (deepspeed, torchrun), SLURM's (srun), or nothing (alone).
+
+    Raises:
+        ConfigError: It lacks something, or says what cannot be.
+    """
     if "RANK" in environment:
-        prefix = {"rank": "RANK", "size": "WORLD_SIZE", "local": "LOCAL_RANK"}
+        rank, size, local = "RANK", "WORLD_SIZE", "LOCAL_RANK"
         # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE.
-        local_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))
+        local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
+        address, port = environment.get("MASTER_ADDR", ""), "MASTER_PORT"
+        if not address:
+            raise ConfigError(f"the launcher's environment has {rank} but no MASTER_ADDR: {_LAUNCHERS}")
+        master_port = _read_number(environment, port, 1, _MAX_PORT)
     elif "SLURM_STEP_NUM_TASKS" in environment:  # set by srun; the batch script itself has only SLURM_NTASKS
-        prefix = {"rank": "SLURM_PROCID", "size": "SLURM_STEP_NUM_TASKS", "local": "SLURM_LOCALID"}
+        rank, size, local = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
         # For example 4(x2),3: this host's number is the first task per node of an even step.
-        local_size = environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0]
+        local_size = "SLURM_STEP_TASKS_PER_NODE"
+        address = environment.get("MASTER_ADDR") or _first_slurm_host(environment)
+        if "MASTER_PORT" in environment:
+            master_port = _read_number(environment, "MASTER_PORT", 1, _MAX_PORT)
+        else:
+            master_port = SLURM_FIRST_PORT + _read_number(environment, "SLURM_JOB_ID", 0) % SLURM_PORTS
     else:
         return Place(rank=0, world_size=1, local_rank=0, local_world_size=1, master_address="", master_port=0)
-    try:
-        return Place(
-            rank=int(environment[prefix["rank"]]),
-            world_size=int(environment[prefix["size"]]),
-            local_rank=int(environment[prefix["local"]]),
-            local_world_size=int(local_size),
-            master_address=environment.get("MASTER_ADDR") or _first_slurm_host(environment),
-            master_port=int(environment.get("MASTER_PORT") or _slurm_port(environment)),
+    world_size = _read_number(environment, size, 1)
+    return Place(
+        rank=_read_number(environment, rank, 0, world_size - 1),
+        world_size=world_size,
+        local_rank=_read_number(environment, local, 0, world_size - 1),
+        local_world_size=_read_number(environment, local_size, 1) if local_size in environment else 1,
+        master_address=address,
+        master_port=master_port,
+    )
+
+
+def _read_number(environment: Mapping[str, str], name: str, lowest: int, highest: int | None = None) -> int:
+    if name not in environment:
+        raise ConfigError(f"the launcher's environment lacks {name}: {_LAUNCHERS}")
+    text = environment[name].split(",")[0].split("(")[0]
+    number = int(text) if text.isdecimal() and len(text) < 19 else -1
+    if number < lowest or (highest is not None and number > highest):
+        allowed = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise ConfigError(
+            f"the launcher's environment has {name}={environment[name]!r}: a whole number {allowed} is allowed; "
+            f"{_LAUNCHERS}"
         )
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"the launcher's environment lacks {error}: use deepspeed, torchrun or srun") from error
+    return number
 
 
 def _first_slurm_host(environment: Mapping[str, str]) -> str:
+    if "SLURM_STEP_NODELIST" not in environment:
+        raise ConfigError(f"the launcher's environment lacks SLURM_STEP_NODELIST: {_LAUNCHERS}")
     command = ["scontrol", "show", "hostnames", environment["SLURM_STEP_NODELIST"]]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise ConfigError(
+            f"the first host of the job is not known, '{' '.join(command)}' failed: {error}; export MASTER_ADDR"
+        ) from error
 
 
-def _slurm_port(environment: Mapping[str, str]) -> int:
-    return SLURM_FIRST_PORT + int(environment["SLURM_JOB_ID"]) % SLURM_PORTS
+def check_accelerator(environment: Mapping[str, str]) -> None:
+    """Find out whether what DeepSpeed is told to compute on is what torch has here.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    import torch
+
+    told, has = environment.get("DS_ACCELERATOR", ""), "cuda" if torch.cuda.is_available() else "cpu"
+    if told and told != has:
+        raise ConfigError(
+            f"DS_ACCELERATOR={told} in the environment, but torch finds {'a GPU' if has == 'cuda' else 'no GPU'} on "
+            f"{socket.gethostname()}: unset it, or set it to {has}"
+        )
 
 
 def set_up_device(place: Place) -> torch.device:
     """Return this rank's GPU, or the CPU with its share of the cores."""
     import torch
 
+    check_accelerator(os.environ)
     if torch.cuda.is_available():
         # A scheduler may show each rank only its own GPU.
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
@@ -131,48 +181,72 @@ def _run_rank(work: Callable[[Place], None]) -> int:
     try:
         place = find_place(os.environ)
         log.configure(rank=place.rank, world_size=place.world_size)
-        with refuse_long_names():
+        with refuse_files():
             work(place)
     except (ConfigError, FloatingPointError) as error:
-        if _is_spokesman(place):
-            host = f" [on {socket.gethostname()}]" if place is not None and place.rank > 0 else ""
-            sys.stderr.write(f"error: {' '.join(str(error).split())}{host}\n")
-        else:
-            time.sleep(SPOKESMAN_SECONDS)
+        _say(str(error), place)
         return EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         if _is_spokesman(place):
             sys.stderr.write("error: interrupted\n")
         return EXIT_INTERRUPTED
     except Exception as error:
-        if isinstance(error, PermissionError) and error.filename is not None:
-            if _is_spokesman(place) or _have_met():  # once they have met, this one may be the only one
-                rank = "" if place is None or place.world_size == 1 else f"rank {place.rank} "
-                sys.stderr.write(f"error: {error.filename}: {error.strerror} [{rank}on {socket.gethostname()}]\n")
-            else:
-                time.sleep(SPOKESMAN_SECONDS)
-            return EXIT_USER_ERROR
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sys.stderr.write(
-                f"error: the disk is full on {socket.gethostname()}: {error}; free space and start again\n"
-            )
-            return EXIT_USER_ERROR
-        log.get_logger(__name__).exception("failed")
-        return 1
+        explained = _explain(error, place)
+        if explained is None:
+            log.get_logger(__name__).exception("failed")
+            return 1
+        sys.stderr.write(f"error: {explained}{_where(place)}\n")  # by each rank, for it may be alone
+        return EXIT_USER_ERROR
     return 0
 
 
+def _explain(error: Exception, place: Place | None) -> str | None:
+    """Return what a user can mend, in one line; None: a traceback is needed."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full on {socket.gethostname()}: {error}; free space and start again"
+    if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
+        return (
+            f"not enough memory on {socket.gethostname()}: {text[:_MAX_REASON]}; less is needed with a smaller model, "
+            "train.micro_batch_size or zero.bucket_elements, model.recompute=full, a higher zero.stage or more ranks"
+        )
+    if "EADDRINUSE" in text and place is not None:
+        return (
+            f"port {place.master_port} of {socket.gethostname()} is in use, perhaps by another run: start with "
+            "--master_port PORT (deepspeed, torchrun) or export MASTER_PORT=PORT (srun)"
+        )
+    return None
+
+
+def _say(message: str, place: Place | None) -> None:
+    """Print an error that other ranks may have met too: first the spokesman, and whoever turns out to be alone."""
+    if not _is_spokesman(place):
+        time.sleep(SPOKESMAN_SECONDS)
+        if place is not None and not _rank_0_goes_on(place):
+            return
+    sys.stderr.write(f"error: {' '.join(message.split())}{_where(place)}\n")
+
+
+def _where(place: Place | None) -> str:
+    return f" [rank {place.rank}/{place.world_size} on {socket.gethostname()}]" if place and place.rank > 0 else ""
+
+
+def _rank_0_goes_on(place: Place) -> bool:
+    """Return whether rank 0 waits for the others at the job's port, and so has not met what this rank met."""
+    try:
+        socket.create_connection((place.master_address, place.master_port), timeout=SPOKESMAN_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
 def _is_spokesman(place: Place | None) -> bool:
-    """Return whether this rank prints an error: once the ranks have met, rank 0; before, one rank of each host.
+    """Return whether this rank prints an error at once: when the ranks have met, rank 0; before, one of each host.
 
-    A host may lack a file that others have. Later the ranks fail together, and one that does not logs its error.
+    A host may lack a file that others have.
     """
-    if place is None:
-        return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    return place.rank == 0 or (place.local_rank == 0 and not _have_met())
-
-
-def _have_met() -> bool:
     import torch.distributed as dist
 
-    return dist.is_initialized()
+    if place is None:  # the environment is not a launcher's: the numbers in it may be none
+        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) in ("0", "")
+    return place.rank == 0 or (place.local_rank == 0 and not dist.is_initialized())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,17 @@ from megalibi.config.errors import ConfigError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_MAX_NAME = 100
+"""Characters of a name that is too long, in an error."""
+_RIGHTS = "ask its owner for the right to use it, or give another path"
+_ADVICE = {
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: "give a path on a disk that can be written",
+    errno.ENOSPC: "free space and start again",
+    errno.EDQUOT: "free space and start again",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
@@ -30,7 +42,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores the end of the terminal, and so do we
             signal.signal(number, _interrupt)
     try:
-        with refuse_long_names():
+        with refuse_files():
             code = main()
     except ConfigError as error:
         message = " ".join(str(error).split())
@@ -48,18 +60,27 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
 
 
 @contextlib.contextmanager
-def refuse_long_names() -> Iterator[None]:
-    """Let a name that no file can have be the user's mistake, in whatever option or field it stands.
+def refuse_files() -> Iterator[None]:
+    """Let a file that cannot be used be the user's to mend, in whatever option or field it stands.
 
     Raises:
-        ConfigError: Instead of the OSError that says so.
+        ConfigError: Instead of the OSError that names a file; and of a name that this locale cannot write.
     """
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if not isinstance(error.filename, (str, bytes, os.PathLike)):  # a connection, or our own mistake
             raise
-        raise ConfigError(f"{str(error.filename)[:100]}...: {error.strerror}") from error
+        name = os.fsdecode(error.filename)
+        if error.errno == errno.ENAMETOOLONG:
+            name = f"{name[:_MAX_NAME]}..."
+        advice = _ADVICE.get(error.errno or 0, "give another path, or mend that one")
+        raise ConfigError(f"{name}: {error.strerror}; {advice}") from error
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{error.object!a} holds letters that cannot be written in this locale's encoding, {error.encoding}: "
+            "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
+        ) from error
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

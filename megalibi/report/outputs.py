@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megalibi.config import ConfigError
-from megalibi.files import make_folder
+from megalibi.files import ASIDE_SUFFIX, make_folder
 from megalibi.report.metrics import METRICS_FILE
 from megalibi.report.run import CONFIG_FILE, INFO_FILE
 from megalibi.report.writers import TENSORBOARD_FOLDER
@@ -84,6 +85,10 @@ def check_run_folder(folder: Path, name: str, *, folders: Sequence[str] = ()) ->
 
 def _check_place(path: Path, what: str, *, is_folder: bool) -> None:
     """Find out whether a file or a folder can be written: itself if it exists, else where it will be made."""
+    if not is_folder:
+        aside = path.with_name(path.name + ASIDE_SUFFIX)
+        if os.path.isdir(aside):
+            raise ConfigError(f"{what} cannot be written: {aside} is a folder, and is written first: move it away")
     while True:
         try:
             path.lstat()
@@ -99,5 +104,18 @@ def _check_place(path: Path, what: str, *, is_folder: bool) -> None:
         raise ConfigError(f"{what} cannot be written: {path} is {kind}, the name of a file is needed")
     if not os.access(path, os.W_OK | os.X_OK if is_folder else os.W_OK):
         raise ConfigError(f"{what} cannot be written: {path} is read-only")
+    if is_folder:
+        _try_folder(path, what)
     if not is_folder:  # a new file is written beside it, and renamed
         _check_place(path.parent, what, is_folder=True)
+
+
+def _try_folder(folder: Path, what: str) -> None:
+    """Make a file without a name: permissions say little of root, of /proc, and of disks over a network."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{what} cannot be written: {folder} takes no file ({error.strerror}): give a folder on another disk, or "
+            "make room there"
+        ) from error

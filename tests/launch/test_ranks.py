@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -41,9 +42,38 @@ def test_every_launcher_tells_the_place(find_place: Callable[[Mapping[str, str]]
         assert (place.master_address, place.master_port) == ("a", port)
 
 
-def test_half_an_environment_is_refused(find_place: Callable[[Mapping[str, str]], Any]) -> None:
-    with pytest.raises(ConfigError, match="the launcher's environment lacks 'WORLD_SIZE'"):
-        find_place({"RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"})
+COMPLETE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "12"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"WORLD_SIZE": None}, "the launcher's environment lacks WORLD_SIZE: start with deepspeed, torchrun or srun"),
+        ({"LOCAL_RANK": None}, "lacks LOCAL_RANK: "),
+        ({"MASTER_ADDR": None}, "has RANK but no MASTER_ADDR: start with deepspeed, torchrun or srun, or unset RANK"),
+        ({"MASTER_PORT": None}, "lacks MASTER_PORT: "),
+        ({"MASTER_PORT": "65536"}, "has MASTER_PORT='65536': a whole number from 1 to 65535 is allowed"),
+        ({"RANK": "x"}, "has RANK='x': a whole number from 0 to 1 is allowed"),
+        ({"RANK": "2"}, "has RANK='2': a whole number from 0 to 1 is allowed"),
+        ({"RANK": "-1"}, "has RANK='-1': a whole number from 0 to 1 is allowed"),
+        ({"RANK": "1" * 5000}, "a whole number from 0 to 1 is allowed"),
+        ({"WORLD_SIZE": "0"}, "has WORLD_SIZE='0': a whole number of at least 1 is allowed"),
+    ],
+)
+def test_half_an_environment_is_refused(
+    find_place: Callable[[Mapping[str, str]], Any], changes: dict[str, str | None], message: str
+) -> None:
+    environment = {name: value for name, value in (COMPLETE | changes).items() if value is not None}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        find_place(environment)
+
+
+def test_half_of_slurms_environment_is_refused(find_place: Callable[[Mapping[str, str]], Any]) -> None:
+    environment = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}
+    with pytest.raises(ConfigError, match="the launcher's environment lacks SLURM_STEP_NODELIST"):
+        find_place(environment)
+    with pytest.raises(ConfigError, match=r"'scontrol show hostnames no such host' failed: .*; export MASTER_ADDR"):
+        find_place(environment | {"SLURM_STEP_NODELIST": "no such host"})
 
 
 @pytest.mark.parametrize(("backend", "expected"), [("nccl", 2), ("gloo", 5)])
