@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 from megalibi.checkpoint import load_checkpoint, prune, save_checkpoint
@@ -18,6 +19,7 @@ from megalibi.engine.stop import DataError, StoppedError, StopRequest, check_tog
 from megalibi.job import Job, Start, checkpoints_folder, describe_run, hold_run, is_due, validation_is_due
 from megalibi.log import get_logger
 from megalibi.model import model_flops_per_token
+from megalibi.parallel import refusing_together
 from megalibi.report import StepRecord, ValidationRecord, Writers, build_writers, memory_bytes, memory_peak_bytes
 
 _LOGGER = get_logger(__name__)
@@ -41,8 +43,6 @@ def train(job: Job) -> None:
     with hold_run(job) as start:
         engine = build_engine(config, job.derived, groups, job.device)
         first_step = 0 if start.checkpoint is None else load_checkpoint(engine, start.checkpoint, groups).step
-        if groups.world.rank == 0:
-            describe_run(job, start)
         loader = Loader(
             job.data.train,
             global_batch_size=config.train.global_batch_size,
@@ -51,14 +51,17 @@ def train(job: Job) -> None:
             data_size=groups.data.size,
             document_mask=config.data.document_mask,
         )
-        writers = build_writers(
-            config.train.output_dir,
-            rank=groups.world.rank,
-            total_steps=config.train.steps,
-            log_every_steps=config.train.log_every_steps,
-            resumed_step=first_step,
-            eval_samples=config.train.eval_samples,
-        )
+        with refusing_together(groups.world, Path(config.train.output_dir)):  # rank 0 alone writes there
+            if groups.world.rank == 0:
+                describe_run(job, start)
+            writers = build_writers(
+                config.train.output_dir,
+                rank=groups.world.rank,
+                total_steps=config.train.steps,
+                log_every_steps=config.train.log_every_steps,
+                resumed_step=first_step,
+                eval_samples=config.train.eval_samples,
+            )
         with writers:
             Loop(job, start, engine, loader, writers, stop, first_step).run()
         loader.close()

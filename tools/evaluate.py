@@ -230,7 +230,8 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     check_picture(arguments.picture, "--picture")
     device = set_up_device(place)
     # After the device: it imports DeepSpeed.
-    from megalibi.checkpoint import get_checkpoint, load_model, read_manifest, refusing_together
+    from megalibi.checkpoint import get_checkpoint, load_model, read_manifest
+    from megalibi.parallel import refusing_together
 
     checkpoint = get_checkpoint(arguments.checkpoint)
     manifest = read_manifest(checkpoint)
@@ -241,7 +242,7 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     check_same_tokenizer(manifest.data, text, tokenizer)
     num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, byte_counter(tokenizer))
     groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
-    with refusing_together(checkpoint, groups):
+    with refusing_together(groups.world, checkpoint):
         model = load_model(checkpoint, device, groups.tensor)
     evaluation = Evaluation(
         model=model,

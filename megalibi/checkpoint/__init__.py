@@ -12,7 +12,6 @@ from megalibi.checkpoint.manifest import (
     prune,
     read_manifest,
 )
-from megalibi.checkpoint.reading import refusing_together
 from megalibi.checkpoint.resumable import check_resumable, describe_changes
 from megalibi.checkpoint.store import CheckpointError, load_checkpoint, save_checkpoint
 from megalibi.checkpoint.weights import load_full_weights, load_model
@@ -34,6 +33,5 @@ __all__ = [
     "load_model",
     "prune",
     "read_manifest",
-    "refusing_together",
     "save_checkpoint",
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import socket
 import sys
 from collections.abc import Callable, Iterator, Set
 from pathlib import Path
@@ -24,7 +23,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megalibi.config import ConfigError
-from megalibi.parallel import ProcessGroups, gather_objects
+from megalibi.parallel import describe_os_error
 
 # All that DeepSpeed 0.19.8 pickles beside what torch allows, at any ZeRO stage: plain classes, whose attributes are set
 # without a call of anything.
@@ -51,7 +50,7 @@ def open_states(path: Path, *, map_location: MapLocation = "cpu", mmap: bool = F
         with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
             states: dict[str, Any] = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except OSError as error:
-        raise ConfigError(_describe(error, path)) from error
+        raise ConfigError(describe_os_error(error, path)) from error
     except Exception as error:  # a forged pickle can raise anything
         message = str(error)
         if named := re.search(r"GLOBAL (\S+)", message):
@@ -61,37 +60,6 @@ def open_states(path: Path, *, map_location: MapLocation = "cpu", mmap: bool = F
         first_line = message.splitlines()[0] if message else "no reason given"
         raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {first_line}") from error
     return states
-
-
-@contextlib.contextmanager
-def refusing_together(checkpoint: Path, groups: ProcessGroups, advice: str = "") -> Iterator[None]:
-    """Let what one rank cannot read end all of them: in a collective the others would wait for it.
-
-    Every rank must enter and leave.
-
-    Args:
-        checkpoint: What is read.
-        groups: Of this process.
-        advice: What the user can do, put after what is wrong.
-
-    Raises:
-        ConfigError: On every rank, if a rank met one or may not read a file; with the rank and its host.
-    """
-    problem = None
-    try:
-        yield
-    except ConfigError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = _describe(error, checkpoint)
-    for met, rank, host in gather_objects((problem, groups.world.rank, socket.gethostname()), groups.world):
-        if met is not None:
-            raise ConfigError(met + (f" (rank {rank} on {host})" if groups.world.size > 1 else "") + advice)
-
-
-def _describe(error: OSError, path: Path) -> str:
-    """Say it with the file, which the error of a failing disk does not name."""
-    return f"{error.filename or path} cannot be read: {error.strerror or error}"
 
 
 class ReadingEngine(TorchCheckpointEngine):

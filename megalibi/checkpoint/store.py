@@ -26,11 +26,11 @@ from megalibi.checkpoint.manifest import (
     find_damage,
     read_manifest,
 )
-from megalibi.checkpoint.reading import open_states, reading_only, refusing_together
+from megalibi.checkpoint.reading import open_states, reading_only
 from megalibi.config import Config, ConfigError, Derived, config_to_dict
 from megalibi.data.identity import DataIdentity
 from megalibi.files import make_folder, sync_file
-from megalibi.parallel import ProcessGroups, gather_objects
+from megalibi.parallel import ProcessGroups, gather_objects, refusing_together
 
 
 class CheckpointError(ConfigError):
@@ -183,12 +183,12 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGr
         ConfigError: On every rank; a file is missing, damaged, may not be read or would run code, and is named.
     """
     advice = f"; to resume from another checkpoint write its name into {LATEST}"
-    with refusing_together(checkpoint, groups, advice):
+    with refusing_together(groups.world, checkpoint, advice):
         manifest = read_manifest(checkpoint)
         for damage in find_damage(checkpoint, manifest, part=groups.world.rank, parts=groups.world.size):
             raise ConfigError(damage)
     model_files, needed = _find_files(engine, checkpoint, groups)
-    with refusing_together(checkpoint, groups, advice):
+    with refusing_together(groups.world, checkpoint, advice):
         for path in sorted(needed):
             if str(path.relative_to(checkpoint)) not in manifest.files:
                 raise ConfigError(f"{path} is not in {MANIFEST}, which lists the files of the checkpoint")

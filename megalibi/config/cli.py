@@ -48,11 +48,6 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         message = " ".join(str(error).split())
         sys.stderr.write(f"error: {message}\n")
         code = EXIT_USER_ERROR
-    except PermissionError as error:
-        if error.filename is None:
-            raise
-        sys.stderr.write(f"error: {error.filename}: {error.strerror}\n")
-        code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         code = EXIT_INTERRUPTED

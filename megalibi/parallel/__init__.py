@@ -1,6 +1,6 @@
 """Tensor parallelism over torch.distributed: groups, collectives, sharded layers, loss and keyed randomness."""
 
-from megalibi.parallel.agreement import check_same, gather_objects
+from megalibi.parallel.agreement import check_same, describe_os_error, gather_objects, refusing_together
 from megalibi.parallel.collectives import (
     all_gather_raw,
     all_reduce_raw,
@@ -41,6 +41,7 @@ __all__ = [
     "check_same",
     "copy_to_tensor_group",
     "derive_key",
+    "describe_os_error",
     "dropout_key",
     "fork_rng",
     "gather_from_sequence",
@@ -53,6 +54,7 @@ __all__ = [
     "reduce_from_tensor_group",
     "reduce_scatter_raw",
     "reduce_scatter_to_sequence",
+    "refusing_together",
     "scatter_to_sequence",
     "set_shard_spec",
     "shard",

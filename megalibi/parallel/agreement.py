@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,37 @@ def gather_objects(value: Any, world: Group) -> list[Any]:
     if world.size > 1:
         dist.all_gather_object(values, value, group=world.handle)
     return values
+
+
+@contextlib.contextmanager
+def refusing_together(world: Group, path: Path, advice: str = "") -> Iterator[None]:
+    """Let what one rank cannot use end all of them: in a collective the others would wait for it.
+
+    Every rank must enter and leave.
+
+    Args:
+        world: All ranks.
+        path: What is read or written.
+        advice: What the user can do, put after what is wrong.
+
+    Raises:
+        ConfigError: On every rank, if a rank met one or may not use a file; with the rank and its host.
+    """
+    problem = None
+    try:
+        yield
+    except ConfigError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = describe_os_error(error, path)
+    for met, rank, host in gather_objects((problem, world.rank, socket.gethostname()), world):
+        if met is not None:
+            raise ConfigError(met + (f" (rank {rank} on {host})" if world.size > 1 else "") + advice)
+
+
+def describe_os_error(error: OSError, path: Path) -> str:
+    """Say what is wrong with a file, which the error of a failing disk does not name."""
+    return f"{error.filename or path}: {error.strerror or error}"
 
 
 def check_same(facts: Mapping[str, str], device: torch.device) -> None:

@@ -15,9 +15,8 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from megalibi.checkpoint import find_checkpoint, load_full_weights
-from megalibi.checkpoint.reading import _CHATTER, _without_chatter, open_states, refusing_together
+from megalibi.checkpoint.reading import _CHATTER, _without_chatter, open_states
 from megalibi.config import ConfigError
-from megalibi.parallel import single_process_groups
 from tests.checkpoint.planted import ROOT, make_codes, plant
 from tests.launch.jobs import (
     Job,
@@ -77,9 +76,9 @@ def test_what_is_no_file_of_torch_is_one_line(tmp_path: Path, content: bytes) ->
 @pytest.mark.parametrize("name", ["step_00000002/a.pt", None])
 def test_a_disk_that_fails_is_one_line(tmp_path: Path, name: str | None) -> None:
     error = OSError(errno.EIO, "Input/output error", None if name is None else str(tmp_path / name))
-    with pytest.raises(ConfigError) as refusal, refusing_together(tmp_path, single_process_groups(), "; go on"):
+    with pytest.raises(ConfigError) as refusal, refusing_together(ALONE, tmp_path, "; go on"):
         raise error
-    assert str(refusal.value) == f"{tmp_path / (name or '')} cannot be read: Input/output error; go on"
+    assert str(refusal.value) == f"{tmp_path / (name or '')}: Input/output error; go on"
 
 
 def test_only_the_line_of_deepspeed_is_kept_back(capsys: pytest.CaptureFixture[str]) -> None:
