@@ -17,6 +17,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from megalibi.checkpoint import find_checkpoint, load_full_weights
 from megalibi.checkpoint.reading import _CHATTER, _without_chatter, open_states
 from megalibi.config import ConfigError
+from megalibi.parallel import ALONE, refusing_together
 from tests.checkpoint.planted import ROOT, make_codes, plant
 from tests.launch.jobs import (
     Job,
@@ -143,7 +144,7 @@ def test_no_tool_reads_code(config: Path, tmp_path: Path, ending: str) -> None:
         ("evaluate.py", sharing, 2),
         ("capture_qk.py", [*common, "--length", "32", "--output", str(tmp_path / "qk.pt")], 1),
     ):
-        job = ScriptJob(ROOT / "tools" / script, arguments, tmp_path, torchrun_environment(world_size))
+        job = ScriptJob(ROOT / "tools" / script, [arguments] * world_size, tmp_path, torchrun_environment(world_size))
         if is_read:
             assert error_of(job).startswith(f"error: {path} would run code when loaded, for it names exec; ")
         else:

@@ -126,7 +126,7 @@ def test_a_tool_says_what_it_may_not_read(config: Path, tmp_path: Path, tool: li
     assert done.returncode == 2, done.stderr
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert str(path) in line
-    assert line.endswith(message)
+    assert f"{path}: {message}" in line
     assert "Traceback" not in done.stderr
 
 
@@ -139,4 +139,4 @@ def test_a_folder_of_checkpoints_that_may_not_be_read_is_said_by_a_tool(config: 
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {folder}")
     assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.endswith("Permission denied\n")
+    assert f"{folder}: Permission denied; ask its owner" in done.stderr
