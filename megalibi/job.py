@@ -45,7 +45,7 @@ from megalibi.data.tokenizer import load_tokenizer
 from megalibi.files import write_aside
 from megalibi.log import get_logger
 from megalibi.model import count_parameters
-from megalibi.parallel import ProcessGroups
+from megalibi.parallel import ProcessGroups, describe_os_error
 from megalibi.report.metrics import METRICS_FILE, StepRecord, ValidationRecord, read_lines
 from megalibi.report.outputs import check_run_folder
 from megalibi.report.run import CONFIG_FILE, INFO_FILE
@@ -179,7 +179,7 @@ def _read_run_id(config: Config) -> str:
 def describe_facts(config: Config, data: DataIdentity) -> dict[str, str]:
     """Return what all ranks must have in common: code, versions, configuration and data, by name."""
     facts = {"the version of megalibi": megalibi.__version__, "the code of megalibi": f"sha256 {_hash_code()[:12]}"}
-    facts["the version of python"] = platform.python_version()
+    facts["the version of python"] = ".".join(platform.python_version_tuple()[:2])
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             facts[f"the version of {package}"] = version(package)
@@ -228,6 +228,8 @@ def hold_run(job: Job) -> Iterator[Start]:
                 told.append(_begin(job))
             except ConfigError as error:
                 told.append(ConfigError(str(error)))
+            except OSError as error:
+                told.append(ConfigError(describe_os_error(error, Path(job.config.train.output_dir))))
         else:
             told.append(ConfigError(""))
         if job.groups.world.size > 1:

@@ -69,7 +69,8 @@ class RunLock:
             self._watch(left)
         self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
         self._give_sign(0)
-        threading.Thread(target=self._give_signs, daemon=True).start()
+        self._signs = threading.Thread(target=self._give_signs, daemon=True)
+        self._signs.start()
         return self
 
     def __exit__(
@@ -77,6 +78,7 @@ class RunLock:
     ) -> None:
         """Give the folder back: an empty file says that nobody has it. Folders that were never used go again."""
         self._ended.set()
+        self._signs.join()  # or its last sign would follow the end
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, 0)
             if self._made and os.listdir(self._folder) == [LOCK_FILE]:
