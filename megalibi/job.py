@@ -259,7 +259,7 @@ def _begin(job: Job) -> Start:
             later = [path.name for path in list_checkpoints(checkpoint.parent) if path.name > checkpoint.name]
             if later:
                 _LOGGER.warning(
-                    "goes back to %s: %s will be deleted after the next save; move them to keep them",
+                    "goes back to %s: %s will be deleted or written over after the next save; move them to keep them",
                     checkpoint.name,
                     ", ".join(later),
                 )

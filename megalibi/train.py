@@ -93,14 +93,8 @@ class Loop:
         stop: StopRequest,
         first_step: int,
     ) -> None:
-        self.job, self.start, self.engine, self.loader, self.writers, self.stop = (
-            job,
-            start,
-            engine,
-            loader,
-            writers,
-            stop,
-        )
+        self.job, self.start, self.engine = job, start, engine
+        self.loader, self.writers, self.stop = loader, writers, stop
         self.first_step = first_step
         self.done = first_step
         own = start.checkpoint is None or start.checkpoint.parent == checkpoints_folder(job.config)
@@ -112,18 +106,17 @@ class Loop:
 
     def run(self) -> None:
         """Go on until the last step, a signal, or what cannot be gone on from."""
+        config = self.job.config
         try:
             if self.start.validation_is_missing:
                 self.validate()
-            elif self.done >= self.job.config.train.steps:
-                _LOGGER.info("nothing to do: step %d of train.steps=%d is done", self.done, self.job.config.train.steps)
-            while self.done < self.job.config.train.steps:
+            elif self.done >= config.train.steps:
+                _LOGGER.info("nothing to do: step %d of train.steps=%d is done", self.done, config.train.steps)
+            while self.done < config.train.steps:
                 self.take_step()
-                if self.done == self.job.config.train.steps or is_due(
-                    self.done, self.job.config.checkpoint.every_steps
-                ):
+                if self.done == config.train.steps or is_due(self.done, config.checkpoint.every_steps):
                     self.save()
-                if self.job.data.valid and validation_is_due(self.job.config, self.done):
+                if self.job.data.valid and validation_is_due(config, self.done):
                     self.validate()
         except StoppedError:
             self.save()
@@ -161,7 +154,8 @@ class Loop:
         if self.saved == self.done:
             return
         if not self.loss_is_finite:
-            message = f"no checkpoint of step {self.done}: its loss is not finite; step {self.saved} stays the newest"
+            newest = f"step {self.saved} stays the newest" if self.saved > 0 else "there is none before it"
+            message = f"no checkpoint of step {self.done}: its loss is not finite; {newest}"
             if self.done == job.config.train.steps:
                 raise FloatingPointError(f"{message}, and the run ends here: lower optimizer.learning_rate")
             _LOGGER.warning("%s", message)
@@ -199,7 +193,11 @@ class Loop:
         self.confirmed = self.saved
         if self.job.groups.world.rank == 0:
             try:
-                prune(checkpoints_folder(self.job.config), self.job.config.checkpoint.keep)
+                prune(
+                    checkpoints_folder(self.job.config),
+                    self.job.config.checkpoint.keep,
+                    also_later=self.saved > self.first_step,  # else it may just have gone back
+                )
             except (OSError, ConfigError) as error:
                 _LOGGER.warning("old checkpoints could not be deleted: %s", error)
 

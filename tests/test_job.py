@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -124,10 +125,19 @@ def test_going_back_names_what_will_go_and_keeps_the_lines(tmp_path: Path) -> No
     job = run_job(config)
     log = job.read_log(0)
     assert "resumed from" in log
-    assert "goes back to step_00000002: step_00000004, step_00000006 will be deleted after the next save" in log
+    assert "goes back to step_00000002: step_00000004, step_00000006 will be deleted or written over" in log
     assert f"4 lines of {run}/metrics.jsonl that are of later steps than 2, or cannot be read, are in metrics.dr" in log
     assert exact_records(run) == before
     dropped = (run / "metrics.dropped.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in dropped] == [3, 4, 5, 6]
     assert not (run / "checkpoints" / "latest").is_symlink()
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step_{s:08d}" for s in (2, 4, 6)]
+
+    (run / "checkpoints" / "latest").write_text("step_00000002\n")
+    job = Job(config, FOREVER, "checkpoint.every_steps=0", "checkpoint.keep=1")
+    job.wait_until(lambda: last_step(run) > 7)
+    job.signal(signal.SIGTERM)
+    job.succeed()
+    # What lies beyond step 2 is not deleted before something newer is known to be good.
+    names = [path.name for path in list_checkpoints(run / "checkpoints")]
+    assert names == [f"step_{step:08d}" for step in (2, 4, 6, last_step(run))]

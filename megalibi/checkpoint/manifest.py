@@ -225,20 +225,21 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def prune(folder: Path, keep: int) -> None:
+def prune(folder: Path, keep: int, *, also_later: bool = True) -> None:
     """Delete what crashes left behind and all but the newest checkpoints.
 
     Args:
         folder: A run's ``checkpoints``.
         keep: How many to keep, always with the one that ``latest`` names; 0: all.
+        also_later: Whether those beyond the latest go: what a run left that went back.
     """
     for leftover in [*folder.glob(f"*{PARTIAL_SUFFIX}"), *folder.glob(f"*{_DISCARDED_SUFFIX}")]:
         shutil.rmtree(leftover, ignore_errors=True)
     latest, checkpoints = find_checkpoint(folder), list_checkpoints(folder)
     if keep and latest is not None:
-        # Beyond the latest lies what a run left that went back: it goes first.
         place = checkpoints.index(latest)
-        for checkpoint in checkpoints[place + 1 :] + checkpoints[: max(0, place + 1 - keep)]:
+        later = checkpoints[place + 1 :] if also_later else []
+        for checkpoint in later + checkpoints[: max(0, place + 1 - keep)]:
             discard(checkpoint)
 
 
