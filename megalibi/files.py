@@ -148,12 +148,15 @@ def _open_locked(aside: Path, path: Path) -> BinaryIO:
         os.close(descriptor)
 
 
-def lock_file(descriptor: int, path: Path) -> None:
-    """Lock an open file for this process, until it is closed or the process ends; where there are no locks, nothing.
+def lock_file(descriptor: int, path: Path) -> bool:
+    """Lock an open file for this process, until it is closed or the process ends.
 
     Args:
         descriptor: Of the file.
         path: What an error names.
+
+    Returns:
+        Whether it is locked; there are file systems without locks.
 
     Raises:
         FileInUseError: Another process has it.
@@ -167,6 +170,8 @@ def lock_file(descriptor: int, path: Path) -> None:
         # those who write once, which is nearly everybody.
         if error.errno not in _NO_LOCKS:
             raise
+        return False
+    return True
 
 
 def _names(path: Path, descriptor: int) -> bool:

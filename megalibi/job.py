@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import megalibi
 from megalibi.checkpoint import (
@@ -30,6 +29,7 @@ from megalibi.checkpoint import (
     read_manifest,
 )
 from megalibi.config import (
+    BY_CONTENT,
     Config,
     ConfigError,
     DatasetConfig,
@@ -45,8 +45,8 @@ from megalibi.data.tokenizer import load_tokenizer
 from megalibi.files import write_aside
 from megalibi.log import get_logger
 from megalibi.model import count_parameters
-from megalibi.parallel import ProcessGroups, describe_os_error
-from megalibi.report.metrics import METRICS_FILE, StepRecord, ValidationRecord, read_lines
+from megalibi.parallel import ProcessGroups, gather_objects, refusing_together
+from megalibi.report.metrics import METRICS_FILE, StepRecord, ValidationRecord, read_records_of_step
 from megalibi.report.outputs import check_run_folder
 from megalibi.report.run import CONFIG_FILE, INFO_FILE
 
@@ -159,6 +159,9 @@ def find_resume(config: Config) -> Path | None:
             f"{folder / LATEST} and use checkpoint.resume=auto"
         )
     theirs, ours = read_manifest(own).run_id, _read_run_id(config)
+    if not ours:  # run_info.json is gone: the other checkpoints know it
+        others = {read_manifest(path).run_id for path in list_checkpoints(folder)} - {theirs, ""}
+        ours = min(others, default="")
     if theirs and ours and theirs != ours:
         raise ConfigError(
             f"{own} was written by another run (run_id {theirs}, this folder's is {ours}): to begin from it, use "
@@ -183,9 +186,8 @@ def describe_facts(config: Config, data: DataIdentity) -> dict[str, str]:
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             facts[f"the version of {package}"] = version(package)
-    facts |= {
-        name: str(value) for name, value in flatten_config(config).items() if name not in ("data.train", "data.valid")
-    }
+    # Files are known by what they hold: a host may have them elsewhere.
+    facts |= {name: str(value) for name, value in flatten_config(config).items() if name not in BY_CONTENT}
     for name, split, identities in (
         ("data.train", config.data.train, data.train),
         ("data.valid", config.data.valid, data.valid),
@@ -193,8 +195,8 @@ def describe_facts(config: Config, data: DataIdentity) -> dict[str, str]:
         facts[f"the number of token files of {name}"] = str(len(split))
         for number, (dataset, identity) in enumerate(zip(split, identities, strict=True)):
             facts[f"{name}[{number}]"] = (
-                f"{dataset.prefix} (weight {dataset.weight}, {identity.tokens:,} tokens in {identity.documents:,} "
-                f"documents, sha256 of .idx {identity.idx_sha256[:12]}, of .bin {identity.bin_sha256[:12]})"
+                f"of weight {dataset.weight}, {identity.tokens:,} tokens in {identity.documents:,} documents, "
+                f"sha256 of .idx {identity.idx_sha256[:12]}, of .bin {identity.bin_sha256[:12]}"
             )
     facts["the tokenizer's sha256"] = str(data.tokenizer_sha256)
     return facts
@@ -220,23 +222,15 @@ def hold_run(job: Job) -> Iterator[Start]:
     Raises:
         ConfigError: On every rank: another run writes into the folder, or it cannot be written.
     """
+    folder = Path(job.config.train.output_dir)
     with contextlib.ExitStack() as held:
-        told: list[Start | ConfigError] = []
-        if job.groups.world.rank == 0:
-            try:
-                held.enter_context(RunLock(Path(job.config.train.output_dir)))
-                told.append(_begin(job))
-            except ConfigError as error:
-                told.append(ConfigError(str(error)))
-            except OSError as error:
-                told.append(ConfigError(describe_os_error(error, Path(job.config.train.output_dir))))
-        else:
-            told.append(ConfigError(""))
-        if job.groups.world.size > 1:
-            dist.broadcast_object_list(told)
-        (start,) = told
-        if isinstance(start, ConfigError):
-            raise start
+        start = None
+        with refusing_together(job.groups.world, folder):
+            if job.groups.world.rank == 0:
+                held.enter_context(RunLock(folder))
+                start = _begin(job)
+        (start,) = gather_objects(start, job.groups.world)[:1]
+        assert start is not None
         yield start
 
 
@@ -256,7 +250,8 @@ def _begin(job: Job) -> Start:
         if own:
             missing = job.data.valid is not None and validation_is_due(config, manifest.step)
             missing = missing and _lacks_validation(folder, manifest.step)
-            later = [path.name for path in list_checkpoints(checkpoint.parent) if path.name > checkpoint.name]
+            complete = list_checkpoints(checkpoint.parent)
+            later = [path.name for path in complete[complete.index(checkpoint) + 1 :]]
             if later:
                 _LOGGER.warning(
                     "goes back to %s: %s will be deleted or written over after the next save; move them to keep them",
@@ -278,13 +273,12 @@ def is_due(step: int, every_steps: int) -> bool:
 
 def _lacks_validation(folder: Path, step: int) -> bool:
     """Return whether metrics.jsonl has a step and no validation after it."""
-    records = [record for record in read_lines(folder / METRICS_FILE) if record.step == step]
-    kinds = {type(record) for record in records}
+    kinds = {type(record) for record in read_records_of_step(folder / METRICS_FILE, step)}
     return StepRecord in kinds and ValidationRecord not in kinds
 
 
 def describe_run(job: Job, start: Start) -> None:
-    """Write config.yaml and run_info.json, and say what begins. Rank 0 calls it, when nothing can refuse any more."""
+    """Write config.yaml and run_info.json, and say what begins. Rank 0 calls it, when the engine is loaded."""
     config, groups, device = job.config, job.groups, job.device
     folder = Path(config.train.output_dir)
     save_config(config, folder / CONFIG_FILE)

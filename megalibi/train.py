@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from megalibi.checkpoint import load_checkpoint, prune, save_checkpoint
+from megalibi.checkpoint import CheckpointError, load_checkpoint, prune, save_checkpoint
 from megalibi.config import ConfigError, learning_rate_at
 from megalibi.data.hashing import format_sample_hash
 from megalibi.data.loader import Batch, Loader, ValidationLoader
@@ -19,7 +20,7 @@ from megalibi.engine.stop import DataError, StoppedError, StopRequest, check_tog
 from megalibi.job import Job, Start, checkpoints_folder, describe_run, hold_run, is_due, validation_is_due
 from megalibi.log import get_logger
 from megalibi.model import model_flops_per_token
-from megalibi.parallel import refusing_together
+from megalibi.parallel import describe_os_error, refusing_together
 from megalibi.report import StepRecord, ValidationRecord, Writers, build_writers, memory_bytes, memory_peak_bytes
 
 _LOGGER = get_logger(__name__)
@@ -62,9 +63,8 @@ def train(job: Job) -> None:
                 resumed_step=first_step,
                 eval_samples=config.train.eval_samples,
             )
-        with writers:
+        with contextlib.closing(loader), writers:
             Loop(job, start, engine, loader, writers, stop, first_step).run()
-        loader.close()
 
 
 class Loop:
@@ -123,8 +123,14 @@ class Loop:
             reason = self.stop.signal_name or "a signal to another rank"
             _LOGGER.warning("stopped by %s after step %d, %s", reason, self.done, self.describe_saved())
         except DataError as error:
-            self.save()
-            raise DataError(f"{error}; stopped after step {self.done}, {self.describe_saved()}") from error
+            try:
+                self.save()
+            except CheckpointError as unsaved:
+                raise DataError(f"{error}; and {unsaved}") from error
+            raise DataError(
+                f"{error}; stopped after step {self.done}, {self.describe_saved()} when the data is mended (other "
+                "data wants checkpoint.accept_other_data=true)"
+            ) from error
 
     def take_step(self) -> None:
         """Take one optimizer step and record it."""
@@ -134,7 +140,7 @@ class Loop:
         learning_rate = learning_rate_at(self.done, config.optimizer, config.train.steps)
         result = train_step(
             self.engine,
-            read_together(lambda: self.loader.micro_batches(samples_consumed), self.job, self.stop),
+            self.read_together(lambda: self.loader.micro_batches(samples_consumed)),
             groups=groups,
             device=device,
             learning_rate=learning_rate,
@@ -177,7 +183,8 @@ class Loop:
         """Return what the next start goes on from."""
         if self.saved < 1:
             return "nothing to save"
-        what = "checkpoint saved" if self.saved == self.done else f"the newest checkpoint is that of step {self.saved}"
+        is_new = self.saved == self.done > self.first_step
+        what = "checkpoint saved" if is_new else f"the newest checkpoint is that of step {self.saved}"
         return f"{what}; the same command goes on"
 
     def describe_way_back(self) -> str:
@@ -203,21 +210,12 @@ class Loop:
 
     def validate(self) -> None:
         """Record the loss on the first ``train.eval_samples`` samples of data.valid, or on all if they are fewer."""
-        config, groups = self.job.config, self.job.groups
-        assert self.job.data.valid is not None
         began = time.perf_counter()
-        loader = ValidationLoader(
-            self.job.data.valid,
-            num_samples=config.train.eval_samples,
-            micro_batch_size=config.train.micro_batch_size,
-            data_rank=groups.data.rank,
-            data_size=groups.data.size,
-            document_mask=config.data.document_mask,
-        )
+        loader = self.read_together(self.open_validation)
         self.engine.eval()
         try:
             loss, tokens = validation_loss(
-                self.engine, self.read_batches(loader), groups=groups, device=self.job.device
+                self.engine, self.read_batches(loader), groups=self.job.groups, device=self.job.device
             )
         finally:
             self.engine.train()
@@ -235,11 +233,28 @@ class Loop:
         if math.isfinite(loss):
             self.confirm()
 
+    def open_validation(self) -> ValidationLoader:
+        """Return what gives the batches of a validation, from the first one on."""
+        config, groups = self.job.config, self.job.groups
+        assert self.job.data.valid is not None
+        return ValidationLoader(
+            self.job.data.valid,
+            num_samples=config.train.eval_samples,
+            micro_batch_size=config.train.micro_batch_size,
+            data_rank=groups.data.rank,
+            data_size=groups.data.size,
+            document_mask=config.data.document_mask,
+        )
+
     def read_batches(self, loader: ValidationLoader) -> Iterator[Batch]:
         """Yield the batches of a validation; a signal or what a rank cannot read ends it on all ranks."""
         batches = iter(loader)
         for _ in range(len(loader)):
-            yield read_together(lambda: next(batches), self.job, self.stop)
+            yield self.read_together(lambda: next(batches))
+
+    def read_together(self, read: Callable[[], _T]) -> _T:
+        """Return what this rank reads, if all ranks can read theirs and no signal asks for the end."""
+        return read_together(read, self.job, self.stop)
 
 
 def read_together(read: Callable[[], _T], job: Job, stop: StopRequest | None = None) -> _T:
@@ -252,8 +267,10 @@ def read_together(read: Callable[[], _T], job: Job, stop: StopRequest | None = N
     value, failure = None, None
     try:
         value = read()
-    except (ConfigError, OSError) as error:
+    except ConfigError as error:
         failure = str(error)
+    except OSError as error:
+        failure = describe_os_error(error, Path("data"))
     check_together(job.groups, job.device, stop=stop, failure=failure)
     assert value is not None
     return value

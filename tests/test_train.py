@@ -151,11 +151,23 @@ def test_a_rank_that_alone_meets_bad_data_ends_the_job_and_names_itself(tmp_path
     assert f"tokens.bin: token {place} is id {VOCAB_SIZE}, past vocab_size={VOCAB_SIZE}" in error
     done = last_step(tmp_path / "run")
     saved = f"[rank 1 on {socket.gethostname()}]; stopped after step {done}, checkpoint saved; the same command goes on"
-    assert error.endswith(saved)
+    assert error.endswith(f"{saved} when the data is mended (other data wants checkpoint.accept_other_data=true)")
     assert "Traceback" not in job.output
     checkpoint = find_checkpoint(tmp_path / "run" / "checkpoints")
     assert checkpoint is not None
     assert checkpoint.name == f"step_{done:08d}"
+
+    write_tokens(tmp_path, num_tokens=100_000)
+    steps = f"train.steps={done + 3}"
+    assert "checkpoint.accept_other_data=true" in refusal_of(Job(config, steps, world_size=2))
+    job = run_job(config, steps, "checkpoint.accept_other_data=true", world_size=2)
+    assert "data.train is not what the checkpoint was trained on: from here on the samples may be" in job.read_log(0)
+    assert [record["step"] for record in read_records(tmp_path / "run")] == list(range(1, done + 4))
+
+
+def refusal_of(job: Job) -> str:
+    assert set(job.wait()) == {2}, job.output
+    return error_of(job)
 
 
 def spoil_one_sample(prefix: str, first: int = 12) -> int:
@@ -303,7 +315,8 @@ def test_what_one_rank_meets_in_a_validation_costs_no_step_and_is_said_by_name(t
     error = error_of(job)
     assert f"{valid}.bin: token {place} is id {VOCAB_SIZE}, past vocab_size={VOCAB_SIZE}" in error
     assert error.endswith(
-        f"[rank 1 on {socket.gethostname()}]; stopped after step 3, checkpoint saved; the same command goes on"
+        f"[rank 1 on {socket.gethostname()}]; stopped after step 3, checkpoint saved; the same command goes on when "
+        "the data is mended (other data wants checkpoint.accept_other_data=true)"
     )
     assert [record["step"] for record in read_records(tmp_path / "run")] == [1, 2, 3]
     checkpoint = find_checkpoint(tmp_path / "run" / "checkpoints")

@@ -1,9 +1,9 @@
 """One run to a folder: a second one would write over the checkpoints and the metrics of the first.
 
 The file ``run.lock`` is locked while a run writes into the folder, and says which host and process that is. The lock
-ends with its process, so that a crash leaves none. NFS and most other shared file systems pass locks on to other hosts.
-Where they do not, the sign of life that the file shows is watched for a while before a run takes over from another
-host.
+ends with its process, so that a crash leaves none. NFS and most other shared file systems pass locks on to other hosts;
+after the crash of a host some hold its lock for a minute or two. Where there are no locks, or they do not reach other
+hosts, the signs of life that the file shows decide, and they are watched for a while.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import os
 import socket
 import threading
 import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megalibi.config import ConfigError
 from megalibi.files import FileInUseError, lock_file, make_folder
+from megalibi.log import get_logger
 
 LOCK_FILE = "run.lock"
 SIGN_SECONDS = 10.0
 """How often a run gives a sign of life."""
 WATCH_SECONDS = 25.0
-"""How long a run that another host left is watched: two signs and some time for the file system to show them."""
+"""How long the signs of another host's run are waited for: two of them, and the time until they show."""
+LEASE_SECONDS = 120.0
+"""How long a lock is waited for whose host gives no sign: NFS keeps those of a host that crashed for 90 seconds."""
+_LOGGER = get_logger(__name__)
 
 
 class RunLock:
@@ -34,20 +39,31 @@ class RunLock:
     Args:
         folder: train.output_dir; it is made if it does not exist.
         sign_seconds: How often to give a sign of life.
-        watch_seconds: How long to wait for that of another host's run.
+        watch_seconds: How long to wait for the signs of another host's run.
+        lease_seconds: How long to wait for a lock of another host's that gives none.
     """
 
     def __init__(
-        self, folder: Path, *, sign_seconds: float = SIGN_SECONDS, watch_seconds: float = WATCH_SECONDS
+        self,
+        folder: Path,
+        *,
+        sign_seconds: float = SIGN_SECONDS,
+        watch_seconds: float = WATCH_SECONDS,
+        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self._folder = folder
         self._path = folder / LOCK_FILE
-        self._sign_seconds = sign_seconds
-        self._watch_seconds = watch_seconds
-        self._ended = threading.Event()
+        self._sign_seconds, self._watch_seconds, self._lease_seconds = sign_seconds, watch_seconds, lease_seconds
+        self._owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%F %T"),
+            "id": uuid.uuid4().hex,  # hosts may share a name
+        }
         self._made: list[Path] = []
-        self._owner: dict[str, Any] = {}
         self._descriptor = -1
+        self._ended = threading.Event()
+        self._signs = threading.Thread(target=self._give_signs, daemon=True)
 
     def __enter__(self) -> RunLock:
         """Take the folder.
@@ -59,17 +75,13 @@ class RunLock:
         try:
             make_folder(self._folder)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-            lock_file(self._descriptor, self._path)
-        except FileInUseError:
-            raise self._refusal(self._read()) from None
         except OSError as error:
             raise ConfigError(f"train.output_dir={self._folder} cannot be used: {error.strerror}") from error
-        left = self._read()
-        if left and left.get("host") != socket.gethostname():
-            self._watch(left)
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
-        self._give_sign(0)
-        self._signs = threading.Thread(target=self._give_signs, daemon=True)
+        try:
+            self._take()
+        except BaseException:
+            os.close(self._descriptor)
+            raise
         self._signs.start()
         return self
 
@@ -87,22 +99,57 @@ class RunLock:
                     path.rmdir()
         os.close(self._descriptor)
 
-    def _read(self) -> dict[str, Any]:
-        """Return what the file says; empty if it says nothing, or is being written."""
+    def _take(self) -> None:
+        is_locked = self._lock()
+        left = self._read()
+        if left is not None:
+            if left.get("host") != self._owner["host"]:
+                self._watch(left, self._watch_seconds)
+            elif not is_locked and _is_alive(left.get("pid")):
+                raise self._refusal(left)
+        self._give_sign(0)
+        if not is_locked:  # another run may have begun at the same moment: the last to write has it
+            time.sleep(min(2.0, self._watch_seconds / 5))
+            now = self._read()
+            if now is not None and now.get("id") != self._owner["id"]:
+                raise self._refusal(now)
+
+    def _lock(self) -> bool:
+        """Lock the file, and return whether this file system has locks."""
+        deadline = time.monotonic() + self._lease_seconds
+        while True:
+            try:
+                return lock_file(self._descriptor, self._path)
+            except FileInUseError:
+                owner = self._read() or {}
+                if owner.get("host") in (None, self._owner["host"]) or time.monotonic() > deadline:
+                    raise self._refusal(owner) from None
+                _LOGGER.info("run.lock is held by host %s: waiting for a sign of life, or its end", owner["host"])
+                self._watch(owner, self._watch_seconds)
+
+    def _read(self) -> dict[str, Any] | None:
+        """Return what the file says, nothing in it if that cannot be read yet; None: nobody has the folder."""
         try:
-            fields = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
+            text = self._path.read_bytes()
+        except OSError:
+            return {}
+        if not text:
+            return None
+        try:
+            fields = json.loads(text)
+        except ValueError:  # being written
             return {}
         return fields if isinstance(fields, dict) else {}
 
-    def _watch(self, left: dict[str, Any]) -> None:
-        deadline = time.monotonic() + self._watch_seconds
+    def _watch(self, left: dict[str, Any], seconds: float) -> None:
+        """Wait for a sign of life of another run, and refuse if there is one."""
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            time.sleep(min(1.0, self._watch_seconds / 5))
+            time.sleep(min(1.0, seconds / 5))
             now = self._read()
-            if not now:
+            if now is None:  # given back
                 return
-            if now != left:
+            if now and now != left:
                 raise self._refusal(now)
 
     def _refusal(self, owner: dict[str, Any]) -> ConfigError:
@@ -120,6 +167,19 @@ class RunLock:
                 self._give_sign(number)
 
     def _give_sign(self, number: int) -> None:
-        text = json.dumps({**self._owner, "sign": number}).encode()
+        """Write who has the folder: in one write of one length, so that no reader finds a part of two."""
+        text = json.dumps({**self._owner, "sign": f"{number:012d}"}).encode()
         os.pwrite(self._descriptor, text, 0)
         os.ftruncate(self._descriptor, len(text))
+        os.fsync(self._descriptor)  # or another host may not see it in time
+
+
+def _is_alive(pid: Any) -> bool:
+    """Return whether a process of this host runs."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, TypeError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.config import ConfigError
-from megalibi.files import sync_folder, write_aside, write_synced
+from megalibi.files import ASIDE_SUFFIX, sync_folder, write_aside, write_synced
 
 MANIFEST = "manifest.json"
 MANIFEST_CHECKSUM = "manifest.sha256"
@@ -105,9 +105,13 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 
 def _replace_latest(checkpoint: Path) -> None:
     latest = checkpoint.with_name(LATEST)
-    if latest.is_symlink():  # somebody's, to a folder: a file is renamed over files alone
-        latest.unlink()
-    write_aside(latest, f"{checkpoint.name}\n")
+    if latest.is_symlink():  # somebody's, to a folder, which write_aside takes for no file
+        aside = latest.with_name(f"{LATEST}{ASIDE_SUFFIX}")
+        write_synced(aside, f"{checkpoint.name}\n".encode())
+        os.replace(aside, latest)  # the link itself
+        sync_folder(latest.parent)
+    else:
+        write_aside(latest, f"{checkpoint.name}\n")
 
 
 def _read_latest(folder: Path) -> str | None:
@@ -192,9 +196,15 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise ConfigError(
             f"{checkpoint / MANIFEST} is damaged: it does not match {MANIFEST_CHECKSUM}; resume from another checkpoint"
         )
-    fields = json.loads(text)
-    files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
-    return Manifest(**fields, files=files)
+    try:
+        fields = json.loads(text)
+        files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
+        return Manifest(**fields, files=files)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{checkpoint / MANIFEST} was not written by this version of megalibi: {error}; resume with the one "
+            "that wrote it, or from another checkpoint"
+        ) from error
 
 
 def find_damage(checkpoint: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> Iterator[str]:

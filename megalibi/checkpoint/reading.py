@@ -25,9 +25,18 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from megalibi.config import ConfigError
 from megalibi.parallel import describe_os_error
 
+
+def _get_stage(kind: Any, name: str) -> Any:
+    """Stand for getattr, by which Python 3.11.0 to 3.11.4 pickle a member of an enumeration, and for nothing else."""
+    if kind is not ZeroStageEnum:
+        raise ValueError("GLOBAL getattr")  # as torch says it of what it does not know
+    return kind[name]
+
+
 # All that DeepSpeed 0.19.8 pickles beside what torch allows, at any ZeRO stage: plain classes, whose attributes are set
 # without a call of anything.
 _DEEPSPEED_TYPES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+_DEEPSPEED_TYPES += [(_get_stage, f"{builtins}.getattr") for builtins in ("builtins", "__builtin__")]
 # The one line that DeepSpeed's BF16 optimizer prints whenever it is loaded.
 _CHATTER = "_load_legacy_checkpoint current_rank_sd[BASE_OPTIMIZER_STATE]"
 
@@ -74,7 +83,8 @@ class ReadingEngine(TorchCheckpointEngine):
 
     def load(self, path: str, map_location: MapLocation = None) -> dict[str, Any]:
         """Return what DeepSpeed saved in a checked file."""
-        assert Path(path) in self._checked, path
+        if Path(path) not in self._checked:
+            raise RuntimeError(f"DeepSpeed asks for {path}, which was not checked")
         return open_states(Path(path), map_location=map_location)
 
 

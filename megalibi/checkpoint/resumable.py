@@ -66,6 +66,8 @@ def describe_changes(manifest: Manifest, config: Config, data: DataIdentity) -> 
     said = [f"{name} {a} -> {b}" for name, (a, b) in changes.items() if ON_RESUME[name] is OnResume.SAID]
     if said:
         yield f"goes on with other values than before: {', '.join(said)}"
+    if manifest.data and data.to_dict()["train"] != manifest.data["train"]:
+        yield "data.train is not what the checkpoint was trained on: from here on the samples may be other ones"
     if manifest.data and data.to_dict()["valid"] != manifest.data["valid"]:
         yield "data.valid is not that of the checkpoint: validation losses before and after do not compare"
     step = manifest.step
@@ -102,11 +104,11 @@ def _check_same_data(checkpoint: Path, manifest: Manifest, config: Config, data:
             f"{trained_weights}: resume with these, or start anew in another train.output_dir"
         )
     for dataset, identity, trained_identity in zip(config.data.train, ours["train"], trained["train"], strict=True):
-        if identity != trained_identity:
+        if identity != trained_identity and not config.checkpoint.accept_other_data:
             raise ConfigError(
                 f"data.train={dataset.prefix} ({_describe(identity)}) is not what the checkpoint {checkpoint} was "
-                f"trained on ({_describe(trained_identity)}): resume with the same token file, wherever it stands, or "
-                "start anew in another train.output_dir"
+                f"trained on ({_describe(trained_identity)}): resume with the same token file, wherever it stands, "
+                "start anew in another train.output_dir, or, if it was mended, use checkpoint.accept_other_data=true"
             )
     tokenizers = [identity["tokenizer_sha256"] for identity in (trained, ours)]
     if None not in tokenizers and tokenizers[0] != tokenizers[1]:

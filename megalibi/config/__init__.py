@@ -9,7 +9,7 @@ from megalibi.config.derive import (
     padded_vocab_size,
 )
 from megalibi.config.errors import ConfigError
-from megalibi.config.identity import NO_WEIGHT_DEPENDS_ON, ON_RESUME, OnResume, find_changes, flatten_config
+from megalibi.config.identity import BY_CONTENT, NO_WEIGHT_DEPENDS_ON, ON_RESUME, OnResume, find_changes, flatten_config
 from megalibi.config.load import config_from_dict, config_to_dict, load_config, save_config
 from megalibi.config.model import ModelConfig
 from megalibi.config.schema import (
@@ -24,6 +24,7 @@ from megalibi.config.schema import (
 )
 
 __all__ = [
+    "BY_CONTENT",
     "NO_WEIGHT_DEPENDS_ON",
     "ON_RESUME",
     "AdaptiveBand",

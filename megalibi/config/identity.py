@@ -86,6 +86,7 @@ ON_RESUME: dict[str, OnResume] = {
     "checkpoint.every_steps": _FREE,
     "checkpoint.keep": _FREE,
     "checkpoint.resume": _FREE,
+    "checkpoint.accept_other_data": _FREE,
 }
 """By section.field."""
 

@@ -194,6 +194,9 @@ class CheckpointConfig:
     resume: str = "auto"
     """auto: from the run's latest checkpoint, if there is one; none: only into a folder without checkpoints; or the
     path of another run's checkpoint to begin from, as long as this run has none of its own."""
+    accept_other_data: bool = False
+    """Go on although data.train is not what the checkpoint was trained on, for data that was mended: a line says so.
+    The position in the data stays; what lies there may be other samples."""
 
     def __post_init__(self) -> None:
         """Check what one section can know."""

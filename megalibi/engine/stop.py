@@ -65,11 +65,11 @@ def check_together(
         StoppedError: On every rank: one was asked to stop.
         DataError: On every rank, with the words of the first that failed, its number and its host.
     """
-    asked = 2 if failure else int(stop is not None and stop.signal_name is not None)
+    asked = 2 if failure is not None else int(stop is not None and stop.signal_name is not None)
     worst = int(all_reduce_raw(torch.tensor(asked, device=device), groups.world, dist.ReduceOp.MAX))
     if worst == 2:
         where = f" [rank {groups.world.rank} on {socket.gethostname()}]" if groups.world.size > 1 else ""
-        failures = gather_objects(failure and f"{failure}{where}", groups.world)
-        raise DataError(next(words for words in failures if words))
+        failures = gather_objects(None if failure is None else f"{failure}{where}", groups.world)
+        raise DataError(next(words for words in failures if words is not None))
     if worst:
         raise StoppedError

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from megalibi.config import ConfigError
+from megalibi.parallel.collectives import all_gather_tensor
 from megalibi.parallel.groups import Group
 
 
 def gather_objects(value: Any, world: Group) -> list[Any]:
-    """Return what every rank has, by rank. For words about a failure: it takes milliseconds a rank."""
+    """Return what every rank has, by rank: for words, at a start or an end, since it takes milliseconds."""
     values = [value] * world.size
     if world.size > 1:
         dist.all_gather_object(values, value, group=world.handle)
@@ -73,25 +74,24 @@ def check_same(facts: Mapping[str, str], device: torch.device) -> None:
     digest = hashlib.sha256(repr(list(facts.items())).encode()).digest()
     ours = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
     all_digests = torch.empty(dist.get_world_size(), len(digest), dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(all_digests.view(-1), ours)
+    all_gather_tensor(all_digests.view(-1), ours)
     if bool((all_digests == all_digests[0]).all()):
         return
     told = [(dict(facts), socket.gethostname())]
     dist.broadcast_object_list(told, device=device)
     (theirs, their_host) = told[0]
     differing = [name for name in {**theirs, **facts} if theirs.get(name) != facts.get(name)]
+    found = (differing, facts.get(differing[0]) if differing else None, socket.gethostname())
     ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(
-        ranks, (differing[:1], facts.get(differing[0]) if differing else None, len(differing), socket.gethostname())
-    )
+    dist.all_gather_object(ranks, found)
     raise ConfigError(_describe(theirs, their_host, ranks))
 
 
 def _describe(theirs: dict[str, str], their_host: str, ranks: list[Any]) -> str:
     """Return the line: of the rank that differs first, and how many others do."""
-    rank, ((name,), value, count, host) = next((rank, found) for rank, found in enumerate(ranks) if found[0])
+    rank, ((name, *names), value, host) = next((rank, found) for rank, found in enumerate(ranks) if found[0])
     others = sum(1 for found in ranks if found[0]) - 1
-    more = (f", and {count - 1} more" if count > 1 else "") + (f"; {others} more ranks differ" if others else "")
+    more = (f", and {len(names)} more" if names else "") + (f"; {others} more ranks differ" if others else "")
     return (
         f"the ranks do not agree: {name} is {theirs.get(name, 'not there')} on rank 0 (host {their_host}) and "
         f"{value if value is not None else 'not there'} on rank {rank} (host {host}){more}: start all ranks with the "

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from megalibi.parallel.groups import Group
 
 # torch 2.13 renamed both and warns at the old names; earlier versions have only those.
-_all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -61,7 +61,7 @@ def all_gather_async(x: Tensor, group: Group, dim: int) -> Pending:
     x = x.contiguous()
     buffer = x.new_empty(group.size, *x.shape)
     # Gloo wants the gathered tensor to have as many dimensions as the slices.
-    work = _all_gather_tensor(buffer.flatten(0, 1), x, group=group.handle, async_op=True)
+    work = all_gather_tensor(buffer.flatten(0, 1), x, group=group.handle, async_op=True)
     return Pending(buffer, work, lambda slices: slices.movedim(0, dim).flatten(dim, dim + 1))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from megalibi.checkpoint.lock import LOCK_FILE, RunLock
 from megalibi.config import ConfigError
+from tests.power_failure.c_library import build_library
 
 HOLD = """
 import sys, time
@@ -23,10 +24,11 @@ with RunLock(Path(sys.argv[1])):
 """
 
 
-def hold(folder: Path) -> subprocess.Popen[str]:
+def hold(folder: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a process that holds the folder."""
     root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True, cwd=root)
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root, env=environment)
     assert process.stdout is not None
     assert any(line == "held\n" for line in iter(process.stdout.readline, ""))  # DeepSpeed prints before it
     return process
@@ -97,7 +99,33 @@ def test_a_run_that_died_on_another_host_is_taken_over_after_a_while(tmp_path: P
 def test_a_run_gives_signs_of_life(tmp_path: Path) -> None:
     with RunLock(tmp_path, sign_seconds=0.05):
         deadline = time.monotonic() + 10.0
-        while json.loads((tmp_path / LOCK_FILE).read_text() or '{"sign": 0}')["sign"] < 2:
+        while int(json.loads((tmp_path / LOCK_FILE).read_text())["sign"]) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)
     assert (tmp_path / LOCK_FILE).read_bytes() == b""
+
+
+NO_LOCKS = """
+#include <errno.h>
+int flock(int descriptor, int operation) { errno = ENOLCK; return -1; }
+"""
+
+
+def test_where_there_are_no_locks_a_living_process_of_this_host_refuses(tmp_path: Path) -> None:
+    """As on a disk that was mounted without them: the call itself fails, in real processes."""
+    build_library(tmp_path / "no_locks.so", NO_LOCKS)
+    environment = {**os.environ, "LD_PRELOAD": str(tmp_path / "no_locks.so")}
+    holder = hold(tmp_path / "run", environment)
+    try:
+        command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
+        second = subprocess.run(
+            command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=False
+        )
+        assert second.returncode == 1
+        assert f"is in use by another run (host {socket.gethostname()}, pid {holder.pid}, since" in second.stderr
+    finally:
+        holder.kill()
+        holder.wait()
+    holder = hold(tmp_path / "run", environment)
+    holder.kill()
+    holder.wait()

@@ -82,6 +82,15 @@ def test_a_latest_that_names_nothing_is_an_error_that_names_the_newest(tmp_path:
         find_checkpoint(tmp_path)
 
 
+def test_a_manifest_of_another_version_is_one_line(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path, 1)
+    for text in ('{"step": 1}', "[]", '{"files": {"a.pt": {"size": 1}}}', "no JSON"):
+        (checkpoint / "manifest.json").write_text(text)
+        (checkpoint / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
+        with pytest.raises(ConfigError, match=r"manifest\.json was not written by this version of megalibi: "):
+            read_manifest(checkpoint)
+
+
 def test_latest_may_be_a_link_to_a_checkpoint_and_to_nothing_else(tmp_path: Path) -> None:
     for step in (1, 2):
         save(tmp_path / "checkpoints", step)

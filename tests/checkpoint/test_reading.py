@@ -66,6 +66,24 @@ def test_what_deepspeed_pickles_is_read(tmp_path: Path) -> None:
     assert read == saved
 
 
+class _ByName:
+    """Pickled as Python 3.11.0 to 3.11.4 pickle a member of an enumeration."""
+
+    def __init__(self, kind: type, name: str) -> None:
+        self._called_with = kind, name
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, self._called_with
+
+
+def test_a_stage_is_read_whatever_python_wrote_it_and_getattr_gets_nothing_else(tmp_path: Path) -> None:
+    torch.save({"zero_stage": _ByName(ZeroStageEnum, "gradients")}, tmp_path / "a.pt")
+    assert open_states(tmp_path / "a.pt") == {"zero_stage": ZeroStageEnum.gradients}
+    torch.save({"zero_stage": _ByName(LossScaler, "__init__")}, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match="would run code when loaded, for it names getattr; it is not a checkpoint"):
+        open_states(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(100)])
 def test_what_is_no_file_of_torch_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)

@@ -71,6 +71,7 @@ OTHER_VALUES: dict[str, Any] = {
     "checkpoint.every_steps": 3,
     "checkpoint.keep": 1,
     "checkpoint.resume": "none",
+    "checkpoint.accept_other_data": True,
 }
 """Of each field that can have another one; with what else the run needs for the field to mean something."""
 
