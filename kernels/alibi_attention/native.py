@@ -11,6 +11,7 @@ disk before it has its name, its size and checksum lie beside it, and one that d
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -18,6 +19,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -188,7 +190,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """Return the compiled kernel, or None and why there is none."""
     try:
         # PyTorch's ways to find the user's compiler and cache, for its own extensions; needs setuptools.
-        from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root
+        with _muted("torch.utils.cpp_extension"):  # it warns where CUDA's compiler is and no GPU
+            from torch.utils.cpp_extension import get_cxx_compiler, get_default_build_root
 
         compiler = shutil.which(get_cxx_compiler())
         if compiler is None:
@@ -202,6 +205,18 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return _open(compiler, Path(root) / "alibi_attention" / f"native-{key}.so"), ""
     except (ImportError, OSError, RuntimeError) as error:
         return None, f"the C++ kernel cannot be had: {error}"
+
+
+@contextlib.contextmanager
+def _muted(name: str) -> Iterator[None]:
+    """Let a logger say errors alone."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _open(compiler: str, library: Path) -> ctypes.CDLL:

@@ -220,7 +220,8 @@ from tests.engine.runs import build, make_config
 os.environ["LOCAL_RANK"] = "0"
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 build(make_config(sys.argv[1]))
-compiled = list(pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"]).rglob("*"))
+folder = pathlib.Path(os.environ["TORCH_EXTENSIONS_DIR"])
+compiled = [path for path in folder.rglob("*") if "alibi_attention" not in path.parts]  # whose kernel takes no lock
 print(deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"], compiled)
 """
 
