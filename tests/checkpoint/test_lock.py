@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -94,6 +95,26 @@ def test_a_run_that_died_on_another_host_is_taken_over_after_a_while(tmp_path: P
     with RunLock(tmp_path, watch_seconds=1.0):
         assert time.monotonic() - began >= 1.0
         assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == socket.gethostname()
+
+
+def test_a_lock_whose_host_gives_no_sign_is_waited_for(tmp_path: Path) -> None:
+    """A file server holds the lock of a host that crashed until its lease ends: here a process does."""
+    holder = hold(tmp_path)
+    try:
+        other_host(tmp_path)  # the holder's next sign is 10 seconds away
+        began = time.monotonic()
+        with (
+            pytest.raises(ConfigError, match=r"in use by another run \(host elsewhere, pid 7"),
+            RunLock(tmp_path, watch_seconds=0.5, lease_seconds=1.0),
+        ):
+            pass
+        assert time.monotonic() - began >= 1.0
+        threading.Timer(1.0, holder.kill).start()
+        with RunLock(tmp_path, watch_seconds=0.5, lease_seconds=60.0):
+            assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == socket.gethostname()
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def test_a_run_gives_signs_of_life(tmp_path: Path) -> None:
