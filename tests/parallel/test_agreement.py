@@ -67,5 +67,5 @@ def measure() -> float:
 
 
 def test_the_comparison_of_8_ranks_takes_milliseconds() -> None:
-    """Of 8 processes on 2 cores; before a step that takes longer, once a run."""
-    assert max(run_on_ranks(8, measure)) < 0.25
+    """17 ms were seen, of 8 processes on 2 busy cores; once a run."""
+    assert max(run_on_ranks(8, measure)) < 0.1
