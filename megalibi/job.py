@@ -40,6 +40,7 @@ from megalibi.config import (
 )
 from megalibi.data.dataset import Dataset, open_dataset
 from megalibi.data.identity import DataIdentity
+from megalibi.data.loader import Loader
 from megalibi.data.provenance import identify_data, say_unrecorded
 from megalibi.data.tokenizer import load_tokenizer
 from megalibi.files import write_aside
@@ -128,6 +129,19 @@ def open_split(config: Config, split: tuple[DatasetConfig, ...]) -> Dataset:
         seq_length=config.data.seq_length,
         seed=config.train.seed,
         vocab_size=config.model.vocab_size,
+    )
+
+
+def open_loader(job: Job) -> Loader:
+    """Return what reads this rank's batches of data.train."""
+    config, groups = job.config, job.groups
+    return Loader(
+        job.data.train,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        data_rank=groups.data.rank,
+        data_size=groups.data.size,
+        document_mask=config.data.document_mask,
     )
 
 

@@ -17,7 +17,7 @@ from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.evaluate import validation_loss
 from megalibi.engine.step import StepResult, train_step
 from megalibi.engine.stop import DataError, StoppedError, StopRequest, check_together
-from megalibi.job import Job, Start, checkpoints_folder, describe_run, hold_run, is_due, validation_is_due
+from megalibi.job import Job, Start, checkpoints_folder, describe_run, hold_run, is_due, open_loader, validation_is_due
 from megalibi.log import get_logger
 from megalibi.model import model_flops_per_token
 from megalibi.parallel import describe_os_error, refusing_together
@@ -44,14 +44,7 @@ def train(job: Job) -> None:
     with hold_run(job) as start:
         engine = build_engine(config, job.derived, groups, job.device)
         first_step = 0 if start.checkpoint is None else load_checkpoint(engine, start.checkpoint, groups).step
-        loader = Loader(
-            job.data.train,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=config.train.micro_batch_size,
-            data_rank=groups.data.rank,
-            data_size=groups.data.size,
-            document_mask=config.data.document_mask,
-        )
+        loader = open_loader(job)
         with refusing_together(groups.world, Path(config.train.output_dir)):  # rank 0 alone writes there
             if groups.world.rank == 0:
                 describe_run(job, start)

@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 
 from megalibi.config import config_to_dict, learning_rate_at
-from megalibi.data.loader import Loader
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
-from megalibi.job import Job
+from megalibi.job import Job, open_loader
 from megalibi.report import memory_peak_bytes
 from megalibi.report.record import describe_run, write_json
 from megalibi.studies.memory import measure_memory
@@ -30,14 +29,7 @@ def measure_turn(job: Job, output: Path) -> None:
     """
     config, groups, device = job.config, job.groups, job.device
     engine = build_engine(config, job.derived, groups, device)
-    loader = Loader(
-        job.data.train,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        data_rank=groups.data.rank,
-        data_size=groups.data.size,
-        document_mask=config.data.document_mask,
-    )
+    loader = open_loader(job)
 
     def take_step(step: int) -> StepResult:
         samples_consumed = step * config.train.global_batch_size
