@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 from dataclasses import replace
@@ -327,6 +328,23 @@ def test_what_one_rank_meets_in_a_validation_costs_no_step_and_is_said_by_name(t
     write_tokens(tmp_path / "valid", num_tokens=100_000)
     run_job(config, world_size=2)
     assert [record["step"] for record in read_records(tmp_path / "run")] == [1, 2, 3, 3]
+
+
+def test_a_run_goes_on_without_its_tensorboard_and_with_token_files_that_were_deleted(tmp_path: Path) -> None:
+    config = write_job(
+        tmp_path, data={"valid": str(tmp_path / "tokens")}, train={"steps": 300, "eval_every_steps": 100}
+    )
+    run = tmp_path / "run"
+    job = Job(config, world_size=2)
+    job.wait_until(lambda: last_step(run) > 2)
+    shutil.rmtree(run / "tensorboard", ignore_errors=True)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"tokens{suffix}").unlink()
+    job.succeed()
+    assert last_step(run) == 300
+    assert [record["step"] for record in read_records(run) if "validation_loss" in record] == [100, 200, 300]
+    assert list_checkpoints(run / "checkpoints")[-1].name == "step_00000300"
+    assert job.output.count("TensorBoard failed and is left out from here on, training goes on") == 1
 
 
 def test_fp16_that_diverges_keeps_the_checkpoints_that_are_good(tmp_path: Path) -> None:

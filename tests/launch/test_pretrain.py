@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -192,6 +193,19 @@ def torchrun(config: Path, *overrides: str) -> subprocess.Popen[str]:
     port = str(find_free_port())
     return launch(
         "torchrun", "--nproc_per_node", "2", "--master_port", port, str(SCRIPT), "--config", str(config), *overrides
+    )
+
+
+def test_a_port_in_use_is_one_line_under_deepspeed(config: Path) -> None:
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        command = ["deepspeed", "--num_gpus", "2", "--master_port", port, str(SCRIPT), "--config", str(config)]
+        process = launch(*command, f"train.output_dir={config.parent}/new")
+        _, errors = process.communicate(timeout=LAUNCHER_TIMEOUT_SECONDS)
+    assert process.returncode != 0
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: port ")]
+    assert line.startswith(
+        f"error: port {port} of {socket.gethostname()} is in use, perhaps by another run: start with"
     )
 
 
