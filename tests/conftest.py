@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 
+import tests.device
 import tests.flash_attn_on_cpu  # noqa: F401 - before alibi_attention, which asks it for its operators
 
 
