@@ -7,6 +7,8 @@ from typing import Protocol
 
 import torch
 
+from alibi_attention.documents import PackedDocuments
+
 
 @dataclass(frozen=True)
 class Call:
@@ -101,7 +103,7 @@ class Backend(Protocol):
         alibi_slopes: torch.Tensor | None,
         distance_bias: torch.Tensor | None,
         softmax_scale: float,
-        cu_seqlens: torch.Tensor | None,
+        documents: PackedDocuments | None,
         dropout_p: float,
         query_offset: int,
         horizon_eps: float,

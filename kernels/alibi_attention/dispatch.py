@@ -10,6 +10,7 @@ import torch
 
 from alibi_attention import flash, folded, native, reference, sdpa, triton_kernel
 from alibi_attention.capability import Backend, Call, Capability
+from alibi_attention.documents import PackedDocuments
 
 _LOGGER = logging.getLogger("alibi_attention")
 
@@ -29,7 +30,7 @@ def attention(
     distance_bias: torch.Tensor | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | PackedDocuments | None = None,
     dropout_p: float = 0.0,
     query_offset: int | None = None,
     horizon_eps: float = 2.0**-24,
@@ -50,7 +51,9 @@ def attention(
         causal: True is the only choice: ALiBi is defined for the past.
         softmax_scale: Factor of q k^T; 1 / sqrt(head dimension) if None.
         cu_seqlens: Document boundaries [N + 1], int32, over the flattened batch * queries tokens, from 0 to their
-            number; attention crosses none of them. Ends of rows are boundaries only if they are listed.
+            number; attention crosses none of them. Ends of rows are boundaries only if they are listed. Who calls this
+            for each layer of a model gives ``PackedDocuments``: a tensor is read back at each call, which waits for
+            the device.
         dropout_p: Probability with which an attention weight is dropped.
         query_offset: Position of the first query, where the first key has position 0; if None, the last query stands
             at the last key.
@@ -68,10 +71,9 @@ def attention(
     _check_slopes(q_BSHK, alibi_slopes)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p={dropout_p}: must be in [0, 1)")
-    if cu_seqlens is not None:
-        _check_documents(q_BSHK, k_BSHK, cu_seqlens, query_offset)
+    documents = None if cu_seqlens is None else _find_documents(q_BSHK, k_BSHK, cu_seqlens, query_offset)
     if distance_bias is not None:
-        _check_distance_bias(q_BSHK, k_BSHK, distance_bias, alibi_slopes, query_offset, cu_seqlens)
+        _check_distance_bias(q_BSHK, k_BSHK, distance_bias, alibi_slopes, query_offset, documents)
     if query_offset is None:
         query_offset = k_BSHK.shape[1] - q_BSHK.shape[1]
     if query_offset < 0:
@@ -94,7 +96,7 @@ def attention(
         dtype=q_BSHK.dtype,
         head_dim=q_BSHK.shape[-1],
         dropout=dropout_p > 0.0,
-        documents=cu_seqlens is not None,
+        documents=documents is not None,
         gap=query_offset + q_BSHK.shape[1] > k_BSHK.shape[1],
         bias="distance" if distance_bias is not None else "no" if alibi_slopes is None else "alibi",
     )
@@ -109,7 +111,7 @@ def attention(
             alibi_slopes=alibi_slopes,
             distance_bias=distance_bias,
             softmax_scale=softmax_scale,
-            cu_seqlens=cu_seqlens,
+            documents=documents,
             dropout_p=dropout_p,
             query_offset=query_offset,
             horizon_eps=horizon_eps,
@@ -197,14 +199,14 @@ def _check_distance_bias(
     distance_bias: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
     query_offset: int | None,
-    cu_seqlens: torch.Tensor | None,
+    documents: PackedDocuments | None,
 ) -> None:
     if alibi_slopes is not None:
         raise ValueError("distance_bias: goes in place of alibi_slopes, which must be None")
     queries, keys = q_BSHK.shape[1], k_BSHK.shape[1]
     if query_offset is not None and query_offset + queries > keys:
         raise ValueError(f"query_offset={query_offset}: with a distance_bias no query may stand beyond the last key")
-    longest = keys if cu_seqlens is None else int(cu_seqlens.diff().max())  # documents may cross the rows of the batch
+    longest = keys if documents is None else documents.max_length  # documents may cross the rows of the batch
     shape = tuple(distance_bias.shape)
     if len(shape) != 2 or shape[0] != q_BSHK.shape[2] or shape[1] < longest:
         raise ValueError(f"distance_bias: must be [{q_BSHK.shape[2]}, {longest} or more distances], got {shape}")
@@ -213,12 +215,15 @@ def _check_distance_bias(
         raise ValueError(f"distance_bias: must be torch.float32 on {q_BSHK.device}, got {given}")
 
 
-def _check_documents(
-    q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, cu_seqlens: torch.Tensor, query_offset: int | None
-) -> None:
-    # The values are read by the back ends, some of which never need them on the host.
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        given = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
-        raise ValueError(f"cu_seqlens: must be torch.int32 [documents + 1], got {given}")
+def _find_documents(
+    q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, cu_seqlens: torch.Tensor | PackedDocuments, query_offset: int | None
+) -> PackedDocuments:
     if q_BSHK.shape != k_BSHK.shape or query_offset not in (None, 0):
         raise ValueError("cu_seqlens: needs as many queries as keys and no query_offset")
+    num_tokens = q_BSHK.shape[0] * q_BSHK.shape[1]
+    if isinstance(cu_seqlens, torch.Tensor):
+        return PackedDocuments(cu_seqlens, num_tokens, q_BSHK.device)
+    if cu_seqlens.num_tokens != num_tokens or cu_seqlens.cu_seqlens.device != q_BSHK.device:
+        given = f"of {cu_seqlens.num_tokens} tokens on {cu_seqlens.cu_seqlens.device}"
+        raise ValueError(f"cu_seqlens: must be of the batch's {num_tokens} tokens on {q_BSHK.device}, got {given}")
+    return cu_seqlens

@@ -9,21 +9,59 @@ from itertools import pairwise
 import torch
 
 
-def get_lengths(cu_seqlens: torch.Tensor, num_tokens: int) -> list[int]:
-    """Return the documents' lengths in tokens; some may be 0.
+class PackedDocuments:
+    """The documents of a batch: their boundaries, read once, and what the back ends make of them, made once.
+
+    A model makes it once for all of its layers. From boundaries on the host nothing waits for the device, in no layer.
+    It is not to be changed, nor are the boundaries that it was made of.
 
     Args:
-        cu_seqlens: Boundaries [N + 1] over the flattened tokens of the batch.
-        num_tokens: Tokens in the batch, B * S.
+        cu_seqlens: Boundaries [N + 1], int32, over the flattened tokens of the batch; documents may be empty. They are
+            best on the host: on a device they are read back, which waits for it.
+        num_tokens: Tokens of the batch, B * S.
+        device: Of q, k and v; None: that of ``cu_seqlens``.
+
+    Attributes:
+        cu_seqlens: The boundaries on the device.
+        lengths: Tokens of each document.
+        max_length: Tokens of the longest.
+        num_tokens: Tokens of all.
 
     Raises:
-        ValueError: The boundaries do not rise from 0 to ``num_tokens``.
+        ValueError: The boundaries have another type, or do not rise from 0 to ``num_tokens``.
     """
-    boundaries = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(boundaries)]
-    if boundaries[0] != 0 or boundaries[-1] != num_tokens or min(lengths) < 0:
-        raise ValueError(f"cu_seqlens: must rise from 0 to the batch's {num_tokens} tokens, got {_shorten(boundaries)}")
-    return lengths
+
+    def __init__(self, cu_seqlens: torch.Tensor, num_tokens: int, device: torch.device | None = None) -> None:
+        if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+            given = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+            raise ValueError(f"cu_seqlens: must be torch.int32 [documents + 1], got {given}")
+        boundaries = cu_seqlens.tolist()
+        self.lengths = tuple(end - start for start, end in pairwise(boundaries))
+        if boundaries[0] != 0 or boundaries[-1] != num_tokens or min(self.lengths) < 0:
+            rise = f"must rise from 0 to the batch's {num_tokens} tokens"
+            raise ValueError(f"cu_seqlens: {rise}, got {_shorten(boundaries)}")
+        self.max_length = max(self.lengths)
+        self.num_tokens = num_tokens
+        self.cu_seqlens = _copy_to(cu_seqlens.contiguous(), device or cu_seqlens.device)
+        self._blocks: dict[int, torch.Tensor] = {}
+
+    def blocks(self, block: int) -> torch.Tensor:
+        """Return the blocks of so many tokens that the documents are cut into, the same tensor at each call.
+
+        Returns:
+            Of every block its document, its number in it, and the document's first block among all, int32 [3, blocks]
+            on the device; those with the most causal work come first.
+        """
+        if block not in self._blocks:
+            lengths = torch.tensor(self.lengths)
+            num_blocks = (lengths + block - 1) // block
+            documents = torch.arange(len(lengths)).repeat_interleave(num_blocks)
+            first_blocks = (num_blocks.cumsum(0) - num_blocks)[documents]
+            numbers = torch.arange(len(documents)) - first_blocks
+            order = numbers.argsort(descending=True, stable=True)
+            blocks = torch.stack([documents, numbers, first_blocks])[:, order].to(torch.int32)
+            self._blocks[block] = _copy_to(blocks, self.cu_seqlens.device)
+        return self._blocks[block]
 
 
 def attend_per_document(
@@ -31,15 +69,14 @@ def attend_per_document(
     q_BSHK: torch.Tensor,
     k_BSHK: torch.Tensor,
     v_BSHK: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    documents: PackedDocuments,
 ) -> torch.Tensor:
     """Call ``attend`` for every document, once for all documents of one length, and put the results back in order."""
     batch, seq_length = q_BSHK.shape[:2]
-    lengths = get_lengths(cu_seqlens, batch * seq_length)
     # Tensor.split, not slices: its backward is one concatenation, not one zero-filled batch for each document.
-    documents_q, documents_k, documents_v = (x.flatten(0, 1).split(lengths) for x in (q_BSHK, k_BSHK, v_BSHK))
+    documents_q, documents_k, documents_v = (x.flatten(0, 1).split(documents.lengths) for x in (q_BSHK, k_BSHK, v_BSHK))
     same_length: defaultdict[int, list[int]] = defaultdict(list)
-    for document, length in enumerate(lengths):
+    for document, length in enumerate(documents.lengths):
         same_length[length].append(document)
 
     outputs = list(documents_q)  # an empty document is its own output
@@ -51,6 +88,12 @@ def attend_per_document(
             for document, output_SHK in zip(group, attend(*grouped).unbind(), strict=True):
                 outputs[document] = output_SHK
     return torch.cat(outputs).unflatten(0, (batch, seq_length))
+
+
+def _copy_to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()  # or the host waits for the copy
+    return x.to(device, non_blocking=True)
 
 
 def _shorten(values: list[int]) -> str:

@@ -14,7 +14,7 @@ import re
 import torch
 
 from alibi_attention.capability import Capability
-from alibi_attention.documents import get_lengths
+from alibi_attention.documents import PackedDocuments
 
 try:
     from flash_attn import __version__ as _VERSION
@@ -68,7 +68,7 @@ def attend(
     alibi_slopes: torch.Tensor | None,
     distance_bias: torch.Tensor | None,
     softmax_scale: float,
-    cu_seqlens: torch.Tensor | None,
+    documents: PackedDocuments | None,
     dropout_p: float,
     query_offset: int,
     horizon_eps: float,
@@ -83,21 +83,20 @@ def attend(
     # Its backward allocates dq, dk and dv with the strides of q, k and v, and its kernels want the last one to be 1.
     q_BSHK, k_BSHK, v_BSHK = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BSHK, k_BSHK, v_BSHK))
     batch, num_queries = q_BSHK.shape[:2]
-    if cu_seqlens is None:
+    if documents is None:
         # It lets the last query stand at the last key: the keys after that are the future of all queries.
         visible_keys = query_offset + num_queries
         k_BSHK, v_BSHK = k_BSHK[:, :visible_keys], v_BSHK[:, :visible_keys]
         slopes_BH = _repeat(alibi_slopes, batch)
         return _align_gradient(flash_attn_func(q_BSHK, k_BSHK, v_BSHK, alibi_slopes=slopes_BH, **arguments))
 
-    max_length = max(get_lengths(cu_seqlens, batch * num_queries))
     output_THK = flash_attn_varlen_func(
         *(x.flatten(0, 1) for x in (q_BSHK, k_BSHK, v_BSHK)),
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_length,
-        max_seqlen_k=max_length,
-        alibi_slopes=_repeat(alibi_slopes, len(cu_seqlens) - 1),
+        cu_seqlens_q=documents.cu_seqlens,
+        cu_seqlens_k=documents.cu_seqlens,
+        max_seqlen_q=documents.max_length,
+        max_seqlen_k=documents.max_length,
+        alibi_slopes=_repeat(alibi_slopes, len(documents.lengths)),
         **arguments,
     )
     return _align_gradient(output_THK).unflatten(0, (batch, num_queries))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from alibi_attention.capability import Capability
-from alibi_attention.documents import attend_per_document
+from alibi_attention.documents import PackedDocuments, attend_per_document
 from alibi_attention.folded_cpu import AttendInParts, find_missing, group_heads, plan_head
 from alibi_attention.horizon import find_horizons
 
@@ -61,7 +61,7 @@ def attend(
     alibi_slopes: torch.Tensor | None,
     distance_bias: torch.Tensor | None,
     softmax_scale: float,
-    cu_seqlens: torch.Tensor | None,
+    documents: PackedDocuments | None,
     dropout_p: float,
     query_offset: int,
     horizon_eps: float,
@@ -77,9 +77,9 @@ def attend(
             return attend_with_extra_dims(q_BSHK, k_BSHK, v_BSHK, slopes_H, softmax_scale, query_offset)
         return _attend_on_cpu(q_BSHK, k_BSHK, v_BSHK, slopes_H, softmax_scale, query_offset, horizon_eps)
 
-    if cu_seqlens is None:
+    if documents is None:
         return attend_rows(q_BSHK, k_BSHK, v_BSHK)
-    return attend_per_document(attend_rows, q_BSHK, k_BSHK, v_BSHK, cu_seqlens)
+    return attend_per_document(attend_rows, q_BSHK, k_BSHK, v_BSHK, documents)
 
 
 def _attend_on_cpu(

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from alibi_attention.capability import Capability
-from alibi_attention.documents import get_lengths
+from alibi_attention.documents import PackedDocuments
 
 NAME = "native"
 
@@ -65,14 +65,14 @@ def attend(
     alibi_slopes: torch.Tensor | None,
     distance_bias: torch.Tensor | None,
     softmax_scale: float,
-    cu_seqlens: torch.Tensor | None,
+    documents: PackedDocuments | None,
     dropout_p: float,
     query_offset: int,
     horizon_eps: float,
 ) -> torch.Tensor:
     """Attend causally in C++. See ``alibi_attention.attention`` for the arguments."""
     slopes_H = torch.zeros(q_BSHK.shape[2]) if alibi_slopes is None else alibi_slopes.contiguous()
-    lengths = None if cu_seqlens is None else get_lengths(cu_seqlens, q_BSHK.shape[0] * q_BSHK.shape[1])
+    lengths = None if documents is None else documents.lengths
     constants = {"softmax_scale": softmax_scale, "query_offset": query_offset, "horizon_eps": horizon_eps}
     output_BSHK: torch.Tensor = _Attention.apply(q_BSHK, k_BSHK, v_BSHK, slopes_H, lengths, constants)
     return output_BSHK
@@ -88,7 +88,7 @@ class _Attention(torch.autograd.Function):
         k_BSHK: torch.Tensor,
         v_BSHK: torch.Tensor,
         slopes_H: torch.Tensor,
-        lengths: list[int] | None,
+        lengths: tuple[int, ...] | None,
         constants: dict[str, float],
     ) -> torch.Tensor:
         q_BSHK, k_BSHK, v_BSHK = (_with_even_rows(x, flat=lengths is not None) for x in (q_BSHK, k_BSHK, v_BSHK))
@@ -128,7 +128,7 @@ def _with_even_rows(x_BSHK: torch.Tensor, flat: bool) -> torch.Tensor:
 
 
 def _list_sequences(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int] | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[int, ...] | None
 ) -> tuple[torch.Tensor, int]:
     """Return ``Sequence`` of native.cpp for each row of the batch or document with tokens, and the number of blocks."""
     if lengths is None:

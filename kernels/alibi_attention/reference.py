@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from alibi_attention.capability import Capability
-from alibi_attention.documents import get_lengths
+from alibi_attention.documents import PackedDocuments
 
 NAME = "reference"
 
@@ -40,13 +40,13 @@ def attend(
     alibi_slopes: torch.Tensor | None,
     distance_bias: torch.Tensor | None,
     softmax_scale: float,
-    cu_seqlens: torch.Tensor | None,
+    documents: PackedDocuments | None,
     dropout_p: float,
     query_offset: int,
     horizon_eps: float,
 ) -> torch.Tensor:
     """Attend causally to all keys, by the equation. See ``alibi_attention.attention`` for the arguments."""
-    if cu_seqlens is not None:
+    if documents is not None:
         batch, seq_length = q_BSHK.shape[:2]
         q_BSHK, k_BSHK, v_BSHK = (x.flatten(0, 1).unsqueeze(0) for x in (q_BSHK, k_BSHK, v_BSHK))
 
@@ -64,12 +64,12 @@ def attend(
         scores_BHQT = scores_BHQT + distance_bias.to(compute_dtype)[:, distance_QT.clamp(0, distance_bias.shape[1] - 1)]
 
     visible_QT = distance_QT >= 0
-    if cu_seqlens is not None:
-        lengths = torch.tensor(get_lengths(cu_seqlens, queries), device=q_BSHK.device)
+    if documents is not None:
+        lengths = torch.tensor(documents.lengths, device=q_BSHK.device)
         document_Q = torch.repeat_interleave(torch.arange(len(lengths), device=q_BSHK.device), lengths)
         visible_QT = visible_QT & (document_Q[:, None] == document_Q)
 
     weights_BHQT = scores_BHQT.masked_fill(~visible_QT, -torch.inf).softmax(dim=-1)
     weights_BHQT = F.dropout(weights_BHQT, dropout_p)
     output_BSHK = (weights_BHQT @ v_BHTK).transpose(1, 2).to(q_BSHK.dtype)
-    return output_BSHK if cu_seqlens is None else output_BSHK.unflatten(1, (batch, seq_length)).squeeze(0)
+    return output_BSHK if documents is None else output_BSHK.unflatten(1, (batch, seq_length)).squeeze(0)

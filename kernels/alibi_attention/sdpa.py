@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alibi_attention.capability import Capability
 from alibi_attention.distance_bias import attend_with_distance_bias
-from alibi_attention.documents import attend_per_document
+from alibi_attention.documents import PackedDocuments, attend_per_document
 
 NAME = "sdpa"
 
@@ -54,7 +54,7 @@ def attend(
     alibi_slopes: torch.Tensor | None,
     distance_bias: torch.Tensor | None,
     softmax_scale: float,
-    cu_seqlens: torch.Tensor | None,
+    documents: PackedDocuments | None,
     dropout_p: float,
     query_offset: int,
     horizon_eps: float,
@@ -74,9 +74,9 @@ def attend(
         slopes_H = q_BSHK.new_zeros(1) if alibi_slopes is None else alibi_slopes
         return _attend_blocks(sdpa, q_BSHK, k_BSHK, v_BSHK, slopes_H, query_offset)
 
-    if cu_seqlens is None:
+    if documents is None:
         return attend_rows(q_BSHK, k_BSHK, v_BSHK)
-    return attend_per_document(attend_rows, q_BSHK, k_BSHK, v_BSHK, cu_seqlens)
+    return attend_per_document(attend_rows, q_BSHK, k_BSHK, v_BSHK, documents)
 
 
 def _attend_blocks(

@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from alibi_attention.documents import get_lengths
+from alibi_attention.documents import PackedDocuments
 
 _MIN_HEAD_DIM = 16  # of a matrix product
 
@@ -24,7 +23,7 @@ class Documents(NamedTuple):
     cu_seqlens: torch.Tensor | None
     """Their boundaries."""
     tasks: torch.Tensor | None
-    """Of every block: its row, its number in it, the row's first block among all; [3, blocks]."""
+    """Of every block: its row, its number in it, the row's first block among all; ``PackedDocuments.blocks``."""
 
 
 NO_DOCUMENTS = Documents(None, None)
@@ -86,23 +85,19 @@ class Geometry(NamedTuple):
 
 
 def make_geometry(
-    q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, cu_seqlens: torch.Tensor | None, query_offset: int, block: int
+    q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, packed: PackedDocuments | None, query_offset: int, block: int
 ) -> tuple[Geometry, Documents]:
-    """Return the geometry of a call; packed documents have to be one row of a batch.
-
-    Raises:
-        ValueError: The boundaries do not rise from 0 to the number of tokens.
-    """
+    """Return the geometry of a call; packed documents have to be one row of a batch."""
     batch, num_queries, num_heads, head_dim = q_BSHK.shape
     num_keys = k_BSHK.shape[1]
     documents = NO_DOCUMENTS
     num_query_blocks, num_key_blocks = -(-num_queries // block), -(-num_keys // block)
-    if cu_seqlens is not None:
-        tasks = _get_tasks(cu_seqlens, num_queries, block)
-        documents = Documents(cu_seqlens.contiguous(), tasks)
+    if packed is not None:
+        tasks = packed.blocks(block)
+        documents = Documents(packed.cu_seqlens, tasks)
         num_query_blocks = num_key_blocks = tasks.shape[1]
     geometry = Geometry(
-        packed=cu_seqlens is not None,
+        packed=packed is not None,
         num_groups=batch * num_heads,
         num_heads=num_heads,
         num_query_blocks=num_query_blocks,
@@ -114,27 +109,3 @@ def make_geometry(
         block=block,
     )
     return geometry, documents
-
-
-# All layers of a model get the same boundaries. They are read once: reading them waits for the GPU.
-_TASKS = WeakTensorKeyDictionary()
-
-
-def _get_tasks(cu_seqlens: torch.Tensor, num_tokens: int, block: int) -> torch.Tensor:
-    if cu_seqlens.is_inference():  # it has no version, which would tell of a change
-        return _make_tasks(cu_seqlens, num_tokens, block)
-    key = (cu_seqlens._version, num_tokens, block)
-    if cu_seqlens not in _TASKS or _TASKS[cu_seqlens][0] != key:
-        _TASKS[cu_seqlens] = (key, _make_tasks(cu_seqlens, num_tokens, block))
-    return _TASKS[cu_seqlens][1]
-
-
-def _make_tasks(cu_seqlens: torch.Tensor, num_tokens: int, block: int) -> torch.Tensor:
-    """Return ``Documents.tasks``, the blocks with the most causal work first."""
-    lengths = torch.tensor(get_lengths(cu_seqlens, num_tokens))
-    num_blocks = (lengths + block - 1) // block
-    rows = torch.arange(len(lengths)).repeat_interleave(num_blocks)
-    first_blocks = (num_blocks.cumsum(0) - num_blocks)[rows]
-    blocks = torch.arange(len(rows)) - first_blocks
-    order = blocks.argsort(descending=True, stable=True)
-    return torch.stack([rows, blocks, first_blocks])[:, order].to(cu_seqlens.device, torch.int32)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from alibi_attention.capability import Capability
+from alibi_attention.documents import PackedDocuments
 from alibi_attention.triton_geometry import Documents, Geometry, make_geometry
 from alibi_attention.triton_launch import Launch
 
@@ -61,16 +62,16 @@ def attend(
     alibi_slopes: torch.Tensor | None,
     distance_bias: torch.Tensor | None,
     softmax_scale: float,
-    cu_seqlens: torch.Tensor | None,
+    documents: PackedDocuments | None,
     dropout_p: float,
     query_offset: int,
     horizon_eps: float,
 ) -> torch.Tensor:
     """Attend causally up to the horizon. See ``alibi_attention.attention`` for the arguments."""
-    if cu_seqlens is None:
+    if documents is None:
         return _Attention.apply(q_BSHK, k_BSHK, v_BSHK, alibi_slopes, None, softmax_scale, query_offset, horizon_eps)
     qkv = (x.flatten(0, 1).unsqueeze(0) for x in (q_BSHK, k_BSHK, v_BSHK))
-    return _Attention.apply(*qkv, alibi_slopes, cu_seqlens, softmax_scale, 0, horizon_eps).view_as(q_BSHK)
+    return _Attention.apply(*qkv, alibi_slopes, documents, softmax_scale, 0, horizon_eps).view_as(q_BSHK)
 
 
 class _Attention(torch.autograd.Function):
@@ -81,7 +82,7 @@ class _Attention(torch.autograd.Function):
         k_BSHK: torch.Tensor,
         v_BSHK: torch.Tensor,
         slopes_H: torch.Tensor | None,
-        cu_seqlens: torch.Tensor | None,
+        packed: PackedDocuments | None,
         softmax_scale: float,
         query_offset: int,
         horizon_eps: float,
@@ -89,7 +90,7 @@ class _Attention(torch.autograd.Function):
         q_BSHK, k_BSHK, v_BSHK = _with_dense_heads(q_BSHK), _with_dense_heads(k_BSHK), _with_dense_heads(v_BSHK)
         slopes_H = None if slopes_H is None else slopes_H.contiguous()
         geometry, documents = make_geometry(
-            q_BSHK, k_BSHK, cu_seqlens, query_offset, triton_tiles.block_tokens(q_BSHK.dtype)
+            q_BSHK, k_BSHK, packed, query_offset, triton_tiles.block_tokens(q_BSHK.dtype)
         )
         o_BSHK, lse_GS, first_keys_GN = run_forward(
             q_BSHK, k_BSHK, v_BSHK, slopes_H, geometry, documents, softmax_scale, horizon_eps

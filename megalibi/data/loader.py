@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,14 @@ class Batch:
 
     sample_hash: int
     """Sum of the samples' hashes modulo 2**64, as a signed integer: ranks and micro batches add up by an int64 sum."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device; the boundaries of the documents stay on the host, where the model reads them."""
+        if device.type != "cuda":
+            return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
+        # From pinned memory, or the host waits for the copy.
+        tokens, labels = (x.pin_memory().to(device, non_blocking=True) for x in (self.tokens, self.labels))
+        return replace(self, tokens=tokens, labels=labels)
 
 
 class Loader:

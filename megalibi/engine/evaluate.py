@@ -31,11 +31,10 @@ def validation_loss(
         device: Where this rank computes.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in batches:
-        labels_BS = batch.labels.to(device)
-        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-        losses_BS = model(batch.tokens.to(device), labels_BS, cu_seqlens=cu_seqlens)
-        total += torch.stack([losses_BS.double().sum(), (labels_BS != IGNORE_INDEX).sum().double()])
+    for host_batch in batches:
+        batch = host_batch.to(device)
+        losses_BS = model(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens)
+        total += torch.stack([losses_BS.double().sum(), (batch.labels != IGNORE_INDEX).sum().double()])
     loss_sum, tokens = all_reduce_raw(total, groups.data).tolist()
     return loss_sum / tokens, int(tokens)
 

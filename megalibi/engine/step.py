@@ -59,8 +59,10 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     # int64 sums wrap around, as sample hashes are meant to.
-    counts = torch.tensor([[int((b.labels != IGNORE_INDEX).sum()), b.sample_hash] for b in batches], device=device)
-    tokens, sample_hash = (int(n) for n in all_reduce_raw(counts.sum(0), groups.data))
+    counts = torch.tensor([[int((b.labels != IGNORE_INDEX).sum()), b.sample_hash] for b in batches]).sum(0)
+    if groups.data.size > 1:  # a rank alone knows them without waiting for the device
+        counts = all_reduce_raw(counts.to(device), groups.data)
+    tokens, sample_hash = counts.tolist()
     loss_scale = find_loss_scale(engine)
     if hasattr(engine.optimizer, "loss_scaler"):  # a checkpoint may have brought another one
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # that such a step was skipped is ours to say
@@ -68,12 +70,13 @@ def train_step(
     factor = groups.data.size / tokens * (loss_scale if engine.zero_optimization_stage() == 0 else 1.0)
 
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for index, batch in enumerate(batches):
+    for index, host_batch in enumerate(batches):
+        batch = host_batch.to(device)
         first_sample = samples_consumed + (index * groups.data.size + groups.data.rank) * len(batch.tokens)
         losses_BS = engine(
-            batch.tokens.to(device, non_blocking=True),
-            batch.labels.to(device, non_blocking=True),
-            cu_seqlens=None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True),
+            batch.tokens,
+            batch.labels,
+            cu_seqlens=batch.cu_seqlens,
             micro_batch_key=derive_key(seed, "dropout", first_sample),
         )
         loss = losses_BS.sum(dtype=torch.float64)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from alibi_attention import attention, resolve_backend
+from alibi_attention import PackedDocuments, attention, resolve_backend
 from megalibi.config import ConfigError, ModelConfig
 from megalibi.model.positions import METHODS, PositionMethod, ScoreBias
 from megalibi.parallel import ColumnParallelLinear, Group, RowParallelLinear, dropout_key, fork_rng
@@ -61,7 +61,9 @@ class SelfAttention(nn.Module):
             hidden_size, hidden_size, bias=model.bias, group=group, sequence_parallel=sequence_parallel
         )
 
-    def forward(self, x_BSH: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None, bias: ScoreBias) -> Tensor:
+    def forward(
+        self, x_BSH: Tensor, micro_batch_key: int | None, bias: ScoreBias, *, documents: PackedDocuments | None = None
+    ) -> Tensor:
         """Return what attention adds to the residual stream, [B, S, H]."""
         qkv = self.qkv(x_BSH)  # [B, S, 3AK], the whole sequence
         q_BSAK, k_BSAK, v_BSAK = qkv.unflatten(-1, (3, self.num_heads_local, -1)).unbind(2)
@@ -79,7 +81,7 @@ class SelfAttention(nn.Module):
                 v_BSAK,
                 alibi_slopes=bias.alibi_slopes,
                 distance_bias=bias.distance_bias,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=documents,
                 dropout_p=dropout_p,
                 backend=self.backend,
             )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alibi_attention import PackedDocuments
 from megalibi.config import ModelConfig
 from megalibi.model.attention import SelfAttention
 from megalibi.model.positions import PositionMethod, ScoreBias
@@ -48,18 +49,23 @@ class Block(nn.Module):
         self.dropout = ResidualDropout(model.dropout, layer, group=group, sequence_parallel=sequence_parallel)
 
     def forward(
-        self, x_BSH: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None, *bias: Tensor | None
+        self,
+        x_BSH: Tensor,
+        micro_batch_key: int | None,
+        *bias: Tensor | None,
+        documents: PackedDocuments | None = None,
     ) -> Tensor:
         """Return the residual stream after this block.
 
         Args:
             x_BSH: The residual stream.
-            cu_seqlens: Document boundaries that attention does not cross; None: it sees the whole row.
             micro_batch_key: Keys dropout; None: no dropout.
             bias: The fields of a ScoreBias, one by one: activation checkpointing finds only tensors that are arguments
                 themselves.
+            documents: Attention does not cross their boundaries; None: it sees the whole row. By name, for ZeRO 3
+                looks for tensors in what is given by position, and warns of a type that it does not know.
         """
-        y_BSH = self.attention(self.attention_norm(x_BSH), cu_seqlens, micro_batch_key, ScoreBias(*bias))
+        y_BSH = self.attention(self.attention_norm(x_BSH), micro_batch_key, ScoreBias(*bias), documents=documents)
         x_BSH = x_BSH + self.dropout(y_BSH, "attention output", micro_batch_key)
         y_BSH = self.mlp(self.mlp_norm(x_BSH), micro_batch_key)
         return x_BSH + self.dropout(y_BSH, "mlp output", micro_batch_key)

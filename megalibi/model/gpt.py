@@ -5,12 +5,14 @@ Shapes: B batch, S sequence, H hidden, V vocabulary rows of this rank.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from alibi_attention import PackedDocuments
 from megalibi.config import ModelConfig
 from megalibi.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from megalibi.model.block import Block, LayerNorm, ResidualDropout
@@ -88,7 +90,8 @@ class GPT(nn.Module):
         Args:
             tokens_BS: Token ids.
             labels_BS: The next token's ids; -100 where there is no loss.
-            cu_seqlens: int32 document boundaries over the B * S tokens, which attention does not cross.
+            cu_seqlens: int32 document boundaries over the B * S tokens, which attention does not cross; on the host, or
+                reading them waits for the device.
             micro_batch_key: Keys dropout; None: no dropout.
         """
         return self.output(self._last_hidden(tokens_BS, cu_seqlens, micro_batch_key), labels_BS, micro_batch_key)
@@ -113,14 +116,16 @@ class GPT(nn.Module):
             x_BSH = scatter_to_sequence(x_BSH, self.group)
         x_BSH = self.dropout(x_BSH, "embedding", micro_batch_key)
         bias = self.positions.score_bias(tokens_BS.shape[1], x_BSH.device)
+        documents = None if cu_seqlens is None else PackedDocuments(cu_seqlens, tokens_BS.numel(), x_BSH.device)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 # Dropout is keyed, so there is no random state to put back for the second forward pass.
+                forward = partial(block, documents=documents)
                 x_BSH = checkpoint(
-                    block, x_BSH, cu_seqlens, micro_batch_key, *bias, use_reentrant=True, preserve_rng_state=False
+                    forward, x_BSH, micro_batch_key, *bias, use_reentrant=True, preserve_rng_state=False
                 )
             else:
-                x_BSH = block(x_BSH, cu_seqlens, micro_batch_key, *bias)
+                x_BSH = block(x_BSH, micro_batch_key, *bias, documents=documents)
         return self.final_norm(x_BSH)
 
 

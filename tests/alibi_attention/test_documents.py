@@ -3,22 +3,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alibi_attention.documents import attend_per_document, get_lengths
+from alibi_attention.documents import PackedDocuments, attend_per_document
 
 
-def test_get_lengths_counts_empty_documents():
-    assert get_lengths(torch.tensor([0, 0, 1, 6, 6], dtype=torch.int32), 6) == [0, 1, 5, 0]
+def test_empty_documents_have_a_length_too():
+    documents = PackedDocuments(torch.tensor([0, 0, 1, 6, 6], dtype=torch.int32), 6)
+    assert (documents.lengths, documents.max_length) == ((0, 1, 5, 0), 5)
 
 
 @pytest.mark.parametrize("boundaries", [[1, 6], [0, 5], [0, 7], [0, 4, 3, 6]])
 def test_boundaries_that_do_not_rise_from_0_to_the_end_are_refused(boundaries):
     with pytest.raises(ValueError, match="must rise from 0 to the batch's 6 tokens, got"):
-        get_lengths(torch.tensor(boundaries, dtype=torch.int32), 6)
+        PackedDocuments(torch.tensor(boundaries, dtype=torch.int32), 6)
 
 
 def test_many_bad_boundaries_are_named_in_one_short_line():
     with pytest.raises(ValueError, match=r"got \[0, 1, 2, 3, \.\.\., 99\]$"):
-        get_lengths(torch.arange(100, dtype=torch.int32), 98)
+        PackedDocuments(torch.arange(100, dtype=torch.int32), 98)
 
 
 def test_documents_of_one_length_share_a_call_and_keep_their_order():
@@ -33,5 +34,5 @@ def test_documents_of_one_length_share_a_call_and_keep_their_order():
         calls.append(tuple(q.shape[:2]))
         return -q
 
-    assert torch.equal(attend_per_document(negate, tokens, tokens, tokens, cu_seqlens), -tokens)
+    assert torch.equal(attend_per_document(negate, tokens, tokens, tokens, PackedDocuments(cu_seqlens, 10)), -tokens)
     assert calls == [(3, 2), (1, 3), (1, 1)]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import alibi_attention
-from alibi_attention import alibi_slopes, attention, backends, resolve_backend, triton_kernel, triton_tiles
+from alibi_attention import PackedDocuments, alibi_slopes, attention, backends, resolve_backend, triton_kernel, triton_tiles
 from alibi_attention.triton_geometry import make_geometry
 
 FP32_ATOL = 1e-5  # output and gradients of standard normal inputs, against fp64
@@ -36,7 +36,8 @@ def plain_sdpa(q, k, v):
 
 def find_first_keys(q, k, v, slopes, horizon_eps=2.0**-24, cu_seqlens=None, softmax_scale=None):
     """The first key of each query block [groups, blocks], as the forward pass stores it for the backward."""
-    geometry, documents = make_geometry(q, k, cu_seqlens, k.shape[1] - q.shape[1], BLOCK)
+    packed = None if cu_seqlens is None else PackedDocuments(cu_seqlens, q.shape[1])
+    geometry, documents = make_geometry(q, k, packed, k.shape[1] - q.shape[1], BLOCK)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return triton_kernel.run_forward(q, k, v, slopes, geometry, documents, scale, horizon_eps)[2]
 

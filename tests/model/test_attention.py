@@ -40,7 +40,7 @@ def test_attention_equals_the_definition() -> None:
     # The paper's rule for 6 heads: those of 4, then every second one of 8.
     slopes = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
     with torch.no_grad():
-        output = attention(x, None, None, positions.score_bias(7, x.device))
+        output = attention(x, None, positions.score_bias(7, x.device))
     for row in range(2):
         expected = attend_slowly(x[row].double(), qkv.double(), proj.double(), slopes)
         torch.testing.assert_close(output[row].double(), expected, rtol=1e-4, atol=1e-3)
@@ -56,7 +56,7 @@ def _heads_output(micro_batch_key: int | None) -> Tensor:
     with torch.no_grad():
         for seed, parameter in enumerate(attention.parameters()):
             parameter.copy_(randn(seed, *parameter.shape))
-        attention(randn(9, 2, 8, model.hidden_size), None, micro_batch_key, ScoreBias())
+        attention(randn(9, 2, 8, model.hidden_size), micro_batch_key, ScoreBias())
     return captured[0]
 
 

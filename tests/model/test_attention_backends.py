@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tests.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; this file is imported in ranks
-from alibi_attention import backends
+from alibi_attention import PackedDocuments, backends
 from alibi_attention.capability import Capability
 from megalibi.model.attention import SelfAttention
 from megalibi.model.positions import build_position_method
@@ -36,12 +36,12 @@ def _attend(backend: str, num_heads: int, dtype: torch.dtype) -> dict[str, Tenso
     positions = build_position_method(model, group)
     attention = SelfAttention(model, 0, positions, group=group, sequence_parallel=False).to(dtype)
     results = {}
-    for kind, documents in (("row", None), ("documents", torch.tensor(DOCUMENTS, dtype=torch.int32))):
+    for kind, documents in (("row", None), ("documents", PackedDocuments(torch.tensor(DOCUMENTS, dtype=torch.int32), SEQ_LENGTH))):
         attention.zero_grad()
         load_full(attention.qkv.weight, randn(1, 3 * hidden_size, hidden_size) / hidden_size**0.5, group)
         load_full(attention.proj.weight, randn(2, hidden_size, hidden_size) / hidden_size**0.5, group)
         x = randn(3, 1, SEQ_LENGTH, hidden_size, dtype=dtype).requires_grad_()
-        output = attention(x, documents, None, positions.score_bias(SEQ_LENGTH, x.device))
+        output = attention(x, None, positions.score_bias(SEQ_LENGTH, x.device), documents=documents)
         output.backward(randn(4, 1, SEQ_LENGTH, hidden_size, dtype=dtype))
         assert x.grad is not None
         results[f"{kind}: output"], results[f"{kind}: gradient of x"] = output.detach(), x.grad

@@ -45,8 +45,8 @@ def test_block_adds_attention_then_mlp_each_behind_its_norm() -> None:
     gpt = build_gpt(model)
     block, bias = gpt.blocks[0], gpt.positions.score_bias(5, torch.device("cpu"))
     x = randn(1, 2, 5, model.hidden_size)
-    middle = x + block.attention(block.attention_norm(x), None, None, bias)
-    torch.testing.assert_close(block(x, None, None, *bias), middle + block.mlp(block.mlp_norm(middle)))
+    middle = x + block.attention(block.attention_norm(x), None, bias)
+    torch.testing.assert_close(block(x, None, *bias), middle + block.mlp(block.mlp_norm(middle)))
 
 
 def _drop_ones(sequence_parallel: bool) -> Tensor:
@@ -86,7 +86,7 @@ def _norm_and_bias_grads(sequence_parallel: bool) -> dict[str, Tensor]:
     upstream = randn(2, 2, 8, model.hidden_size)
     if sequence_parallel:
         x, upstream = scatter_to_sequence(x, group), scatter_to_sequence(upstream, group)
-    block(x, None, None, *positions.score_bias(8, x.device)).backward(upstream)
+    block(x, None, *positions.score_bias(8, x.device)).backward(upstream)
     replicated = ("attention_norm.", "mlp_norm.", "proj.bias", "down.bias")
     return {
         name: parameter.grad.clone()
