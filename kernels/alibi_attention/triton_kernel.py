@@ -123,7 +123,7 @@ def run_forward(
         horizon_eps = 0.0
     attend, find_norms = _forward_launches(
         q_BSHK.device, q_BSHK.dtype, slopes_H is None, geometry, q_BSHK.stride(), k_BSHK.stride(), v_BSHK.stride(),
-        softmax_scale, horizon_eps,
+        softmax_scale, horizon_eps, torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     groups = geometry.num_groups
     o_BSHK = torch.empty(q_BSHK.shape, dtype=q_BSHK.dtype, device=q_BSHK.device)
@@ -155,7 +155,7 @@ def run_backward(
     """Return dq, dk and dv from what ``run_forward`` was given and has returned."""
     find_dq, find_dk_dv = _backward_launches(
         q_BSHK.device, q_BSHK.dtype, slopes_H is None, first_keys_GN is None, geometry, q_BSHK.stride(),
-        k_BSHK.stride(), v_BSHK.stride(), do_BSHK.stride(), softmax_scale,
+        k_BSHK.stride(), v_BSHK.stride(), do_BSHK.stride(), softmax_scale, torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     dq_BSHK, dk_BSHK, dv_BSHK = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BSHK, k_BSHK, v_BSHK))
     delta_GS = torch.empty_like(lse_GS)  # written by the first kernel, read by the second
@@ -177,6 +177,7 @@ def _forward_launches(
     v_strides: tuple[int, ...],
     softmax_scale: float,
     horizon_eps: float,
+    deterministic: bool,
 ) -> tuple[Launch, Launch | None]:
     """Return the launches of the forward pass, and of the norms before it if there is a horizon.
 
@@ -192,7 +193,7 @@ def _forward_launches(
         "length_bucket": geometry.num_keys.bit_length(),
         "SCAN": triton_tiles.scan_blocks(),
     }
-    attend = Launch(triton_forward.forward_kernel, lambda _: programs, arguments)
+    attend = Launch(_choose_tuner(triton_forward.forward_kernel, deterministic), lambda _: programs, arguments)
     if horizon_eps == 0.0:
         return attend, None
     norms = groups * geometry.num_key_blocks
@@ -212,6 +213,7 @@ def _backward_launches(
     v_strides: tuple[int, ...],
     do_strides: tuple[int, ...],
     softmax_scale: float,
+    deterministic: bool,
 ) -> tuple[Launch, Launch]:
     """Return the launches for dq, and for dk and dv; see ``_forward_launches``."""
     arguments = {
@@ -222,18 +224,22 @@ def _backward_launches(
     }
     tokens = geometry.num_groups * geometry.block
     find_dq = Launch(
-        triton_backward.query_gradient_kernel,
+        _choose_tuner(triton_backward.query_gradient_kernel, deterministic),
         lambda tile: tokens * geometry.num_query_blocks // tile["BLOCK_M"],
         arguments | geometry.strides(o=geometry.dense_strides(geometry.num_queries)),
     )
     find_dk_dv = Launch(
-        triton_backward.key_gradient_kernel,
+        _choose_tuner(triton_backward.key_gradient_kernel, deterministic),
         lambda tile: tokens * geometry.num_key_blocks // tile["BLOCK_N"],
         arguments
         | geometry.strides(dk=geometry.dense_strides(geometry.num_keys))
         | {"SCAN": triton_tiles.scan_blocks()},
     )
     return find_dq, find_dk_dv
+
+
+def _choose_tuner(kernel: Any, deterministic: bool) -> Any:
+    return triton_tiles.with_fixed_tile(kernel) if deterministic else kernel
 
 
 def _with_dense_heads(x_BSHK: torch.Tensor) -> torch.Tensor:

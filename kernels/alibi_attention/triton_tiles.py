@@ -1,6 +1,7 @@
 """The tile sizes that the Triton kernels may take: small fixed ones in the interpreter, a short list to time on a GPU.
 
-triton.autotune times a list once for each kernel, type, padded head dimension and power of two of the length. The lists
+triton.autotune times a list once for each kernel, type, padded head dimension and power of two of the length; under
+torch.use_deterministic_algorithms the first of a list that fits is taken (``with_fixed_tile``). The lists
 hold what compiles for sm_90 with few spilled registers or none and fits into its shared memory. They have not been
 timed on a GPU yet, and this is the place for what that will say.
 """
@@ -8,8 +9,9 @@ timed on a GPU yet, and this is the place for what that will say.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,6 +70,29 @@ class Tiles:
         itemsize, head_dim = (arguments | constants)["q_ptr"].element_size(), constants["BLOCK_K"]
         fitting = [limits for limits in self.candidates if limits[0] == itemsize and head_dim <= limits[1]]
         return [_make_config(*sizes) for sizes in self.candidates[min(fitting)]]
+
+
+@cache
+def with_fixed_tile(kernel: Any) -> Any:
+    """Return a tuned kernel that takes the first candidate which the device has room for, and times nothing.
+
+    A tile decides the order of sums, and times differ from process to process. This choice is the same in each of them,
+    and knows nothing of what ``kernel`` itself has chosen.
+    """
+    fixed = triton.autotune(
+        kernel.configs,
+        key=kernel.keys,
+        prune_configs_by={"early_config_prune": kernel.early_config_prune},
+        do_bench=_run_untimed,
+    )(kernel.fn)
+    fixed.cache_results = False  # TRITON_CACHE_AUTOTUNING would give it what another process has timed
+    return fixed
+
+
+def _run_untimed(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
+    """Stand in for a benchmark: all that run are equally fast, and of equals the tuner takes the first."""
+    call()  # raises what tells the tuner that there is no room
+    return [0.0] * len(quantiles)
 
 
 # A tile's rows (queries; of KEY_GRADIENT, keys) are 16 to a warp: with fewer, warps compute the same scores twice. Head

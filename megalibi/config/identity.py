@@ -74,6 +74,7 @@ ON_RESUME: dict[str, OnResume] = {
     "train.output_dir": _FREE,
     "train.seed": _FIXED,
     "train.precision": _FIXED,
+    "train.deterministic": _SAID,
     "train.log_every_steps": _FREE,
     "train.eval_every_steps": _FREE,
     "train.eval_samples": _SAID,

@@ -164,6 +164,9 @@ class TrainConfig:
     """Initial weights, data order and dropout are functions of it, on any number of ranks."""
     precision: str = "bf16"
     """bf16 (fp32 master weights, accumulation and reduction), fp16 (dynamic loss scale) or fp32."""
+    deterministic: bool = False
+    """On a GPU: the same numbers, bit for bit, at every run and resume on GPUs of one kind, by fixed tiles and
+    deterministic algorithms, which are slower. On a CPU that is so in any case."""
     log_every_steps: int = 10
     """Steps between lines on the console; metrics.jsonl has every step."""
     eval_every_steps: int = 0

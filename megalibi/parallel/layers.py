@@ -41,13 +41,22 @@ class _LinearInTensorGroup(Function):
     In the backward the collective that sums the input's gradient over the group runs while the weight's gradient is
     computed. With sequence parallelism the gathered input is not kept but gathered again, behind the first matmul.
 
+    A row-parallel layer's sum over the group (g) is part of it, because the product is its own tensor, which the sum may
+    replace: as a function of its own it would have to copy it.
+
     What is saved is the parameter itself and not its cast: DeepSpeed ZeRO 3 empties ``weight.data`` after the forward
     and fills it again before the backward, which a saved copy would keep alive.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        group: Group,
+        sequence_parallel: bool,
+        output_group: Group = ALONE,
     ) -> Tensor:
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -56,7 +65,8 @@ class _LinearInTensorGroup(Function):
         ctx.weight_dtype = weight.dtype
         if sequence_parallel:
             x = all_gather_raw(x, group, SEQUENCE_DIM)
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return all_reduce_async_(y.contiguous(), output_group).wait()
 
     @staticmethod
     @once_differentiable
@@ -80,7 +90,7 @@ class _LinearInTensorGroup(Function):
             grad_bias = grad_rows.sum(0).to(ctx.bias_dtype)
         if needs_x:
             grad_x = grad_x_pending.wait()
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -177,11 +187,10 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [.., O] from [.., I / size]."""
         # Alone: the input is already sharded, so nothing is to be summed in the backward.
-        y = _LinearInTensorGroup.apply(x, self.weight, None, ALONE, False)
+        output_group = ALONE if self.sequence_parallel else self.group
+        y = _LinearInTensorGroup.apply(x, self.weight, None, ALONE, False, output_group)
         if self.sequence_parallel:
             y = reduce_scatter_to_sequence(y, self.group)
-        else:
-            y = reduce_from_tensor_group(y, self.group)
         if self.bias is None:
             return y
         bias = use_replicated_param(self.bias, self.group) if self.sequence_parallel else self.bias

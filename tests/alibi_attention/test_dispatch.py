@@ -13,7 +13,8 @@ ORDER = ["native", "triton", "flash", "folded", "sdpa", "reference"]
 
 
 def test_the_package_exports_its_promises():
-    assert set(alibi_attention.__all__) == {"alibi_slopes", "attention", "backends", "local_slopes", "resolve_backend"}
+    functions = {"alibi_slopes", "attention", "backends", "local_slopes", "resolve_backend"}
+    assert set(alibi_attention.__all__) == {"PackedDocuments", *functions}
 
 
 def test_backends_are_listed_in_the_order_of_auto():
