@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from datetime import timedelta
 
+from cuda_environment import set_cuda_environment
 from ranks import Place, init_distributed, run_rank, set_up_device
 
 from megalibi.config import Config, load_config
@@ -28,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(config: Config, place: Place) -> None:
     """Check everything, set up the device and torch.distributed, and train."""
+    set_cuda_environment(config)
     # The imports stand here because they take seconds, and the configuration is known to be sound by now.
     device = set_up_device(place)
 

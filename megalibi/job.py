@@ -302,6 +302,7 @@ def describe_run(job: Job, start: Start) -> None:
         "num_parameters": parameters,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "host": socket.gethostname(),
+        "deterministic": config.train.deterministic,
         "ranks": f"{groups.world.size}: tensor {groups.tensor.size} x data {groups.data.size}",
         "megalibi": megalibi.__version__,
         "torch": version("torch"),

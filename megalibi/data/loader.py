@@ -47,7 +47,7 @@ class Batch:
     """Sum of the samples' hashes modulo 2**64, as a signed integer: ranks and micro batches add up by an int64 sum."""
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; the boundaries of the documents stay on the host, where the model reads them."""
+        """Return the batch on a device; the document boundaries stay on the host, where the model reads them."""
         if device.type != "cuda":
             return replace(self, tokens=self.tokens.to(device), labels=self.labels.to(device))
         # From pinned memory, or the host waits for the copy.

@@ -66,6 +66,9 @@ def build_engine(config: Config, derived: Derived, groups: ProcessGroups, device
         ConfigError: DeepSpeed refuses fp16 on this device, or the attention back end cannot run.
     """
     _quieten_deepspeed()
+    if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:
+        # Of the whole process: the back ends of attention ask for it too, and choose tiles and algorithms by it.
+        torch.use_deterministic_algorithms(config.train.deterministic)
     check_backend(config.model, device, DTYPES[config.train.precision])
     if config.train.precision == "fp16" and config.zero.stage > 0 and not get_accelerator().is_fp16_supported():
         raise ConfigError(

@@ -121,9 +121,7 @@ class GPT(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 # Dropout is keyed, so there is no random state to put back for the second forward pass.
                 forward = partial(block, documents=documents)
-                x_BSH = checkpoint(
-                    forward, x_BSH, micro_batch_key, *bias, use_reentrant=True, preserve_rng_state=False
-                )
+                x_BSH = checkpoint(forward, x_BSH, micro_batch_key, *bias, use_reentrant=True, preserve_rng_state=False)
             else:
                 x_BSH = block(x_BSH, micro_batch_key, *bias, documents=documents)
         return self.final_norm(x_BSH)

@@ -41,8 +41,8 @@ class _LinearInTensorGroup(Function):
     In the backward the collective that sums the input's gradient over the group runs while the weight's gradient is
     computed. With sequence parallelism the gathered input is not kept but gathered again, behind the first matmul.
 
-    A row-parallel layer's sum over the group (g) is part of it, because the product is its own tensor, which the sum may
-    replace: as a function of its own it would have to copy it.
+    A row-parallel layer's sum over ``output_group`` (g) is part of it, because the product is its own tensor, which the
+    sum may replace; outside, the sum would have to begin with a copy.
 
     What is saved is the parameter itself and not its cast: DeepSpeed ZeRO 3 empties ``weight.data`` after the forward
     and fills it again before the backward, which a saved copy would keep alive.

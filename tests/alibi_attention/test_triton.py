@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 
 import alibi_attention
-from alibi_attention import PackedDocuments, alibi_slopes, attention, backends, resolve_backend, triton_kernel, triton_tiles
+from alibi_attention import (
+    PackedDocuments,
+    alibi_slopes,
+    attention,
+    backends,
+    resolve_backend,
+    triton_kernel,
+    triton_tiles,
+)
 from alibi_attention.triton_geometry import make_geometry
 
 FP32_ATOL = 1e-5  # output and gradients of standard normal inputs, against fp64

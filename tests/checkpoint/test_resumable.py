@@ -60,6 +60,7 @@ OTHER_VALUES: dict[str, Any] = {
     "train.output_dir": "elsewhere",
     "train.seed": 1,
     "train.precision": "bf16",
+    "train.deterministic": True,
     "train.log_every_steps": 3,
     "train.eval_every_steps": 3,
     "train.eval_samples": 3,

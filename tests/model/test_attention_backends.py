@@ -36,7 +36,10 @@ def _attend(backend: str, num_heads: int, dtype: torch.dtype) -> dict[str, Tenso
     positions = build_position_method(model, group)
     attention = SelfAttention(model, 0, positions, group=group, sequence_parallel=False).to(dtype)
     results = {}
-    for kind, documents in (("row", None), ("documents", PackedDocuments(torch.tensor(DOCUMENTS, dtype=torch.int32), SEQ_LENGTH))):
+    for kind, documents in (
+        ("row", None),
+        ("documents", PackedDocuments(torch.tensor(DOCUMENTS, dtype=torch.int32), SEQ_LENGTH)),
+    ):
         attention.zero_grad()
         load_full(attention.qkv.weight, randn(1, 3 * hidden_size, hidden_size) / hidden_size**0.5, group)
         load_full(attention.proj.weight, randn(2, hidden_size, hidden_size) / hidden_size**0.5, group)
