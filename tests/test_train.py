@@ -70,6 +70,27 @@ def sample_hashes(run: Path) -> list[str]:
     return [record["sample_hash"] for record in read_records(run) if "sample_hash" in record]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_deterministic_run_that_was_resumed_is_the_straight_one_bit_for_bit(
+    tmp_path: Path, document_mask: bool
+) -> None:
+    config = write_job(
+        tmp_path,
+        train={"steps": 6, "precision": "bf16", "deterministic": True},
+        model={"recompute": "full"},
+        data={"document_mask": document_mask},
+    )
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    run_job(config, f"train.output_dir={straight}")
+    run_job(config, "train.steps=3")
+    job = run_job(config)
+    assert "resumed from" in job.read_log(0)
+    assert exact_records(run) == exact_records(straight)
+    assert len(exact_records(run)) == 6
+    assert json.loads((run / "run_info.json").read_text())["deterministic"] is True
+
+
 def test_signals_save_and_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     """No checkpoint is due, so that what a restart finds is the signal's."""
     config = write_job(tmp_path, parallel={"tensor_parallel_size": 2}, checkpoint={"every_steps": 0, "keep": 1})

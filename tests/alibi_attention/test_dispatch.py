@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import alibi_attention
-from alibi_attention import alibi_slopes, attention, backends, resolve_backend
+from alibi_attention import PackedDocuments, alibi_slopes, attention, backends, resolve_backend
 from alibi_attention.dispatch import _resolve
 
 ORDER = ["native", "triton", "flash", "folded", "sdpa", "reference"]
@@ -91,6 +91,12 @@ BAD_ARGUMENTS = {
     r"cu_seqlens: must be torch\.int32": {"cu_seqlens": torch.tensor([0, 6])},
     "cu_seqlens: needs as many queries as keys": {"cu_seqlens": torch.tensor([0, 6]).int(), "query_offset": 3},
     "cu_seqlens: must rise from 0 to the batch's 6 tokens": {"cu_seqlens": torch.tensor([0, 3]).int()},
+    "cu_seqlens: must be of the batch's 6 tokens on cpu, got of 3": {
+        "cu_seqlens": PackedDocuments(torch.tensor([0, 3]).int(), 3)
+    },
+    "cu_seqlens: must be .* got of 6 tokens on meta": {
+        "cu_seqlens": PackedDocuments(torch.tensor([0, 6]).int(), 6, torch.device("meta"))
+    },
 }
 
 

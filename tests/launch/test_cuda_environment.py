@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalibi.config import ConfigError
+from tests.engine.runs import make_config
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "cuda_environment.py"
+AMPERE, HOPPER, BLACKWELL = 8, 9, 10
+SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+def choose(environment: dict[str, str], compute_capability: int | None = HOPPER, **sections: Any) -> dict[str, str]:
+    chosen: dict[str, str] = runpy.run_path(str(SCRIPT))["choose_settings"](
+        make_config("none", **sections), environment, compute_capability
+    )
+    return chosen
+
+
+def test_segments_grow_unless_the_user_has_set_up_the_allocator() -> None:
+    assert choose({}) == SEGMENTS
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        assert choose({name: "max_split_size_mb:512"}) == {}
+
+
+def test_tensor_parallel_orders_kernels_where_that_helps() -> None:
+    tensor_parallel = {"parallel": {"tensor_parallel_size": 2}}
+    for stage, compute_capability, expected in (
+        (1, AMPERE, ONE_QUEUE),
+        (2, HOPPER, ONE_QUEUE),
+        (1, None, ONE_QUEUE),
+        (1, BLACKWELL, {}),
+        (3, HOPPER, {}),  # its gathering of weights would be held up
+    ):
+        assert choose({}, compute_capability, **tensor_parallel, zero={"stage": stage}) == SEGMENTS | expected
+    assert choose({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, **tensor_parallel) == SEGMENTS
+
+
+def test_a_deterministic_run_sets_up_cublas_and_nccl() -> None:
+    deterministic = {"train": {"deterministic": True}}
+    nccl = {"NCCL_NVLS_ENABLE": "0"}
+    assert choose({}, **deterministic) == SEGMENTS | nccl | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    assert choose({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, **deterministic) == SEGMENTS | nccl
+    with pytest.raises(ConfigError, match=r"CUBLAS_WORKSPACE_CONFIG=:0:0 .* unset it, or set it to :4096:8 or :16:8"):
+        choose({"CUBLAS_WORKSPACE_CONFIG": ":0:0"}, **deterministic)
+
+
+def test_it_is_chosen_before_torch_is_imported() -> None:
+    program = "import cuda_environment, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=SCRIPT.parent)
