@@ -11,6 +11,7 @@ from megalibi.config import ConfigError
 from megalibi.data.dataset import open_dataset
 from megalibi.data.hashing import format_sample_hash, hash_samples, sum_hashes
 from megalibi.data.loader import IGNORE_INDEX, Loader, ValidationLoader
+from tests.device import DEVICE
 from tests.ranks import run_on_ranks
 
 
@@ -134,6 +135,19 @@ def test_empty_documents_make_no_empty_segments(write_tokens):
     dataset = open_dataset(write_tokens([[1], [], [], [2, 3], [4]]), seq_length=3, seed=0, vocab_size=9)
     [batch] = Loader(dataset, global_batch_size=1, micro_batch_size=1, document_mask=True).micro_batches(0)
     assert batch.cu_seqlens.tolist() == [0, 1, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_a_batch_goes_to_the_device_but_for_its_document_boundaries(write_tokens, document_mask):
+    dataset = open_dataset(write_tokens([[1], [2, 3], [4]]), seq_length=3, seed=0, vocab_size=9)
+    [batch] = Loader(dataset, global_batch_size=1, micro_batch_size=1, document_mask=document_mask).micro_batches(0)
+    moved = batch.to(torch.device(DEVICE))
+    for name in ("tokens", "labels"):
+        assert getattr(moved, name).device.type == DEVICE
+        assert torch.equal(getattr(moved, name).cpu(), getattr(batch, name))
+    assert moved.cu_seqlens is batch.cu_seqlens
+    assert moved.sample_hash == batch.sample_hash
 
 
 def test_indivisible_batch():

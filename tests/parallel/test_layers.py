@@ -10,7 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megalibi.parallel.collectives import reduce_from_tensor_group
 from megalibi.parallel.groups import ALONE, Group
 from megalibi.parallel.layers import (
     ColumnParallelLinear,
@@ -146,6 +148,34 @@ def _check_rows() -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_row_parallel_linear_equals_plain(world_size: int) -> None:
     run_on_ranks(world_size, _check_rows)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the copies of whole tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default)
+        return function(*args, **kwargs or {})
+
+
+def _count_copies() -> tuple[int, int]:
+    """Copies in the forward pass of a row-parallel layer, and in a reduction of somebody else's tensor."""
+    group = tensor_group()
+    layer = RowParallelLinear(group.size * 9, 11, group=group)
+    load_full(layer.weight, randn(1, 11, group.size * 9), group)
+    with _Copies() as own:
+        y = layer(randn(0, BATCH, 3, 9))
+    with _Copies() as others:
+        reduce_from_tensor_group(y, group)
+    return own.count, others.count
+
+
+def test_a_row_parallel_layer_sums_its_product_where_it_stands() -> None:
+    assert run_on_ranks(2, _count_copies) == [(0, 1), (0, 1)]
 
 
 def _check_embedding(tied: bool, sequence_parallel: bool, dtype: torch.dtype) -> None:
