@@ -24,7 +24,8 @@ def set_cuda_environment(config: Config) -> None:
     Raises:
         ConfigError: What the user has set contradicts the configuration.
     """
-    os.environ.update(choose_settings(config, os.environ, find_compute_capability()))
+    compute_capability = find_compute_capability() if _orders_kernels(config) else None
+    os.environ.update(choose_settings(config, os.environ, compute_capability))
 
 
 def choose_settings(config: Config, environment: Mapping[str, str], compute_capability: int | None) -> dict[str, str]:

@@ -52,6 +52,23 @@ def test_a_deterministic_run_sets_up_cublas_and_nccl() -> None:
         choose({"CUBLAS_WORKSPACE_CONFIG": ":0:0"}, **deterministic)
 
 
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [("echo 9.0; echo 8.6", AMPERE), ("echo 10.0", BLACKWELL), ("exit 9", None), ("echo '[N/A]'", None), ("", None)],
+)
+def test_the_oldest_gpu_that_nvidia_smi_names_counts(
+    script: str, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\n{script}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    find_compute_capability = runpy.run_path(str(SCRIPT))["find_compute_capability"]
+    assert find_compute_capability() == expected
+    command.unlink()
+    assert find_compute_capability() is None
+
+
 def test_it_is_chosen_before_torch_is_imported() -> None:
     program = "import cuda_environment, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=SCRIPT.parent)
