@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = sorted([*(ROOT / "megalibi").rglob("*.py"), *(ROOT / "kernels" / "alibi_attention").rglob("*.py")])
+LIBRARY = sorted([*(ROOT / "megalibi").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 COMMANDS = [path for path in LIBRARY if path.name == "__main__.py"]
 
 

@@ -213,6 +213,7 @@ class Head(nn.Module):
             group=self.group,
             vocab_size=self.num_tails + self.band.size,
             vocab_start=self.num_tails + self.group.rank * rows if self.group.rank else 0,
+            overwrite_logits=True,
         )
 
     def token_logits(self, x_NH: Tensor) -> Tensor:
@@ -267,6 +268,7 @@ class Tail(nn.Module):
             group=self.group,
             vocab_size=self.band.size,
             vocab_start=self.group.rank * len(self.weight),
+            overwrite_logits=True,
         )
 
 

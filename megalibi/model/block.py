@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alibi_attention import PackedDocuments
+from fused_ops import add_layer_norm, can_fuse_layer_norm
 from megalibi.config import ModelConfig
 from megalibi.model.attention import SelfAttention
 from megalibi.model.positions import PositionMethod, ScoreBias
@@ -42,9 +43,9 @@ class Block(nn.Module):
         self, model: ModelConfig, layer: int, positions: PositionMethod, *, group: Group, sequence_parallel: bool
     ) -> None:
         super().__init__()
-        self.attention_norm = LayerNorm(model, group=group, sequence_parallel=sequence_parallel)
+        self.attention_norm = ResidualNorm(model, group=group, sequence_parallel=sequence_parallel)
         self.attention = SelfAttention(model, layer, positions, group=group, sequence_parallel=sequence_parallel)
-        self.mlp_norm = LayerNorm(model, group=group, sequence_parallel=sequence_parallel)
+        self.mlp_norm = ResidualNorm(model, group=group, sequence_parallel=sequence_parallel)
         self.mlp = MLP(model, layer, group=group, sequence_parallel=sequence_parallel)
         self.dropout = ResidualDropout(model.dropout, layer, group=group, sequence_parallel=sequence_parallel)
 
@@ -65,9 +66,10 @@ class Block(nn.Module):
             documents: Attention does not cross their boundaries; None: it sees the whole row. By name, for ZeRO 3
                 looks for tensors in what is given by position, and warns of a type that it does not know.
         """
-        y_BSH = self.attention(self.attention_norm(x_BSH), micro_batch_key, ScoreBias(*bias), documents=documents)
-        x_BSH = x_BSH + self.dropout(y_BSH, "attention output", micro_batch_key)
-        y_BSH = self.mlp(self.mlp_norm(x_BSH), micro_batch_key)
+        x_BSH, normed_BSH = self.attention_norm(x_BSH)
+        y_BSH = self.attention(normed_BSH, micro_batch_key, ScoreBias(*bias), documents=documents)
+        x_BSH, normed_BSH = self.mlp_norm(x_BSH, self.dropout(y_BSH, "attention output", micro_batch_key))
+        y_BSH = self.mlp(normed_BSH, micro_batch_key)
         return x_BSH + self.dropout(y_BSH, "mlp output", micro_batch_key)
 
 
@@ -111,14 +113,29 @@ class LayerNorm(nn.Module):
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         """Return [B, S, H]."""
+        return self.add_and_norm(x_BSH, None)[1]
+
+    def add_and_norm(self, x_BSH: Tensor, y_BSH: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return x + y, x itself without y, and the norm of it."""
         weight = self._used(self.weight, x_BSH)
         bias = None if self.bias is None else self._used(self.bias, x_BSH)
-        return F.layer_norm(x_BSH, x_BSH.shape[-1:], weight, bias, self.epsilon)
+        if can_fuse_layer_norm(x_BSH):
+            return add_layer_norm(x_BSH, y_BSH, weight, bias, self.epsilon)
+        x_BSH = x_BSH if y_BSH is None else x_BSH + y_BSH
+        return x_BSH, F.layer_norm(x_BSH, x_BSH.shape[-1:], weight, bias, self.epsilon)
 
     def _used(self, parameter: Tensor, x_BSH: Tensor) -> Tensor:
         if self.sequence_parallel:  # each rank sees a part of the tokens
             parameter = use_replicated_param(parameter, self.group)
         return parameter.to(x_BSH.dtype)
+
+
+class ResidualNorm(LayerNorm):
+    """The norm beside a residual stream, with the stream: fused, their two gradients meet without another pass."""
+
+    def forward(self, x_BSH: Tensor, y_BSH: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Return the stream with y added, if there is one, and its norm; both [B, S, H]."""
+        return self.add_and_norm(x_BSH, y_BSH)
 
 
 class ResidualDropout:

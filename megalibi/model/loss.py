@@ -41,7 +41,12 @@ def token_losses(
     def losses_of(x_BSH: Tensor, labels_BS: Tensor) -> Tensor:
         logits_BSV = parallel_lm_logits(x_BSH, weight_VH, group=group, sequence_parallel=sequence_parallel)
         return vocab_parallel_cross_entropy(
-            logits_BSV, labels_BS, group=group, vocab_size=vocab_size, vocab_start=vocab_start
+            logits_BSV,
+            labels_BS,
+            group=group,
+            vocab_size=vocab_size,
+            vocab_start=vocab_start,
+            overwrite_logits=True,  # a linear layer does not keep its output
         )
 
     if torch.is_grad_enabled() or sequence_parallel:

@@ -1,9 +1,10 @@
 """Cross entropy over logits whose vocabulary is sharded; they are never gathered.
 
 Each rank reduces its own columns, and three numbers per token travel: the maximum, then, together, the sum of the
-exponentials and the logit of the label.
+exponentials and the logit of the label. On CUDA with Triton a rank's own part is done by fused_ops, in one pass over the
+logits each way; elsewhere by PyTorch's operations, in about nine.
 
-Shapes: B batch, S sequence, V vocabulary.
+Shapes: B batch, S sequence, V vocabulary, N tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from megalibi.parallel.collectives import all_reduce_async_
+from fused_ops import can_fuse, find_gradient, reduce_rows
+from megalibi.parallel.collectives import all_reduce_async_, all_reduce_raw
 from megalibi.parallel.groups import Group
 
 IGNORED_LABEL = -100
@@ -24,7 +26,13 @@ IGNORED_LABEL = -100
 
 
 def vocab_parallel_cross_entropy(
-    logits_BSV_local: Tensor, labels_BS: Tensor, *, group: Group, vocab_size: int, vocab_start: int
+    logits_BSV_local: Tensor,
+    labels_BS: Tensor,
+    *,
+    group: Group,
+    vocab_size: int,
+    vocab_start: int,
+    overwrite_logits: bool = False,
 ) -> Tensor:
     """Return the loss of every token, -log softmax(logits)[label], [B, S] in fp32, the same on every rank.
 
@@ -41,7 +49,13 @@ def vocab_parallel_cross_entropy(
         group: The tensor group.
         vocab_size: V, without padding.
         vocab_start: The token of this rank's first column.
+        overwrite_logits: Nobody else reads the logits, neither the caller nor the backward of what made them: the fused
+            kernels then put the gradient in their place. Autograd refuses a second backward pass over them.
     """
+    if can_fuse(logits_BSV_local):
+        return _FusedCrossEntropy.apply(
+            logits_BSV_local, labels_BS, group, vocab_size, vocab_start, overwrite_logits
+        )
     return _VocabParallelCrossEntropy.apply(logits_BSV_local, labels_BS, group, vocab_size, vocab_start)
 
 
@@ -78,6 +92,52 @@ class _VocabParallelCrossEntropy(Function):
         grad = _exp(logits_BSV_local, max_BS1, ctx.num_tokens).mul_(grad_loss_BS1 / sum_exp_BS1)
         grad.scatter_add_(-1, index_BS1, -grad_loss_BS1.masked_fill(elsewhere_BS1, 0.0))
         return grad.to(logits_BSV_local.dtype), None, None, None, None
+
+
+class _FusedCrossEntropy(Function):
+    """The same by the kernels of fused_ops."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_BSV_local: Tensor,
+        labels_BS: Tensor,
+        group: Group,
+        vocab_size: int,
+        vocab_start: int,
+        overwrite_logits: bool,
+    ) -> Tensor:
+        labels_N = labels_BS.flatten()
+        num_tokens = min(max(vocab_size - vocab_start, 0), logits_BSV_local.shape[-1])
+        ctx.columns = {"num_columns": num_tokens, "first_column": vocab_start}
+        ctx.overwrite_logits = overwrite_logits
+
+        max_N_local, sum_exp_N, label_logit_N = reduce_rows(_rows(logits_BSV_local), labels_N, **ctx.columns)
+        max_N = all_reduce_raw(max_N_local, group, dist.ReduceOp.MAX)
+        sum_exp_N = sum_exp_N * (max_N_local - max_N).exp()
+        elsewhere_N = (labels_N < vocab_start) | (labels_N >= vocab_start + num_tokens)
+        label_logit_N = (label_logit_N - max_N).masked_fill(elsewhere_N, 0.0)
+        sum_exp_N, label_logit_N = all_reduce_async_(torch.stack([sum_exp_N, label_logit_N]), group).wait()
+
+        ctx.save_for_backward(logits_BSV_local, labels_N, max_N, sum_exp_N)
+        unknown_N = (labels_N < 0) | (labels_N >= vocab_size)
+        loss_N = (sum_exp_N.log() - label_logit_N).masked_fill(unknown_N, torch.nan)
+        return loss_N.masked_fill(labels_N == IGNORED_LABEL, 0.0).view_as(labels_BS)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss_BS: Tensor) -> tuple[Tensor | None, ...]:
+        logits_BSV_local, labels_N, max_N, sum_exp_N = ctx.saved_tensors
+        grad_loss_N = grad_loss_BS.flatten().masked_fill(labels_N == IGNORED_LABEL, 0.0)
+        grad_NV_local = find_gradient(
+            _rows(logits_BSV_local), labels_N, max_N, sum_exp_N, grad_loss_N, **ctx.columns,
+            overwrite=ctx.overwrite_logits,
+        )  # fmt: skip
+        return grad_NV_local.view(logits_BSV_local.shape), None, None, None, None, None
+
+
+def _rows(logits_BSV_local: Tensor) -> Tensor:
+    return logits_BSV_local.flatten(0, -2)
 
 
 def _max_of_tokens(logits_BSV_local: Tensor, num_tokens: int) -> Tensor:

@@ -45,8 +45,8 @@ def test_block_adds_attention_then_mlp_each_behind_its_norm() -> None:
     gpt = build_gpt(model)
     block, bias = gpt.blocks[0], gpt.positions.score_bias(5, torch.device("cpu"))
     x = randn(1, 2, 5, model.hidden_size)
-    middle = x + block.attention(block.attention_norm(x), None, bias)
-    torch.testing.assert_close(block(x, None, *bias), middle + block.mlp(block.mlp_norm(middle)))
+    middle = x + block.attention(block.attention_norm(x)[1], None, bias)
+    torch.testing.assert_close(block(x, None, *bias), middle + block.mlp(block.mlp_norm(middle)[1]))
 
 
 def _drop_ones(sequence_parallel: bool) -> Tensor:

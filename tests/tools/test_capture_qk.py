@@ -50,7 +50,7 @@ def test_what_is_saved_is_the_layers_q_and_k(run_dir):
     tokens = torch.randint(0, 509, (2000,), generator=torch.Generator().manual_seed(0))[:LENGTH]
     block = model.blocks[0]
     with torch.no_grad():
-        x = block.attention_norm(F.embedding(tokens, model.embedding.weight))
+        _, x = block.attention_norm(F.embedding(tokens, model.embedding.weight))
         q, k, _ = F.linear(x, block.attention.qkv.weight, block.attention.qkv.bias).unflatten(-1, (3, 4, -1)).unbind(1)
     torch.testing.assert_close(saved["q"][0], q, rtol=0, atol=FP32_ATOL)
     torch.testing.assert_close(saved["k"][0], k, rtol=0, atol=FP32_ATOL)

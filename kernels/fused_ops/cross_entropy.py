@@ -1,0 +1,81 @@
+"""The two passes over the logits of a cross entropy whose columns may be a part of the vocabulary.
+
+What stands between them, the combination of the parts, is the caller's: this file knows one part.
+
+Shapes: N rows, V columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_ops.availability import FAULT
+
+if not FAULT:
+    from fused_ops import cross_entropy_kernels as kernels
+
+
+def reduce_rows(
+    logits_NV: Tensor, labels_N: Tensor, *, num_columns: int, first_column: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest logit of each row, the sum of exp(logit - largest), and the logit of its label; fp32 [N] each.
+
+    Without columns the largest is the lowest finite number, and the sum 0. A label that is no column here has logit 0.
+
+    Args:
+        logits_NV: Rows may lie any number of elements apart.
+        labels_N: Ids, int64.
+        num_columns: Columns from here on are padding, and take no part.
+        first_column: The id of the first column.
+    """
+    logits_NV, labels_N = _with_dense_rows(logits_NV), labels_N.contiguous()
+    num_rows, padded_columns = logits_NV.shape
+    largest_N, sum_N, label_logit_N = (torch.empty(num_rows, device=logits_NV.device) for _ in range(3))
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device
+        kernels.reduce_rows_kernel[(num_rows,)](
+            logits_NV, labels_N, largest_N, sum_N, label_logit_N, logits_NV.stride(0), padded_columns, num_columns,
+            first_column, BLOCK=kernels.BLOCK, num_warps=kernels.WARPS,
+        )  # fmt: skip
+    return largest_N, sum_N, label_logit_N
+
+
+def find_gradient(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    largest_N: Tensor,
+    sum_N: Tensor,
+    grad_loss_N: Tensor,
+    *,
+    num_columns: int,
+    first_column: int,
+    overwrite: bool,
+) -> Tensor:
+    """Return the gradient of the logits [N, V], in their type: (softmax - one_hot(label)) x the loss's gradient.
+
+    Args:
+        logits_NV: As ``reduce_rows`` had them.
+        labels_N: Likewise.
+        largest_N: A row's largest logit, over the whole vocabulary.
+        sum_N: The sum of exp(logit - largest), likewise.
+        grad_loss_N: Gradient of each row's loss, fp32.
+        num_columns: As for ``reduce_rows``; the rest gets a gradient of 0.
+        first_column: As for ``reduce_rows``.
+        overwrite: The gradient takes the place of the logits. Autograd is told, and refuses whoever reads them later.
+    """
+    rows_NV = _with_dense_rows(logits_NV)
+    grad_NV = rows_NV.detach() if overwrite else torch.empty_like(rows_NV, memory_format=torch.contiguous_format)
+    num_rows, padded_columns = rows_NV.shape
+    with torch.cuda.device_of(rows_NV):
+        kernels.gradient_kernel[(num_rows,)](
+            rows_NV, grad_NV, labels_N.contiguous(), largest_N.contiguous(), sum_N.contiguous(),
+            grad_loss_N.contiguous(), rows_NV.stride(0), grad_NV.stride(0), padded_columns, num_columns, first_column,
+            BLOCK=kernels.BLOCK, num_warps=kernels.WARPS,
+        )  # fmt: skip
+    if overwrite:
+        torch.autograd.graph.increment_version(rows_NV)
+    return grad_NV
+
+
+def _with_dense_rows(logits_NV: Tensor) -> Tensor:
+    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
