@@ -4,7 +4,7 @@ A residual stream's tensor of T bytes costs 8 T: 4 forward (x, y, x + y, the nor
 norm and of the stream, the sum, the result). PyTorch's operations move 13 T: a sum and a norm, 3 and 2, then the norm's
 two kernels and the addition of the stream's gradient, 3, 2 and 3.
 
-Shapes: N rows, H width.
+Shapes: N rows, H width, P programs of the backward pass.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class _AddLayerNorm(Function):
             return grad_total, grad_total if ctx.has_y else None, None, None, None
         total, weight_H, mean_N, rstd_N = ctx.saved_tensors
         grad = torch.empty_like(total)
-        grad_weights_PH = torch.empty(_count_programs(total), len(weight_H), device=total.device)
-        grad_biases_PH = None if ctx.bias_dtype is None else torch.empty_like(grad_weights_PH)
         block, num_warps = kernels.find_block(len(weight_H))
+        grad_weights_PH = torch.empty(_count_programs(total, num_warps), len(weight_H), device=total.device)
+        grad_biases_PH = None if ctx.bias_dtype is None else torch.empty_like(grad_weights_PH)
         with torch.cuda.device_of(total):
             kernels.backward_kernel[(len(grad_weights_PH),)](
                 grad_norm.contiguous(), None if grad_total is None else grad_total.contiguous(), total, weight_H,
@@ -90,10 +90,10 @@ class _AddLayerNorm(Function):
         return grad, grad if ctx.has_y else None, grad_weight_H, grad_bias_H, None
 
 
-def _count_programs(total: Tensor) -> int:
+def _count_programs(total: Tensor, num_warps: int) -> int:
     """Return how many programs share the rows of the backward pass: always as many on one kind of GPU."""
     num_rows = total.numel() // total.shape[-1]
     if not total.is_cuda:
         return min(kernels.PROGRAMS_INTERPRETED, num_rows)
     processors = torch.cuda.get_device_properties(total.device).multi_processor_count
-    return min(kernels.PROGRAMS_OF_PROCESSOR * processors, num_rows)
+    return min(processors * kernels.WARPS_OF_PROCESSOR // num_warps, num_rows)

@@ -14,8 +14,8 @@ MAX_WIDTH = 8192
 """A row stays in registers: of a wider one the backward pass would spill."""
 _MIN_WIDTH_OF_WARP = 512
 """16 numbers a thread."""
-PROGRAMS_OF_PROCESSOR = 4
-"""Of the backward pass, on each multiprocessor: by registers no more fit at a width of 2,048."""
+WARPS_OF_PROCESSOR = 16
+"""Of the backward pass, on each multiprocessor: by their registers no more fit."""
 PROGRAMS_INTERPRETED = 3
 
 

@@ -5,14 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_ops import fusing
 from megalibi.parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
 from megalibi.parallel.groups import ALONE
 from tests.parallel.helpers import FP32_RELATIVE_ERROR, assert_close, randn, tensor_group
 from tests.ranks import run_on_ranks
 
-BF16_HALF_ULP = 2.0**-8
-"""Relative error of rounding to bf16, once."""
+BOUNDS = {torch.float32: FP32_RELATIVE_ERROR, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""Relative errors of a gradient: in 16 bits that of rounding once."""
 WORLD_SIZES = [2, 4]
+FUSED = pytest.mark.parametrize("fused", [False, True], ids=["pytorch", "fused"])
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.*")  # of the interpreter, for garbage in padding
 
 
 def _labels(vocab_size: int, batch: int = 3, seq_length: int = 7) -> Tensor:
@@ -47,22 +50,65 @@ def _check(vocab_size: int, padded_vocab_size: int, dtype: torch.dtype, scale: f
     assert local.grad is not None
     assert local.grad.dtype == dtype
     if grad_ref.any():
-        assert_close(local.grad, grad_ref, FP32_RELATIVE_ERROR if dtype == torch.float32 else BF16_HALF_ULP, what)
+        assert_close(local.grad, grad_ref, BOUNDS[dtype], what)
     tokens_local = max(0, vocab_size - group.rank * local.shape[-1])
     assert not local.grad[..., tokens_local:].any(), "padding has a gradient"
     assert not local.grad[labels_BS == IGNORED_LABEL].any(), "an ignored label has a gradient"
 
 
-def _check_all() -> None:
-    for vocab_size, padded_vocab_size in [(60, 60), (101, 120), (17, 240)]:  # the last: a rank with padding alone
-        for dtype in (torch.float32, torch.bfloat16):
-            for scale in (1.0, 30.0):
-                _check(vocab_size, padded_vocab_size, dtype, scale)
+def _check_all(fused: bool) -> None:
+    with fusing(fused):
+        for vocab_size, padded_vocab_size in [(60, 60), (101, 120), (17, 240)]:  # the last: a rank with padding alone
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                for scale in (1.0, 30.0):
+                    _check(vocab_size, padded_vocab_size, dtype, scale)
+        _check(50_257, 50_304, torch.bfloat16, 1.0)
 
 
+@FUSED
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_sharded_equals_plain(world_size: int) -> None:
-    run_on_ranks(world_size, _check_all)
+def test_sharded_equals_plain(world_size: int, fused: bool) -> None:
+    run_on_ranks(world_size, _check_all, fused)
+
+
+def _is_nan_on_ranks(label: int, fused: bool) -> list[list[bool]]:
+    group = tensor_group()
+    labels = torch.tensor([[1, label, 99]])
+    with fusing(fused):
+        loss = vocab_parallel_cross_entropy(
+            torch.zeros(1, 3, 60), labels, group=group, vocab_size=100, vocab_start=60 * group.rank
+        )
+    return loss.isnan().tolist()
+
+
+@FUSED
+@pytest.mark.parametrize("label", [-1, 100, 119, 120])
+def test_a_label_of_no_rank_is_nan_on_all(label: int, fused: bool) -> None:
+    assert run_on_ranks(2, _is_nan_on_ranks, label, fused) == 2 * [[[False, True, False]]]
+
+
+@FUSED
+def test_overwritten_logits_give_the_same_gradient_and_no_second_one(fused: bool) -> None:
+    def draw() -> tuple[Tensor, Tensor]:
+        x = randn(4, 3, 7, 16).requires_grad_()
+        return x, x @ randn(5, 16, 60)  # as of a linear layer, which does not keep its output
+
+    gradients = []
+    for overwrite_logits in (False, True):
+        x, logits = draw()
+        with fusing(fused):
+            loss = vocab_parallel_cross_entropy(
+                logits, _labels(50), group=ALONE, vocab_size=50, vocab_start=0, overwrite_logits=overwrite_logits
+            )
+        loss.backward(randn(6, 3, 7), retain_graph=True)
+        assert x.grad is not None
+        gradients.append(x.grad.clone())
+        if fused and overwrite_logits:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward(randn(6, 3, 7))
+        else:
+            loss.backward(randn(6, 3, 7))
+    assert torch.equal(*gradients)
 
 
 def test_gradient_is_exact() -> None:
@@ -76,23 +122,28 @@ def test_gradient_is_exact() -> None:
     assert torch.autograd.gradcheck(loss, logits)
 
 
-def test_huge_logits_stay_finite() -> None:
+@FUSED
+def test_huge_logits_stay_finite(fused: bool) -> None:
     logits = torch.tensor([[[3e38, -3e38, 0.0]]], requires_grad=True)
-    loss = vocab_parallel_cross_entropy(logits, torch.tensor([[0]]), group=ALONE, vocab_size=3, vocab_start=0)
+    with fusing(fused):
+        loss = vocab_parallel_cross_entropy(logits, torch.tensor([[0]]), group=ALONE, vocab_size=3, vocab_start=0)
     loss.sum().backward()
     assert loss.item() == 0.0
     assert logits.grad is not None
     assert not logits.grad.any()
 
 
+@FUSED
 @pytest.mark.parametrize("label", [-1, 6, 7, 8])
-def test_a_label_outside_the_vocabulary_is_nan(label: int) -> None:
+def test_a_label_outside_the_vocabulary_is_nan(label: int, fused: bool) -> None:
     labels = torch.tensor([[1, label]])
-    loss = vocab_parallel_cross_entropy(torch.zeros(1, 2, 8), labels, group=ALONE, vocab_size=6, vocab_start=0)
+    with fusing(fused):
+        loss = vocab_parallel_cross_entropy(torch.zeros(1, 2, 8), labels, group=ALONE, vocab_size=6, vocab_start=0)
     assert loss.isnan().tolist() == [[False, True]]
 
 
-def test_only_the_logits_themselves_are_kept_for_the_backward() -> None:
+@FUSED
+def test_only_the_logits_themselves_are_kept_for_the_backward(fused: bool) -> None:
     logits = torch.randn(2, 3, 64, dtype=torch.bfloat16, requires_grad=True)
     saved: list[Tensor] = []
 
@@ -100,7 +151,7 @@ def test_only_the_logits_themselves_are_kept_for_the_backward() -> None:
         saved.append(x)
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), fusing(fused):
         vocab_parallel_cross_entropy(
             logits, torch.zeros(2, 3, dtype=torch.long), group=ALONE, vocab_size=64, vocab_start=0
         )
