@@ -60,12 +60,12 @@ def query_gradient_kernel(
     cu_seqlens_ptr: tl.tensor, tasks_ptr: tl.tensor, softmax_scale: float,
     q_stride_b: int, q_stride_s: int, q_stride_h: int, k_stride_b: int, k_stride_s: int, k_stride_h: int,
     v_stride_b: int, v_stride_s: int, v_stride_h: int, do_stride_b: int, do_stride_s: int, do_stride_h: int,
-    o_stride_b: int, o_stride_s: int, o_stride_h: int,
+    o_stride_b: int, o_stride_s: int, o_stride_h: int, dq_stride_b: int, dq_stride_s: int, dq_stride_h: int,
     num_groups: int, num_heads: int, num_query_blocks: int, num_key_blocks: int, num_queries: int, num_keys: int,
     query_offset: int, length_bucket: int,
     HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Store dq, laid out as o, and delta = o.do of each query for the kernel of dk and dv, which has to run later."""
+    """Store dq, and delta = o.do of each query for the kernel of dk and dv, which has to run later."""
     tiles: tl.constexpr = BLOCK // BLOCK_M
     row, head, group, block, tile, first_block = find_task(tasks_ptr, num_groups, num_heads, num_query_blocks, tiles)
     start, queries, keys, offset = find_extent(row, cu_seqlens_ptr, num_queries, num_keys, query_offset)
@@ -79,7 +79,7 @@ def query_gradient_kernel(
     k_ptr = find_base(k_ptr, row, start, head, k_stride_b, k_stride_s, k_stride_h)
     v_ptr = find_base(v_ptr, row, start, head, v_stride_b, v_stride_s, v_stride_h)
     o_ptr = find_base(o_ptr, row, start, head, o_stride_b, o_stride_s, o_stride_h)
-    dq_ptr = find_base(dq_ptr, row, start, head, o_stride_b, o_stride_s, o_stride_h)
+    dq_ptr = find_base(dq_ptr, row, start, head, dq_stride_b, dq_stride_s, dq_stride_h)
     do_ptr = find_base(do_ptr, row, start, head, do_stride_b, do_stride_s, do_stride_h)
     q_MK = load_tile(q_ptr, query, queries, q_stride_s, BLOCK_M, HEAD_DIM, BLOCK_K, True)
     do_MK = load_tile(do_ptr, query, queries, do_stride_s, BLOCK_M, HEAD_DIM, BLOCK_K, True)
@@ -107,7 +107,7 @@ def query_gradient_kernel(
             dq_MK, q_MK, do_MK, lse_M, delta_M, k_ptr, v_ptr, k_stride_s, v_stride_s,
             key, keys, position, scale, slope, HEAD_DIM, BLOCK_K, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
-    store_tile(dq_ptr, query, queries, o_stride_s, dq_MK * softmax_scale, BLOCK_M, HEAD_DIM, BLOCK_K)
+    store_tile(dq_ptr, query, queries, dq_stride_s, dq_MK * softmax_scale, BLOCK_M, HEAD_DIM, BLOCK_K)
 
 
 @triton.jit

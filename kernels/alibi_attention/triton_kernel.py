@@ -17,6 +17,7 @@ import torch
 
 from alibi_attention.capability import Capability
 from alibi_attention.documents import PackedDocuments
+from alibi_attention.packed import empty_gradients
 from alibi_attention.triton_geometry import Documents, Geometry, make_geometry
 from alibi_attention.triton_launch import Launch
 
@@ -153,11 +154,12 @@ def run_backward(
     softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return dq, dk and dv from what ``run_forward`` was given and has returned."""
+    dq_BSHK, dk_BSHK, dv_BSHK = empty_gradients(q_BSHK, k_BSHK, v_BSHK)
     find_dq, find_dk_dv = _backward_launches(
         q_BSHK.device, q_BSHK.dtype, slopes_H is None, first_keys_GN is None, geometry, q_BSHK.stride(),
-        k_BSHK.stride(), v_BSHK.stride(), do_BSHK.stride(), softmax_scale, torch.are_deterministic_algorithms_enabled(),
+        k_BSHK.stride(), v_BSHK.stride(), do_BSHK.stride(), dq_BSHK.stride(), dk_BSHK.stride(), softmax_scale,
+        torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    dq_BSHK, dk_BSHK, dv_BSHK = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BSHK, k_BSHK, v_BSHK))
     delta_GS = torch.empty_like(lse_GS)  # written by the first kernel, read by the second
     found = (lse_GS, delta_GS, slopes_H, first_keys_GN, *documents)
     with torch.cuda.device_of(q_BSHK):
@@ -212,6 +214,8 @@ def _backward_launches(
     k_strides: tuple[int, ...],
     v_strides: tuple[int, ...],
     do_strides: tuple[int, ...],
+    dq_strides: tuple[int, ...],
+    dk_strides: tuple[int, ...],
     softmax_scale: float,
     deterministic: bool,
 ) -> tuple[Launch, Launch]:
@@ -226,14 +230,12 @@ def _backward_launches(
     find_dq = Launch(
         _choose_tuner(triton_backward.query_gradient_kernel, deterministic),
         lambda tile: tokens * geometry.num_query_blocks // tile["BLOCK_M"],
-        arguments | geometry.strides(o=geometry.dense_strides(geometry.num_queries)),
+        arguments | geometry.strides(o=geometry.dense_strides(geometry.num_queries), dq=dq_strides),
     )
     find_dk_dv = Launch(
         _choose_tuner(triton_backward.key_gradient_kernel, deterministic),
         lambda tile: tokens * geometry.num_key_blocks // tile["BLOCK_N"],
-        arguments
-        | geometry.strides(dk=geometry.dense_strides(geometry.num_keys))
-        | {"SCAN": triton_tiles.scan_blocks()},
+        arguments | geometry.strides(dk=dk_strides) | {"SCAN": triton_tiles.scan_blocks()},
     )
     return find_dq, find_dk_dv
 

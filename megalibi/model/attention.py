@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from alibi_attention import PackedDocuments, attention, resolve_backend
+from alibi_attention import PackedDocuments, attention, resolve_backend, split_qkv
 from megalibi.config import ConfigError, ModelConfig
 from megalibi.model.positions import METHODS, PositionMethod, ScoreBias
 from megalibi.parallel import ColumnParallelLinear, Group, RowParallelLinear, dropout_key, fork_rng
@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Return what attention adds to the residual stream, [B, S, H]."""
         qkv = self.qkv(x_BSH)  # [B, S, 3AK], the whole sequence
-        q_BSAK, k_BSAK, v_BSAK = qkv.unflatten(-1, (3, self.num_heads_local, -1)).unbind(2)
+        q_BSAK, k_BSAK, v_BSAK = split_qkv(qkv.unflatten(-1, (3, self.num_heads_local, -1)))
         q_BSAK, k_BSAK = self.apply_to_query_key(q_BSAK, k_BSAK)
         dropout_p = 0.0
         random: AbstractContextManager[None] = nullcontext()
