@@ -28,8 +28,8 @@ def reduce_rows_kernel(
     """Store a row's largest logit, the sum of exp(logit - largest), and the label's logit, 0 if it has none here."""
     row = tl.program_id(0)
     logits_ptr += tl.cast(row, tl.int64) * row_stride
-    # A largest and a sum for each of BLOCK places, reduced once, at the end. The largest is no -inf at first, which would
-    # make NaN of a place whose logits are all -inf, or that has none.
+    # A largest and a sum for each of BLOCK places, reduced once, at the end. The largest is not -inf at first: that
+    # would make NaN of a place whose logits are all -inf, or that has none.
     largest = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_columns, BLOCK):

@@ -59,7 +59,7 @@ def backward_kernel(
 ) -> None:  # fmt: skip
     """Store the gradient of the sum, and this program's part of the weight's and the bias's.
 
-    A program takes every so many-th row. Each part is one program's own and is summed in one order: no atomic additions.
+    A program takes every so many-th row. Its part is its own, and summed in one order: no atomic additions.
     """
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK)

@@ -17,6 +17,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from megalibi.config import Config, ConfigError, Derived
+from megalibi.engine.bf16_gradients import add_without_cast
 from megalibi.engine.ds_config import deepspeed_config
 from megalibi.engine.optimizer import build_optimizer
 from megalibi.model import GPT, check_backend, initialize
@@ -91,6 +92,7 @@ def build_engine(config: Config, derived: Derived, groups: ProcessGroups, device
     )
     with contextlib.redirect_stdout(io.StringIO()):  # its BF16 optimizer prints memory tables
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=_Mpu(groups))
+    add_without_cast(engine.optimizer)
     return engine
 
 

@@ -1,8 +1,8 @@
 """Cross entropy over logits whose vocabulary is sharded; they are never gathered.
 
 Each rank reduces its own columns, and three numbers per token travel: the maximum, then, together, the sum of the
-exponentials and the logit of the label. On CUDA with Triton a rank's own part is done by fused_ops, in one pass over the
-logits each way; elsewhere by PyTorch's operations, in about nine.
+exponentials and the logit of the label. On CUDA with Triton a rank's own part is done by fused_ops, in one pass over
+its logits each way; elsewhere by PyTorch's operations, in several.
 
 Shapes: B batch, S sequence, V vocabulary, N tokens.
 """
@@ -53,9 +53,7 @@ def vocab_parallel_cross_entropy(
             kernels then put the gradient in their place. Autograd refuses a second backward pass over them.
     """
     if can_fuse(logits_BSV_local):
-        return _FusedCrossEntropy.apply(
-            logits_BSV_local, labels_BS, group, vocab_size, vocab_start, overwrite_logits
-        )
+        return _FusedCrossEntropy.apply(logits_BSV_local, labels_BS, group, vocab_size, vocab_start, overwrite_logits)
     return _VocabParallelCrossEntropy.apply(logits_BSV_local, labels_BS, group, vocab_size, vocab_start)
 
 

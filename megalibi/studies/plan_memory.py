@@ -1,8 +1,9 @@
 """A training step on the meta device: our model's own code and DeepSpeed's allocations, without a byte of either.
 
-The same trace that measures a real step (memory.py) sees it, so every change of the model changes the plan. Three
-things have no meta form and are stood in for: a fused attention kernel, which is known by what it keeps; the masks of
-dropout; and which tokens fall into the bands of an adaptive softmax, for which Zipf's law is taken.
+The same trace that measures a real step (memory.py) sees it, so every change of the model changes the plan. Four
+things have no meta form and are stood in for: a fused attention kernel, which is known by what it keeps; the kernels of
+cross entropy, where CUDA has them; the masks of dropout; and which tokens fall into the bands of an adaptive softmax,
+for which Zipf's law is taken. Fused layer norms hold what PyTorch's hold, and are planned as those.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from megalibi.config import Config, ConfigError, Derived, ModelConfig, adaptive_
 from megalibi.engine.build import DTYPES
 from megalibi.model import GPT
 from megalibi.model import attention as model_attention
+from megalibi.parallel import cross_entropy as parallel_cross_entropy
 from megalibi.parallel import random as parallel_random
 from megalibi.studies.memory import MemoryByKind, MemoryTrace, tracing_model
 from megalibi.studies.plan_communication import Collective, CollectiveLog, make_group
@@ -131,6 +133,9 @@ def _stand_ins(model: ModelConfig, attention: str, device_type: str) -> Iterator
         attend = _attend_unfused
     with (
         patch.object(model_attention, "attention", attend),
+        patch.object(parallel_cross_entropy, "can_fuse", lambda _: device_type == "cuda"),
+        patch.object(parallel_cross_entropy, "reduce_rows", _reduce_rows),
+        patch.object(parallel_cross_entropy, "find_gradient", _find_gradient),
         patch.object(parallel_random, "_drop", _drop),
         _TokensOfBands(model),
     ):
@@ -186,6 +191,17 @@ class _Fused(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ctx.saved_tensors[:3])
+
+
+def _reduce_rows(logits_NV: Tensor, labels_N: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Make what the kernel of fused_ops makes."""
+    largest_N, sum_N, label_logit_N = (torch.empty(labels_N.shape, device=logits_NV.device) for _ in range(3))
+    return largest_N, sum_N, label_logit_N
+
+
+def _find_gradient(logits_NV: Tensor, *_: Tensor, overwrite: bool, **__: Any) -> Tensor:
+    """Make what the kernel of fused_ops makes, if anything."""
+    return logits_NV.detach() if overwrite else torch.empty_like(logits_NV)
 
 
 def _drop(x: Tensor, p: float, key: int) -> Tensor:

@@ -171,9 +171,7 @@ class Stage1Bf16(FlatStage):
 
     def take_gradient(self, parameter: nn.Parameter) -> None:
         """Add it to the step's, and drop it."""
-        if parameter.grad is not None:
-            parameter.grad.to(torch.float32)
-            parameter.grad = None
+        parameter.grad = None
 
     def end_micro_step(self, last: bool) -> None:
         """Reduce at the end."""

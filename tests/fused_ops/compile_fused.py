@@ -1,9 +1,9 @@
 # ruff: noqa: T201 - printing is what this file is for
 """Compile the fused kernels for sm_80 and sm_90, as an A100 and an H100 would have them; needs no GPU.
 
-TRITON_INTERPRET has to be unset. Every kernel in bf16, which is to a compiler as fp16 is, and fp32; layer norms at widths
-up to the largest, with and without all that may be left out. Prints a line of JSON for each: registers of a thread, bytes
-spilled, bytes of shared memory, and the widest load. Run by test_compile.py.
+TRITON_INTERPRET has to be unset. Every kernel in fp32 and in bf16, which is to a compiler as fp16 is; layer norms at
+widths up to the largest, with and without all that may be left out. Prints a line of JSON for each: registers of a
+thread, bytes spilled, bytes of shared memory, and the widest load. Run by test_compile.py.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ def test_overwriting_writes_the_gradient_over_the_logits_and_tells_autograd():
 
 
 def test_a_part_without_columns_and_labels_elsewhere():
-    logits, labels, grad_loss = draw(9, 100, 112, torch.float32)
+    logits, labels, _ = draw(9, 100, 112, torch.float32)
     largest, total, label_logit = reduce_rows(logits, labels, num_columns=0, first_column=0)
     assert largest.isfinite().all()
     assert not total.any()

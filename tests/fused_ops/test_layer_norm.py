@@ -29,7 +29,9 @@ def run(function, inputs: list[Tensor | None], upstream: list[Tensor], dtype=Non
     return [*outputs, *torch.autograd.grad(outputs, given, [x.to(outputs[0].dtype) for x in upstream])]
 
 
-def draw(*shape: int, dtype=torch.float32, y: bool = True, bias: bool = True) -> tuple[list[Tensor | None], list[Tensor]]:
+def draw(*shape: int, dtype=torch.float32, y: bool = True, bias: bool = True):
+    """x, y, the weight and the bias, and upstream gradients of the sum and the norm."""
+
     def randn(*shape: int, mean: float = 0.0) -> Tensor:
         return (mean + torch.randn(shape)).to(DEVICE, dtype)
 
@@ -77,9 +79,12 @@ def test_without_y_the_sum_is_x_itself():
 def test_strided_tensors_are_the_same_to_the_bit_and_so_is_every_run(y):
     inputs, upstream = draw(6, 10, 96, y=y)
     expected = run(add_layer_norm, inputs, upstream)
+
+    def turned(x):
+        return x if x is None or x.dim() == 1 else x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    strided = [turned(x) for x in inputs]
     for _ in range(2):
-        strided = [None if x is None or x.dim() == 1 else x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
-        strided = [x if s is None else s for x, s in zip(inputs, strided, strict=True)]
         results = run(add_layer_norm, strided, [x.repeat_interleave(2, -1)[..., ::2] for x in upstream])
         assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 

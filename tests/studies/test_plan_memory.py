@@ -151,6 +151,15 @@ def test_zero_3_keeps_the_weights_of_a_small_model_whole_and_not_of_a_large_one(
     assert whole(24, 4096) < 0.4  # 4.8 B parameters: DeepSpeed lets 1 B live
 
 
+def test_on_cuda_cross_entropy_makes_nothing_of_the_size_of_the_logits() -> None:
+    config = make_config(
+        model={"vocab_size": 32_768}, zero={"stage": 0}, train={"micro_batch_size": 4, "global_batch_size": 4}
+    )
+    on_cpu, on_cuda = (plan_memory(config, derive(config, 1), device_type=kind).total for kind in ("cpu", "cuda"))
+    # The gradient in fp32 and its rounding to bf16, less what is the larger peak of the two then.
+    assert 4.0 < (on_cpu - on_cuda) / (4 * 256 * 32_768) <= 6.0
+
+
 ON_CUDA = """
 import os, pickle, sys
 import torch

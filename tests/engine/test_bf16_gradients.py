@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+from megalibi.config import Config
+from megalibi.engine import bf16_gradients
+from tests.engine.runs import Curve, build, curve_of, make_config, run_ours
+from tests.ranks import run_on_ranks
+
+STEPS = 6
+
+
+def _run(config: Config, known_sources: frozenset[str]) -> tuple[str, Curve]:
+    """The name of the optimizer's class, and losses and norms."""
+    with patch.object(bf16_gradients, "KNOWN_SOURCES", known_sources):
+        engine, _ = build(config)
+        name = type(engine.optimizer).__name__
+        engine.destroy()
+        return name, curve_of(run_ours([config], STEPS)[0])
+
+
+def make_bf16(prefix: str, stage: int = 1) -> Config:
+    train = {"precision": "bf16", "global_batch_size": 12, "micro_batch_size": 2}  # several micro batches on two ranks
+    return make_config(prefix, train=train, zero={"stage": stage})
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_losses_and_norms_are_those_of_deepspeeds_own_addition_to_the_bit(prefix: str, ranks: int) -> None:
+    config = make_bf16(prefix)
+    name, curve = run_on_ranks(ranks, _run, config, bf16_gradients.KNOWN_SOURCES)[0]
+    assert name == "_Bf16Optimizer", "this DeepSpeed's BF16_Optimizer._update_hp_grad is not known"
+    name_ref, curve_ref = run_on_ranks(ranks, _run, config, frozenset())[0]
+    assert name_ref == BF16_Optimizer.__name__
+    assert curve == curve_ref
+    assert curve[0] != curve[-1]
+
+
+def test_other_optimizers_are_left_alone(prefix: str) -> None:
+    assert run_on_ranks(1, _run, make_bf16(prefix, stage=2), bf16_gradients.KNOWN_SOURCES)[0][0] not in (
+        "_Bf16Optimizer", "BF16_Optimizer",
+    )  # fmt: skip

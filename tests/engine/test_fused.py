@@ -1,0 +1,23 @@
+"""Training with the kernels of fused_ops under DeepSpeed, which gathers and empties the weights they read."""
+
+from __future__ import annotations
+
+from fused_ops import fusing
+from megalibi.config import Config
+from tests.engine.runs import Curve, curve_of, largest_relative_difference, make_config, run_ours
+from tests.ranks import run_on_ranks
+
+STEPS = 2
+FP32_RELATIVE_BOUND = 1e-5
+
+
+def _run(configs: list[Config], fused: bool) -> list[Curve]:
+    with fusing(fused):
+        return [curve_of(results) for results in run_ours(configs, STEPS)]
+
+
+def test_losses_and_norms_are_those_without_at_every_stage(prefix: str) -> None:
+    configs = [make_config(prefix, zero={"stage": stage}) for stage in (1, 3)]
+    plain, fused = (run_on_ranks(2, _run, configs, on)[0] for on in (False, True))
+    for curve, curve_ref in zip(fused, plain, strict=True):
+        assert 0 < largest_relative_difference(curve, curve_ref) < FP32_RELATIVE_BOUND
