@@ -1,5 +1,6 @@
 # make quickstart   from nothing to a small ALiBi GPT, trained, evaluated past its training length, and its report
-# make test         every test that needs no GPU
+# make test         every test that needs no GPU; on the CPU wherever it runs
+# make test-gpu     what makes sense on one GPU, on that GPU
 # make check        what must pass before a commit: format, lint, types, import law, tests
 
 PYTHON ?= python3
@@ -11,10 +12,14 @@ SAMPLE := sample
 RUN := runs/quickstart
 STEPS := $(shell sed -n 's/^  steps: //p' configs/quickstart.yaml)
 FINAL := $(RUN)/checkpoints/step_$(shell printf %08d $(STEPS))/manifest.json
+# Of the quickstart. DS_ACCELERATOR=cpu is how one computes on the CPU of a machine with GPUs.
+GPUS = $(shell $(BIN)/python -c 'import os, torch; \
+	print(0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count())')
+RANKS = $(if $(filter 1,$(GPUS)),1,2)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PRECIOUS: $(FINAL)
-.PHONY: quickstart install test check lint clean
+.PHONY: quickstart install test test-gpu check lint clean
 
 quickstart: $(RUN)/report.html
 	@echo "report: $(RUN)/report.html"
@@ -51,7 +56,9 @@ $(SAMPLE)/%.idx: $(SAMPLE)/tokenizer.model
 
 # The last step's checkpoint: an interrupted training has none, and resumes.
 $(FINAL): configs/quickstart.yaml $(SAMPLE)/train.idx $(SAMPLE)/valid.idx
-	deepspeed --quiet --num_accelerators 2 launch/pretrain.py --config configs/quickstart.yaml
+	@ranks=$(RANKS); echo "ranks: $$ranks (1 where there is one GPU, else 2)"; \
+	deepspeed --quiet --num_accelerators $$ranks launch/pretrain.py --config configs/quickstart.yaml \
+		parallel.tensor_parallel_size=$$ranks
 	touch $@
 
 $(RUN)/evaluation.json: $(FINAL)
@@ -63,6 +70,9 @@ $(RUN)/report.html: $(RUN)/evaluation.json
 
 test: install $(VENV)/.flash-attn
 	pytest
+
+test-gpu: install
+	TEST_DEVICE=cuda python -m pytest -m gpu
 
 lint: install
 	ruff check .

@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .json to write")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK says it too
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the file")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may stand anywhere
 
 
 def run(config: Config, place: Place, output: Path) -> None:

@@ -24,7 +24,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file of the run, for example configs/quickstart.yaml")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK says it too
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the file")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # overrides may stand anywhere
 
 
 def run(config: Config, place: Place) -> None:

@@ -23,6 +23,7 @@ from megalibi.config.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, refuse_files
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
 SLURM_FIRST_PORT = 20_000
 SLURM_PORTS = 20_000
@@ -110,7 +111,7 @@ def _first_slurm_host(environment: Mapping[str, str]) -> str:
 
 
 def check_accelerator(environment: Mapping[str, str]) -> None:
-    """Find out whether what DeepSpeed is told to compute on is what torch has here.
+    """Find out whether what DeepSpeed is told to compute on is what torch has here; the CPU is there everywhere.
 
     Raises:
         ConfigError: It is not.
@@ -118,7 +119,7 @@ def check_accelerator(environment: Mapping[str, str]) -> None:
     import torch
 
     told, has = environment.get("DS_ACCELERATOR", ""), "cuda" if torch.cuda.is_available() else "cpu"
-    if told and told != has:
+    if told not in ("", "cpu", has):
         raise ConfigError(
             f"DS_ACCELERATOR={told} in the environment, but torch finds {'a GPU' if has == 'cuda' else 'no GPU'} on "
             f"{socket.gethostname()}: unset it, or set it to {has}"
@@ -126,9 +127,11 @@ def check_accelerator(environment: Mapping[str, str]) -> None:
 
 
 def set_up_device(place: Place) -> torch.device:
-    """Return this rank's GPU, or the CPU with its share of the cores."""
+    """Return this rank's GPU; or the CPU with its share of the cores, where there is no GPU or DS_ACCELERATOR=cpu."""
     import torch
 
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # which DeepSpeed heeds; torch sees GPUs until this hides them
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     check_accelerator(os.environ)
     if torch.cuda.is_available():
         # A scheduler may show each rank only its own GPU.
@@ -142,7 +145,11 @@ def set_up_device(place: Place) -> torch.device:
 
 
 def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
-    """Join the other ranks, after ``set_up_device``."""
+    """Join the other ranks, after ``set_up_device``.
+
+    Raises:
+        ConfigError: On every rank: two of them took one GPU.
+    """
     import torch
     import torch.distributed as dist
 
@@ -156,7 +163,54 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **group)
         return
     os.environ.update(MASTER_ADDR=place.master_address, MASTER_PORT=str(place.master_port))
+    if backend == "nccl":  # NCCL would die of it with "invalid usage"
+        store = next(dist.rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=timeout))[0]
+        store.set_timeout(timeout)
+        uuid = str(torch.cuda.get_device_properties(local_rank).uuid)
+        check_own_gpus(place, uuid, dist.PrefixStore("gpus", store))
+        group["store"] = dist.PrefixStore("ranks", store)
     dist.init_process_group(rank=place.rank, world_size=place.world_size, **group)
+
+
+def check_own_gpus(place: Place, gpu: str, store: dist.Store) -> None:
+    """Find out whether every rank has a GPU of its own; every rank calls it.
+
+    The environment does not say: a rank that sees one GPU may have it alone (srun --gpus-per-task=1) or not.
+
+    Args:
+        place: This rank's.
+        gpu: The UUID of the one it took.
+        store: Of the job, with keys of their own.
+
+    Raises:
+        ConfigError: On every rank: two have the same.
+    """
+    store.set(f"gpu {place.rank}", f"{gpu} {socket.gethostname()}")
+    if place.rank == 0:
+        taken = [store.get(f"gpu {rank}").decode().split(" ", 1) for rank in range(place.world_size)]
+        store.set("refusal", describe_shared_gpu([(host, gpu) for gpu, host in taken]))
+    refusal = store.get("refusal").decode()
+    store.set(f"read {place.rank}", "")
+    if refusal:
+        if place.rank == 0:  # the store may end with this process
+            store.wait([f"read {rank}" for rank in range(place.world_size)])
+        raise ConfigError(refusal)
+
+
+def describe_shared_gpu(taken: list[tuple[str, str]]) -> str:
+    """Return what is wrong with the GPUs that the ranks took, each given by host and UUID; empty: nothing."""
+    first_with: dict[str, int] = {}
+    for rank, (host, gpu) in enumerate(taken):
+        if gpu in first_with:
+            on_host = [other for name, other in taken if name == host]
+            count = len(set(on_host))
+            return (
+                f"{len(on_host)} ranks on {host} have {count} GPU{'s' * (count > 1)} between them (ranks "
+                f"{first_with[gpu]} and {rank} the same): start one rank for each GPU, or compute on the CPU with "
+                "DS_ACCELERATOR=cpu"
+            )
+        first_with[gpu] = rank
+    return ""
 
 
 def run_rank(work: Callable[[Place], None]) -> NoReturn:

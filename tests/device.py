@@ -13,4 +13,4 @@ if DEVICE not in ("cpu", "cuda"):
 ON_GPU = DEVICE == "cuda"
 COLLECTIVES = "nccl" if ON_GPU else "gloo"
 if not ON_GPU:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")

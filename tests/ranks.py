@@ -1,4 +1,6 @@
-"""Real ranks for tests: processes on gloo, started once per world size and kept for the whole test session.
+"""Real ranks for tests: processes, started once per world size and kept for the whole test session.
+
+They are on gloo, or with TEST_DEVICE=cuda on NCCL and a GPU each.
 
 ``run_on_ranks(4, fn, *args)`` calls ``fn(*args)`` in four processes that have initialised torch.distributed, and
 returns the four results by rank. ``fn`` is a top-level function of a test file; it is found again in the ranks by
@@ -19,6 +21,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
+
+from tests.device import COLLECTIVES, ON_GPU
 
 RANK_TIMEOUT_SECONDS = 300.0
 
@@ -49,7 +53,9 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    if ON_GPU:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(COLLECTIVES, rank=rank, world_size=world_size)
     while True:
         try:
             path, name, args, kwargs = connection.recv()

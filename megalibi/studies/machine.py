@@ -96,7 +96,7 @@ def describe_machine(
         evaluate=root / "tools" / "evaluate.py",
         environment=environment,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-        gpus=torch.cuda.device_count(),
+        gpus=0 if environment.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count(),
         jobs=jobs,
         ranks=ranks,
         launcher=words,

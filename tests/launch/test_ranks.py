@@ -3,15 +3,20 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megalibi.config import ConfigError
+from tests.ranks import find_free_port, run_on_ranks
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "ranks.py"
 
@@ -81,13 +86,86 @@ def test_deepspeed_and_nccl_are_told_the_gpu_that_was_taken(
     backend: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = runpy.run_path(str(SCRIPT))
-    place = ranks["Place"](rank=5, world_size=8, local_rank=5, local_world_size=8, master_address="a", master_port=12)
+    place = ranks["Place"](
+        rank=0, world_size=1, local_rank=5, local_world_size=8, master_address="127.0.0.1", master_port=find_free_port()
+    )
     given: dict[str, Any] = {}
     monkeypatch.setattr("torch.cuda.current_device", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="GPU-2"))
     monkeypatch.setattr("torch.distributed.init_process_group", lambda **named: given.update(named))
     for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
-    ranks["init_distributed"](place, backend, timedelta(seconds=1))
+    ranks["init_distributed"](place, backend, timedelta(seconds=10))
     assert os.environ["LOCAL_RANK"] == str(expected)
     assert given.get("device_id") == (torch.device("cuda", 2) if backend == "nccl" else None)
-    assert (given["backend"], given["rank"], given["world_size"]) == (backend, 5, 8)
+    assert (given["backend"], given["rank"], given["world_size"]) == (backend, 0, 1)
+
+
+REFUSAL = ": start one rank for each GPU, or compute on the CPU with DS_ACCELERATOR=cpu"
+
+
+@pytest.mark.parametrize(
+    ("taken", "refusal"),
+    [
+        ([("a", "1")], ""),
+        ([("a", "1"), ("a", "2"), ("b", "3"), ("b", "4")], ""),
+        ([("a", "1"), ("a", "1")], "2 ranks on a have 1 GPU between them (ranks 0 and 1 the same)"),
+        (
+            [("a", "1"), ("b", "3"), ("b", "4"), ("b", "4"), ("b", "3")],
+            "4 ranks on b have 2 GPUs between them (ranks 2 and 3 the same)",
+        ),
+    ],
+    ids=["alone", "two hosts, a GPU for each rank", "one GPU for two", "two GPUs for four"],
+)
+def test_two_ranks_on_one_gpu_are_refused_with_their_numbers(taken: list[tuple[str, str]], refusal: str) -> None:
+    assert runpy.run_path(str(SCRIPT))["describe_shared_gpu"](taken) == (refusal and refusal + REFUSAL)
+
+
+def _meet(gpus: list[str], port: int) -> str:
+    """Meet at a store of the job's own; return what is refused."""
+    ranks = runpy.run_path(str(SCRIPT))
+    rank, size = torch.distributed.get_rank(), len(gpus)
+    place = ranks["Place"](
+        rank=rank, world_size=size, local_rank=rank, local_world_size=size, master_address="", master_port=port
+    )
+    store = torch.distributed.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=30))
+    try:
+        ranks["check_own_gpus"](place, gpus[rank], torch.distributed.PrefixStore("gpus", store))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_every_rank_learns_that_two_share_a_gpu() -> None:
+    """What each sees in its environment is the same: one GPU."""
+    refused, accepted = (run_on_ranks(2, _meet, gpus, find_free_port()) for gpus in (["1", "1"], ["1", "2"]))
+    assert refused == [f"2 ranks on {socket.gethostname()} have 1 GPU between them (ranks 0 and 1 the same){REFUSAL}"] * 2
+    assert accepted == ["", ""]
+
+
+ON_THE_CPU = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import ranks
+print(ranks.set_up_device(ranks.find_place({})))
+from deepspeed.accelerator import get_accelerator
+import torch
+print(get_accelerator().device_name(), torch.cuda.device_count(), repr(os.environ["CUDA_VISIBLE_DEVICES"]))
+"""
+
+
+def test_a_process_that_is_told_so_computes_on_the_cpu_wherever_it_is() -> None:
+    """DeepSpeed's launcher sets CUDA_VISIBLE_DEVICES for its ranks, on a CPU too."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "0"}
+    command = [sys.executable, "-c", ON_THE_CPU, str(SCRIPT.parent)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["cpu", "cpu 0 ''"]
+
+
+@pytest.mark.parametrize("told", ["cuda", "xpu"])
+def test_an_accelerator_that_is_not_here_is_refused(told: str) -> None:
+    check_accelerator = runpy.run_path(str(SCRIPT))["check_accelerator"]
+    with pytest.raises(ConfigError, match=f"DS_ACCELERATOR={told} in the environment, but torch finds no GPU on "):
+        check_accelerator({"DS_ACCELERATOR": told})
+    check_accelerator({"DS_ACCELERATOR": "cpu"})
+    check_accelerator({})
