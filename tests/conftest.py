@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import tests.device
-import tests.flash_attn_on_cpu  # noqa: F401 - before alibi_attention, which asks it for its operators
+import tests.flash_attn_on_cpu  # before alibi_attention, which asks it for its operators
 
 
 def pytest_configure() -> None:
     """A shell starts what runs in its background with SIGINT ignored, and children inherit that: tests send SIGINT."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """On a GPU leave out the files without a test for it: such a machine may lack what they import."""
+    if not tests.device.ON_GPU:
+        return None
+    files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
+    return None if any("mark.gpu" in path.read_text() for path in files) else True

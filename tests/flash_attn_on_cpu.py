@@ -1,6 +1,7 @@
 """flash-attn without a GPU: the Triton kernels in its package, which are made for AMD, run by Triton's interpreter.
 
 Imported for its effect, before alibi_attention: by conftest.py, and by the test files whose functions run in ranks.
+With TEST_DEVICE=cuda it has none.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import os
 from typing import Any
 
 import torch
+
+from tests.device import ON_GPU
 
 OPERATORS = (
     "_flash_attn_forward",
@@ -59,5 +62,5 @@ def _repair_bf16() -> None:
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot_of_numbers, cast_by_rounding
 
 
-if not torch.cuda.is_available():
+if not ON_GPU:
     _run_on_cpu()

@@ -18,30 +18,32 @@ from megalibi.data.token_file import TokenFileWriter
 from megalibi.engine.step import StepResult
 from megalibi.job import is_due
 from megalibi.train import check_finite
+from tests.device import ON_GPU
 from tests.engine.runs import VOCAB_SIZE, make_config, write_tokens
 from tests.launch.jobs import Job, exact_records, last_step, read_records, run_job, write_job
 
 FOREVER = "train.steps=1000000"
 STEPS = 20
 KILLED_AFTER_CHECKPOINT = 10
+RANKS = 1 if ON_GPU else 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.gpu), "bf16"])
 def test_killed_and_resumed_is_straight_bit_for_bit_and_samples_are_the_same_everywhere(
     tmp_path: Path, precision: str
 ) -> None:
     config = write_job(
         tmp_path,
-        parallel={"tensor_parallel_size": 2},
+        parallel={"tensor_parallel_size": RANKS},
         train={"steps": STEPS, "precision": precision, "eval_every_steps": 5, "eval_samples": 5},
         data={"valid": str(tmp_path / "tokens")},
         checkpoint={"every_steps": KILLED_AFTER_CHECKPOINT},
     )
     run = tmp_path / "run"
     straight = tmp_path / "straight"
-    run_job(config, f"train.output_dir={straight}", world_size=2)
+    run_job(config, f"train.output_dir={straight}", world_size=RANKS)
 
-    job = Job(config, FOREVER, world_size=2)
+    job = Job(config, FOREVER, world_size=RANKS)
     job.wait_until(lambda: last_step(run) > KILLED_AFTER_CHECKPOINT)
     job.kill()
     checkpoint = find_checkpoint(run / "checkpoints")
@@ -50,7 +52,7 @@ def test_killed_and_resumed_is_straight_bit_for_bit_and_samples_are_the_same_eve
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "los')
     (run / "checkpoints" / "latest").write_text("step_00000010\n")  # go back to it
-    job = run_job(config, world_size=2)
+    job = run_job(config, world_size=RANKS)
     assert "resumed from" in job.read_log(0)
     assert exact_records(run) == exact_records(straight)
     assert len(exact_records(run)) == STEPS + STEPS // 5
@@ -58,9 +60,9 @@ def test_killed_and_resumed_is_straight_bit_for_bit_and_samples_are_the_same_eve
     if precision == "fp32":
         for world_size, overrides in (
             (1, ["parallel.tensor_parallel_size=1", "train.micro_batch_size=4"]),
-            (2, ["parallel.tensor_parallel_size=1", "train.micro_batch_size=1", "zero.stage=2"]),
+            (RANKS, ["parallel.tensor_parallel_size=1", "train.micro_batch_size=1", "zero.stage=2"]),
         ):
-            other = tmp_path / f"other_{world_size}"
+            other = tmp_path / f"other_{world_size}_{len(overrides)}"
             run_job(config, *overrides, f"train.output_dir={other}", world_size=world_size)
             assert sample_hashes(other) == sample_hashes(straight)
         assert len(set(sample_hashes(straight))) == STEPS

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.device import DEVICE
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -13,11 +15,11 @@ def _seed() -> None:
 
 @pytest.fixture
 def make_inputs() -> Callable[..., list[torch.Tensor]]:
-    """q, k, v and an upstream gradient of the output, from the standard normal distribution."""
+    """q, k, v and an upstream gradient of the output, from the standard normal distribution, on every device."""
 
     def make(batch, queries, num_heads, head_dim, *, keys=None, dtype=torch.float32):
         lengths = (queries, keys or queries, keys or queries, queries)
-        return [torch.randn(batch, length, num_heads, head_dim).to(dtype) for length in lengths]
+        return [torch.randn(batch, length, num_heads, head_dim).to(DEVICE, dtype) for length in lengths]
 
     return make
 

@@ -29,6 +29,7 @@ from alibi_attention.contract import (
     measured_rows,
     to_markdown,
 )
+from tests.device import DEVICE, ON_GPU
 
 ERROR_FACTOR = 2.0  # times the error of plain SDPA in the same type
 FP64_ERROR = 1e-13  # the fp64 truth has an error too: there is no sensible ratio
@@ -111,19 +112,31 @@ def test_the_readme_says_how_it_was_measured():
     assert "No GPU has been reached" in text or "on one NVIDIA" in text
 
 
+folded_on_gpu = pytest.mark.xfail(ON_GPU, reason="on a GPU it loses digits in fp32 (README, limits)", strict=False)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("capability", "dtype"),
     [
-        pytest.param(capability, dtype, id=f"{capability.name}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(
+            capability,
+            dtype,
+            id=f"{capability.name}-{str(dtype).removeprefix('torch.')}",
+            marks=[folded_on_gpu] * ((capability.name, dtype) == ("folded", torch.float32)),
+        )
         for capability in backends()
         for dtype in capability.dtypes
-        if capability.find_refusal(Call("cpu", dtype, HEAD_DIM)) is None
+        if capability.find_refusal(Call(DEVICE, dtype, HEAD_DIM)) is None
     ],
 )
 def test_measured_here_again(capability, dtype):
-    interpreted = is_interpreted(capability, "cpu")
+    interpreted = is_interpreted(capability, DEVICE)
     length, head_counts = (97, (12,)) if interpreted else (257, (8, 12, 20))
-    (row,) = measure_type([capability], dtype, length, head_counts=head_counts)
+    rows = list(measure_type([capability], dtype, length, DEVICE, head_counts))
+    if not rows and capability.name == "flash":
+        pytest.skip(f"this build of flash-attn has no {dtype}")
+    (row,) = rows
     assert row.interpreted == interpreted
     assert 0 < max(row.errors) <= row.max_error * 10
     assert find_breaches(row) == []

@@ -22,16 +22,17 @@ from alibi_attention import (
     triton_tiles,
 )
 from alibi_attention.triton_geometry import make_geometry
+from tests.device import DEVICE
 
 FP32_ATOL = 1e-5  # output and gradients of standard normal inputs, against fp64
 ERROR_FACTOR = 2.0  # times the error of SDPA in the same type
-BLOCK = 64  # tokens of a block in the interpreter
+BLOCK = 64  # tokens of a block in the interpreter, and of fp32 on a GPU
 MAX_SHARED_BYTES = 227 * 1024  # of a program on sm_90
 MAX_SPILLED_BYTES = 512  # stored by a thread; 396 by the largest tile of dk and dv, and 144 or less by the others
 
 attend_triton = partial(attention, backend="triton")
 attend_ref = partial(attention, backend="reference")
-pytestmark = pytest.mark.skipif(not triton_tiles.INTERPRETED, reason="these lengths are for the interpreter's blocks")
+gpu = pytest.mark.gpu  # elsewhere lengths are for the interpreter's blocks, or test_every_backend.py does the same
 
 
 def max_errors(results, exact):
@@ -42,17 +43,22 @@ def plain_sdpa(q, k, v):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True).transpose(1, 2)
 
 
+def slopes_of(*slopes):
+    return torch.tensor(slopes, device=DEVICE)
+
+
 def find_first_keys(q, k, v, slopes, horizon_eps=2.0**-24, cu_seqlens=None, softmax_scale=None):
     """The first key of each query block [groups, blocks], as the forward pass stores it for the backward."""
     packed = None if cu_seqlens is None else PackedDocuments(cu_seqlens, q.shape[1])
-    geometry, documents = make_geometry(q, k, packed, k.shape[1] - q.shape[1], BLOCK)
+    block = triton_tiles.block_tokens(q.dtype)
+    geometry, documents = make_geometry(q, k, packed, k.shape[1] - q.shape[1], block)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     return triton_kernel.run_forward(q, k, v, slopes, geometry, documents, scale, horizon_eps)[2]
 
 
 def attend_from(q, k, v, slopes, first_keys):
     """The equation over the keys from each query block's first key on; one sequence."""
-    position, keys = torch.arange(q.shape[1]), torch.arange(k.shape[1])
+    position, keys = torch.arange(q.shape[1], device=DEVICE), torch.arange(k.shape[1], device=DEVICE)
     distance = (position + k.shape[1] - q.shape[1])[:, None] - keys
     first = first_keys[:, position // BLOCK]
     visible = (distance >= 0) & (keys >= first[:, :, None])
@@ -119,9 +125,10 @@ def test_a_document_is_the_same_to_the_bit_alone_and_among_others(make_inputs):
         assert torch.equal(packed[:, start:end], alone)
 
 
+@gpu
 def test_boundaries_that_were_changed_in_place_are_read_again(make_inputs):
     q, k, v, _ = make_inputs(1, 40, 2, 32)
-    cu_seqlens = torch.tensor([0, 10, 40], dtype=torch.int32)
+    cu_seqlens = torch.tensor([0, 10, 40], dtype=torch.int32, device=DEVICE)
     for boundary in (10, 30):
         cu_seqlens[1] = boundary
         output = attend_triton(q, k, v, alibi_slopes=None, cu_seqlens=cu_seqlens)
@@ -151,15 +158,17 @@ def test_strided_inputs_and_gradients(view):
         assert torch.equal(strided, contiguous)
 
 
+@gpu
 def test_steep_heads_visit_a_few_blocks_at_any_length_and_shallow_ones_all(make_inputs):
     q, k, v, _ = make_inputs(1, 640, 2, 32, dtype=torch.bfloat16)
-    first_keys = find_first_keys(q, k, v, torch.tensor([1.0, 2.0**-8]))
-    visited = torch.arange(640 // BLOCK) + 1 - first_keys // BLOCK
+    first_keys, block = find_first_keys(q, k, v, slopes_of(1.0, 2.0**-8)).cpu(), triton_tiles.block_tokens(q.dtype)
+    visited = torch.arange(640 // block) + 1 - first_keys // block
     # 2^-24 = exp(-17), and |q| |k| / sqrt(32) is 6 on average and 12 at most or so: about 30 keys at slope 1.
     assert visited[0].max() == 2
     assert first_keys[1].max() == 0
 
 
+@gpu
 @pytest.mark.parametrize("kind", ["random", "aligned", "opposed", "zero queries", "negative scale"])
 @pytest.mark.parametrize("horizon_eps", [2.0**-24, 1e-3])
 def test_the_horizon_changes_no_more_than_it_promises(make_inputs, kind, horizon_eps):
@@ -171,7 +180,7 @@ def test_the_horizon_changes_no_more_than_it_promises(make_inputs, kind, horizon
     if kind == "zero queries":
         q = torch.zeros_like(q)
     v = v.sign()  # what is left out is seen in full
-    slopes = torch.tensor([1.0, 0.25])
+    slopes = slopes_of(1.0, 0.25)
     assert find_first_keys(q, k, v, slopes, horizon_eps, None, softmax_scale)[0].max() > 0
     near = attend_triton(q, k, v, alibi_slopes=slopes, softmax_scale=softmax_scale, horizon_eps=horizon_eps)
     exact = attend_ref(*(x.double() for x in (q, k, v)), alibi_slopes=slopes, softmax_scale=softmax_scale)
@@ -190,10 +199,11 @@ def test_without_eps_every_block_is_visited_and_a_horizon_nobody_reaches_changes
     assert all(torch.equal(x, y) for x, y in zip(off, on, strict=True))
 
 
+@gpu
 def test_one_far_key_with_a_huge_norm_is_found(make_inputs, forward_backward):
     inputs = make_inputs(1, 257, 2, 32)
     q, k, v, _ = inputs
-    slopes = torch.tensor([0.25, 0.2])
+    slopes = slopes_of(0.25, 0.2)
     assert (find_first_keys(q, k, v, slopes)[:, -1] > 0).all()
     q[:, 200:] = q[:, 200:].abs()
     k[:, 5], v[:, 5] = 30.0, 2.0
@@ -207,18 +217,20 @@ def test_one_far_key_with_a_huge_norm_is_found(make_inputs, forward_backward):
         assert error <= ERROR_FACTOR * sdpa_error
 
 
+@gpu
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["a far key", "a query"])
 def test_what_is_no_number_is_never_left_out(make_inputs, value, where):
     q, k, v, _ = make_inputs(1, 257, 1, 32)
     (k if where == "a far key" else q)[:, 3 if where == "a far key" else 250, 0, 7] = value
-    first_keys = find_first_keys(q, k, v, torch.tensor([1.0]))[0]
+    first_keys = find_first_keys(q, k, v, slopes_of(1.0))[0]
     asked = slice(1, None) if where == "a far key" else slice(250 // BLOCK, 250 // BLOCK + 1)
     assert (first_keys[asked] == 0).all()
-    assert find_first_keys(q, k, v, torch.tensor([float("nan")])).max() == 0
-    assert find_first_keys(q, k, v, torch.tensor([-1.0])).max() == 0
+    assert find_first_keys(q, k, v, slopes_of(float("nan"))).max() == 0
+    assert find_first_keys(q, k, v, slopes_of(-1.0)).max() == 0
 
 
+@gpu
 @pytest.mark.parametrize("far_sighted_block", [None, 3], ids=["monotone", "one block looks further than the next"])
 def test_the_backward_pass_visits_what_the_forward_pass_did(make_inputs, forward_backward, far_sighted_block):
     inputs = make_inputs(1, 257, 2, 32)
@@ -226,7 +238,7 @@ def test_the_backward_pass_visits_what_the_forward_pass_did(make_inputs, forward
     inputs[0].mul_(0.1)
     if far_sighted_block is not None:
         inputs[0][:, far_sighted_block * BLOCK : (far_sighted_block + 1) * BLOCK] *= 20
-    slopes, horizon_eps = torch.tensor([0.07, 0.06]), 0.9
+    slopes, horizon_eps = slopes_of(0.07, 0.06), 0.9
     first_keys = find_first_keys(*inputs[:3], slopes, horizon_eps)
     assert first_keys.max() > 0
     assert (first_keys.diff() < 0).any() == (far_sighted_block is not None)

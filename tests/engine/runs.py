@@ -24,10 +24,13 @@ from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize
 from megalibi.parallel import ProcessGroups, build_process_groups, single_process_groups
+from tests.device import DEVICE
 
 VOCAB_SIZE = 509  # prime: padded on every tensor parallel size
 STAGES = (0, 1, 2, 3)
 CPU = torch.device("cpu")
+HERE = torch.device(DEVICE)
+"""Where the runs compute: TEST_DEVICE."""
 Curve = list[tuple[float, float]]
 """Loss and gradient norm of each step."""
 
@@ -90,7 +93,7 @@ def process_groups(tensor_parallel_size: int) -> ProcessGroups:
 
 def build(config: Config) -> tuple[DeepSpeedEngine, ProcessGroups]:
     groups = process_groups(config.parallel.tensor_parallel_size)
-    return build_engine(config, derive(config, groups.world.size), groups, CPU), groups
+    return build_engine(config, derive(config, groups.world.size), groups, HERE), groups
 
 
 def mask_by_content(batch: Batch) -> Batch:
@@ -113,7 +116,7 @@ def iterate_ours(
             engine,
             [mask_by_content(batch) for batch in batches] if mask_labels else batches,
             groups=groups,
-            device=CPU,
+            device=HERE,
             learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
             seed=config.train.seed,
             samples_consumed=consumed,
@@ -159,9 +162,10 @@ def clip_in_fp64(parameters: list[nn.Parameter], max_norm: float) -> float:
 def run_plain(config: Config, steps: int, *, mask_labels: bool = False) -> Curve:
     """Train in this process with nothing but PyTorch: the whole global batch at once, no DeepSpeed, no groups."""
     torch.set_num_threads(1)
-    model = GPT(
-        config.model, padded_vocab_size=derive(config, 1).padded_vocab_size, group=single_process_groups().tensor
-    )
+    with HERE:
+        model = GPT(
+            config.model, padded_vocab_size=derive(config, 1).padded_vocab_size, group=single_process_groups().tensor
+        )
     initialize(model, config.model, seed=config.train.seed, group=single_process_groups().tensor)
     o = config.optimizer
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -177,7 +181,8 @@ def run_plain(config: Config, steps: int, *, mask_labels: bool = False) -> Curve
     for step in range(steps):
         (batch,) = loader.micro_batches(step * config.train.global_batch_size)
         batch = mask_by_content(batch) if mask_labels else batch
-        losses = model(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens)
+        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(HERE)
+        losses = model(batch.tokens.to(HERE), batch.labels.to(HERE), cu_seqlens=cu_seqlens)
         loss = losses.double().sum() / (batch.labels != IGNORE_INDEX).sum()
         optimizer.zero_grad()
         loss.backward()

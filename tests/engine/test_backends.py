@@ -11,17 +11,21 @@ from megalibi.config import Config
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.engine.build import DTYPES
 from megalibi.engine.step import StepResult
+from tests.device import DEVICE, ON_GPU
 from tests.engine.runs import VOCAB_SIZE, Curve, curve_of, largest_relative_difference, make_config, run_ours
 from tests.ranks import run_on_ranks
 
 RELATIVE_BOUND = {"fp32": 1e-5, "bf16": 3e-3}
 """Of losses and norms; bf16 as between ZeRO stages, where sums in another order flip roundings (test_build.py)."""
 STEPS = 4
+RANKS = 1 if ON_GPU else 2
+HEAD_DIM = 64 if ON_GPU else 24
+"""flash-attn may be built for some alone."""
 RUNS = [
     (backend.name, precision)
     for backend in backends()
     for precision in RELATIVE_BOUND
-    if backend.usable and "cpu" in backend.devices and DTYPES[precision] in backend.dtypes
+    if backend.usable and DEVICE in backend.devices and DTYPES[precision] in backend.dtypes
 ]
 
 INTERPRETED = {backend.name for backend in backends() if not backend.auto}
@@ -44,22 +48,29 @@ def _train(configs: list[Config], steps: int) -> list[list[StepResult]]:
 
 @cache
 def train(prefix: str, backend: str, precision: str, seq_length: int) -> tuple[Curve, Curve]:
-    """Without and with a document mask, on two tensor ranks."""
+    """Without and with a document mask, on two tensor ranks; on one GPU alone."""
     configs = [
         make_config(
             prefix,
-            model={"attention_backend": backend, "num_layers": 1, "num_attention_heads": 2, "init_std": 0.2},
+            model={
+                "attention_backend": backend,
+                "num_layers": 1,
+                "num_attention_heads": 2,
+                "hidden_size": 2 * HEAD_DIM,
+                "init_std": 0.2,
+            },
             data={"document_mask": document_mask, "seq_length": seq_length},
-            parallel={"tensor_parallel_size": 2},
+            parallel={"tensor_parallel_size": RANKS},
             train={"precision": precision, "global_batch_size": 2},
             zero={"stage": 1},
         )
         for document_mask in (False, True)
     ]
-    whole, masked = run_on_ranks(2, _train, configs, STEPS)[0]
+    whole, masked = run_on_ranks(RANKS, _train, configs, STEPS)[0]
     return curve_of(whole), curve_of(masked)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("backend", "precision"), RUNS)
 def test_training_with_every_back_end_gives_the_losses_of_the_reference(
     short_documents: str, backend: str, precision: str

@@ -20,6 +20,7 @@ from alibi_attention import alibi_slopes
 from megalibi.config import Config, ConfigError
 from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER
 from megalibi.engine.step import StepResult
+from tests.device import ON_GPU
 from tests.engine.runs import (
     CPU,
     STAGES,
@@ -34,6 +35,7 @@ from tests.engine.runs import (
 )
 from tests.ranks import run_on_ranks
 
+RANKS, TENSOR_PARALLEL_SIZE = (1, 1) if ON_GPU else (4, 2)
 STEPS = 12
 # Relative to fp32 over 12 steps, losses and gradient norms; the figures are those seen when this was written.
 BF16_RELATIVE_BOUND = 3e-3
@@ -47,7 +49,7 @@ fp32."""
 
 
 def make_stages(prefix: str, **sections: dict[str, Any]) -> list[Config]:
-    parallel = {"tensor_parallel_size": 2}
+    parallel = {"tensor_parallel_size": TENSOR_PARALLEL_SIZE}
     return [make_config(prefix, parallel=parallel, zero={"stage": stage}, **sections) for stage in STAGES]
 
 
@@ -83,10 +85,11 @@ def _run_fp16(configs: list[Config], steps: int) -> list[list[tuple[StepResult, 
     return runs
 
 
+@pytest.mark.gpu
 def test_bf16_and_fp16_follow_fp32_at_every_zero_stage(prefix: str) -> None:
     curve_ref = run_plain(make_config(prefix), STEPS)
-    runs_bf16 = run_on_ranks(4, run_ours, make_stages(prefix, train={"precision": "bf16"}), STEPS)[0]
-    runs_fp16 = run_on_ranks(4, _run_fp16, make_stages(prefix, train={"precision": "fp16"}), STEPS)[0]
+    runs_bf16 = run_on_ranks(RANKS, run_ours, make_stages(prefix, train={"precision": "bf16"}), STEPS)[0]
+    runs_fp16 = run_on_ranks(RANKS, _run_fp16, make_stages(prefix, train={"precision": "fp16"}), STEPS)[0]
     curves_bf16 = [curve_of(run) for run in runs_bf16]
     curves_fp16 = [curve_of([result for result, _ in run]) for run in runs_fp16]
     for curves, bound in ((curves_bf16, BF16_RELATIVE_BOUND), (curves_fp16, FP16_RELATIVE_BOUND)):

@@ -18,6 +18,7 @@ from megalibi.studies.memory import (
     MemoryTrace,
     tracing_model,
 )
+from tests.device import ON_GPU
 from tests.model.helpers import build_gpt, make_model, random_tokens
 from tests.ranks import run_on_ranks
 from tests.studies.steps import make_config, measure_steps
@@ -132,7 +133,8 @@ def test_what_lives_before_a_trace_is_met_when_it_is_used() -> None:
     assert trace.peak().other == 1 << 20
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA's allocator is not there")
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no GPU: CUDA's allocator is not there")
 def test_peak_on_cuda_is_that_of_its_allocator() -> None:
     x = torch.zeros(1 << 24, device="cuda")
     with MemoryTrace() as trace:

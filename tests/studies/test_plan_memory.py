@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megalibi.config import Config, ConfigError, derive
 from megalibi.studies.memory import MemoryByKind
 from megalibi.studies.plan import plan_memory
 from megalibi.studies.plan_communication import sum_sent_bytes
 from megalibi.studies.plan_memory import TracedStep, trace_step
+from tests.device import ON_GPU
 from tests.ranks import run_on_ranks
 from tests.studies.steps import make_config, measure_steps
 
@@ -162,13 +162,13 @@ def test_on_cuda_cross_entropy_makes_nothing_of_the_size_of_the_logits() -> None
 
 ON_CUDA = """
 import os, pickle, sys
-import torch
 import torch.distributed as dist
 from megalibi.studies.memory import measure_memory
 from tests.studies.steps import build_step
 
 os.environ["LOCAL_RANK"] = "0"
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+torch.cuda.set_device(0)
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
 engine, _, step = build_step(pickle.load(sys.stdin.buffer), torch.device("cuda"))
 step()
 print(pickle.dumps(measure_memory(engine, step, torch.device("cuda"))).hex())
@@ -177,7 +177,8 @@ CUDA_BOUND = 0.08
 """Relative: the allocator rounds up, and kernels hold memory inside themselves."""
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: CUDA's allocator is not there")
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no GPU: CUDA's allocator is not there")
 @pytest.mark.parametrize(
     ("stage", "backend", "recompute"), [(1, "auto", "none"), (2, "auto", "full"), (0, "reference", "none")]
 )

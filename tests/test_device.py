@@ -1,0 +1,61 @@
+"""The suite computes where TEST_DEVICE says, and what is for a GPU asks little of the GPU's machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from tests.device import COLLECTIVES, DEVICE, ON_GPU
+from tests.ranks import run_on_ranks
+
+ROOT = Path(__file__).parents[1]
+MAY_BE_MISSING = ("hypothesis", "_hypothesis_pytestplugin", "lm_eval", "pytest_timeout", "importlinter")
+WITHOUT_PACKAGES = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {MAY_BE_MISSING}:
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+FOR_A_GPU = (
+    "tests/alibi_attention/test_contract.py",
+    "tests/alibi_attention/test_every_backend.py",
+    "tests/alibi_attention/test_triton.py",
+    "tests/engine/test_backends.py",
+    "tests/engine/test_build.py",
+    "tests/engine/test_step.py",
+    "tests/studies/test_plan_memory.py",
+    "tests/test_train.py",
+)
+
+
+def _describe_rank() -> tuple[str, str, bool]:
+    return get_accelerator().device_name(), torch.distributed.get_backend(), torch.cuda.is_available()
+
+
+@pytest.mark.gpu
+def test_tests_and_their_ranks_compute_where_they_are_told_to() -> None:
+    assert torch.cuda.is_available() == ON_GPU
+    assert get_accelerator().device_name() == DEVICE
+    assert run_on_ranks(1, _describe_rank) == [(DEVICE, COLLECTIVES, ON_GPU)]
+
+
+def test_what_is_for_a_gpu_is_collected_without_the_packages_of_a_developer(tmp_path: Path) -> None:
+    (tmp_path / "without_packages.py").write_text(WITHOUT_PACKAGES)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("DS_ACCELERATOR", "PYTEST_ADDOPTS")
+    }
+    environment |= {"TEST_DEVICE": "cuda", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-p", "without_packages", "-p", "no:cacheprovider", "-m", "gpu"]
+    done = subprocess.run([*command, "--collect-only"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert set(FOR_A_GPU) <= {line.partition("::")[0] for line in done.stdout.splitlines()}
