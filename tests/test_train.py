@@ -57,12 +57,12 @@ def test_killed_and_resumed_is_straight_bit_for_bit_and_samples_are_the_same_eve
     assert exact_records(run) == exact_records(straight)
     assert len(exact_records(run)) == STEPS + STEPS // 5
 
-    if precision == "fp32":
+    if precision == "fp32" and not ON_GPU:  # each of them starts anew there
         for world_size, overrides in (
             (1, ["parallel.tensor_parallel_size=1", "train.micro_batch_size=4"]),
-            (RANKS, ["parallel.tensor_parallel_size=1", "train.micro_batch_size=1", "zero.stage=2"]),
+            (2, ["parallel.tensor_parallel_size=1", "train.micro_batch_size=1", "zero.stage=2"]),
         ):
-            other = tmp_path / f"other_{world_size}_{len(overrides)}"
+            other = tmp_path / f"other_{world_size}"
             run_job(config, *overrides, f"train.output_dir={other}", world_size=world_size)
             assert sample_hashes(other) == sample_hashes(straight)
         assert len(set(sample_hashes(straight))) == STEPS

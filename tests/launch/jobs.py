@@ -1,7 +1,8 @@
 """Real jobs for tests: each rank is a process of its own that runs a script, and can be signalled and killed.
 
 The ranks are forked from a server that has imported torch and DeepSpeed once, so that a job starts in a second or two
-instead of ten; from there on they are what a launcher starts.
+instead of ten; from there on they are what a launcher starts. On a GPU each begins anew: DeepSpeed looks for it when it is
+imported, and CUDA does not survive a fork.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from megalibi.config import Config, save_config
+from tests.device import ON_GPU
 from tests.engine.runs import make_config, write_tokens
 from tests.ranks import find_free_port
 
@@ -39,7 +41,7 @@ LAUNCHER_VARIABLES = (
     "MASTER_PORT",
 )
 
-CONTEXT = mp.get_context("forkserver")
+CONTEXT = mp.get_context("spawn" if ON_GPU else "forkserver")
 CONTEXT.set_forkserver_preload(
     ["megalibi.train", "torch._dynamo", "torch.utils.tensorboard", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )
