@@ -30,8 +30,8 @@ INTERPRETED_LENGTHS = (97, 257)
 _ALL_HEADS_UP_TO = 4096  # tokens; fp64 on two cores would take minutes per head count past it
 _SOME_HEADS = 5
 _FP64_UP_TO = 1025  # tokens; the fp64 truth is no better than what it judges, and more tokens show nothing new
-_S_BY_S_UP_TO = 4096  # tokens; the reference's matrices of one head
-_S_BY_S = "reference"
+_S_BY_S_UP_TO = 4096  # tokens; matrices of one head
+_S_BY_S = ("reference", "unfused")
 _LAST_QUERIES = 16
 _BLOCK_BYTES = 1 << 25
 _IDENTITY_BYTES = 1 << 27
@@ -216,7 +216,7 @@ def _measure_backend(
 
     def attend(*qkv: torch.Tensor) -> torch.Tensor:
         # One head at a time where a head's memory is S x S.
-        heads_at_once = 1 if name == _S_BY_S else len(slopes_H)
+        heads_at_once = 1 if name in _S_BY_S else len(slopes_H)
         parts = [
             attention(*part, alibi_slopes=slopes, backend=name)
             for *part, slopes in zip(
@@ -264,4 +264,4 @@ def _name_dtype(dtype: torch.dtype) -> str:
 def _max_length(name: str, dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return _FP64_UP_TO
-    return _S_BY_S_UP_TO if name == _S_BY_S else math.inf
+    return _S_BY_S_UP_TO if name in _S_BY_S else math.inf

@@ -8,14 +8,14 @@ from functools import cache
 
 import torch
 
-from alibi_attention import flash, folded, native, reference, sdpa, triton_kernel
+from alibi_attention import flash, folded, native, reference, sdpa, triton_kernel, unfused
 from alibi_attention.capability import Backend, Call, Capability
 from alibi_attention.documents import PackedDocuments
 
 _LOGGER = logging.getLogger("alibi_attention")
 
-# In the order of "auto": the first that can do a call does it.
-_ORDER: tuple[Backend, ...] = (native, triton_kernel, flash, folded, sdpa, reference)
+# In the order of "auto": the first that can do a call does it, and so never the last: what reference can do is all.
+_ORDER: tuple[Backend, ...] = (native, triton_kernel, flash, folded, sdpa, reference, unfused)
 # Without a bias the GPU kernels that others have tuned come before ours.
 _ORDER_WITHOUT_BIAS: tuple[Backend, ...] = (native, flash, sdpa, triton_kernel, reference)
 _BACKENDS: dict[str, Backend] = {backend.NAME: backend for backend in _ORDER}
@@ -102,7 +102,7 @@ def attention(
     )
     name = _resolve(backend, call)
     # Autocast would cast the bias to 16 bits together with q, k and v. Switching it off takes as long as a kernel may.
-    autocast = torch.is_autocast_enabled(call.device_type)
+    autocast = call.device_type != "meta" and torch.is_autocast_enabled(call.device_type)
     with torch.autocast(call.device_type, enabled=False) if autocast else nullcontext():
         return _BACKENDS[name].attend(
             q_BSHK,

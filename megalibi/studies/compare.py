@@ -13,9 +13,9 @@ from pathlib import Path
 from megalibi.config import Config, ConfigError
 
 ALIBI, SINUSOIDAL = "alibi", "sinusoidal"
-ATTENTIONS = {"unfused": "reference", "fast": "auto"}
+ATTENTIONS = {"unfused": "unfused", "fast": "auto"}
 """Kinds of attention and the back end of each. unfused holds the scores of all pairs of tokens, as the paper's fairseq
-did; fast is the best that can run."""
+did, with products in 16 bits and the softmax in fp32; fast is the best that can run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ QUERIES_WRITTEN_OUT = 256
 """Of alibi_attention's sdpa, where the bias is learned."""
 ROWS_KEPT = 2
 """fp32 numbers that a fused kernel keeps for each query and head: its largest score and its sum."""
+_ATTENTION = model_attention.attention  # without a stand-in
 
 
 @dataclass(kw_only=True)
@@ -142,18 +143,9 @@ def _stand_ins(model: ModelConfig, attention: str, device_type: str) -> Iterator
         yield
 
 
-def _attend_unfused(q: Tensor, k: Tensor, v: Tensor, *, alibi_slopes: Any, distance_bias: Any, dropout_p: float,
-                    **_: Any) -> Tensor:  # fmt: skip
-    """Write the scores out in fp32, as alibi_attention's reference does."""
-    q_BHQK, k_BHTK, v_BHTK = (x.float().transpose(1, 2) for x in (q, k, v))
-    scores_BHQT = 1.0 * (q_BHQK @ k_BHTK.mT)
-    distance_QT = torch.empty(q.shape[1], k.shape[1], dtype=torch.int64, device=q.device)
-    if alibi_slopes is not None:
-        scores_BHQT = scores_BHQT - torch.empty(q.shape[2], 1, 1, device=q.device) * distance_QT
-    if distance_bias is not None:
-        scores_BHQT = scores_BHQT + distance_bias[:, distance_QT]
-    weights_BHQT = F.dropout(scores_BHQT.masked_fill(distance_QT < 0, -math.inf).softmax(dim=-1), dropout_p)
-    return (weights_BHQT @ v_BHTK).transpose(1, 2).to(q.dtype)
+def _attend_unfused(*qkv: Tensor, backend: str, **arguments: Any) -> Tensor:
+    """Call the back end of that name whatever the model's is: it runs on the meta device too."""
+    return _ATTENTION(*qkv, backend="unfused", **arguments)
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, *, distance_bias: Any, device_type: str, **_: Any) -> Tensor:

@@ -38,6 +38,7 @@ FOLDED_FP32_ERROR = 1e-5  # at 4,096 and 16,384 tokens, where m * j must not be 
 # It adds m * j, up to about 50 within a horizon, to the score in fp32: there the sum is rounded to 2^-18, where a score
 # alone would be to 2^-22 or less, and single heads with steep slopes feel it. Seen: 3.7.
 FOLDED_FP32_HEAD_FACTOR = 5.0
+UNFUSED_BF16_TOTAL_VARIATION = 1.2e-3  # it rounds its scores to the type of q, as the paper's code did
 FP64_ATOL = 1e-13
 
 REMEASURE = "run TRITON_INTERPRET=1 python -m alibi_attention --contract --write-readme"
@@ -60,6 +61,8 @@ def find_breaches(row: Row) -> list[str]:
     else:
         bars["ratio"] = (row.ratio, ERROR_FACTOR)
         bars["ratio of a head"] = (row.head_ratio, ERROR_FACTOR)
+    if row.backend == "unfused" and row.dtype == "bfloat16":
+        bars["rows"] = (row.total_variation, UNFUSED_BF16_TOTAL_VARIATION)
     if row.backend == "folded" and row.dtype == "float32":
         bars["error"] = (max(row.errors), FOLDED_FP32_ERROR)
         bars["ratio of a head"] = (row.head_ratio, FOLDED_FP32_HEAD_FACTOR)
@@ -100,7 +103,7 @@ def test_the_readme_has_every_back_end_and_type_that_a_cpu_can_run():
     for row in parse_rows(read_contract()):
         lengths.setdefault((row.backend, row.dtype), set()).add(row.length)
     for name, dtype, is_compiled in sorted(expected):
-        longest = 1025 if dtype == "float64" else 4096 if name == "reference" else max(LENGTHS)
+        longest = 1025 if dtype == "float64" else 4096 if name in ("reference", "unfused") else max(LENGTHS)
         due = {length for length in LENGTHS if length <= longest} if is_compiled == "1" else set(INTERPRETED_LENGTHS)
         assert due <= lengths.get((name, dtype), set()), f"{name} {dtype}: {REMEASURE}"
 

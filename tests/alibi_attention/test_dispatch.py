@@ -9,7 +9,7 @@ import alibi_attention
 from alibi_attention import PackedDocuments, alibi_slopes, attention, backends, resolve_backend
 from alibi_attention.dispatch import _resolve
 
-ORDER = ["native", "triton", "flash", "folded", "sdpa", "reference"]
+ORDER = ["native", "triton", "flash", "folded", "sdpa", "reference", "unfused"]
 
 
 def test_the_package_exports_its_promises():
@@ -27,7 +27,8 @@ def test_auto_takes_the_first_that_can(dtype):
     able = [b.name for b in backends() if b.usable and b.auto and "cpu" in b.devices and dtype in b.dtypes]
     assert resolve_backend("auto", "cpu", dtype, 64, dropout=False) == able[0]
     assert resolve_backend("auto", "cpu", dtype, 10_000, dropout=True) == "sdpa"
-    assert resolve_backend("reference", torch.device("cpu"), dtype, 64, dropout=True) == "reference"
+    for name in ("reference", "unfused"):  # by name alone: sdpa can do all that they can
+        assert resolve_backend(name, torch.device("cpu"), dtype, 64, dropout=True) == name
 
 
 def test_auto_passes_over_an_interpreter_that_could_do_it(caplog):

@@ -47,7 +47,7 @@ def test_variants_are_the_models_with_both_kinds_of_attention() -> None:
     configs = {variant.name: variant_config(base, study, variant) for variant in variants(study)}
     assert len(configs) == 2 * 3 * 2
     assert {name.rsplit("_")[-1]: c.model.attention_backend for name, c in configs.items()} == {
-        "unfused": "reference",
+        "unfused": "unfused",
         "fast": "auto",
     }
     assert all(config.train.steps == 5 for config in configs.values())

@@ -81,7 +81,7 @@ def test_a_gpu_needs_room_only_for_the_part_that_runs() -> None:
     check_fits(select_plans(PLANS, base, "quality"), "V100-16GB", get_gpu("V100-16GB").memory_bytes)
     for part in ("speed", "all"):
         assert select_plans(PLANS, base, part) == PLANS
-    _, base = load_study(LARGE, ["model.attention_backend=reference"], CompareStudy)
+    _, base = load_study(LARGE, ["model.attention_backend=unfused"], CompareStudy)
     assert select_plans(PLANS, base, "quality") == {unfused: PLANS[unfused]}
 
 

@@ -48,8 +48,8 @@ ON_ONE_RANK = {
     "stage 2 fp32": case(2, precision="fp32"),
     "stage 3": case(3, micro=2),
     "one micro batch, recomputed": case(2, micro=4, batches=1, recompute="full"),
-    "unfused": case(1, micro=2, attention_backend="reference"),
-    "unfused, recomputed": case(2, micro=4, batches=1, attention_backend="reference", recompute="full"),
+    "unfused": case(1, micro=2, attention_backend="unfused"),
+    "unfused, recomputed": case(2, micro=4, batches=1, attention_backend="unfused", recompute="full"),
     "rotary": case(2, micro=2, position_method="rotary"),
     "t5_bias": case(2, micro=2, position_method="t5_bias"),
     "dropout": case(2, micro=4, batches=1, dropout=0.1, attention_dropout=0.0, activation_dropout=0.1),
@@ -83,7 +83,7 @@ SHORT = make_config(  # fp16 is slow on a CPU: little text, and the states are w
 
 def plan(config: Config, ranks: int) -> tuple[MemoryByKind, dict[str, int], int]:
     derived = derive(config, ranks)
-    kind = "unfused" if config.model.attention_backend == "reference" else "fused"
+    kind = "unfused" if config.model.attention_backend == "unfused" else "fused"
     step: TracedStep = trace_step(config, derived, attention=kind, device_type="cpu")
     sent = sum_sent_bytes(step.collectives["last"])
     for name, sent_bytes in sum_sent_bytes(step.collectives.get("micro", [])).items():
@@ -180,7 +180,7 @@ CUDA_BOUND = 0.08
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="no GPU: CUDA's allocator is not there")
 @pytest.mark.parametrize(
-    ("stage", "backend", "recompute"), [(1, "auto", "none"), (2, "auto", "full"), (0, "reference", "none")]
+    ("stage", "backend", "recompute"), [(1, "auto", "none"), (2, "auto", "full"), (0, "unfused", "none")]
 )
 def test_plan_is_what_cudas_allocator_holds(stage: int, backend: str, recompute: str) -> None:
     model = {"num_layers": 8, "hidden_size": 1024, "ffn_hidden_size": 4096, "vocab_size": 32_768}
@@ -195,7 +195,7 @@ def test_plan_is_what_cudas_allocator_holds(stage: int, backend: str, recompute:
     process = subprocess.run(command, input=pickle.dumps(config), capture_output=True, cwd=Path(__file__).parents[2])
     assert process.returncode == 0, process.stderr.decode()
     measured: MemoryByKind = pickle.loads(bytes.fromhex(process.stdout.split()[-1].decode()))
-    planned = plan_memory(config, derive(config, 1), attention="unfused" if backend == "reference" else "fused")
+    planned = plan_memory(config, derive(config, 1), attention="unfused" if backend == "unfused" else "fused")
     beside = {kind: (size, vars(measured)[kind]) for kind, size in vars(planned).items()}
     assert planned.total == pytest.approx(measured.total, rel=CUDA_BOUND), f"planned and measured bytes: {beside}"
 

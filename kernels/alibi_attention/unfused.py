@@ -1,0 +1,79 @@
+"""Attention as it was before fused kernels: scores and weights of all pairs of tokens, products in the type of q.
+
+What the paper's code computed (fairseq's multi-head attention: both products in 16 bits, the softmax in fp32 and its
+weights back in 16 bits), but for the bias, which is fp32 here as everywhere. It is what fused attention is compared
+with, for time and memory; for exact numbers there is reference.py.
+
+Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries, T keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from alibi_attention.capability import Capability
+from alibi_attention.documents import attend_per_document
+
+NAME = "unfused"
+
+
+def capability() -> Capability:
+    """Return what this back end can do: everything, with S x S memory."""
+    return Capability(
+        name=NAME,
+        usable=True,
+        reason="",
+        exactness="products rounded to the type of q, bias and softmax in fp32 (fp64 for fp64 inputs); S x S memory",
+        devices=("cpu", "cuda", "meta"),  # meta: to plan a run's memory
+        dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+        dropout="yes",
+        cu_seqlens="loop over document lengths",
+        distance_bias=True,
+    )
+
+
+def attend(
+    q_BSHK: torch.Tensor,
+    k_BSHK: torch.Tensor,
+    v_BSHK: torch.Tensor,
+    *,
+    alibi_slopes: torch.Tensor | None,
+    distance_bias: torch.Tensor | None,
+    softmax_scale: float,
+    cu_seqlens: torch.Tensor | None,
+    dropout_p: float,
+    query_offset: int,
+    horizon_eps: float,
+) -> torch.Tensor:
+    """Attend causally to all keys, written out. See ``alibi_attention.attention`` for the arguments."""
+
+    def attend_rows(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor) -> torch.Tensor:
+        softmax_dtype = torch.promote_types(q_BSHK.dtype, torch.float32)
+        q_BHQK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
+        scores_BHQT = (softmax_scale * q_BHQK) @ k_BHTK.mT
+        position_Q = query_offset + torch.arange(q_BHQK.shape[2], device=q_BSHK.device)
+        distance_QT = position_Q[:, None] - torch.arange(k_BHTK.shape[2], device=q_BSHK.device)
+        bias_HQT = _bias_of(distance_QT, alibi_slopes, distance_bias, softmax_dtype)
+        weights_BHQT = (scores_BHQT + bias_HQT).softmax(dim=-1).to(q_BSHK.dtype)
+        return (F.dropout(weights_BHQT, dropout_p) @ v_BHTK).transpose(1, 2)
+
+    if cu_seqlens is None:
+        return attend_rows(q_BSHK, k_BSHK, v_BSHK)
+    return attend_per_document(attend_rows, q_BSHK, k_BSHK, v_BSHK, cu_seqlens)
+
+
+def _bias_of(
+    distance_QT: torch.Tensor,
+    alibi_slopes: torch.Tensor | None,
+    distance_bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return what is added to the scores, [H or 1, Q, T]: the bias, and -inf for the future."""
+    if alibi_slopes is not None:
+        bias_HQT = -alibi_slopes.to(dtype)[:, None, None] * distance_QT
+    elif distance_bias is not None:
+        bias_HQT = distance_bias.to(dtype)[:, distance_QT.clamp(0, distance_bias.shape[1] - 1)]
+    else:
+        bias_HQT = torch.zeros(1, 1, 1, dtype=dtype, device=distance_QT.device)
+    return bias_HQT.masked_fill(distance_QT < 0, -torch.inf)
