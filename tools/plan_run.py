@@ -28,10 +28,12 @@ from megalibi.studies.plan_gpus import GIB, USABLE, Gpu, get_gpu
 
 if TYPE_CHECKING:
     from megalibi.studies.plan import RunPlan
+    from megalibi.studies.roofline import Roofline
 
 EXAMPLE = """examples:
   python tools/plan_run.py configs/gpt_1.3b_alibi_1024.yaml --gpu H100 --ranks 8
   python tools/plan_run.py configs/gpt_125m_alibi_1024.yaml --gpu V100-32GB zero.stage=2 model.recompute=full
+  python tools/plan_run.py --roofline configs/gpt_1.3b_alibi_1024.yaml --gpu H100 --ranks 8
 """
 TABLE_WIDTH = 120
 
@@ -49,6 +51,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--attention", default="fused", metavar="KIND", help="fused, or unfused: scores written out (default: fused)"
     )
+    parser.add_argument("--roofline", action="store_true", help="estimate the time of each part on --gpu, and the MFU")
+    parser.add_argument(
+        "--rates", default="", metavar="NAME=SHARE,...", help="of the data sheet's figures: matmul, attention, memory, "
+        "link (defaults: Rates in megalibi/studies/roofline.py)"
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     return parser.parse_intermixed_args()
 
@@ -69,7 +76,8 @@ def choose_gpu(arguments: argparse.Namespace) -> Gpu | None:
         raise ConfigError(f"--gpu-memory-gib={arguments.gpu_memory_gib:g} is not allowed: a finite number above 0 is")
     memory_bytes = int(arguments.gpu_memory_gib * GIB)
     if gpu is None:
-        return Gpu(name="the GPU", memory_bytes=memory_bytes, peak_flops_per_second=0.0, source="--gpu-memory-gib")
+        return Gpu(name="the GPU", memory_bytes=memory_bytes, peak_flops_per_second=0.0, memory_bytes_per_second=0.0,
+                   link_bytes_per_second=0.0, source="--gpu-memory-gib")  # fmt: skip
     return dataclasses.replace(gpu, memory_bytes=memory_bytes)
 
 
@@ -126,6 +134,49 @@ def describe_fit(plan: RunPlan, gpu: Gpu) -> list[str]:
     return lines
 
 
+def describe_parts(roofline: Roofline) -> Table:
+    """Return the estimate by part as a table."""
+    heads = ("GB", "TFLOP", "ms, estimate", "bound by", "GB in one pass", "ms, estimate")
+    table = Table("an estimate, not measured", box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, justify="left" if head == "bound by" else "right")
+    for part in roofline.parts:
+        fused = ("", "")
+        if part.one_pass_bytes != part.bytes:
+            fused = (f"{part.one_pass_bytes / 1e9:,.2f}", f"{part.one_pass_seconds * 1e3:,.2f}")
+        figures = (f"{part.bytes / 1e9:,.2f}", f"{part.flops / 1e12:,.2f}", f"{part.seconds * 1e3:,.2f}")
+        table.add_row(part.name, *figures, part.bound_by, *fused)
+    totals = (sum(part.bytes for part in roofline.parts), sum(part.one_pass_bytes for part in roofline.parts))
+    table.add_row(
+        "in all",
+        f"{totals[0] / 1e9:,.2f}",
+        f"{sum(part.flops for part in roofline.parts) / 1e12:,.2f}",
+        f"{roofline.seconds() * 1e3:,.2f}",
+        "",
+        f"{totals[1] / 1e9:,.2f}",
+        f"{roofline.seconds(one_pass=True) * 1e3:,.2f}",
+    )
+    return table
+
+
+def describe_roofline(roofline: Roofline) -> list[str]:
+    """Return the lines under the table."""
+    rates, gpu = dataclasses.asdict(roofline.rates), roofline.gpu
+    lines = [
+        "A micro batch of a rank, with its share of the optimizer's step. Nothing overlaps, launches cost nothing.",
+        f"Rates: {', '.join(f'{name} {share:g}' for name, share in rates.items())} of {gpu.name}'s "
+        f"{gpu.peak_flops_per_second / 1e12:g} TFLOP/s, {gpu.memory_bytes_per_second / 1e12:g} TB/s and "
+        f"{gpu.link_bytes_per_second / 1e9:g} GB/s one way ({gpu.source}).",
+    ]
+    for one_pass, words in ((False, "as traced"), (True, "in one pass where there is one")):
+        lines.append(
+            f"estimate, {words}: {roofline.tokens_per_second(one_pass=one_pass):,.0f} tokens/s of all ranks, MFU "
+            f"{roofline.mfu(causal=True, one_pass=one_pass):.1%} with attention counted causally, "
+            f"{roofline.mfu(causal=False, one_pass=one_pass):.1%} in full"
+        )
+    return lines
+
+
 def main() -> None:
     """Plan, print, write."""
     arguments = parse_arguments()
@@ -135,15 +186,27 @@ def main() -> None:
     check_outputs({"--json": arguments.json})
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed warns of no GPU
     from megalibi.studies.plan import plan_run
+    from megalibi.studies.roofline import check_estimate, estimate, parse_rates
 
+    rates = parse_rates(arguments.rates)
+    if arguments.roofline:
+        check_estimate(config, gpu)
     plan = plan_run(config, ranks, gpu, arguments.attention)
     console = Console(highlight=False, width=TABLE_WIDTH)
     console.print(describe(config, plan))
     for line in describe_fit(plan, gpu) if gpu is not None else ():
         console.print(line, soft_wrap=True)
+    roofline = None
+    if arguments.roofline and gpu is not None:
+        roofline = estimate(config, plan, gpu, rates)
+        console.print(describe_parts(roofline))
+        for line in describe_roofline(roofline):
+            console.print(line, soft_wrap=True)
     if arguments.json is not None:
         fields = {**dataclasses.asdict(plan), "config": config_to_dict(config)}
         fields["memory"]["total"] = plan.memory.total
+        if roofline is not None:
+            fields["roofline"] = roofline.to_json()
         write_json({**fields, **describe_run("cpu", ("torch", "deepspeed"))}, arguments.json)
 
 

@@ -22,8 +22,13 @@ class Gpu:
     """Of its data sheet, 2^30 bytes for each GB: drivers show up to 2% less."""
     peak_flops_per_second: float
     """Dense matrix products of 16-bit numbers summed in fp32: bf16, but fp16 on V100, which has no bf16."""
+    memory_bytes_per_second: float
+    """Of its memory."""
+    link_bytes_per_second: float
+    """One way to other GPUs of the host: half of the data sheet's NVLink, or of PCIe where that is all there is or
+    NVLink joins pairs alone."""
     source: str
-    """Where both stand."""
+    """Where they stand."""
 
     @property
     def usable_bytes(self) -> int:
@@ -31,24 +36,31 @@ class Gpu:
         return int(USABLE * self.memory_bytes)
 
 
-def _gpu(name: str, memory_gib: float, peak_tflops: float, source: str) -> Gpu:
-    return Gpu(name=name, memory_bytes=int(memory_gib * GIB), peak_flops_per_second=peak_tflops * 1e12, source=source)
+def _gpu(name: str, memory_gib: float, peak_tflops: float, memory_gbps: float, link_gbps: float, source: str) -> Gpu:
+    return Gpu(
+        name=name,
+        memory_bytes=int(memory_gib * GIB),
+        peak_flops_per_second=peak_tflops * 1e12,
+        memory_bytes_per_second=memory_gbps * 1e9,
+        link_bytes_per_second=link_gbps * 1e9,
+        source=source,
+    )
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("V100-16GB", 16, 125, "NVIDIA V100 data sheet, SXM2"),
-        _gpu("V100-32GB", 32, 125, "NVIDIA V100 data sheet, SXM2"),
-        _gpu("A100-40GB", 40, 312, "NVIDIA A100 data sheet"),
-        _gpu("A100-80GB", 80, 312, "NVIDIA A100 data sheet"),
-        _gpu("A6000", 48, 154.8, "NVIDIA Ampere GA102 architecture paper, RTX A6000"),
-        _gpu("A10", 24, 125, "NVIDIA A10 data sheet"),
-        _gpu("RTX4090", 24, 165.2, "NVIDIA Ada GPU architecture paper, GeForce RTX 4090"),
-        _gpu("L40S", 48, 362, "NVIDIA L40S data sheet"),
-        _gpu("H100", 80, 989.4, "NVIDIA H100 data sheet, SXM"),
-        _gpu("H100-PCIE", 80, 756, "NVIDIA H100 data sheet, PCIe"),
-        _gpu("H200", 141, 989.4, "NVIDIA H200 data sheet, SXM"),
+        _gpu("V100-16GB", 16, 125, 900, 150, "NVIDIA V100 data sheet, SXM2"),
+        _gpu("V100-32GB", 32, 125, 900, 150, "NVIDIA V100 data sheet, SXM2"),
+        _gpu("A100-40GB", 40, 312, 1555, 300, "NVIDIA A100 data sheet, SXM"),
+        _gpu("A100-80GB", 80, 312, 2039, 300, "NVIDIA A100 data sheet, SXM"),
+        _gpu("A6000", 48, 154.8, 768, 32, "NVIDIA Ampere GA102 architecture paper, RTX A6000"),
+        _gpu("A10", 24, 125, 600, 32, "NVIDIA A10 data sheet"),
+        _gpu("RTX4090", 24, 165.2, 1008, 32, "NVIDIA Ada GPU architecture paper, GeForce RTX 4090"),
+        _gpu("L40S", 48, 362, 864, 32, "NVIDIA L40S data sheet"),
+        _gpu("H100", 80, 989.4, 3350, 450, "NVIDIA H100 data sheet, SXM"),
+        _gpu("H100-PCIE", 80, 756, 2000, 64, "NVIDIA H100 data sheet, PCIe"),
+        _gpu("H200", 141, 989.4, 4800, 450, "NVIDIA H200 data sheet, SXM"),
     )
 }
 """By name. Data sheets that state figures with sparsity state twice these."""

@@ -86,7 +86,7 @@ def trace_step(config: Config, derived: Derived, *, attention: str = "fused", de
     rank = Rank(config=config, model=model, data=data, trace=trace, overlap=device_type == "cuda")
     log = CollectiveLog(tensor=tensor, data=data)
     with ExitStack() as stack:
-        for context in (_stand_ins(config.model, attention, device_type), tracing_model(trace, model), trace, log):
+        for context in (stand_ins(config.model, attention, device_type), tracing_model(trace, model), trace, log):
             stack.enter_context(context)
         collectives = _run_step(rank, derived, log)
     return TracedStep(parameters=parameters, memory=trace.peak(), collectives=collectives)
@@ -127,7 +127,7 @@ def _build_stage(rank: Rank) -> Stage0:
 
 
 @contextmanager
-def _stand_ins(model: ModelConfig, attention: str, device_type: str) -> Iterator[None]:
+def stand_ins(model: ModelConfig, attention: str, device_type: str) -> Iterator[None]:
     """Put what the meta device has no form of in its place for a while."""
     attend: Callable[..., Tensor] = partial(_attend_fused, device_type=device_type)
     if attention == "unfused":

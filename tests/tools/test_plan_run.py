@@ -76,9 +76,39 @@ def test_a_study_is_planned_as_the_run_it_varies(run):
     assert "GiB" not in out  # no GPU was named
 
 
+def test_a_roofline_says_that_it_is_an_estimate_and_at_which_rates(run, tmp_path):
+    output = tmp_path / "plan.json"
+    options = ("train.precision=bf16", "--gpu", "H100", "--rates", "memory=0.5", "--json", output)
+    code, out, _ = run("--roofline", CONFIG, *options)
+    assert code == 0
+    assert "an estimate, not measured" in out
+    assert "memory 0.5, link 0.7 of H100's 989.4 TFLOP/s, 3.35 TB/s and 450 GB/s one way (NVIDIA H100" in out
+    roofline = json.loads(output.read_text())["roofline"]
+    for kind, words in (("as_traced", "as traced"), ("in_one_pass", "in one pass where there is one")):
+        total = roofline[kind]
+        expected = f"{total['tokens_per_second']:,.0f} tokens/s of all ranks, MFU {total['mfu_causal']:.1%} with"
+        assert f"estimate, {words}: {expected} attention counted causally, {total['mfu_full']:.1%} in full" in out
+    for part in roofline["parts"]:
+        (row,) = (line for line in out.splitlines() if line.startswith(f"{part['name']}  "))
+        assert f"{part['seconds'] * 1e3:,.2f}" in row
+        assert part["bound_by"] in row
+
+
+def test_an_estimate_needs_a_gpu_whose_speed_is_known(run):
+    for options in ((), ("--gpu-memory-gib", "80")):
+        code, out, err = run("--roofline", CONFIG, "train.precision=bf16", *options)
+        assert (code, out) == (2, "")
+        assert err == "error: --roofline needs --gpu NAME, whose speed it takes: of a memory alone none is known\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--rates", "speed=1", "--roofline", "--gpu", "H100"], "--rates speed=1 is not allowed: one of matmul, atten"),
+        (
+            ["--roofline", "--gpu", "H100", "train.precision=fp32"],
+            "train.precision=fp32 with --roofline is not allowed",
+        ),
         (["--gpu", "H1000"], "gpu=H1000 is not known: did you mean H100?"),
         (["--ranks", "0"], "--ranks=0 is not allowed"),
         (["--ranks", "3"], "parallel.tensor_parallel_size=2 does not divide the number of ranks=3"),

@@ -1,0 +1,279 @@
+"""An estimate of a step before there is a GPU: each part's bytes and FLOP at stated rates, whichever takes longer.
+
+Bytes and FLOP of the forward and backward pass are those of the model's own code on the meta device (work_trace.py);
+what comes after the gradient is counted by formulas. Times are estimates: nothing is measured, no part overlaps
+another, and launching kernels costs nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megalibi.config import Config, ConfigError, Derived, derive
+from megalibi.engine.build import DTYPES
+from megalibi.model import GPT, model_flops_per_token
+from megalibi.studies.plan import RunPlan
+from megalibi.studies.plan_communication import make_group
+from megalibi.studies.plan_gpus import Gpu
+from megalibi.studies.plan_memory import stand_ins
+from megalibi.studies.work_trace import (
+    ATTENTION,
+    CROSS_ENTROPY,
+    NORM,
+    RESIDUAL,
+    SPLIT,
+    Work,
+    WorkTrace,
+    counting_by_part,
+)
+
+ACCUMULATION, OPTIMIZER, COMMUNICATION = "gradient accumulation", "optimizer", "communication"
+BYTES_OF_ADAMW, BYTES_OF_NESTEROV = 28, 20
+"""Of an fp32 weight: gradient, weight and moments read, weight and moments written."""
+BYTES_OF_CLIPPING = 12
+"""Of an fp32 gradient: read for the norm, read and written to be scaled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Shares of a data sheet's figures that are reached. Where from: one NVIDIA H200, results/gpu_h200."""
+
+    matmul: float = 0.80
+    """Of the peak, by 16-bit matrix products: 0.81 at 8192^3, 0.71 to 0.81 at the shapes of the 1.3B model
+    (measured.json)."""
+    attention: float = 0.35
+    """Of the peak, by the fused attention kernel, on what count_kernel counts: our Triton kernels at 8 x 2,048 tokens
+    (attention_b8.json). Past that length the horizon leaves keys out, and they do better: 0.88 at 8,192."""
+    memory: float = 0.85
+    """Of the bandwidth: a copy reached 0.89 (measured.json)."""
+    link: float = 0.70
+    """Of a link's bandwidth one way, by collectives. An assumption: no two GPUs have run this."""
+
+    def __post_init__(self) -> None:
+        """Check that they are shares."""
+        for name, share in dataclasses.asdict(self).items():
+            if not 0 < share <= 1:
+                raise ConfigError(f"--rates {name}={share:g} is not allowed: a share above 0 and up to 1 is")
+
+
+def parse_rates(text: str) -> Rates:
+    """Read rates as in "matmul=0.8,memory=0.85"; those not given keep their defaults.
+
+    Raises:
+        ConfigError: A name is not known, or a share is none.
+    """
+    names = [field.name for field in dataclasses.fields(Rates)]
+    shares = {}
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        try:
+            shares[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(f"--rates {item} is not allowed: a name and a number, as matmul=0.8, are") from None
+        if name.strip() not in names:
+            raise ConfigError(f"--rates {item} is not allowed: one of {', '.join(names)} is")
+    return Rates(**shares)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A part of a micro batch of one rank; what happens once a step is divided by its micro batches."""
+
+    name: str
+    """From work_trace.py, or one of what comes after the gradient."""
+    flops: float
+    """Of matrix products."""
+    bytes: float
+    """Read and written; of communication, sent."""
+    seconds: float
+    """An estimate."""
+    bound_by: str
+    """arithmetic, memory or link."""
+    one_pass_bytes: float
+    """What would be read and written if the part were one kernel that reads its inputs once."""
+    one_pass_seconds: float
+    """An estimate with these."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """The estimate."""
+
+    gpu: Gpu
+    """Whose figures."""
+    rates: Rates
+    """Which shares of them."""
+    parts: list[Part]
+    """Of a micro batch of a rank, the longest first."""
+    tokens: int
+    """Of a micro batch of all data ranks."""
+    flops_causal: float
+    """The model's, of these tokens, attention counted causally (megalibi/model/size.py)."""
+    flops_full: float
+    """The same, attention counted in full."""
+    ranks: int
+    """Of the job."""
+
+    def seconds(self, *, one_pass: bool = False) -> float:
+        """Return the estimated time of a micro batch."""
+        return sum(part.one_pass_seconds if one_pass else part.seconds for part in self.parts)
+
+    def tokens_per_second(self, *, one_pass: bool = False) -> float:
+        """Return the estimated tokens of the whole job."""
+        return self.tokens / self.seconds(one_pass=one_pass)
+
+    def mfu(self, *, causal: bool, one_pass: bool = False) -> float:
+        """Return the estimated share of the peak that the model's arithmetic is."""
+        flops = self.flops_causal if causal else self.flops_full
+        return flops / self.seconds(one_pass=one_pass) / self.ranks / self.gpu.peak_flops_per_second
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON has it, the totals beside the parts."""
+        kinds = {"as_traced": False, "in_one_pass": True}
+        totals = {
+            kind: {
+                "seconds": self.seconds(one_pass=one_pass),
+                "tokens_per_second": self.tokens_per_second(one_pass=one_pass),
+                "mfu_causal": self.mfu(causal=True, one_pass=one_pass),
+                "mfu_full": self.mfu(causal=False, one_pass=one_pass),
+            }
+            for kind, one_pass in kinds.items()
+        }
+        return {"what": "an estimate, not measured", **totals, **dataclasses.asdict(self)}
+
+
+def trace_work(config: Config, derived: Derived, *, attention: str = "fused") -> dict[str, Work]:
+    """Return what the forward and backward pass of one micro batch do on a rank, by part.
+
+    Args:
+        config: The run.
+        derived: What follows from it.
+        attention: As for plan_memory.
+    """
+    dtype = DTYPES[config.train.precision]
+    with torch.device("meta"):
+        model = GPT(
+            config.model,
+            padded_vocab_size=derived.padded_vocab_size,
+            group=make_group(config.parallel.tensor_parallel_size),
+            sequence_parallel=config.parallel.sequence_parallel,
+            compute_dtype=dtype,
+        ).to(torch.float32 if config.zero.stage == 0 else dtype)
+        tokens_BS, labels_BS = (
+            torch.empty(config.train.micro_batch_size, config.data.seq_length, dtype=torch.int64) for _ in range(2)
+        )
+    trace = WorkTrace()
+    with stand_ins(config.model, attention, "cuda"), counting_by_part(trace, model, kernel=attention == "fused"), trace:
+        model(tokens_BS, labels_BS, micro_batch_key=0).sum().backward()
+    return trace.parts
+
+
+def count_after_gradients(config: Config, derived: Derived, parameters: int) -> dict[str, Work]:
+    """Return what happens to gradients and weights after the backward pass, in a micro batch's share of a step.
+
+    One pass over what the arithmetic needs: DeepSpeed's own code may take more, as for a cast before a sum.
+
+    Args:
+        config: The run.
+        derived: What follows from it.
+        parameters: Of the rank, before ZeRO cuts them.
+    """
+    stage, is_low = config.zero.stage, config.train.precision != "fp32"
+    cut = derived.data_parallel_size
+    gradient = 2 if is_low and stage > 0 else 4
+    summed = parameters * (gradient + 8)  # it and the fp32 sum are read, the sum is written
+    if stage >= 2:  # into a bucket, and from there this rank's part
+        summed = parameters * 2 * gradient + summed // cut
+    of_weight = BYTES_OF_NESTEROV if config.optimizer.kind == "nesterov" else BYTES_OF_ADAMW
+    of_weight += BYTES_OF_CLIPPING
+    if is_low and stage > 0:
+        of_weight += 6  # the new weight is read in fp32 and written in 16 bits
+    step = parameters // (cut if stage > 0 else 1) * of_weight
+    return {ACCUMULATION: Work(bytes=summed), OPTIMIZER: Work(bytes=step / derived.accumulation_steps)}
+
+
+def find_one_pass_bytes(config: Config, derived: Derived, parts: dict[str, Work]) -> dict[str, float]:
+    """Return the bytes of the parts that one kernel could do in one pass over its inputs.
+
+    Cross entropy reads the logits and, backward, reads and writes them. A residual add with the layer norm after it
+    reads two tensors and writes two, and backward reads three and writes one. The gradients of q, k and v are written
+    into one tensor by attention itself. Left as they are: dropout, adaptive softmax.
+    """
+    model = config.model
+    if model.dropout > 0.0 or model.adaptive_cutoffs:
+        return {}
+    element = DTYPES[config.train.precision].itemsize
+    tensor = config.parallel.tensor_parallel_size
+    tokens = config.train.micro_batch_size * config.data.seq_length
+    logits = tokens * derived.padded_vocab_size // tensor * element
+    stream = tokens * model.hidden_size * element // (tensor if config.parallel.sequence_parallel else 1)
+    passes = 4 + 4 * (2 if model.recompute == "full" else 1)
+    one_pass = {CROSS_ENTROPY: 3 * logits, NORM: 2 * model.num_layers * passes * stream, RESIDUAL: 0, SPLIT: 0}
+    return {name: float(size) for name, size in one_pass.items() if name in parts}
+
+
+def check_estimate(config: Config, gpu: Gpu | None) -> None:
+    """Find out whether there is anything to estimate with.
+
+    Raises:
+        ConfigError: Nothing is known of the GPU's speed, or the run is in fp32.
+    """
+    if gpu is None or not gpu.peak_flops_per_second:
+        raise ConfigError("--roofline needs --gpu NAME, whose speed it takes: of a memory alone none is known")
+    if config.train.precision == "fp32":
+        raise ConfigError("train.precision=fp32 with --roofline is not allowed: the peaks known are of bf16 and fp16")
+
+
+def estimate(config: Config, plan: RunPlan, gpu: Gpu, rates: Rates) -> Roofline:
+    """Return the estimate of a micro batch with its share of the optimizer's step.
+
+    Args:
+        config: The run.
+        plan: Of it, from plan_run.
+        gpu: Of each rank.
+        rates: Shares of its figures.
+
+    Raises:
+        ConfigError: From check_estimate.
+    """
+    check_estimate(config, gpu)
+    derived = derive(config, plan.ranks)
+    work = trace_work(config, derived, attention=plan.attention)
+    one_pass = find_one_pass_bytes(config, derived, work)
+    work |= count_after_gradients(config, derived, plan.parameters_per_rank)
+    parts = [_time(name, done, one_pass.get(name, done.bytes), gpu, rates) for name, done in work.items()]
+    if plan.sent_bytes:
+        sent = sum(plan.sent_bytes.values()) / derived.accumulation_steps
+        seconds = sent / (rates.link * gpu.link_bytes_per_second)
+        parts.append(Part(name=COMMUNICATION, flops=0.0, bytes=sent, seconds=seconds, bound_by="link",
+                          one_pass_bytes=sent, one_pass_seconds=seconds))  # fmt: skip
+    tokens = config.train.micro_batch_size * config.data.seq_length * derived.data_parallel_size
+    causal, full = (model_flops_per_token(config.model, config.data.seq_length, causal=c) for c in (True, False))
+    return Roofline(
+        gpu=gpu,
+        rates=rates,
+        parts=sorted(parts, key=lambda part: -part.seconds),
+        tokens=tokens,
+        flops_causal=causal * tokens,
+        flops_full=full * tokens,
+        ranks=plan.ranks,
+    )
+
+
+def _time(name: str, work: Work, one_pass_bytes: float, gpu: Gpu, rates: Rates) -> Part:
+    share = rates.attention if name == ATTENTION else rates.matmul
+    computing = work.flops / (share * gpu.peak_flops_per_second)
+    bandwidth = rates.memory * gpu.memory_bytes_per_second
+    return Part(
+        name=name,
+        flops=work.flops,
+        bytes=work.bytes,
+        seconds=max(computing, work.bytes / bandwidth),
+        bound_by="arithmetic" if computing >= work.bytes / bandwidth else "memory",
+        one_pass_bytes=one_pass_bytes,
+        one_pass_seconds=max(computing, one_pass_bytes / bandwidth),
+    )
