@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ def test_the_papers_model_has_1_3_billion_parameters_on_the_meta_device_too(path
     assert plan.parameters == sum(p.numel() for p in model.parameters()) == pytest.approx(1.3e9, rel=0.05)
     # Rank for rank: a share of the matrices, all the norms.
     assert plan.parameters_per_rank == pytest.approx(plan.parameters / config.parallel.tensor_parallel_size, rel=1e-3)
+
+
+@pytest.mark.parametrize("path", PAPERS_MODELS, ids=lambda path: path.stem)
+def test_the_memory_of_a_papers_model_is_what_its_head_says(path: Path) -> None:
+    stated = re.search(r"([\d.]+) GB at the peak of a step, ([\d.]+) GB of it .*--ranks (\d+)", path.read_text())
+    assert stated, f"{path}: the head does not say '... GB at the peak of a step, ... GB of it ... --ranks N'"
+    config = load_config(path)
+    memory = plan_memory(config, derive(config, int(stated[3])))
+    states = memory.weights + memory.gradients + memory.optimizer_states
+    assert (stated[1], stated[2]) == (f"{memory.total / 1e9:.1f}", f"{states / 1e9:.1f}")
 
 
 def test_a_plan_adds_up() -> None:
