@@ -30,7 +30,8 @@ struct Problem {
   const Sequence* sequences;
   int64_t q_token, q_head, k_token, k_head, v_token, v_head;
   int64_t num_sequences, num_heads, head_dim, total_queries, total_query_blocks, query_offset, num_threads;
-  float softmax_scale, horizon_eps;
+  float softmax_scale;
+  double horizon_eps;  // as it was asked for: rounded to fp32 it may be more
 };
 
 namespace {
@@ -79,9 +80,9 @@ void read_keys(const Problem& p, const Sequence& s, int64_t head, int64_t width,
   read_rows(k, p.k_token, s.num_keys, p.head_dim, keys.k, width);
   read_rows(v, p.v_token, s.num_keys, p.head_dim, keys.v, width);
   if (!keys.largest_norm) return;
-  float largest = kTinySquares;
+  float largest = 0.0f;
   for (int64_t j = 0; j < s.num_keys; ++j) {
-    float square = 0.0f;
+    float square = kTinySquares;
     for (int64_t d = 0; d < width; ++d) square += keys.k[j * width + d] * keys.k[j * width + d];
     if (square > largest || square != square) largest = square;  // a NaN is the largest, and stays it
     keys.largest_norm[j / kBlock] = std::sqrt(largest);

@@ -155,7 +155,8 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
         *((name, ctypes.c_int64) for name in ("num_sequences", "num_heads", "head_dim", "total_queries")),
         *((name, ctypes.c_int64) for name in ("total_query_blocks", "query_offset", "num_threads")),
-        *((name, ctypes.c_float) for name in ("softmax_scale", "horizon_eps")),
+        ("softmax_scale", ctypes.c_float),
+        ("horizon_eps", ctypes.c_double),
     )
 
 
