@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from alibi_attention import triton_tiles
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "compile_kernels.py"
+MAX_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # of a program, on A100 and H100
+MAX_SPILLED_BYTES = 512  # stored by a thread; 396 by the largest tile of dk and dv, and 144 or less by the others
+HEAD_DIMS = (64, 128)
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_every_bf16_tile_compiles_without_waits_and_large_spills(arch, tmp_path):
+    output = tmp_path / "table.json"
+    head_dims = map(str, HEAD_DIMS)
+    done = run_tool("--arch", arch, "--dtype", "bfloat16", "--head-dim", *head_dims, "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    record = json.loads(output.read_text())
+    assert record["versions"].keys() >= {"triton", "ptxas"}
+    rows = record["rows"]["here"]
+    tiles = (triton_tiles.FORWARD, triton_tiles.QUERY_GRADIENT, triton_tiles.KEY_GRADIENT)
+    assert sum(row["tile"] is not None for row in rows) == sum(len(t.candidates[2, k]) for t in tiles for k in HEAD_DIMS)
+    for row in rows:
+        assert row["registers"] <= 255, row
+        assert row["shared_bytes"] <= MAX_SHARED_BYTES[arch], row
+        assert row["spilled_bytes"] <= MAX_SPILLED_BYTES, row
+        assert row["load_ahead"] or row["tile"] is None, row
+        if arch == "sm_90":
+            assert not row["warnings"], row  # C7515 among them: ptxas waits for each matrix instruction
+            assert row["wgmma"] or row["tile"] is None, row
+    table = output.with_suffix(".md").read_text().splitlines()
+    assert sum(line.startswith(f"| {arch} | bfloat16 | ") for line in table) == len(rows)
+
+
+def test_a_commit_that_is_none_is_refused_in_one_line():
+    done = run_tool("--commit", "no-such-commit")
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).strip().endswith(f"--commit=no-such-commit: is no commit of {ROOT}")
