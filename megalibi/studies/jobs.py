@@ -79,13 +79,13 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, console: Console) -> None:
         ConfigError: A job failed, named with its log; or another process writes to a log.
         KeyboardInterrupt: By a signal, after all running jobs have ended.
     """
-    waiting, running, failures = deque(jobs), dict[int, _Child](), list[str]()
+    waiting, running, failures = deque(jobs), dict[int, Child](), list[str]()
     with _signals_interrupt(), _Display(console) as display:
         try:
             while waiting or running:
                 for slot in range(at_once):
                     if waiting and slot not in running:
-                        running[slot] = _Child(waiting.popleft(), slot)
+                        running[slot] = Child(waiting.popleft(), slot)
                         display.say(f"{running[slot].job.name}: started, log {running[slot].job.log}")
                 time.sleep(POLL_SECONDS)
                 for slot, child in list(running.items()):
@@ -101,7 +101,7 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, console: Console) -> None:
         raise ConfigError("; ".join(failures))
 
 
-def _end(child: _Child, display: _Display) -> list[str]:
+def _end(child: Child, display: _Display) -> list[str]:
     """Take a child's result; return what went wrong, if anything."""
     error = child.job.finish(child.process.returncode)
     display.drop(child)
@@ -113,8 +113,16 @@ def _end(child: _Child, display: _Display) -> list[str]:
     return [failure]
 
 
-class _Child:
-    """A running job."""
+class Child:
+    """A running job.
+
+    Args:
+        job: What to start; nothing else may be writing to its log.
+        slot: As for ``Job.command``.
+
+    Raises:
+        ConfigError: It cannot be started, or is running already.
+    """
 
     def __init__(self, job: Job, slot: int) -> None:
         self.job, self.began, self.next_line = job, time.monotonic(), time.monotonic() + LINE_EVERY_SECONDS
@@ -145,6 +153,7 @@ class _Child:
         return (errors or lines or ["it said nothing"])[-1]
 
     def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and all that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
@@ -164,7 +173,7 @@ def _open_alone(job: Job) -> BinaryIO:
     return log
 
 
-def _stop(children: Sequence[_Child]) -> None:
+def _stop(children: Sequence[Child]) -> None:
     for child in children:
         child.signal(signal.SIGTERM)
     try:
@@ -216,7 +225,7 @@ class _Display:
         """Print a line that stays."""
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def show(self, child: _Child) -> None:
+    def show(self, child: Child) -> None:
         """Show how far a job is; as a line, if it is due one."""
         name, now = child.job.name, time.monotonic()
         due = now >= child.next_line
@@ -234,7 +243,7 @@ class _Display:
             self.say(f"{name}: {progress.words}")
             child.next_line = now + LINE_EVERY_SECONDS
 
-    def drop(self, child: _Child) -> None:
+    def drop(self, child: Child) -> None:
         """Take the job's bar away."""
         if child.job.name in self._tasks:
             self._bars.remove_task(self._tasks.pop(child.job.name))

@@ -1,0 +1,178 @@
+# ruff: noqa: T201 - printing is what this file is for
+"""Compile the Triton kernels on all cores, before a GPU waits for them one by one: ``python -m alibi_attention.warm``.
+
+Triton keeps what it has compiled on the disk (TRITON_CACHE_DIR). Here its driver is replaced by one that names the GPU
+and launches nothing, so that calls go their usual way, through tuner, specialisation and compiler, in processes that
+take nothing of the GPU; later processes find all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+EXAMPLE = """examples:
+  python -m alibi_attention.warm
+  python -m alibi_attention.warm --capability 90 --only bfloat16 --workers 4      (for an H100, from anywhere)
+"""
+_LENGTHS = (97, 1025)  # without a horizon and with one
+_HEADS = 2
+_DATA_CENTER_SHARED_BYTES = 232_448
+"""Of an H100, for --capability; a GPU that is here is asked."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU to compile for."""
+
+    capability: int
+    shared_bytes: int
+    multiprocessors: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of attention, forward and backward, that compiles what others like it need."""
+
+    dtype: str
+    head_dim: int
+    length: int
+    slopes: bool = True
+    packed: bool = False
+
+
+def plan_calls() -> list[Call]:
+    """Return the calls that models and tests make, the slow ones to compile first."""
+    found = [
+        Call(dtype, head_dim, length, slopes)
+        for dtype, head_dim, length, slopes in itertools.product(
+            ("bfloat16", "float32", "float16"), (64, 128), _LENGTHS, (True, False)
+        )
+    ]
+    found += [Call("bfloat16", head_dim, _LENGTHS[1]) for head_dim in (32, 80, 96, 256)]
+    found += [Call("bfloat16", head_dim, 1024, packed=True) for head_dim in (64, 128)]
+    return sorted(found, key=lambda call: -(call.dtype == "float32") * call.head_dim)
+
+
+def warm(call: Call, target: Target) -> str:
+    """Compile what a call needs, in a process that is for that alone; return what it took."""
+    _replace_driver(target)
+    from alibi_attention import alibi_slopes, triton_kernel
+
+    began = time.monotonic()
+    shape, dtype = (1, call.length, _HEADS, call.head_dim), getattr(torch, call.dtype)
+    q, k, v, upstream = (torch.zeros(shape, dtype=dtype) for _ in range(4))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out = triton_kernel.attend(
+        q,
+        k,
+        v,
+        alibi_slopes=alibi_slopes(_HEADS) if call.slopes else None,
+        distance_bias=None,
+        softmax_scale=call.head_dim**-0.5,
+        cu_seqlens=torch.tensor([0, call.length // 2, call.length], dtype=torch.int32) if call.packed else None,
+        dropout_p=0.0,
+        query_offset=0,
+        horizon_eps=2.0**-24,
+    )
+    torch.autograd.grad(out, (q, k, v), upstream)
+    return f"{call}: {time.monotonic() - began:.1f} s"
+
+
+def _replace_driver(target: Target) -> None:
+    """Give Triton, in this process, a driver that compiles for the target and launches nothing."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.autotuner import Autotuner
+
+    device = {
+        "max_shared_mem": target.shared_bytes,
+        "multiprocessor_count": target.multiprocessors,
+        "warpSize": 32,
+    }
+
+    class Utils:
+        get_device_properties = staticmethod(lambda _: device)
+        load_binary = staticmethod(lambda *_: (1, 1, 32, 0, 1024))
+        unload_module = staticmethod(lambda _: None)
+
+    class Driver:
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda _: 0)
+        get_current_target = staticmethod(lambda: GPUTarget("cuda", target.capability, 32))
+        get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
+        get_benchmarker = staticmethod(lambda: _run_once)
+        launcher_cls = staticmethod(lambda source, metadata: lambda *arguments, **named: None)
+        utils = Utils
+
+    driver.set_active(Driver())
+    Autotuner.do_bench = property(lambda tuner: _run_once)
+
+
+def _run_once(call: Any, quantiles: Any = None, **_: Any) -> list[float]:
+    """Stand for Triton's clock: every tile is compiled, none is timed."""
+    call()
+    return [1.0, 1.0, 1.0]
+
+
+def find_target(capability: int | None) -> Target:
+    """Return the GPU that is here, or one of a capability, as 90.
+
+    Raises:
+        ValueError: Neither is given.
+    """
+    if capability is not None:
+        return Target(capability, _DATA_CENTER_SHARED_BYTES, 132)
+    if not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU: give --capability, 90 for an H100, 80 for an A100")
+    gpu = torch.cuda.get_device_properties(0)
+    return Target(10 * gpu.major + gpu.minor, gpu.shared_memory_per_block_optin, gpu.multi_processor_count)
+
+
+def main() -> int:
+    """Compile, and say what each call took."""
+    parser = argparse.ArgumentParser(
+        prog="python -m alibi_attention.warm",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--capability", type=int, metavar="N", help="of the GPU, as 90 (default: of the one that is here)"
+    )
+    parser.add_argument("--only", metavar="TYPE", help="bfloat16, float16 or float32 (default: all)")
+    parser.add_argument("--head-dim", type=int, metavar="N", help="default: all")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: cores")
+    options = parser.parse_args()
+    try:
+        target = find_target(options.capability)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    calls = [
+        call
+        for call in plan_calls()
+        if options.only in (None, call.dtype) and options.head_dim in (None, call.head_dim)
+    ]
+    os.environ.pop("TRITON_INTERPRET", None)
+    began, failures = time.monotonic(), 0
+    with ProcessPoolExecutor(max(1, options.workers), mp_context=get_context("spawn")) as pool:
+        for job, call in [(pool.submit(warm, call, target), call) for call in calls]:
+            error = job.exception()
+            failures += error is not None
+            print(job.result() if error is None else f"{call}: {error!r}"[:500], flush=True)
+    print(f"{len(calls) - failures} of {len(calls)} calls compiled in {time.monotonic() - began:.0f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The small measurements of a visit, each a process: ``python -m megalibi.studies.gpu_measure NAME --output FILE``.
+
+tools/measure_gpu.py starts them; they are of use alone too.
+
+Example:
+    python -m megalibi.studies.gpu_measure ceilings --device cuda --output ceilings.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megalibi import log
+from megalibi.config import ConfigError
+from megalibi.config.cli import run_tool
+from megalibi.report.outputs import check_outputs
+from megalibi.report.record import describe_run, write_json
+
+PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "transformers", "numpy")
+_LOGGER = log.get_logger(__name__)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(_MEASUREMENTS))
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .json to write")
+    parser.add_argument(
+        "--turn", type=Path, action="append", default=[], metavar="FILE", help="plan: of measure_turn.py"
+    )
+    parser.add_argument("--pretrain", metavar="FILE", help="resume: launch/pretrain.py")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="resume: the run's YAML")
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="resume: for its runs")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="resume: values that win over it")
+    return parser.parse_intermixed_args()
+
+
+def measure_machine(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what nvidia-smi and torch say of the device."""
+    import torch
+
+    if arguments.device == "cpu":
+        return {"torch": torch.__config__.show().splitlines()}
+    properties = torch.cuda.get_device_properties(0)
+    fields = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "power.limit", "memory.total", "ecc.mode.current")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    except OSError as error:
+        said = [f"no nvidia-smi: {error.strerror}"]
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": [properties.major, properties.minor],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": list(torch.cuda.nccl.version()),  # type: ignore[no-untyped-call]
+        "nvidia_smi": said,
+    }
+
+
+def measure_the_ceilings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the device does at best."""
+    import torch
+
+    from megalibi.studies.ceilings import measure_ceilings
+
+    return {"ceilings": measure_ceilings(torch.device(arguments.device))}
+
+
+def measure_plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return planned memory beside measured."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is computed here, and another step has the GPU
+    from megalibi.studies.check_plan import compare_with_plan
+
+    return {"turns": compare_with_plan(arguments.turn, arguments.device)}
+
+
+def measure_resume(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return whether a resumed training is that which was not cut."""
+    from megalibi.studies.check_resume import check_resume
+
+    missing = [name for name in ("pretrain", "config", "scratch") if getattr(arguments, name) is None]
+    if missing:
+        raise ConfigError(f"resume needs --{', --'.join(missing)}")
+    pretrain = [sys.executable, arguments.pretrain]
+    return check_resume(pretrain, arguments.config, arguments.overrides, arguments.scratch)
+
+
+_MEASUREMENTS = {
+    "machine": measure_machine,
+    "ceilings": measure_the_ceilings,
+    "plan": measure_plan,
+    "resume": measure_resume,
+}
+
+
+def main() -> None:
+    """Measure one thing, and write it with what it depends on."""
+    arguments = parse_arguments()
+    check_outputs({"--output": arguments.output})
+    found = _MEASUREMENTS[arguments.name](arguments)
+    described = "cpu" if arguments.name in ("plan", "resume") else arguments.device
+    write_json({**found, **describe_run(described, PACKAGES)}, arguments.output)
+    _LOGGER.info("%s: %s", arguments.name, arguments.output)
+
+
+if __name__ == "__main__":
+    log.configure()
+    run_tool(main)

@@ -1,0 +1,289 @@
+"""The steps of a visit in order of worth: the 1.3B model on a GPU, a toy of it on a CPU, to try the visit itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megalibi.data.token_file import TokenFileWriter
+from megalibi.files import make_folder
+from megalibi.studies.gpu_visit import Step
+
+CONFIG_1_3B = "configs/gpt_1.3b_alibi_1024.yaml"
+CONFIG_RESUME = "configs/books_24m_alibi.yaml"
+CONFIG_EXTRAPOLATION = "configs/extrapolation_small.yaml"
+EXTRAPOLATION_FROM_SECONDS = 3600.0
+TOKENS = 1 << 22
+VOCAB_SIZE, TOY_VOCAB_SIZE = 8192, 509
+_DOCUMENT_TOKENS = 997
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the steps are made of."""
+
+    device: str
+    """cuda, or cpu: a toy."""
+    seconds: float
+    """Of the visit."""
+    folder: Path
+    """For results."""
+    scratch: Path
+    """For runs and token files."""
+    root: Path
+    """Folder with launch/, tools/, configs/ and tests/."""
+    python: str
+    """The interpreter."""
+    data: str
+    """PREFIX of a token file."""
+    valid: str = ""
+    """The same, for the extrapolation study; empty: it is left out."""
+    peers: Sequence[str] = ()
+    """Attention to measure beside ours."""
+    compiled_peers: Sequence[str] = ()
+    """The same, of those that torch compiles first, which takes a while."""
+    overrides: Sequence[str] = ()
+    """``section.field=value`` for the 1.3B model."""
+
+    @property
+    def is_toy(self) -> bool:
+        """Whether the sizes are a toy's."""
+        return self.device == "cpu"
+
+    def output(self, name: str) -> Path:
+        """Return what a step writes."""
+        return self.folder / f"{name}.json"
+
+
+def plan_steps(setup: Setup) -> list[Step]:
+    """Return the steps in order of worth.
+
+    Args:
+        setup: What they are made of.
+    """
+    short, long = "data.seq_length=2048 train.micro_batch_size=8", "data.seq_length=8192 train.micro_batch_size=2"
+    short_batch, long_batch = "train.global_batch_size=32 train.steps=6", "train.global_batch_size=8 train.steps=5"
+    if setup.is_toy:
+        short, long = "data.seq_length=64 train.micro_batch_size=2", "data.seq_length=128 train.micro_batch_size=1"
+        short_batch, long_batch = "train.global_batch_size=4 train.steps=2", "train.global_batch_size=2 train.steps=2"
+    return [
+        _measure(setup, "machine", "driver, clocks, memory and versions", 60),
+        _measure(setup, "ceilings", "matrix products and copies at their best", 60, least=15),
+        _warm(setup),
+        _contract(setup),
+        _train(setup, "train_alibi", "ALiBi", short, short_batch),
+        _profile(setup, short),
+        _tests(setup),
+        _attention(setup, 1, setup.peers),
+        _train(setup, "train_alibi_long", "ALiBi, 4 times as long", long, long_batch),
+        _attention(setup, 8, setup.peers),
+        _train(setup, "train_no_positions", "no positions", short, short_batch, "model.position_method=none"),
+        _train(setup, "train_sinusoidal", "sinusoidal", short, short_batch, "model.position_method=sinusoidal"),
+        _plan(setup),
+        _resume(setup),
+        _compiled_attention(setup),
+        _extrapolation(setup),
+    ]
+
+
+def write_random_tokens(prefix: Path, vocab_size: int, num_tokens: int = TOKENS) -> None:
+    """Write a token file of random ids for where there is no text: how long a step takes does not depend on it.
+
+    Args:
+        prefix: Of the files; what is there already stays.
+        vocab_size: Of the ids.
+        num_tokens: In all.
+    """
+    if prefix.with_name(f"{prefix.name}.idx").exists():
+        return
+    make_folder(prefix.parent)
+    ids = np.random.default_rng(0).integers(0, vocab_size, num_tokens)
+    with TokenFileWriter(prefix, vocab_size) as writer:
+        for start in range(0, num_tokens, _DOCUMENT_TOKENS):
+            writer.add_document(ids[start : start + _DOCUMENT_TOKENS])
+
+
+def _measure(setup: Setup, name: str, what: str, limit: float, *arguments: str, least: float = 0.0) -> Step:
+    output = setup.output(name)
+    command = [setup.python, "-m", "megalibi.studies.gpu_measure", name, "--device", setup.device]
+    return Step(
+        name=name,
+        what=what,
+        command=(*command, "--output", str(output), *arguments),
+        limit=limit,
+        least=least,
+        output=output,
+    )
+
+
+def _warm(setup: Setup) -> Step:
+    return Step(
+        name="warm",
+        what="Triton's kernels compiled on all cores, beside the next steps",
+        command=(setup.python, "-m", "alibi_attention.warm"),
+        limit=180,
+        least=30,
+        in_background=True,
+        impossible="Triton compiles for GPUs alone" if setup.device == "cpu" else "",
+    )
+
+
+def _contract(setup: Setup) -> Step:
+    lengths, more = ("17", ("--backends", "sdpa,reference")) if setup.is_toy else ("97,1025,4096", ())
+    command = (setup.python, "-m", "alibi_attention", "--contract", "--device", setup.device, "--lengths", lengths)
+    return Step(
+        name="contract",
+        what="every back end of attention against fp64",
+        command=(*command, *more),
+        limit=100,
+        least=30,
+        after="warm",
+    )
+
+
+def _tests(setup: Setup) -> Step:
+    junit = str(setup.folder / "test_gpu.xml")
+    command = [setup.python, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml", junit]
+    if setup.is_toy:  # a test that is quick anywhere
+        chosen = [str(setup.root / "tests" / "alibi_attention" / "test_slopes.py")]
+    else:
+        chosen = ["-m", "gpu", "--maxfail=20", str(setup.root / "tests")]
+    return Step(
+        name="test_gpu",
+        what="the tests that are for a GPU, the memory plan against the allocator among them",
+        command=(*command, *chosen),
+        limit=300,
+        least=60,
+        environment={"TEST_DEVICE": setup.device},
+    )
+
+
+def _model_overrides(setup: Setup) -> tuple[str, ...]:
+    ours = [
+        f"data.train={setup.data}",
+        "data.valid=[]",
+        "parallel.tensor_parallel_size=1",
+        "model.recompute=none",
+        "checkpoint.every_steps=0",
+        "optimizer.warmup_steps=2",
+        f"train.output_dir={setup.scratch / 'run'}",
+    ]
+    if setup.is_toy:
+        ours += ["model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4"]
+        ours += ["model.ffn_hidden_size=256", f"model.vocab_size={TOY_VOCAB_SIZE}"]
+    return tuple(ours)
+
+
+def _train(setup: Setup, name: str, what: str, shape: str, batch: str, *method: str) -> Step:
+    output = setup.output(name)
+    command = (setup.python, str(setup.root / "launch" / "measure_turn.py"))
+    run = ("--config", str(setup.root / CONFIG_1_3B), "--output", str(output))
+    overrides = (*_model_overrides(setup), *shape.split(), *batch.split(), *method, *setup.overrides)
+    return Step(
+        name=name,
+        what=f"steps of the {'toy' if setup.is_toy else '1.3B'} model, {what}",
+        command=(*command, *run, *overrides),
+        limit=75,
+        least=35,
+        output=output,
+        after="warm",
+    )
+
+
+def _profile(setup: Setup, shape: str) -> Step:
+    output = setup.output("profile_step")
+    command = (setup.python, str(setup.root / "launch" / "profile_step.py"))
+    run = ("--config", str(setup.root / CONFIG_1_3B), "--output", str(output))
+    batch = f"train.global_batch_size={4 if setup.is_toy else 16}"
+    steps = f"train.steps={1 if setup.is_toy else 3}"
+    return Step(
+        name="profile_step",
+        what="one of these steps by kernel and by part",
+        command=(*command, *run, *_model_overrides(setup), *shape.split(), batch, steps, *setup.overrides),
+        limit=75,
+        least=35,
+        output=output,
+        after="warm",
+    )
+
+
+def _attention(setup: Setup, batch: int, peers: Sequence[str], *, name: str = "", lengths: str = "") -> Step:
+    name = name or f"attention_batch_{batch}"
+    output = setup.output(name)
+    command = [setup.python, str(setup.root / "tools" / "benchmark_attention.py"), "--device", setup.device]
+    command += ["--batch", str(batch), "--dtype", "bfloat16", "--peers", ",".join(peers) or "none"]
+    if setup.is_toy:
+        command += ["--head-dim", "16", "--heads", "2", "--repeats", "2", "--lengths", "32", "--backends", "sdpa"]
+    else:
+        lengths = lengths or ("1024,2048,4096,8192,16384" if batch == 1 else "1024,2048,4096")
+        command += ["--head-dim", "128", "--heads", "16", "--repeats", "5", "--lengths", lengths]
+        command += ["--backends", "triton"]
+    return Step(
+        name=name,
+        what=f"attention beside its peers, batch {batch}",
+        command=(*command, "--output", str(output)),
+        limit=120,
+        least=30,
+        output=output,
+        after="warm",
+    )
+
+
+def _compiled_attention(setup: Setup) -> Step:
+    step = _attention(setup, 1, setup.compiled_peers, name="attention_compiled", lengths="2048,4096,16384")
+    command, impossible = step.command, "" if setup.compiled_peers else "no peer here is compiled by torch"
+    return Step(
+        name=step.name,
+        what="attention beside the peers that torch compiles, batch 1",
+        command=(*command, "--modes", "forward_backward"),
+        limit=150,
+        least=45,
+        output=step.output,
+        after="warm",
+        impossible=impossible,
+    )
+
+
+def _plan(setup: Setup) -> Step:
+    names = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal")
+    turns = [word for name in names for word in ("--turn", str(setup.output(name)))]
+    step = _measure(setup, "plan", "planned memory beside what the steps held", 120, *turns, least=20)
+    # In the background: it needs no GPU.
+    return Step(**{**vars(step), "in_background": True})
+
+
+def _resume(setup: Setup) -> Step:
+    small = [f"data.train={setup.data}", "data.valid=[]", "data.tokenizer=null"]
+    if setup.is_toy:
+        small += ["model.num_layers=1", "model.hidden_size=32", "model.num_attention_heads=2"]
+        small += ["model.ffn_hidden_size=64", f"model.vocab_size={TOY_VOCAB_SIZE}", "data.seq_length=32"]
+        small += ["train.global_batch_size=2", "train.micro_batch_size=2"]
+    else:
+        small += ["model.vocab_size=50257"]
+    pretrain, config = setup.root / "launch" / "pretrain.py", setup.root / CONFIG_RESUME
+    given = ("--pretrain", str(pretrain), "--config", str(config), "--scratch", str(setup.scratch / "resume"))
+    return _measure(setup, "resume", "20 steps against 10, a resume, and 10", 120, *given, *small, least=45)
+
+
+def _extrapolation(setup: Setup) -> Step:
+    impossible = ""
+    if setup.seconds < EXTRAPOLATION_FROM_SECONDS:
+        impossible = f"it takes an hour: give --seconds {EXTRAPOLATION_FROM_SECONDS:.0f} or more"
+    elif not setup.valid:
+        impossible = "it needs text: give --data and --valid"
+    tool, config = setup.root / "tools" / "extrapolate.py", setup.root / CONFIG_EXTRAPOLATION
+    overrides = [f"data.train={setup.data}", f"data.valid={setup.valid}", "data.tokenizer=null", "train.steps=8000"]
+    overrides += ["model.vocab_size=50257", "optimizer.warmup_steps=600", "train.eval_every_steps=2000"]
+    overrides += ["checkpoint.every_steps=1000", f"train.output_dir={setup.scratch / 'extrapolation'}"]
+    output = ("--output", str(setup.folder / "extrapolation"))
+    return Step(
+        name="extrapolation",
+        what="the extrapolation study at ten times its tokens",
+        command=(setup.python, str(tool), str(config), *output, *overrides),
+        limit=24 * 3600.0,
+        least=600,
+        impossible=impossible,
+    )

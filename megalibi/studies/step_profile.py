@@ -1,0 +1,165 @@
+"""Where the time of a training step goes: device time by kernel and by part, and the gaps between kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from megalibi.config import config_to_dict
+from megalibi.engine.build import build_engine
+from megalibi.engine.step import train_step
+from megalibi.job import Job, open_loader
+from megalibi.report.record import describe_run, write_json
+from megalibi.studies.step_parts import BACKWARD_RANGE, FORWARD_RANGE, PARTS, STEP_RANGE, count_work, find_part
+
+_MAX_NAME = 160
+"""Characters of a kernel's name that are kept: templates have thousands."""
+_LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A kernel on the device; on a CPU an operation, without those that it calls."""
+
+    name: str
+    seconds: float
+    path: tuple[str, ...]
+    """What was running on the host, innermost first."""
+
+
+def profile_step(job: Job, output: Path) -> None:
+    """Take ``train.steps`` steps, profile one more, and write what it consists of. For one rank.
+
+    Args:
+        job: The run, checked by check_run.
+        output: The JSON file to write.
+    """
+    config, device = job.config, job.device
+    engine = build_engine(config, job.derived, job.groups, device)
+    for name, range_name in (("forward", FORWARD_RANGE), ("backward", BACKWARD_RANGE), ("step", STEP_RANGE)):
+        setattr(engine, name, _in_range(getattr(engine, name), range_name))
+    loader = open_loader(job)
+
+    def take_step(step: int) -> float:
+        consumed = step * config.train.global_batch_size
+        batches = list(loader.micro_batches(consumed))
+        began = time.perf_counter()
+        given = {"groups": job.groups, "device": device, "learning_rate": _LEARNING_RATE, "seed": config.train.seed}
+        train_step(engine, batches, samples_consumed=consumed, **given)
+        return time.perf_counter() - began
+
+    step_seconds = [take_step(step) for step in range(config.train.steps)]
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
+        seconds = take_step(config.train.steps)
+    loader.close()
+    events = list(profiled.events() or [])
+    span, busy = _device_times(events) if on_gpu else (seconds, None)
+    slices = list(_kernels_of(events) if on_gpu else _operations_of(events))
+    described = {
+        "step_seconds": step_seconds,
+        **summarize(slices, span, busy),
+        "work": {part: dataclasses.asdict(work) for part, work in count_work(config, job.derived).items()},
+        "config": config_to_dict(config),
+        "ranks": job.groups.world.size,
+    }
+    write_json({**described, **describe_run(str(device), ("torch", "triton", "deepspeed", "flash-attn"))}, output)
+
+
+def summarize(slices: Iterable[Slice], span: float, busy: float | None = None) -> dict[str, Any]:
+    """Add up what a step consists of.
+
+    Args:
+        slices: All of it.
+        span: Seconds from its beginning to its end.
+        busy: Seconds of it in which something ran; None: the sum of the slices.
+
+    Returns:
+        ``span_milliseconds``, ``busy_milliseconds``, milliseconds by part, and ``kernels``, the longest first.
+    """
+    parts = dict.fromkeys(PARTS, 0.0)
+    kernels: dict[tuple[str, str], list[float]] = {}
+    for piece in slices:
+        part = find_part(piece.name, piece.path)
+        parts[part] += 1e3 * piece.seconds
+        kernels.setdefault((piece.name[:_MAX_NAME], part), []).append(1e3 * piece.seconds)
+    ordered = sorted(kernels.items(), key=lambda item: -sum(item[1]))
+    return {
+        "span_milliseconds": 1e3 * span,
+        "busy_milliseconds": sum(parts.values()) if busy is None else 1e3 * busy,
+        "parts_milliseconds": parts,
+        "kernels": [
+            {"name": name, "part": part, "calls": len(times), "milliseconds": sum(times)}
+            for (name, part), times in ordered
+        ],
+    }
+
+
+def _in_range(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def run(*arguments: Any, **named: Any) -> Any:
+        with record_function(name):
+            return function(*arguments, **named)
+
+    return run
+
+
+def _path_of(event: Any) -> Iterator[str]:
+    while event is not None:
+        yield str(event.name)
+        event = event.cpu_parent
+
+
+def _operations_of(events: Iterable[Any]) -> Iterator[Slice]:
+    """Yield what ran on the CPU, each operation without what it called."""
+    for event in events:
+        if event.self_cpu_time_total > 0:
+            name, *path = _path_of(event)
+            yield Slice(name, event.self_cpu_time_total / 1e6, tuple(path))
+
+
+def _kernels_of(events: Iterable[Any]) -> Iterator[Slice]:
+    """Yield the kernels of a GPU, with the operation that launched each as far as the profiler knows it."""
+    unknown: dict[str, float] = {}
+    for event in events:
+        if event.device_type == DeviceType.CUDA:
+            if _is_kernel(event):
+                unknown[event.name] = unknown.get(event.name, 0.0) + _microseconds(event)
+        elif event.kernels:
+            path = tuple(_path_of(event))
+            for kernel in event.kernels:
+                if not kernel.name.startswith("megalibi: "):
+                    unknown[kernel.name] = unknown.get(kernel.name, 0.0) - kernel.duration
+                    yield Slice(kernel.name, kernel.duration / 1e6, path)
+    for name, rest in unknown.items():
+        if rest > 1.0:  # of one microsecond: sums of rounded times differ
+            yield Slice(name, rest / 1e6, ())
+
+
+def _is_kernel(event: Any) -> bool:
+    """Tell a kernel or a copy from the shadow that a range of the host throws on the device."""
+    return not (getattr(event, "is_user_annotation", False) or event.name.startswith("megalibi: "))
+
+
+def _microseconds(event: Any) -> float:
+    return float(event.time_range.end - event.time_range.start)
+
+
+def _device_times(events: Iterable[Any]) -> tuple[float, float]:
+    """Return the seconds from the first kernel to the end of the last, and those of them in which one ran."""
+    times = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == DeviceType.CUDA and _is_kernel(event)
+    )
+    busy, until = 0.0, float("-inf")
+    for start, end in times:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return (until - times[0][0]) / 1e6 if times else 0.0, busy / 1e6
