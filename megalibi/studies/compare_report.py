@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from megalibi.report.markdown import format_table
 from megalibi.studies.compare import ALIBI, ATTENTIONS, SINUSOIDAL, Model
 from megalibi.studies.compare_curves import NUM_POINTS, mean_speedup
 from megalibi.studies.compare_findings import judge
@@ -12,7 +13,6 @@ from megalibi.studies.compare_tables import (
     PAPER_LENGTHS,
     equal_time_table,
     equal_updates_table,
-    format_table,
     gain_table,
     level_table,
     paper_levels,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megalibi.report.markdown import format_table
 from megalibi.report.units import format_count
 from megalibi.studies.compare import ATTENTIONS, Model, Variant
 from megalibi.studies.compare_curves import Level, Point, compare_times, mean_speedup
@@ -18,20 +19,6 @@ _FIGURE_5 = {1024: "5 left", 2048: "5 right"}  # by the length of the sinusoidal
 _NONE = "-"
 _KINDS = [field.name for field in dataclasses.fields(MemoryByKind)]
 _KIND_NAMES = [kind.replace("_", " ") for kind in _KINDS]
-
-
-def format_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> Iterator[str]:
-    """Yield the lines of a Markdown table.
-
-    Args:
-        heads: Of the columns.
-        rows: Of cells.
-        left: So many columns are flush left; the others are numbers.
-    """
-    yield "| " + " | ".join(heads) + " |"
-    yield "|" + "---|" * left + "--:|" * (len(heads) - left)
-    for row in rows:
-        yield "| " + " | ".join(row) + " |"
 
 
 def speed_table(results: Results, attention: str) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ EXTRAPOLATION_FROM_SECONDS = 3600.0
 TOKENS = 1 << 22
 VOCAB_SIZE, TOY_VOCAB_SIZE = 8192, 509
 _DOCUMENT_TOKENS = 997
+_TOY_LEAST = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def plan_steps(setup: Setup) -> list[Step]:
     if setup.is_toy:
         short, long = "data.seq_length=64 train.micro_batch_size=2", "data.seq_length=128 train.micro_batch_size=1"
         short_batch, long_batch = "train.global_batch_size=4 train.steps=2", "train.global_batch_size=2 train.steps=2"
-    return [
+    steps = [
         _measure(setup, "machine", "driver, clocks, memory and versions", 60),
         _measure(setup, "ceilings", "matrix products and copies at their best", 60, least=15),
         _warm(setup),
@@ -87,6 +88,7 @@ def plan_steps(setup: Setup) -> list[Step]:
         _compiled_attention(setup),
         _extrapolation(setup),
     ]
+    return [replace(step, least=min(step.least, _TOY_LEAST)) for step in steps] if setup.is_toy else steps
 
 
 def write_random_tokens(prefix: Path, vocab_size: int, num_tokens: int = TOKENS) -> None:
@@ -234,16 +236,13 @@ def _attention(setup: Setup, batch: int, peers: Sequence[str], *, name: str = ""
 
 def _compiled_attention(setup: Setup) -> Step:
     step = _attention(setup, 1, setup.compiled_peers, name="attention_compiled", lengths="2048,4096,16384")
-    command, impossible = step.command, "" if setup.compiled_peers else "no peer here is compiled by torch"
-    return Step(
-        name=step.name,
+    return replace(
+        step,
         what="attention beside the peers that torch compiles, batch 1",
-        command=(*command, "--modes", "forward_backward"),
+        command=(*step.command, "--modes", "forward_backward"),
         limit=150,
         least=45,
-        output=step.output,
-        after="warm",
-        impossible=impossible,
+        impossible="" if setup.compiled_peers else "no peer here is compiled by torch",
     )
 
 
@@ -251,8 +250,7 @@ def _plan(setup: Setup) -> Step:
     names = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal")
     turns = [word for name in names for word in ("--turn", str(setup.output(name)))]
     step = _measure(setup, "plan", "planned memory beside what the steps held", 120, *turns, least=20)
-    # In the background: it needs no GPU.
-    return Step(**{**vars(step), "in_background": True})
+    return replace(step, in_background=True)  # it needs no GPU
 
 
 def _resume(setup: Setup) -> Step:

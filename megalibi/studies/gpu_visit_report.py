@@ -1,0 +1,281 @@
+"""The page of a visit: what failed, what bounds each part of a training step, and what else was found."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megalibi.config import config_from_dict, derive
+from megalibi.model import count_parameters, model_flops_per_token
+from megalibi.report.markdown import format_table
+from megalibi.report.run import Quartiles
+from megalibi.report.units import format_bytes, format_count
+from megalibi.studies.ceilings import COPY, SQUARE
+from megalibi.studies.gpu_visit import DONE, LOGS_FOLDER, StepRecord
+from megalibi.studies.plan_gpus import GPUS, Gpu
+from megalibi.studies.step_parts import PARTS
+
+TURNS = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal")
+ATTENTIONS = ("attention_batch_1", "attention_batch_8", "attention_compiled")
+_TOP_KERNELS = 15
+_NONE = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What the steps of a visit wrote, by name; what is missing is None or absent."""
+
+    facts: Mapping[str, Any]
+    """What summary.json begins with."""
+    records: Sequence[StepRecord]
+    ceilings: Mapping[str, Any] | None
+    """Of ceilings.py."""
+    profile: Mapping[str, Any] | None
+    """Of step_profile.py."""
+    turns: Mapping[str, Mapping[str, Any]]
+    """Of launch/measure_turn.py."""
+    attention: Mapping[str, Mapping[str, Any]]
+    """Of tools/benchmark_attention.py."""
+    plan: Mapping[str, Any] | None = None
+    """Of check_plan.py."""
+    resume: Mapping[str, Any] | None = None
+    """Of check_resume.py."""
+    contract: Sequence[str] = ()
+    """The lines of its table."""
+
+    @property
+    def data_sheet(self) -> Gpu | None:
+        """What is known of this GPU."""
+        return find_data_sheet(str(self.facts.get("hardware", {}).get("gpu", "")))
+
+    def ceiling(self, name: str) -> float | None:
+        """Return a measured median, in units a second; None: it was not measured."""
+        return None if self.ceilings is None or name not in self.ceilings else self.ceilings[name]["median"] * 1e12
+
+
+def read_findings(folder: Path, facts: Mapping[str, Any], records: Sequence[StepRecord]) -> Findings:
+    """Read what a visit has found so far.
+
+    Args:
+        folder: Of the visit.
+        facts: What summary.json begins with.
+        records: Of all its steps.
+    """
+    ceilings, plan = _read(folder / "ceilings.json"), _read(folder / "plan.json")
+    log = folder / LOGS_FOLDER / "contract.log"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+    last = max((number for number, line in enumerate(lines) if line.startswith("Measured with ")), default=len(lines))
+    return Findings(
+        facts=facts,
+        records=records,
+        ceilings=ceilings and ceilings["ceilings"],
+        profile=_read(folder / "profile_step.json"),
+        turns={name: turn for name in TURNS if (turn := _read(folder / f"{name}.json"))},
+        attention={name: record for name in ATTENTIONS if (record := _read(folder / f"{name}.json"))},
+        plan=plan and plan["turns"],
+        resume=_read(folder / "resume.json"),
+        contract=[line for line in lines[last:] if line.startswith("|")],
+    )
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def find_data_sheet(name: str) -> Gpu | None:
+    """Return the GPU that a driver's name means, as "NVIDIA H100 80GB HBM3"; None: it is not known."""
+    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
+    known = [gpu for gpu in GPUS.values() if set(gpu.name.upper().split("-")) <= words]
+    return max(known, key=lambda gpu: gpu.name.count("-"), default=None)
+
+
+def write_report(found: Findings) -> str:
+    """Return the page in Markdown; what is not measured is left out or a dash.
+
+    Args:
+        found: By the visit so far.
+    """
+    hardware = found.facts.get("hardware", {})
+    title = hardware.get("gpu") or f"{hardware.get('cpu', 'a CPU')} (a trial of the visit, at toy size)"
+    sections = [
+        (f"# What {title} gives", _facts(found)),
+        ("## What failed or was not done", _failures(found)),
+        ("## What bounds each part of a step", _parts(found)),
+        ("## Training", _training(found)),
+        ("## Attention, forward and backward", _attention(found)),
+        ("## Ceilings", _ceilings(found)),
+        ("## Planned memory", _plan(found)),
+        ("## The longest kernels", _kernels(found)),
+        ("## The exactness contract", iter(found.contract)),
+        ("## Steps", _steps(found)),
+    ]
+    written = [(head, lines) for head, body in sections if (lines := list(body))]
+    return "\n".join(f"{head}\n\n" + "\n".join(lines) + "\n" for head, lines in written)
+
+
+def _facts(found: Findings) -> Iterator[str]:
+    facts = found.facts
+    hardware = {name: value for name, value in facts.get("hardware", {}).items() if name != "memory_bytes"}
+    yield f"{', '.join(f'{name} {value}' for name, value in hardware.items())}. "
+    yield f"{', '.join(f'{name} {value}' for name, value in facts.get('versions', {}).items())}. "
+    yield f"Commit {facts.get('commit', 'unknown')}, {facts.get('date', '')}. `{facts.get('command', '')}`"
+    if facts.get("text"):
+        yield ""
+        yield f"Text: {facts['text']}."
+
+
+def _failures(found: Findings) -> Iterator[str]:
+    rows = [f"- **{record.name}** {record.status}: {record.said}" for record in found.records if record.status != DONE]
+    if found.resume is not None and not found.resume["equal"]:
+        rows.insert(0, "- **resume** the resumed training is not the uninterrupted one, bit for bit: see resume.json")
+    yield from rows or ["Nothing."]
+
+
+def _parts(found: Findings) -> Iterator[str]:
+    profile = found.profile
+    if profile is None:
+        return
+    work, span = profile.get("work", {}), profile["span_milliseconds"]
+    heads = ["part", "ms", "share", "TFLOP", "GB", "ms at the ceilings", "of the ceiling", "bound by"]
+    rows = [_part_row(part, profile["parts_milliseconds"][part], span, work.get(part, {}), found) for part in PARTS]
+    gaps = max(0.0, span - profile["busy_milliseconds"])
+    rows.append(["gaps: the device waits for the host", f"{gaps:.2f}", f"{gaps / span:.1%}", *[_NONE] * 4, "host"])
+    yield from format_table(heads, [row for row in rows if row[1] != "0.00"])
+    yield ""
+    yield (
+        f"A step of {span:,.1f} ms under the profiler. TFLOP and GB are counted by formulas and not measured: what the "
+        "part must compute, attention causally, and must read and write if each tensor passes once each way "
+        "(megalibi/studies/step_parts.py). At the ceilings: the longer of the two at the rates that this machine "
+        "reached in large bf16 matrix products and in copies. Parts far from their ceiling have something to gain."
+    )
+
+
+def _part_row(part: str, milliseconds: float, span: float, work: Mapping[str, float], found: Findings) -> list[str]:
+    flops, moved = work.get("flops", 0.0), work.get("moved_bytes", 0.0)
+    matmul, copy = found.ceiling(SQUARE), found.ceiling(COPY)
+    row = [part, f"{milliseconds:.2f}", f"{milliseconds / span:.1%}"]
+    row += [f"{flops / 1e12:.3g}" if flops else _NONE, f"{moved / 1e9:.3g}" if moved else _NONE]
+    if not (flops or moved) or matmul is None or copy is None:
+        return [*row, _NONE, _NONE, _NONE]
+    by_flops, by_bytes = 1e3 * flops / matmul, 1e3 * moved / copy
+    least = max(by_flops, by_bytes)
+    share = f"{least / milliseconds:.0%}" if milliseconds else _NONE
+    return [*row, f"{least:.2f}", share, "matrix products" if by_flops >= by_bytes else "memory"]
+
+
+def _training(found: Findings) -> Iterator[str]:
+    if not found.turns:
+        return
+    sheet, matmul = found.data_sheet, found.ceiling(SQUARE)
+    heads = [
+        "step",
+        "parameters",
+        "tokens",
+        "tokens/s (range)",
+        "TFLOP/s",
+        "MFU of the data sheet",
+        "of the matmul ceiling",
+    ]
+    yield from format_table(
+        [*heads, "device memory"], (_turn_row(*item, sheet, matmul) for item in found.turns.items())
+    )
+    yield ""
+    peak = (
+        f"{sheet.peak_flops_per_second / 1e12:.1f} TFLOP/s ({sheet.source})" if sheet else "not known for this device"
+    )
+    yield (
+        "Medians of all steps but the first, the optimizer included. FLOP by megalibi/model/size.py, attention counted "
+        f"causally. Data sheet: {peak}. Tokens: micro batch x length x micro batches."
+    )
+
+
+def _turn_row(name: str, turn: Mapping[str, Any], sheet: Gpu | None, matmul: float | None) -> list[str]:
+    config = config_from_dict(turn["config"])
+    derived = derive(config, turn["ranks"])
+    seconds = turn["step_seconds"][1:] or turn["step_seconds"]
+    rates = [derived.batch_tokens / second for second in seconds]
+    median = Quartiles.of(rates).median
+    flops = median * model_flops_per_token(config.model, config.data.seq_length, causal=True) / turn["ranks"]
+    shape = f"{config.train.micro_batch_size} x {config.data.seq_length:,} x {derived.accumulation_steps}"
+    return [
+        f"{name}: {config.model.position_method}",
+        format_count(count_parameters(config.model)),
+        shape,
+        f"{median:,.0f} ({min(rates):,.0f} to {max(rates):,.0f})",
+        f"{flops / 1e12:,.3g}",
+        _NONE if sheet is None else f"{flops / sheet.peak_flops_per_second:.1%}",
+        _NONE if matmul is None else f"{flops / matmul:.1%}",
+        format_bytes(turn["device_bytes"]),
+    ]
+
+
+def _attention(found: Findings) -> Iterator[str]:
+    for record in found.attention.values():
+        rows = [row for row in record["rows"] if row["mode"] == "forward_backward"]
+        lengths = sorted({row["length"] for row in rows})
+        times = {(row["name"], row["length"]): row for row in rows}
+        heads = [f"milliseconds, batch {record['settings']['batch']}", *(f"{length:,}" for length in lengths)]
+        names = list(dict.fromkeys(row["name"] for row in rows))
+        yield from format_table(heads, ([name, *(_time(times.get((name, n))) for n in lengths)] for name in names))
+        yield ""
+        yield from (f"{name}: {what}. " for name, what in record["what"].items() if name in names)
+        yield ""
+
+
+def _time(row: Mapping[str, Any] | None) -> str:
+    return _NONE if row is None or "seconds" not in row else f"{1e3 * row['seconds']['median']:.2f}"
+
+
+def _ceilings(found: Findings) -> Iterator[str]:
+    if found.ceilings is None:
+        return
+    rows = (
+        [
+            name,
+            " x ".join(f"{size:,}" for size in measured["shape"]),
+            f"{measured['median']:,.4g} {measured['unit']}",
+            f"{measured['low']:,.4g} to {measured['high']:,.4g}",
+        ]
+        for name, measured in found.ceilings.items()
+    )
+    yield from format_table(["", "size", "median", "range"], rows, left=2)
+
+
+def _plan(found: Findings) -> Iterator[str]:
+    if found.plan is None:
+        return
+    rows = (
+        [
+            name,
+            *(format_bytes(turn[kind]["total"]) for kind in ("planned", "measured")),
+            f"{turn['planned_of_measured']:.3f}",
+        ]
+        for name, turn in found.plan.items()
+    )
+    yield from format_table(["step", "planned", "measured", "planned / measured"], rows)
+    yield ""
+    yield "Measured: on a GPU the most that PyTorch's allocator gave, on a CPU the bytes of the tensors."
+
+
+def _kernels(found: Findings) -> Iterator[str]:
+    if found.profile is None:
+        return
+    rows = (
+        [f"`{kernel['name'][:80]}`", kernel.get("part", _NONE), str(kernel["calls"]), f"{kernel['milliseconds']:.2f}"]
+        for kernel in found.profile["kernels"][:_TOP_KERNELS]
+    )
+    yield from format_table(["kernel", "part", "calls", "ms"], rows, left=2)
+
+
+def _steps(found: Findings) -> Iterator[str]:
+    rows = ([record.name, record.what, record.status, f"{record.seconds:.1f}"] for record in found.records)
+    yield from format_table(["step", "what it finds out", "status", "seconds"], rows, left=3)
+    yield ""
+    yield f"Commands, commits and dates of the steps: summary.json. What each said: {LOGS_FOLDER}/."

@@ -1,0 +1,241 @@
+"""Find out what a machine with one GPU gives, in minutes: ceilings, exactness, tests, a 1.3B model's steps, attention.
+
+Each step is a process with a limit of its own: one that fails or hangs does not stop the next. Results are written
+after every step, under results/gpu_NAME: summary.json, a JSON file of each step, logs, and report.md, a page that says
+what failed and what bounds each part of a training step. The same command goes on: steps that came to an end are not
+done again. On a CPU a toy is measured, to try the visit itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megalibi import log
+from megalibi.config import ConfigError
+from megalibi.config.cli import run_tool
+from megalibi.files import lock_file, make_folder, write_aside
+from megalibi.report.outputs import check_folder
+from megalibi.report.record import describe_run
+from megalibi.studies.gpu_visit import FAILED, SUMMARY_FILE, Step, StepRecord, Visit, read_records, run_visit
+from megalibi.studies.gpu_visit_report import read_findings, write_report
+from megalibi.studies.gpu_visit_steps import TOY_VOCAB_SIZE, VOCAB_SIZE, Setup, plan_steps, write_random_tokens
+
+ROOT = Path(os.path.relpath(Path(__file__).parents[1]))
+REPORT = "report.md"
+FAILED_STEPS = "failed"
+EXAMPLE = """examples:
+  python tools/measure_gpu.py                          (nine minutes, the dearest findings first)
+  python tools/measure_gpu.py --list
+  python tools/measure_gpu.py --only machine,ceilings,train_alibi train.micro_batch_size=2
+  python tools/measure_gpu.py --seconds 7200 --data data/books-train --valid data/books-valid --again failed
+  python tools/measure_gpu.py --device cpu --seconds 120 --output /tmp/visit
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=540.0, metavar="S", help="in all (default: %(default)g)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: results/gpu_NAME")
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="for runs (default: runs/gpu_NAME_scratch)")
+    parser.add_argument("--data", metavar="PREFIX", help="token file to train on (default: random ids)")
+    parser.add_argument("--valid", metavar="PREFIX", help="the same for the extrapolation study")
+    parser.add_argument("--only", metavar="NAME,NAME", help="these steps")
+    parser.add_argument("--again", metavar="NAME,NAME", help=f"do these again; {FAILED_STEPS}: all that failed")
+    parser.add_argument("--list", action="store_true", help="show the steps and what is known of them, and end")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="for the 1.3B model, to fit a smaller card"
+    )
+    return parser.parse_intermixed_args()
+
+
+def find_gpu() -> dict[str, Any]:
+    """Return name and driver of the first GPU; empty: there is none.
+
+    Not from torch, which would take memory of the GPU for as long as this process lives.
+    """
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, check=False)
+    except OSError:
+        return {}
+    name, _, driver = said.stdout.partition("\n")[0].partition(",")
+    return {"gpu": name.strip(), "driver": driver.strip()} if said.returncode == 0 and driver else {}
+
+
+def describe(device: str, gpu: dict[str, Any], text: str) -> dict[str, Any]:
+    """Return what summary.json begins with."""
+    facts = describe_run("cpu", ("torch", "triton", "deepspeed", "flash-attn"))
+    facts["hardware"] = {**facts["hardware"], **gpu}
+    return {**facts, "device": device, "text": text}
+
+
+def name_folder(device: str, gpu: dict[str, Any]) -> Path:
+    """Return where results go unless the user says it: results/gpu_h200, or for a trial runs/gpu_cpu."""
+    if device == "cpu":
+        return ROOT / "runs" / "gpu_cpu"
+    words = re.split(r"[^a-z0-9]+", gpu["gpu"].lower())
+    return ROOT / "results" / "_".join(["gpu", *(word for word in words if word not in ("nvidia", "tesla", ""))])
+
+
+def make_environment(device: str) -> dict[str, str]:
+    """Return the environment of the steps: our packages are found, and the device is seen, and it alone."""
+    paths = [str(ROOT.resolve()), str((ROOT / "kernels").resolve()), os.environ.get("PYTHONPATH", "")]
+    ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    if device == "cpu":
+        return {**os.environ, **ours, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DS_ACCELERATOR")}
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    allocator = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
+    return {**kept, **ours, **allocator, "CUDA_VISIBLE_DEVICES": card}
+
+
+def find_peers(device: str) -> tuple[list[str], list[str]]:
+    """Return the peers of attention that run here with memory linear in the length; those that torch compiles apart."""
+    import torch
+
+    from alibi_attention.peers import PEERS
+
+    usable = [p.name for p in PEERS if p.find_refusal(device, torch.bfloat16) is None and not p.bytes_per_score]
+    return [name for name in usable if "flex" not in name], [name for name in usable if "flex" in name]
+
+
+def choose(names: str, known: Sequence[str], option: str) -> list[str]:
+    """Return names, each of which is known.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    chosen = names.split(",")
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(f"{option}={names}: {name!r} is none of {', '.join(known)}")
+    return chosen
+
+
+def check_same_machine(folder: Path, facts: dict[str, Any]) -> None:
+    """Find out whether the folder's results are of this machine.
+
+    Raises:
+        ConfigError: They are of another device.
+    """
+    path = folder / SUMMARY_FILE
+    if not path.exists():
+        return
+    read_records(folder)  # what it is at all
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for what, ours, other in (
+        ("device", facts["device"], theirs.get("device")),
+        ("hardware.gpu", facts["hardware"].get("gpu"), theirs.get("hardware", {}).get("gpu")),
+    ):
+        if ours != other:
+            raise ConfigError(f"--output={folder} has {what}={other}, this machine {ours}: give another folder")
+
+
+def show_command(command: Sequence[str]) -> str:
+    """Return a command as a user would type it."""
+    return shlex.join(["python" if word == sys.executable else word for word in command])
+
+
+def show_plan(steps: Sequence[Step], records: dict[str, StepRecord]) -> None:
+    """Print the steps with their limits, and what is known of them."""
+    for step in steps:
+        record = records.get(step.name)
+        known = record.status if record else f"not here: {step.impossible}" if step.impossible else ""
+        print(f"{step.name:20} at most {step.limit:5.0f} s, from {step.least:3.0f} s left on: {step.what:62} {known}")
+
+
+def make_setup(arguments: argparse.Namespace, device: str, output: Path) -> Setup:
+    """Return what the steps are made of."""
+    scratch = arguments.scratch or ROOT / "runs" / f"{output.name}_scratch"
+    peers, compiled = find_peers(device)
+    return Setup(
+        device=device,
+        seconds=arguments.seconds,
+        folder=output,
+        scratch=scratch,
+        root=ROOT,
+        python=sys.executable,
+        data=arguments.data or str(scratch / "random_tokens"),
+        valid=arguments.valid if arguments.data and arguments.valid else "",
+        peers=peers,
+        compiled_peers=compiled,
+        overrides=arguments.overrides,
+    )
+
+
+def visit(arguments: argparse.Namespace, setup: Setup, steps: Sequence[Step], gpu: dict[str, Any]) -> int:
+    """Do the steps, with the report written after each; return the exit code."""
+    text = arguments.data or f"random ids of a vocabulary of {TOY_VOCAB_SIZE if setup.is_toy else VOCAB_SIZE}"
+    facts, names = describe(setup.device, gpu, text), [step.name for step in steps]
+    check_same_machine(setup.folder, facts)
+    known = read_records(setup.folder)
+    again = choose(arguments.again, [*names, FAILED_STEPS], "--again") if arguments.again else []
+    if FAILED_STEPS in again:
+        again += [name for name, record in known.items() if record.status == FAILED]
+    for folder in (setup.folder, setup.scratch):
+        make_folder(folder)
+
+    def write_page(records: Sequence[StepRecord]) -> None:
+        write_aside(setup.folder / REPORT, write_report(read_findings(setup.folder, facts, records)))
+
+    lock = setup.scratch / "visit.lock"
+    with lock.open("w") as held:
+        lock_file(held.fileno(), lock)
+        if not arguments.data:
+            write_random_tokens(Path(setup.data), TOY_VOCAB_SIZE if setup.is_toy else VOCAB_SIZE)
+        records = run_visit(
+            steps,
+            Visit(
+                folder=setup.folder,
+                seconds=arguments.seconds,
+                environment=make_environment(setup.device),
+                facts=facts,
+                say=lambda line: print(line, flush=True),
+                changed=write_page,
+                show_command=show_command,
+            ),
+            again=again,
+        )
+        write_page(records)
+    print(f"report: {setup.folder / REPORT}")
+    return 1 if any(record.status == FAILED for record in records) else 0
+
+
+def main() -> int:
+    """Check, and show the plan or do it."""
+    arguments = parse_arguments()
+    if not 0 < arguments.seconds < float("inf"):
+        raise ConfigError(f"--seconds={arguments.seconds:g}: must be a number above 0")
+    gpu = {} if arguments.device == "cpu" else find_gpu()
+    device = arguments.device or ("cuda" if gpu else "cpu")
+    if device == "cuda" and not gpu:
+        raise ConfigError("--device=cuda: nvidia-smi finds no GPU; --device cpu tries the visit at toy size")
+    output = arguments.output or name_folder(device, gpu)
+    check_folder(output, "--output", files=(SUMMARY_FILE, REPORT))
+    setup = make_setup(arguments, device, output)
+    steps = plan_steps(setup)
+    if arguments.only:
+        chosen = choose(arguments.only, [step.name for step in steps], "--only")
+        steps = [step for step in steps if step.name in chosen]
+    if arguments.list:
+        show_plan(steps, read_records(output))
+        return 0
+    return visit(arguments, setup, steps, gpu)
+
+
+if __name__ == "__main__":
+    log.configure()
+    run_tool(main)
