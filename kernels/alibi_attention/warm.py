@@ -135,7 +135,8 @@ def find_target(capability: int | None) -> Target:
     if not torch.cuda.is_available():
         raise ValueError("torch sees no GPU: give --capability, 90 for an H100, 80 for an A100")
     gpu = torch.cuda.get_device_properties(0)
-    return Target(10 * gpu.major + gpu.minor, gpu.shared_memory_per_block_optin, gpu.multi_processor_count)
+    shared_bytes = getattr(gpu, "shared_memory_per_block_optin", _DATA_CENTER_SHARED_BYTES)  # not of early versions
+    return Target(10 * gpu.major + gpu.minor, shared_bytes, gpu.multi_processor_count)
 
 
 def main() -> int:
@@ -167,9 +168,9 @@ def main() -> int:
     began, failures = time.monotonic(), 0
     with ProcessPoolExecutor(max(1, options.workers), mp_context=get_context("spawn")) as pool:
         for job, call in [(pool.submit(warm, call, target), call) for call in calls]:
-            error = job.exception()
-            failures += error is not None
-            print(job.result() if error is None else f"{call}: {error!r}"[:500], flush=True)
+            fault = job.exception()
+            failures += fault is not None
+            print(job.result() if fault is None else f"{call}: {fault!r}"[:500], flush=True)
     print(f"{len(calls) - failures} of {len(calls)} calls compiled in {time.monotonic() - began:.0f} s")
     return 1 if failures else 0
 

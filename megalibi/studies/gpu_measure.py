@@ -61,7 +61,7 @@ def measure_machine(arguments: argparse.Namespace) -> dict[str, Any]:
         "capability": [properties.major, properties.minor],
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nccl": list(torch.cuda.nccl.version()),  # type: ignore[no-untyped-call]
+        "nccl": list(torch.cuda.nccl.version()),
         "nvidia_smi": said,
     }
 

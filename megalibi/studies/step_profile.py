@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,8 +51,15 @@ def profile_step(job: Job, output: Path) -> None:
         consumed = step * config.train.global_batch_size
         batches = list(loader.micro_batches(consumed))
         began = time.perf_counter()
-        given = {"groups": job.groups, "device": device, "learning_rate": _LEARNING_RATE, "seed": config.train.seed}
-        train_step(engine, batches, samples_consumed=consumed, **given)
+        train_step(
+            engine,
+            batches,
+            groups=job.groups,
+            device=device,
+            learning_rate=_LEARNING_RATE,
+            seed=config.train.seed,
+            samples_consumed=consumed,
+        )
         return time.perf_counter() - began
 
     step_seconds = [take_step(step) for step in range(config.train.steps)]
@@ -124,17 +131,18 @@ def _operations_of(events: Iterable[Any]) -> Iterator[Slice]:
             yield Slice(name, event.self_cpu_time_total / 1e6, tuple(path))
 
 
-def _kernels_of(events: Iterable[Any]) -> Iterator[Slice]:
+def _kernels_of(events: Sequence[Any]) -> Iterator[Slice]:
     """Yield the kernels of a GPU, with the operation that launched each as far as the profiler knows it."""
+    shadows = _names_of_ranges(events)
     unknown: dict[str, float] = {}
     for event in events:
         if event.device_type == DeviceType.CUDA:
-            if _is_kernel(event):
+            if event.name not in shadows:
                 unknown[event.name] = unknown.get(event.name, 0.0) + _microseconds(event)
         elif event.kernels:
             path = tuple(_path_of(event))
             for kernel in event.kernels:
-                if not kernel.name.startswith("megalibi: "):
+                if kernel.name not in shadows:
                     unknown[kernel.name] = unknown.get(kernel.name, 0.0) - kernel.duration
                     yield Slice(kernel.name, kernel.duration / 1e6, path)
     for name, rest in unknown.items():
@@ -142,21 +150,22 @@ def _kernels_of(events: Iterable[Any]) -> Iterator[Slice]:
             yield Slice(name, rest / 1e6, ())
 
 
-def _is_kernel(event: Any) -> bool:
-    """Tell a kernel or a copy from the shadow that a range of the host throws on the device."""
-    return not (getattr(event, "is_user_annotation", False) or event.name.startswith("megalibi: "))
+def _names_of_ranges(events: Iterable[Any]) -> set[str]:
+    """Return the names of ranges of the host, which throw shadows of the same name on the device: no kernels."""
+    return {event.name for event in events if event.is_user_annotation} | {FORWARD_RANGE, BACKWARD_RANGE, STEP_RANGE}
 
 
 def _microseconds(event: Any) -> float:
     return float(event.time_range.end - event.time_range.start)
 
 
-def _device_times(events: Iterable[Any]) -> tuple[float, float]:
+def _device_times(events: Sequence[Any]) -> tuple[float, float]:
     """Return the seconds from the first kernel to the end of the last, and those of them in which one ran."""
+    shadows = _names_of_ranges(events)
     times = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
-        if event.device_type == DeviceType.CUDA and _is_kernel(event)
+        if event.device_type == DeviceType.CUDA and event.name not in shadows
     )
     busy, until = 0.0, float("-inf")
     for start, end in times:

@@ -1,8 +1,8 @@
 """A Python for studies under test that starts in a moment: its processes are forked from a server that has imported
 torch and DeepSpeed already.
 
-``PYTHON SCRIPT ARGUMENTS`` is what it always is: a process of its own with its own arguments, environment, output and
-exit code, and the script is run as ``__main__``.
+``PYTHON SCRIPT ARGUMENTS`` and ``PYTHON -m MODULE ARGUMENTS`` are what they always are: a process of its own with its
+own arguments, environment, output and exit code, and the script or module is run as ``__main__``.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ def _become(request: dict, files: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    if request["command"][0] == "-m":
+        sys.argv, sys.path[0] = request["command"][1:], request["folder"]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        os._exit(0)
     sys.argv = request["command"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")  # its end is os._exit

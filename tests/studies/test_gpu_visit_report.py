@@ -1,0 +1,146 @@
+"""The page from what an H200 measured, and from nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megalibi.config import config_from_dict, derive
+from megalibi.studies.gpu_visit import DONE, FAILED, OUT_OF_TIME, StepRecord
+from megalibi.studies.gpu_visit_report import Findings, find_data_sheet, read_findings, write_report
+from megalibi.studies.step_parts import count_work
+from megalibi.studies.step_profile import Slice, summarize
+
+RECORDED = Path(__file__).parents[2] / "results" / "gpu_h200"
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RECORDED / f"{name}.json").read_text())
+
+
+def recorded_profile() -> dict[str, Any]:
+    """The step that was profiled there: two micro batches, by names of kernels alone."""
+    old, config = read("profile"), config_from_dict(read("train_alibi_2048")["config"])
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=16))
+    slices = [
+        Slice(kernel["name"], kernel["milliseconds"] / 1e3 / kernel["calls"], ())
+        for kernel in old["kernels"]
+        for _ in range(kernel["calls"])
+    ]
+    profile = summarize(slices, old["span_milliseconds"] / 1e3, old["busy_milliseconds"] / 1e3)
+    work = count_work(config, derive(config, 1))
+    return {**profile, "work": {part: dataclasses.asdict(of_part) for part, of_part in work.items()}}
+
+
+def recorded_ceilings() -> dict[str, dict[str, Any]]:
+    old = read("measured")["ceilings"]
+    matmul, copy = old["8192^3 TFLOP/s"], old["copy TB/s, read and written"]
+    return {
+        "matmul bf16": {"median": matmul, "low": matmul, "high": matmul, "unit": "TFLOP/s", "shape": [8192] * 3},
+        "copy": {"median": copy, "low": copy, "high": copy, "unit": "TB/s", "shape": [1 << 31]},
+    }
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    records = [
+        StepRecord(name="ceilings", what="the best", status=DONE, seconds=5.1),
+        StepRecord(name="contract", what="exactness", status=FAILED, seconds=27.0, said="exit code 1: flash refuses"),
+        StepRecord(name="resume", what="resume", status=OUT_OF_TIME, seconds=60.0, said="killed after 60 s"),
+    ]
+    found = Findings(
+        facts={"hardware": {"gpu": "NVIDIA H200", "driver": "580.159.04"}, "commit": "ea2be1c9e74b"},
+        records=records,
+        ceilings=recorded_ceilings(),
+        profile=recorded_profile(),
+        turns={"train_alibi": read("train_alibi_2048"), "train_alibi_long": read("train_alibi_8192")},
+        attention={"attention_batch_1": read("attention_b1"), "attention_batch_8": read("attention_b8")},
+        resume={"equal": False},
+    )
+    return write_report(found)
+
+
+def cells(page: str, first: str) -> list[str]:
+    """The cells of the row that begins with a name."""
+    (row,) = [line for line in page.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in row.split("|")[2:-1]]
+
+
+def test_failures_stand_first(page: str) -> None:
+    sections = [line for line in page.splitlines() if line.startswith("#")]
+    assert sections[:3] == [
+        "# What NVIDIA H200 gives",
+        "## What failed or was not done",
+        "## What bounds each part of a step",
+    ]
+    assert "- **contract** failed: exit code 1: flash refuses" in page
+    assert "- **resume** out of time: killed after 60 s" in page
+    assert "- **resume** the resumed training is not the uninterrupted one" in page
+    assert "**ceilings**" not in page
+
+
+def test_each_part_has_its_time_its_work_and_its_bound(page: str) -> None:
+    # 6 x 32,768 tokens x (25 x 12 x 2,048^2 + 50,257 x 2,048) elements = 267.6 TFLOP: 334.9 ms at 799.04 TFLOP/s.
+    assert cells(page, "matmul") == ["347.16", "61.4%", "268", "-", "334.94", "96%", "matrix products"]
+    milliseconds, share, flops, moved, least, of_ceiling, bound = cells(page, "attention")
+    assert (milliseconds, share, bound) == ("74.46", "13.2%", "matrix products")
+    # 12 x 25 layers x 2048 wide x 1024.5 keys x 32,768 tokens.
+    assert float(flops) == pytest.approx(20.6, abs=0.05)
+    assert float(moved) == pytest.approx(12 * 25 * 32768 * 2048 * 2 / 1e9, abs=0.1)
+    assert float(least) == pytest.approx(20.6 / 799.04 * 1e3, abs=0.05)
+    assert of_ceiling == "35%"
+    assert cells(page, "layer norm")[0] == "21.67"
+    assert cells(page, "layer norm")[-1] == "memory"
+    assert cells(page, "GELU")[:2] == ["22.75", "4.0%"]
+    # 5 x 32,768 x 8,192 x 2 bytes x 25 layers at 4.27 TB/s.
+    assert float(cells(page, "GELU")[4]) == pytest.approx(67.1 / 4.2665, abs=0.01)
+    assert cells(page, "gaps: the device waits for the host")[:2] == ["9.33", "1.7%"]
+
+
+def test_training_rates_are_those_of_the_readme(page: str) -> None:
+    name, tokens, rates, teraflops, of_sheet, of_matmul, memory = cells(page, "train_alibi: alibi")
+    assert (name, tokens, memory) == ("1.4B", "8 x 2,048 x 4", "60.4 GB")
+    assert rates == "58,063 (57,962 to 58,418)"
+    assert of_sheet == "51.6%"
+    assert float(teraflops) == pytest.approx(0.516 * 989.4, abs=1.0)
+    assert float(of_matmul.rstrip("%")) == pytest.approx(51.6 * 989.4 / 799.04, abs=0.1)
+    assert cells(page, "train_alibi_long: alibi")[4] == "59.2%"
+
+
+def test_attention_stands_beside_its_peers(page: str) -> None:
+    lines = [line for line in page.splitlines() if line.startswith("| triton |")]
+    assert lines[0] == "| triton | 0.27 | 0.27 | 0.44 | 1.10 | 2.69 |"
+    assert lines[1] == "| triton | 0.51 | 1.40 |"
+    assert "| flash_attn_alibi | 0.28 | 0.38 | 1.07 | 3.55 | 12.73 |" in page
+    assert "flash_attn_alibi: flash_attn_func, alibi_slopes." in page
+
+
+def test_a_visit_that_has_found_nothing_has_a_page(tmp_path: Path) -> None:
+    record = StepRecord(name="machine", what="driver", status=FAILED, said="exit code 1")
+    page = write_report(read_findings(tmp_path, {"hardware": {"gpu": "NVIDIA H200"}}, [record]))
+    assert "- **machine** failed: exit code 1" in page
+    assert "| machine | driver | failed | 0.0 |" in page
+    assert "## Training" not in page
+
+
+@pytest.mark.parametrize(
+    ("driver_name", "name"),
+    [
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100-PCIE"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
+        ("Tesla V100-SXM2-32GB", "V100-32GB"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA B200", None),
+        ("", None),
+    ],
+)
+def test_a_drivers_name_finds_the_data_sheet(driver_name: str, name: str | None) -> None:
+    gpu = find_data_sheet(driver_name)
+    assert (gpu and gpu.name) == name

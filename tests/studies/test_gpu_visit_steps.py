@@ -1,0 +1,81 @@
+"""The plan of a visit to a GPU, without one: every command is one that its script takes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from megalibi.config import load_config
+from megalibi.data.token_file import TokenFile
+from megalibi.studies.extrapolation import ExtrapolationStudy
+from megalibi.studies.gpu_visit import Step
+from megalibi.studies.gpu_visit_steps import CONFIG_1_3B, Setup, plan_steps, write_random_tokens
+from megalibi.studies.study import load_study
+
+ROOT = Path(__file__).parents[2]
+TRAININGS = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal", "profile_step")
+
+
+def plan(tmp_path: Path, **more: object) -> dict[str, Step]:
+    setup = {"device": "cuda", "seconds": 540.0, "folder": tmp_path, "scratch": tmp_path, "root": ROOT,
+             "python": sys.executable, "data": "tokens", **more}  # fmt: skip
+    return {step.name: step for step in plan_steps(Setup(**setup))}
+
+
+def overrides_of(step: Step) -> list[str]:
+    return [word for word in step.command if "=" in word and not word.startswith("--")]
+
+
+def test_trainings_are_the_1_3b_model_on_one_card(tmp_path: Path) -> None:
+    steps = plan(tmp_path, overrides=["train.micro_batch_size=1"])
+    lengths = {}
+    for name in TRAININGS:
+        config = load_config(ROOT / CONFIG_1_3B, overrides_of(steps[name]))
+        assert (config.model.num_layers, config.model.hidden_size, config.model.recompute) == (25, 2048, "none")
+        assert config.parallel.tensor_parallel_size == 1
+        assert config.train.micro_batch_size == 1  # the user's wins
+        lengths[name] = (config.model.position_method, config.data.seq_length)
+    assert lengths == {
+        "train_alibi": ("alibi", 2048),
+        "train_alibi_long": ("alibi", 8192),
+        "train_no_positions": ("none", 2048),
+        "train_sinusoidal": ("sinusoidal", 2048),
+        "profile_step": ("alibi", 2048),
+    }
+
+
+def test_the_steps_of_nine_minutes_fit_them_or_have_a_reason(tmp_path: Path) -> None:
+    steps = plan(tmp_path, peers=["flash_attn"])
+    assert all(step.limit <= 540 for step in steps.values() if not step.impossible)
+    assert steps["extrapolation"].impossible.startswith("it takes an hour")
+    assert steps["attention_compiled"].impossible == "no peer here is compiled by torch"
+    assert "flash_attn" in steps["attention_batch_8"].command
+    assert steps["test_gpu"].environment == {"TEST_DEVICE": "cuda"}
+    assert [name for name, step in steps.items() if step.in_background] == ["warm", "plan"]
+
+
+def test_an_hour_and_text_allow_the_extrapolation_study(tmp_path: Path) -> None:
+    step = plan(tmp_path, seconds=3600.0)["extrapolation"]
+    assert step.impossible == "it needs text: give --data and --valid"
+    step = plan(tmp_path, seconds=3600.0, valid="valid")["extrapolation"]
+    assert step.impossible == ""
+    config = ROOT / "configs" / "extrapolation_small.yaml"
+    assert str(config) in step.command
+    _, base = load_study(config, overrides_of(step), ExtrapolationStudy)
+    _, small = load_study(config, [], ExtrapolationStudy)
+    assert base.train.steps == 10 * small.train.steps
+
+
+def test_random_tokens_are_written_once(tmp_path: Path) -> None:
+    prefix = tmp_path / "new" / "tokens"
+    write_random_tokens(prefix, 509, 5000)
+    found = TokenFile(prefix)
+    tokens = found.read(0, 5000)
+    assert found.num_tokens == 5000
+    assert found.num_documents == 6
+    assert 0 <= tokens.min() <= tokens.max() < 509
+    assert tokens.max() == pytest.approx(508, abs=2)
+    write_random_tokens(prefix, 509, 9000)
+    assert TokenFile(prefix).num_tokens == 5000

@@ -1,0 +1,138 @@
+"""To which part of a step a kernel belongs, and what a profile's events add up to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
+
+from megalibi.config import derive
+from megalibi.model import model_flops_per_token
+from megalibi.studies.step_parts import (
+    ACCUMULATION,
+    ATTENTION,
+    BACKWARD_RANGE,
+    COMMUNICATION,
+    CROSS_ENTROPY,
+    FORWARD_RANGE,
+    GELU,
+    LAYER_NORM,
+    MATMUL,
+    OPTIMIZER,
+    OTHER,
+    RESIDUAL,
+    STEP_RANGE,
+    count_work,
+    find_part,
+)
+from megalibi.studies.step_profile import _device_times, _kernels_of, summarize
+from tests.studies.steps import make_config
+
+NODE = "autograd::engine::evaluate_function: "
+ADD = "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16> >"
+COPY = "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>"
+CASES = [
+    # What an H200 ran, by its name alone.
+    (MATMUL, "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTN", []),
+    (MATMUL, "sm80_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", []),
+    (ATTENTION, "key_gradient_kernel", []),
+    (ATTENTION, "forward_kernel", []),
+    (ATTENTION, "void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t> >", []),
+    (LAYER_NORM, "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<c10::BFloat16>", []),
+    (GELU, "void at::native::vectorized_elementwise_kernel<8, at::native::GeluBackwardCUDAKernelImpl>", []),
+    (OPTIMIZER, "void at::native::multi_tensor_apply_kernel<at::native::FusedOptimizerTensorListMetadata<4> >", []),
+    (COMMUNICATION, "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", []),
+    (OTHER, ADD, []),
+    # The same kernel by what was running on the host.
+    (RESIDUAL, ADD, ["aten::add", FORWARD_RANGE]),
+    (RESIDUAL, ADD, ["aten::add", f"{NODE}NativeLayerNormBackward0"]),
+    (ACCUMULATION, ADD, ["aten::add_", f"{NODE}torch::autograd::AccumulateGrad"]),
+    (ACCUMULATION, COPY, ["aten::copy_", BACKWARD_RANGE]),
+    (CROSS_ENTROPY, ADD, ["aten::add", "_VocabParallelCrossEntropy", FORWARD_RANGE]),
+    (CROSS_ENTROPY, COPY, ["aten::copy_", f"{NODE}_VocabParallelCrossEntropyBackward"]),
+    (OPTIMIZER, COPY, ["aten::copy_", "aten::to", STEP_RANGE]),
+    (OPTIMIZER, ADD, ["aten::add_", "Optimizer.step#AdamW.step", STEP_RANGE]),
+    (ATTENTION, COPY, ["aten::contiguous", "_Attention", FORWARD_RANGE]),
+    (OTHER, COPY, ["aten::cat", "aten::stack", "UnbindBackward0", f"{NODE}UnbindBackward0", BACKWARD_RANGE]),
+    # A CPU's operations.
+    (MATMUL, "aten::mm", ["aten::linear", FORWARD_RANGE]),
+    (RESIDUAL, "aten::add", [FORWARD_RANGE]),
+    (ACCUMULATION, "torch::autograd::AccumulateGrad", [BACKWARD_RANGE]),
+    (GELU, "aten::gelu", [FORWARD_RANGE]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "name", "path"), CASES)
+def test_a_kernel_belongs_to_a_part(part: str, name: str, path: list[str]) -> None:
+    assert find_part(name, path) == part
+
+
+def event(number: int, name: str, start: float, end: float, **more: Any) -> FunctionEvent:
+    return FunctionEvent(number, name, 0, start, end, use_device="cuda", **more)
+
+
+def on_device(number: int, name: str, start: float, end: float, **more: Any) -> FunctionEvent:
+    return event(number, name, start, end, device_type=DeviceType.CUDA, **more)
+
+
+@pytest.fixture
+def events() -> EventList:
+    """A step: an addition that launches a kernel, one that nobody launched, and the shadow of a range."""
+    forward = event(1, FORWARD_RANGE, 0, 100, is_user_annotation=True)
+    add = event(2, "aten::add", 10, 20)
+    add.append_kernel(ADD, 0, 30)
+    events = [
+        forward,
+        add,
+        on_device(3, FORWARD_RANGE, 15, 400, is_user_annotation=True),
+        on_device(4, ADD, 20, 50),
+        on_device(5, "nvjet_sm90", 40, 90),
+        on_device(6, "Memset (Device)", 190, 200),
+    ]
+    found = EventList(events, use_device="cuda")
+    found._build_tree()
+    return found
+
+
+def test_kernels_are_counted_once_and_ranges_are_none(events: EventList) -> None:
+    slices = {(piece.name, piece.seconds, piece.path) for piece in _kernels_of(events)}
+    assert slices == {
+        (ADD, 30e-6, ("aten::add", FORWARD_RANGE)),
+        ("nvjet_sm90", 50e-6, ()),
+        ("Memset (Device)", 10e-6, ()),
+    }
+
+
+def test_busy_time_counts_overlaps_once(events: EventList) -> None:
+    span, busy = _device_times(events)
+    assert (span, busy) == pytest.approx((180e-6, 80e-6))
+
+
+def test_a_summary_adds_up(events: EventList) -> None:
+    summary = summarize(_kernels_of(events), *_device_times(events))
+    assert summary["parts_milliseconds"][RESIDUAL] == pytest.approx(0.03)
+    assert summary["parts_milliseconds"][MATMUL] == pytest.approx(0.05)
+    assert summary["parts_milliseconds"][OTHER] == pytest.approx(0.01)
+    assert [kernel["name"] for kernel in summary["kernels"]] == ["nvjet_sm90", ADD, "Memset (Device)"]
+    assert summary["span_milliseconds"] == pytest.approx(0.18)
+
+
+def test_the_work_of_the_parts_is_the_models() -> None:
+    config = make_config()
+    derived = derive(config, 1)
+    work = count_work(config, derived)
+    flops = model_flops_per_token(config.model, config.data.seq_length, causal=True) * derived.batch_tokens
+    assert sum(part.flops for part in work.values()) == pytest.approx(flops)
+    assert work[ATTENTION].flops == pytest.approx(12 * 2 * 256 * (256 + 1) / 2 * derived.batch_tokens)
+
+
+def test_two_ranks_share_the_optimizer_under_zero_alone() -> None:
+    config = make_config(train={"global_batch_size": 2})
+    one, two = (count_work(config, derive(config, ranks)) for ranks in (1, 2))
+    assert two[OPTIMIZER].moved_bytes == one[OPTIMIZER].moved_bytes / 2
+    assert two[ACCUMULATION].moved_bytes == one[ACCUMULATION].moved_bytes / 2  # half of the micro batches
+    plain = dataclasses.replace(config, zero=dataclasses.replace(config.zero, stage=0))
+    assert count_work(plain, derive(plain, 2))[OPTIMIZER] == count_work(plain, derive(plain, 1))[OPTIMIZER]

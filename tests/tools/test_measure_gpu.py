@@ -1,0 +1,151 @@
+"""The whole visit at toy size on a CPU, gone on with and asked again; and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megalibi.config.cli import run_tool
+from megalibi.studies.gpu_visit import DONE, SKIPPED, read_records
+from tests.studies.warm_python import warm_python
+
+TOOL = Path(__file__).parents[2] / "tools" / "measure_gpu.py"
+SECONDS = "570"
+"""Far more than it takes: nothing shall be left out because the machine is busy."""
+IMPOSSIBLE = {"warm", "attention_compiled", "extrapolation"}
+ELSEWHERE = {"resume"}
+"""Starts trainings of its own: tests/studies/test_check_resume.py."""
+PARTS = ("matmul", "attention", "cross entropy", "layer norm", "GELU", "optimizer", "gradient accumulation")
+Runner = Callable[..., tuple[int, str, str]]
+"""Takes arguments; returns exit code, output and errors."""
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("measure_gpu", TOOL)
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+
+@pytest.fixture
+def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+    """Run the tool in this process, which has its imports; the steps are processes as ever."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def run_here(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
+        with pytest.raises(SystemExit) as end:
+            run_tool(tool.main)
+        return (end.value.code or 0, *capsys.readouterr())  # type: ignore[return-value]
+
+    return run_here
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with warm_python(tmp_path_factory.mktemp("python")) as executable:
+        yield str(executable)
+
+
+def test_every_step_at_toy_size_and_again(
+    tool: ModuleType, python: str, run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", python)
+    folder = tmp_path / "results"
+    where = ["--device", "cpu", "--seconds", SECONDS, "--output", str(folder), "--scratch", str(tmp_path / "scratch")]
+    _, listed, _ = run(*where, "--list")
+    names = [line.split()[0] for line in listed.splitlines()]
+    assert not folder.exists()
+    code, output, errors = run(*where, "--only", ",".join(name for name in names if name not in ELSEWHERE))
+    assert code == 0, output + errors
+    records = read_records(folder)
+    statuses = {name: record.status for name, record in records.items()}
+    wanted = {name: SKIPPED if name in IMPOSSIBLE else DONE for name in names if name not in ELSEWHERE}
+    assert statuses == wanted, output
+    assert output.splitlines()[-1] == f"report: {folder / 'report.md'}"
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"command", "commit", "date", "hardware", "versions", "device", "text", "steps"} <= set(summary)
+    assert summary["text"].startswith("random ids")
+    assert records["ceilings"].command.startswith("python -m megalibi.studies.gpu_measure ceilings")
+    check_page((folder / "report.md").read_text())
+    profile = json.loads((folder / "profile_step.json").read_text())
+    assert all(profile["parts_milliseconds"][part] > 0.0 for part in PARTS)
+    assert profile["parts_milliseconds"]["other"] < sum(profile["parts_milliseconds"].values()) / 2
+    for turn in json.loads((folder / "plan.json").read_text())["turns"].values():
+        assert turn["planned_of_measured"] == pytest.approx(1.0, abs=0.03)
+    assert "passed" in (folder / "logs" / "test_gpu.log").read_text()
+    assert (folder / "test_gpu.xml").exists()
+
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.json") if path.name != "summary.json"}
+    code, output, _ = run(*where, "--only", "machine,ceilings,contract", "--again", "machine")
+    assert code == 0
+    assert [line.partition(": ")[2] for line in output.splitlines()[2:4]] == ["done before"] * 2
+    changed = {path.stem for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed == {"machine"}
+    assert set(read_records(folder)) == set(records)
+
+
+def check_page(page: str) -> None:
+    heads = [line for line in page.splitlines() if line.startswith("#")]
+    assert heads[0].endswith("(a trial of the visit, at toy size) gives")
+    assert heads[1:] == [
+        "## What failed or was not done",
+        "## What bounds each part of a step",
+        "## Training",
+        "## Attention, forward and backward",
+        "## Ceilings",
+        "## Planned memory",
+        "## The longest kernels",
+        "## The exactness contract",
+        "## Steps",
+    ]
+    assert "- **warm** skipped: Triton compiles for GPUs alone" in page
+    assert "| train_sinusoidal: sinusoidal |" in page
+    assert "| `sdpa` | float32 | 17 |" in page
+
+
+BAD_INPUT = {
+    "seconds": (["--seconds", "0"], "--seconds=0: must be a number above 0"),
+    "only": (["--only", "ceiling"], "--only=ceiling: 'ceiling' is none of machine, ceilings, "),
+    "again": (["--again", "no"], "--again=no: 'no' is none of "),
+    "output": (["--output", str(TOOL)], f"--output={TOOL} cannot be written: {TOOL} is no folder"),
+}
+
+
+@pytest.mark.parametrize(("more", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_is_one_line(run: Runner, tmp_path: Path, more: list[str], message: str) -> None:
+    folder = tmp_path / "results"
+    code, _, errors = run("--device", "cpu", "--output", str(folder), "--scratch", str(tmp_path / "s"), *more)
+    assert (code, len(errors.splitlines())) == (2, 1)
+    assert message in errors
+    assert not folder.exists()
+
+
+def test_results_of_another_machine_are_left_alone(run: Runner, tmp_path: Path) -> None:
+    summary = '{"device": "cuda", "hardware": {"gpu": "NVIDIA H200"}, "steps": []}'
+    (tmp_path / "summary.json").write_text(summary)
+    code, _, errors = run("--device", "cpu", "--output", str(tmp_path), "--scratch", str(tmp_path / "s"))
+    assert code == 2
+    assert errors == f"error: --output={tmp_path} has device=cuda, this machine cpu: give another folder\n"
+    assert (tmp_path / "summary.json").read_text() == summary
+
+
+def test_a_card_names_its_folder(tool: ModuleType) -> None:
+    named = [tool.name_folder("cuda", {"gpu": gpu}).name for gpu in ("NVIDIA H200", "NVIDIA H100 80GB HBM3")]
+    assert named == ["gpu_h200", "gpu_h100_80gb_hbm3"]
+
+
+def test_help_has_an_example(run: Runner) -> None:
+    code, output, _ = run("--help")
+    assert code == 0
+    assert "python tools/measure_gpu.py --device cpu --seconds 120 --output" in output
