@@ -98,8 +98,7 @@ def make_environment(device: str) -> dict[str, str]:
         return {**os.environ, **ours, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DS_ACCELERATOR")}
     card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    allocator = {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
-    return {**kept, **ours, **allocator, "CUDA_VISIBLE_DEVICES": card}
+    return {**kept, **ours, "CUDA_VISIBLE_DEVICES": card}
 
 
 def find_peers(device: str) -> tuple[list[str], list[str]]:

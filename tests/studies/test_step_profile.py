@@ -55,6 +55,9 @@ CASES = [
     (CROSS_ENTROPY, COPY, ["aten::copy_", f"{NODE}_VocabParallelCrossEntropyBackward"]),
     (OPTIMIZER, COPY, ["aten::copy_", "aten::to", STEP_RANGE]),
     (OPTIMIZER, ADD, ["aten::add_", "Optimizer.step#AdamW.step", STEP_RANGE]),
+    (ATTENTION, "forward_kernel", ["_Attention", FORWARD_RANGE]),
+    (LAYER_NORM, "forward_kernel", ["_AddLayerNorm", FORWARD_RANGE]),
+    (CROSS_ENTROPY, "gradient_kernel", ["_FusedCrossEntropyBackward", f"{NODE}_FusedCrossEntropyBackward"]),
     (ATTENTION, COPY, ["aten::contiguous", "_Attention", FORWARD_RANGE]),
     (OTHER, COPY, ["aten::cat", "aten::stack", "UnbindBackward0", f"{NODE}UnbindBackward0", BACKWARD_RANGE]),
     # A CPU's operations.
