@@ -22,12 +22,21 @@ from typing import Any
 from megalibi import log
 from megalibi.config import ConfigError
 from megalibi.config.cli import run_tool
+from megalibi.data.provenance import read_provenance
+from megalibi.data.token_file import TokenFile
 from megalibi.files import lock_file, make_folder, write_aside
 from megalibi.report.outputs import check_folder
 from megalibi.report.record import describe_run
 from megalibi.studies.gpu_visit import FAILED, SUMMARY_FILE, Step, StepRecord, Visit, read_records, run_visit
 from megalibi.studies.gpu_visit_report import read_findings, write_report
-from megalibi.studies.gpu_visit_steps import TOY_VOCAB_SIZE, VOCAB_SIZE, Setup, plan_steps, write_random_tokens
+from megalibi.studies.gpu_visit_steps import (
+    TOY_VOCAB_SIZE,
+    VOCAB_SIZE,
+    VOCAB_SIZE_1_3B,
+    Setup,
+    plan_steps,
+    write_random_tokens,
+)
 
 ROOT = Path(os.path.relpath(Path(__file__).parents[1]))
 REPORT = "report.md"
@@ -66,7 +75,11 @@ def find_gpu() -> dict[str, Any]:
 
     Not from torch, which would take memory of the GPU for as long as this process lives.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        return {}
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    query += [] if visible is None else ["-i", visible.split(",")[0]]
     try:
         said = subprocess.run(query, capture_output=True, text=True, check=False)
     except OSError:
@@ -156,10 +169,21 @@ def show_plan(steps: Sequence[Step], records: dict[str, StepRecord]) -> None:
         print(f"{step.name:20} at most {step.limit:5.0f} s, from {step.least:3.0f} s left on: {step.what:62} {known}")
 
 
+def find_vocab_size(prefixes: Sequence[str]) -> int:
+    """Return the vocabulary's size of token files, the 1.3B model's if they do not say it.
+
+    Raises:
+        ConfigError: One is missing or damaged.
+    """
+    known = [read_provenance(TokenFile(prefix)) for prefix in prefixes]
+    return max((said.tokenizer["vocab_size"] for said in known if said is not None), default=VOCAB_SIZE_1_3B)
+
+
 def make_setup(arguments: argparse.Namespace, device: str, output: Path) -> Setup:
     """Return what the steps are made of."""
     scratch = arguments.scratch or ROOT / "runs" / f"{output.name}_scratch"
     peers, compiled = find_peers(device)
+    given = [prefix for prefix in (arguments.data, arguments.valid) if prefix]
     return Setup(
         device=device,
         seconds=arguments.seconds,
@@ -168,6 +192,7 @@ def make_setup(arguments: argparse.Namespace, device: str, output: Path) -> Setu
         root=ROOT,
         python=sys.executable,
         data=arguments.data or str(scratch / "random_tokens"),
+        vocab_size=find_vocab_size(given) if given else VOCAB_SIZE,
         valid=arguments.valid if arguments.data and arguments.valid else "",
         peers=peers,
         compiled_peers=compiled,

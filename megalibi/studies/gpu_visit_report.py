@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from megalibi.config import config_from_dict, derive
 from megalibi.model import count_parameters, model_flops_per_token
@@ -21,7 +22,9 @@ from megalibi.studies.step_parts import PARTS
 
 TURNS = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal")
 ATTENTIONS = ("attention_batch_1", "attention_batch_8", "attention_compiled")
+TESTS_FILE = "test_gpu.xml"
 _TOP_KERNELS = 15
+_MAX_SAID = 300
 _NONE = "-"
 
 
@@ -46,6 +49,8 @@ class Findings:
     """Of check_resume.py."""
     contract: Sequence[str] = ()
     """The lines of its table."""
+    failed_tests: Mapping[str, str] = field(default_factory=dict)
+    """The first line of what each said, by its name."""
 
     @property
     def data_sheet(self) -> Gpu | None:
@@ -79,7 +84,20 @@ def read_findings(folder: Path, facts: Mapping[str, Any], records: Sequence[Step
         plan=plan and plan["turns"],
         resume=_read(folder / "resume.json"),
         contract=[line for line in lines[last:] if line.startswith("|")],
+        failed_tests=_read_failed_tests(folder / TESTS_FILE),
     )
+
+
+def _read_failed_tests(path: Path) -> dict[str, str]:
+    try:
+        cases = list(ElementTree.parse(path).iter("testcase"))
+    except (OSError, ElementTree.ParseError):  # not written yet, or cut off
+        return {}
+    found = {}
+    for case in cases:
+        for fault in (*case.iter("failure"), *case.iter("error")):
+            found[f"{case.get('classname')}::{case.get('name')}"] = fault.get("message", "").partition("\n")[0]
+    return found
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -123,8 +141,8 @@ def write_report(found: Findings) -> str:
 def _facts(found: Findings) -> Iterator[str]:
     facts = found.facts
     hardware = {name: value for name, value in facts.get("hardware", {}).items() if name != "memory_bytes"}
-    yield f"{', '.join(f'{name} {value}' for name, value in hardware.items())}. "
-    yield f"{', '.join(f'{name} {value}' for name, value in facts.get('versions', {}).items())}. "
+    for known in (hardware, facts.get("versions", {})):
+        yield f"{', '.join(f'{name} {value}' for name, value in known.items())}."
     yield f"Commit {facts.get('commit', 'unknown')}, {facts.get('date', '')}. `{facts.get('command', '')}`"
     if facts.get("text"):
         yield ""
@@ -135,6 +153,7 @@ def _failures(found: Findings) -> Iterator[str]:
     rows = [f"- **{record.name}** {record.status}: {record.said}" for record in found.records if record.status != DONE]
     if found.resume is not None and not found.resume["equal"]:
         rows.insert(0, "- **resume** the resumed training is not the uninterrupted one, bit for bit: see resume.json")
+    rows += [f"- `{name}`: {said[:_MAX_SAID]}" for name, said in found.failed_tests.items()]
     yield from rows or ["Nothing."]
 
 
@@ -150,11 +169,17 @@ def _parts(found: Findings) -> Iterator[str]:
     yield from format_table(heads, [row for row in rows if row[1] != "0.00"])
     yield ""
     yield (
-        f"A step of {span:,.1f} ms under the profiler. TFLOP and GB are counted by formulas and not measured: what the "
-        "part must compute, attention causally, and must read and write if each tensor passes once each way "
-        "(megalibi/studies/step_parts.py). At the ceilings: the longer of the two at the rates that this machine "
-        "reached in large bf16 matrix products and in copies. Parts far from their ceiling have something to gain."
+        f"A step of {span:,.1f} ms under the profiler{_without_profiler(profile)}. TFLOP and GB are counted by formulas "
+        "and not measured: what the part must compute, attention causally, and must read and write if each tensor "
+        "passes once each way (megalibi/studies/step_parts.py). At the ceilings: the longer of the two at the rates "
+        "that this machine reached in large bf16 matrix products and in copies. Parts far from their ceiling have "
+        "something to gain."
     )
+
+
+def _without_profiler(profile: Mapping[str, Any]) -> str:
+    seconds = profile.get("step_seconds", [])[1:]  # the first one compiles and allocates
+    return f", {1e3 * min(seconds):,.1f} ms by the host's clock without it" if seconds else ""
 
 
 def _part_row(part: str, milliseconds: float, span: float, work: Mapping[str, float], found: Findings) -> list[str]:

@@ -18,6 +18,7 @@ CONFIG_EXTRAPOLATION = "configs/extrapolation_small.yaml"
 EXTRAPOLATION_FROM_SECONDS = 3600.0
 TOKENS = 1 << 22
 VOCAB_SIZE, TOY_VOCAB_SIZE = 8192, 509
+VOCAB_SIZE_1_3B = 50257
 _DOCUMENT_TOKENS = 997
 _TOY_LEAST = 5.0
 
@@ -40,6 +41,8 @@ class Setup:
     """The interpreter."""
     data: str
     """PREFIX of a token file."""
+    vocab_size: int = VOCAB_SIZE
+    """Of its ids."""
     valid: str = ""
     """The same, for the extrapolation study; empty: it is left out."""
     peers: Sequence[str] = ()
@@ -126,7 +129,7 @@ def _warm(setup: Setup) -> Step:
         name="warm",
         what="Triton's kernels compiled on all cores, beside the next steps",
         command=(setup.python, "-m", "alibi_attention.warm"),
-        limit=180,
+        limit=90,  # what is not compiled by then is compiled when it is first used
         least=30,
         in_background=True,
         impossible="Triton compiles for GPUs alone" if setup.device == "cpu" else "",
@@ -173,6 +176,8 @@ def _model_overrides(setup: Setup) -> tuple[str, ...]:
         "optimizer.warmup_steps=2",
         f"train.output_dir={setup.scratch / 'run'}",
     ]
+    if setup.vocab_size > VOCAB_SIZE_1_3B:
+        ours.append(f"model.vocab_size={setup.vocab_size}")
     if setup.is_toy:
         ours += ["model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4"]
         ours += ["model.ffn_hidden_size=256", f"model.vocab_size={TOY_VOCAB_SIZE}"]
@@ -260,7 +265,7 @@ def _resume(setup: Setup) -> Step:
         small += ["model.ffn_hidden_size=64", f"model.vocab_size={TOY_VOCAB_SIZE}", "data.seq_length=32"]
         small += ["train.global_batch_size=2", "train.micro_batch_size=2"]
     else:
-        small += ["model.vocab_size=50257"]
+        small += [f"model.vocab_size={setup.vocab_size}"]
     pretrain, config = setup.root / "launch" / "pretrain.py", setup.root / CONFIG_RESUME
     given = ("--pretrain", str(pretrain), "--config", str(config), "--scratch", str(setup.scratch / "resume"))
     return _measure(setup, "resume", "20 steps against 10, a resume, and 10", 120, *given, *small, least=45)
@@ -274,7 +279,7 @@ def _extrapolation(setup: Setup) -> Step:
         impossible = "it needs text: give --data and --valid"
     tool, config = setup.root / "tools" / "extrapolate.py", setup.root / CONFIG_EXTRAPOLATION
     overrides = [f"data.train={setup.data}", f"data.valid={setup.valid}", "data.tokenizer=null", "train.steps=8000"]
-    overrides += ["model.vocab_size=50257", "optimizer.warmup_steps=600", "train.eval_every_steps=2000"]
+    overrides += [f"model.vocab_size={setup.vocab_size}", "optimizer.warmup_steps=600", "train.eval_every_steps=2000"]
     overrides += ["checkpoint.every_steps=1000", f"train.output_dir={setup.scratch / 'extrapolation'}"]
     output = ("--output", str(setup.folder / "extrapolation"))
     return Step(

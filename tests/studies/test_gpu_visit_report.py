@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,19 @@ def test_a_visit_that_has_found_nothing_has_a_page(tmp_path: Path) -> None:
     assert "- **machine** failed: exit code 1" in page
     assert "| machine | driver | failed | 0.0 |" in page
     assert "## Training" not in page
+
+
+def test_failed_tests_are_named(tmp_path: Path) -> None:
+    code = "import pytest\n@pytest.fixture\ndef bad(): 1 / 0\ndef test_a(): assert 1 == 2\ndef test_b(bad): pass\n"
+    (tmp_path / "test_it.py").write_text(f"{code}def test_c(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml", "test_gpu.xml", "test_it.py"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
+    page = write_report(read_findings(tmp_path, {}, []))
+    lines = [line for line in page.splitlines() if line.startswith("- ")]
+    assert lines == [
+        "- `test_it::test_a`: assert 1 == 2",
+        '- `test_it::test_b`: failed on setup with "ZeroDivisionError: division by zero"',
+    ]
 
 
 @pytest.mark.parametrize(

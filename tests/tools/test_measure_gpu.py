@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,8 @@ from types import ModuleType
 import pytest
 
 from megalibi.config.cli import run_tool
-from megalibi.studies.gpu_visit import DONE, SKIPPED, read_records
+from megalibi.studies.gpu_visit import DONE, INTERRUPTED, SKIPPED, read_records
+from tests.studies.test_jobs import signal_when
 from tests.studies.warm_python import warm_python
 
 TOOL = Path(__file__).parents[2] / "tools" / "measure_gpu.py"
@@ -117,6 +119,7 @@ def check_page(page: str) -> None:
 BAD_INPUT = {
     "seconds": (["--seconds", "0"], "--seconds=0: must be a number above 0"),
     "only": (["--only", "ceiling"], "--only=ceiling: 'ceiling' is none of machine, ceilings, "),
+    "data": (["--data", "nowhere"], "nowhere.idx: no such token file"),
     "again": (["--again", "no"], "--again=no: 'no' is none of "),
     "output": (["--output", str(TOOL)], f"--output={TOOL} cannot be written: {TOOL} is no folder"),
 }
@@ -129,6 +132,19 @@ def test_bad_input_is_one_line(run: Runner, tmp_path: Path, more: list[str], mes
     assert (code, len(errors.splitlines())) == (2, 1)
     assert message in errors
     assert not folder.exists()
+
+
+def test_ctrl_c_keeps_what_is_there_and_ends_with_130(run: Runner, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    where = ["--device", "cpu", "--output", str(folder), "--scratch", str(tmp_path / "s")]
+    with signal_when([tmp_path / "s" / "resume" / "whole" / "run.lock"], signal.SIGINT):
+        code, output, errors = run(*where, "--only", "machine,resume")
+    assert (code, errors) == (130, "error: interrupted\n"), output
+    assert {name: record.status for name, record in read_records(folder).items()} == {
+        "machine": DONE,
+        "resume": INTERRUPTED,
+    }
+    assert "- **resume** interrupted" in (folder / "report.md").read_text()
 
 
 def test_results_of_another_machine_are_left_alone(run: Runner, tmp_path: Path) -> None:
