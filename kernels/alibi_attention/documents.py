@@ -91,9 +91,9 @@ def attend_per_document(
 
 
 def _copy_to(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()  # or the host waits for the copy
-    return x.to(device, non_blocking=True)
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)  # from other memory the host waits for the copy
 
 
 def _shorten(values: list[int]) -> str:
