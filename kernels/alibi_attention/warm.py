@@ -1,5 +1,4 @@
-# ruff: noqa: T201 - printing is what this file is for
-"""Compile the Triton kernels on all cores, before a GPU waits for them one by one: ``python -m alibi_attention.warm``.
+"""Compile the Triton kernels on all cores, before a GPU waits for them one by one.
 
 Triton keeps what it has compiled on the disk (TRITON_CACHE_DIR). Here its driver is replaced by one that names the GPU
 and launches nothing, so that calls go their usual way, through tuner, specialisation and compiler, in processes that
@@ -8,11 +7,9 @@ take nothing of the GPU; later processes find all of it.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
-import sys
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -20,10 +17,6 @@ from typing import Any
 
 import torch
 
-EXAMPLE = """examples:
-  python -m alibi_attention.warm
-  python -m alibi_attention.warm --capability 90 --only bfloat16 --workers 4      (for an H100, from anywhere)
-"""
 _LENGTHS = (97, 1025)  # without a horizon and with one
 _HEADS = 2
 _DATA_CENTER_SHARED_BYTES = 232_448
@@ -63,8 +56,24 @@ def plan_calls() -> list[Call]:
     return sorted(found, key=lambda call: -(call.dtype == "float32") * call.head_dim)
 
 
-def warm(call: Call, target: Target) -> str:
-    """Compile what a call needs, in a process that is for that alone; return what it took."""
+def compile_calls(calls: Sequence[Call], target: Target, workers: int) -> Iterator[tuple[Call, float | str]]:
+    """Compile what calls need, some at once; yield for each the seconds it took, or what went wrong.
+
+    TRITON_INTERPRET must not be set: Triton would compile nothing.
+
+    Args:
+        calls: From plan_calls.
+        target: The GPU.
+        workers: Processes.
+    """
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for job, call in [(pool.submit(_compile, call, target), call) for call in calls]:
+            fault = job.exception()
+            yield call, job.result() if fault is None else repr(fault)
+
+
+def _compile(call: Call, target: Target) -> float:
+    """Compile what a call needs, in a process that is for that alone; return the seconds it took."""
     _replace_driver(target)
     from alibi_attention import alibi_slopes, triton_kernel
 
@@ -85,7 +94,7 @@ def warm(call: Call, target: Target) -> str:
         horizon_eps=2.0**-24,
     )
     torch.autograd.grad(out, (q, k, v), upstream)
-    return f"{call}: {time.monotonic() - began:.1f} s"
+    return time.monotonic() - began
 
 
 def _replace_driver(target: Target) -> None:
@@ -137,43 +146,3 @@ def find_target(capability: int | None) -> Target:
     gpu = torch.cuda.get_device_properties(0)
     shared_bytes = getattr(gpu, "shared_memory_per_block_optin", _DATA_CENTER_SHARED_BYTES)  # not of early versions
     return Target(10 * gpu.major + gpu.minor, shared_bytes, gpu.multi_processor_count)
-
-
-def main() -> int:
-    """Compile, and say what each call took."""
-    parser = argparse.ArgumentParser(
-        prog="python -m alibi_attention.warm",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--capability", type=int, metavar="N", help="of the GPU, as 90 (default: of the one that is here)"
-    )
-    parser.add_argument("--only", metavar="TYPE", help="bfloat16, float16 or float32 (default: all)")
-    parser.add_argument("--head-dim", type=int, metavar="N", help="default: all")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="default: cores")
-    options = parser.parse_args()
-    try:
-        target = find_target(options.capability)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    calls = [
-        call
-        for call in plan_calls()
-        if options.only in (None, call.dtype) and options.head_dim in (None, call.head_dim)
-    ]
-    os.environ.pop("TRITON_INTERPRET", None)
-    began, failures = time.monotonic(), 0
-    with ProcessPoolExecutor(max(1, options.workers), mp_context=get_context("spawn")) as pool:
-        for job, call in [(pool.submit(warm, call, target), call) for call in calls]:
-            fault = job.exception()
-            failures += fault is not None
-            print(job.result() if fault is None else f"{call}: {fault!r}"[:500], flush=True)
-    print(f"{len(calls) - failures} of {len(calls)} calls compiled in {time.monotonic() - began:.0f} s")
-    return 1 if failures else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -169,11 +169,11 @@ def _parts(found: Findings) -> Iterator[str]:
     yield from format_table(heads, [row for row in rows if row[1] != "0.00"])
     yield ""
     yield (
-        f"A step of {span:,.1f} ms under the profiler{_without_profiler(profile)}. TFLOP and GB are counted by formulas "
-        "and not measured: what the part must compute, attention causally, and must read and write if each tensor "
-        "passes once each way (megalibi/studies/step_parts.py). At the ceilings: the longer of the two at the rates "
-        "that this machine reached in large bf16 matrix products and in copies. Parts far from their ceiling have "
-        "something to gain."
+        f"A step of {span:,.1f} ms under the profiler{_without_profiler(profile)}. TFLOP and GB are counted by "
+        "formulas, not measured: what the part must compute, attention causally, and must read and write if each "
+        "tensor passes once each way (megalibi/studies/step_parts.py). At the ceilings: the longer of the two at the "
+        "rates that this machine reached in large bf16 matrix products and in copies. Parts far from their ceiling "
+        "have something to gain."
     )
 
 

@@ -113,7 +113,7 @@ def write_random_tokens(prefix: Path, vocab_size: int, num_tokens: int = TOKENS)
 
 def _measure(setup: Setup, name: str, what: str, limit: float, *arguments: str, least: float = 0.0) -> Step:
     output = setup.output(name)
-    command = [setup.python, "-m", "megalibi.studies.gpu_measure", name, "--device", setup.device]
+    command = [setup.python, str(setup.root / "tools" / "measure_device.py"), name, "--device", setup.device]
     return Step(
         name=name,
         what=what,
@@ -128,7 +128,7 @@ def _warm(setup: Setup) -> Step:
     return Step(
         name="warm",
         what="Triton's kernels compiled on all cores, beside the next steps",
-        command=(setup.python, "-m", "alibi_attention.warm"),
+        command=(setup.python, str(setup.root / "tools" / "warm_triton.py")),
         limit=90,  # what is not compiled by then is compiled when it is first used
         least=30,
         in_background=True,

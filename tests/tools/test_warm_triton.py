@@ -12,18 +12,18 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-PACKAGES = Path(__file__).parents[2] / "kernels"
+TOOL = Path(__file__).parents[2] / "tools" / "warm_triton.py"
 
 
 def warm(cache: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(PACKAGES), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
     environment["TRITON_INTERPRET"] = "1"  # of whoever has set it: nothing would be compiled
-    command = [sys.executable, "-m", "alibi_attention.warm", *arguments]
+    command = [sys.executable, str(TOOL), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_a_call_compiles_all_of_its_kernels(tmp_path: Path) -> None:
-    done = warm(tmp_path, "--capability", "90", "--only", "bfloat16", "--head-dim", "32", "--workers", "1")
+    done = warm(tmp_path, "--capability", "90", "--dtype", "bfloat16", "--head-dim", "32", "--workers", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("1 of 1 calls compiled in ")
     compiled = {path.stem for path in tmp_path.rglob("*.cubin")}
@@ -31,6 +31,11 @@ def test_a_call_compiles_all_of_its_kernels(tmp_path: Path) -> None:
     tiles = list(tmp_path.rglob("forward_kernel.json"))
     assert len(tiles) > 1  # every tile that the tuner will time
     assert {json.loads(path.read_text())["target"]["arch"] for path in tiles} == {90}
+
+
+def test_what_nothing_would_be_compiled_for_is_refused(tmp_path: Path) -> None:
+    done = warm(tmp_path, "--capability", "90", "--dtype", "float64")
+    assert (done.returncode, done.stderr) == (2, "error: --dtype=float64 with --head-dim=None: no call has them\n")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,9 +1,6 @@
-"""The small measurements of a visit, each a process: ``python -m megalibi.studies.gpu_measure NAME --output FILE``.
+"""One small measurement of a device: what it is, its ceilings, planned memory beside measured, exact resume.
 
-tools/measure_gpu.py starts them; they are of use alone too.
-
-Example:
-    python -m megalibi.studies.gpu_measure ceilings --device cuda --output ceilings.json
+tools/measure_gpu.py starts it for some of its steps.
 """
 
 from __future__ import annotations
@@ -21,13 +18,18 @@ from megalibi.config.cli import run_tool
 from megalibi.report.outputs import check_outputs
 from megalibi.report.record import describe_run, write_json
 
+EXAMPLE = """examples:
+  python tools/measure_device.py ceilings --device cuda --output ceilings.json
+  python tools/measure_device.py plan --device cuda --turn train_alibi.json --output plan.json
+"""
 PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "transformers", "numpy")
-_LOGGER = log.get_logger(__name__)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("name", choices=list(_MEASUREMENTS))
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .json to write")
@@ -109,7 +111,7 @@ def main() -> None:
     found = _MEASUREMENTS[arguments.name](arguments)
     described = "cpu" if arguments.name in ("plan", "resume") else arguments.device
     write_json({**found, **describe_run(described, PACKAGES)}, arguments.output)
-    _LOGGER.info("%s: %s", arguments.name, arguments.output)
+    print(f"{arguments.name}: {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""Compile the Triton kernels of attention on all cores, before a GPU waits for them one by one.
+
+What is compiled goes where Triton keeps it, TRITON_CACHE_DIR or ~/.triton, and later processes find it there. Nothing
+is taken of the GPU, and there need not be one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+from alibi_attention.warm import compile_calls, find_target, plan_calls
+from megalibi import log
+from megalibi.config import ConfigError
+from megalibi.config.cli import run_tool
+
+EXAMPLE = """examples:
+  python tools/warm_triton.py
+  python tools/warm_triton.py --capability 90 --dtype bfloat16 --workers 4      (for an H100, from anywhere)
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--capability", type=int, metavar="N", help="of the GPU, 90 for an H100 (default: as it is here)"
+    )
+    parser.add_argument("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (default: all)")
+    parser.add_argument("--head-dim", type=int, metavar="N", help="default: all that models have")
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (default: the cores)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Compile, and say what each call took."""
+    arguments = parse_arguments()
+    if arguments.workers < 1:
+        raise ConfigError(f"--workers={arguments.workers}: must be at least 1")
+    chosen = {"dtype": arguments.dtype, "head_dim": arguments.head_dim}
+    calls = [c for c in plan_calls() if all(value in (None, getattr(c, name)) for name, value in chosen.items())]
+    if not calls:
+        raise ConfigError(f"--dtype={arguments.dtype} with --head-dim={arguments.head_dim}: no call has them")
+    try:
+        target = find_target(arguments.capability)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    os.environ.pop("TRITON_INTERPRET", None)  # of whoever has set it: nothing would be compiled
+    began, failures = time.monotonic(), 0
+    for call, found in compile_calls(calls, target, arguments.workers):
+        failures += isinstance(found, str)
+        print(f"{call}: {found if isinstance(found, str) else f'{found:.1f} s'}", flush=True)
+    print(f"{len(calls) - failures} of {len(calls)} calls compiled in {time.monotonic() - began:.0f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    log.configure()
+    run_tool(main)
