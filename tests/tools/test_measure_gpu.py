@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -160,6 +161,30 @@ def test_results_of_another_machine_are_left_alone(run: Runner, tmp_path: Path) 
 def test_a_card_names_its_folder(tool: ModuleType) -> None:
     named = [tool.name_folder("cuda", {"gpu": gpu}).name for gpu in ("NVIDIA H200", "NVIDIA H100 80GB HBM3")]
     assert named == ["gpu_h200", "gpu_h100_80gb_hbm3"]
+
+
+@pytest.mark.parametrize("visible", [None, "1", ""], ids=["unset", "second card", "none"])
+def test_the_card_is_what_the_driver_says(
+    run: Runner, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None
+) -> None:
+    """Said by a script that answers as nvidia-smi does, for there may be no GPU here."""
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(
+        "#!/bin/sh\ncase \"$*\" in *'-i 1') echo 'NVIDIA H100 PCIe, 570.1';; *) echo 'NVIDIA H200, 580.159.04';; esac\n"
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpu = tool.find_gpu()
+    expected = {None: ("NVIDIA H200", "580.159.04"), "1": ("NVIDIA H100 PCIe", "570.1"), "": None}[visible]
+    assert gpu == ({} if expected is None else dict(zip(("gpu", "driver"), expected, strict=True)))
+    code, output, _ = run("--list", "--output", str(tmp_path / "results"))
+    assert code == 0
+    assert ("steps of the 1.3B model, ALiBi" in output) == (expected is not None)
+    if expected is not None:
+        assert tool.make_environment("cuda")["CUDA_VISIBLE_DEVICES"] == (visible or "0")
 
 
 def test_help_has_an_example(run: Runner) -> None:
