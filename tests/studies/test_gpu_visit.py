@@ -128,7 +128,8 @@ def test_a_step_in_the_background_runs_beside_the_next_and_is_waited_for(tmp_pat
     )
     assert {name: record.status for name, record in records.items()} == dict.fromkeys(records, DONE)
     ends = [line.partition(" in ")[0] for line in said if "done" in line]
-    assert ends == ["[2/3] meanwhile: done", "[1/3] warm: done", "[3/3] after: done"]
+    assert set(ends[:2]) == {"[2/3] meanwhile: done", "[1/3] warm: done"}  # they may end in one moment
+    assert ends[2:] == ["[3/3] after: done"]
 
 
 def test_a_step_in_the_background_has_a_limit_too(tmp_path: Path) -> None:
