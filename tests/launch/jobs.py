@@ -1,8 +1,8 @@
 """Real jobs for tests: each rank is a process of its own that runs a script, and can be signalled and killed.
 
 The ranks are forked from a server that has imported torch and DeepSpeed once, so that a job starts in a second or two
-instead of ten; from there on they are what a launcher starts. On a GPU each begins anew: DeepSpeed looks for it when it is
-imported, and CUDA does not survive a fork.
+instead of ten; from there on they are what a launcher starts. On a GPU each begins anew: to import DeepSpeed is to look
+for GPUs, and CUDA does not survive a fork.
 """
 
 from __future__ import annotations
