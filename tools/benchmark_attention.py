@@ -83,6 +83,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--backends", metavar="NAMES", help=f"of {ours}; default: all but what an interpreter runs")
     parser.add_argument("--peers", metavar="NAMES", help=f"of {others}, or none; default: all that are installed")
     parser.add_argument("--qk", metavar="FILE", help="q and k of a trained model, from tools/capture_qk.py")
+    parser.add_argument("--cuda-graph", action="store_true", help="time captured CUDA graphs: no time of the host")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write rows there, and go on from what it has")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the ratios")
@@ -113,6 +114,8 @@ def check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{option}={value}: must be at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device=cuda: torch sees no GPU")
+    if arguments.cuda_graph and arguments.device != "cuda":
+        raise ConfigError(f"--cuda-graph: needs --device cuda, and this is {arguments.device}")
     check_outputs({"--output": arguments.output, "--picture": arguments.picture})
     check_picture(arguments.picture, "--picture")
 
@@ -132,6 +135,7 @@ def plan(arguments: argparse.Namespace) -> Iterator[Case]:
             head_dim=arguments.head_dim,
             mode=mode,
             qk=arguments.qk,
+            cuda_graph=arguments.cuda_graph,
         )
 
 
@@ -147,14 +151,15 @@ def choose_names(arguments: argparse.Namespace, contestants: Mapping[str, Contes
 
 def read_record(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the record to go on with: a new one, or what --output has."""
-    settings = {name: getattr(arguments, name) for name in ("device", "batch", "head_dim", "qk")}
+    settings = {name: getattr(arguments, name) for name in ("device", "batch", "head_dim", "qk", "cuda_graph")}
     record = {**describe_machine(arguments.device), "settings": settings, "notes": NOTES, "flop": FORMULA}
     record |= {"what": {}, "rows": []}
     if arguments.output is None or not arguments.output.exists():
         return record
     try:
         old = json.loads(arguments.output.read_text(encoding="utf-8"))
-        rows, theirs = old["rows"], {**old["settings"], "hardware": old["hardware"], "torch": old["versions"]["torch"]}
+        settings_before = {"cuda_graph": False, **old["settings"]}
+        rows, theirs = old["rows"], {**settings_before, "hardware": old["hardware"], "torch": old["versions"]["torch"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"--output={arguments.output} cannot be gone on with: {error!r}") from error
     ours = {**settings, "hardware": record["hardware"], "torch": record["versions"]["torch"]}

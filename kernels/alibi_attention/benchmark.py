@@ -34,6 +34,7 @@ _MEMORY_SHARE = 0.7  # of what is free
 _LEAST_SECONDS = 0.05  # of one measurement: short calls are repeated within it
 _MOST_CALLS = 100
 _WARM_UP_LENGTH = 64
+_CALLS_BEFORE_CAPTURE = 3
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Case:
     """One of ``MODES``."""
     qk: str | None = None
     """File with q and k of a trained model; None: standard normal."""
+    cuda_graph: bool = False
+    """Whether a captured graph is timed, which leaves out what the host does between the kernels."""
 
     @property
     def flop(self) -> float:
@@ -123,6 +126,7 @@ def measure_times(case: Case, names: Sequence[str], repeats: int) -> dict[str, d
             try:
                 call = _make_call(contestants[name], inputs, case)
                 _time_calls(call, 1, case.device)  # compiles, allocates
+                call = _capture(call) if case.cuda_graph else call
                 count = round(_LEAST_SECONDS / _time_calls(call, 1, case.device))
                 calls[name] = (call, min(max(count, 1), _MOST_CALLS))
             except (RuntimeError, MemoryError) as error:
@@ -206,6 +210,20 @@ def _make_call(contestant: Contestant, inputs: Sequence[torch.Tensor], case: Cas
         torch.autograd.grad(attend(*leaves), leaves, upstream)
 
     return forward if case.mode == "forward" else forward_backward
+
+
+def _capture(call: Callable[[], None]) -> Callable[[], None]:
+    """Return the replay of a call's CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # where nothing may be new any more when it is captured
+        for _ in range(_CALLS_BEFORE_CAPTURE):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def _time_calls(call: Callable[[], None], count: int, device: str) -> float:

@@ -7,16 +7,21 @@ Shape suffixes: B batch, S sequence, H heads, K head dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 
 import torch
 import torch.nn.functional as F
 
+from alibi_attention.folded import attend_with_extra_dims
+
 _BIAS_ROWS = 64
+_PRUNED_SHARE = 2.0**-24  # of a row, as our horizon leaves out
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -32,13 +37,15 @@ class Peer:
     build: Callable[[torch.Tensor, torch.Tensor], Attend]
     """From a q of the right shape, type and device, and the slopes [H], to the function that is timed."""
     package: str = ""
-    """Package that it needs besides torch."""
+    """Package or module that it needs besides torch."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     """Device types it runs on."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     """Types of q, k and v."""
     bytes_per_score: int = 0
     """About the most that it holds for each of the B x H x S x S scores."""
+    find_lack: Callable[[], str | None] = lambda: None
+    """Finds out why what is installed does not do; asked where the package is."""
 
     def find_refusal(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Return why it cannot run here, or None."""
@@ -46,9 +53,16 @@ class Peer:
             return f"it does not run on {device_type}"
         if dtype not in self.dtypes:
             return f"it is not measured in {dtype}"
-        if self.package and find_spec(self.package) is None:
+        if self.package and not _is_installed(self.package):
             return f"{self.package} is not installed"
-        return None
+        return self.find_lack()
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be a part of
+        return False
 
 
 def build_plain(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
@@ -68,7 +82,7 @@ def _build_dense_fp32(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
     return lambda q, k, v: _sdpa(attend)(q.float(), k.float(), v.float()).to(q.dtype)
 
 
-def _build_flex(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
+def _build_flex(q_BSHK: torch.Tensor, slopes_H: torch.Tensor, kernel_options: dict[str, str] | None = None) -> Attend:
     flex = import_module("torch.nn.attention.flex_attention")
     seq_length, device = q_BSHK.shape[1], q_BSHK.device
 
@@ -81,7 +95,63 @@ def _build_flex(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
     past = flex.create_block_mask(is_past, None, None, seq_length, seq_length, device=str(device))
     # Its fused kernel exists only compiled; on a CPU it is run as it is written, to be tested.
     attend = torch.compile(flex.flex_attention) if device.type == "cuda" else flex.flex_attention
-    return _sdpa(partial(attend, score_mod=bias, block_mask=past))
+    return _sdpa(partial(attend, score_mod=bias, block_mask=past, kernel_options=kernel_options))
+
+
+def _find_lack_of_flex_backends() -> str | None:
+    options = getattr(import_module("torch.nn.attention.flex_attention"), "FlexKernelOptions", None)
+    if "BACKEND" in getattr(options, "__annotations__", {}):
+        return None
+    return f"torch {torch.__version__} offers flex_attention no choice of back end"
+
+
+def _build_cudnn_folded(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
+    attention = import_module("torch.nn.attention")
+    # On a CPU, to be tested, the same inputs go through the equation as PyTorch writes it.
+    kernel = attention.SDPBackend.CUDNN_ATTENTION if q_BSHK.device.type == "cuda" else attention.SDPBackend.MATH
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with attention.sdpa_kernel(kernel):
+            return attend_with_extra_dims(q, k, v, slopes_H, q.shape[-1] ** -0.5, query_offset=0)
+
+    return attend
+
+
+def _find_lack_of_cudnn() -> str | None:
+    return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
+
+
+def find_forget_gate(
+    q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, slopes_H: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ALiBi as the logarithm of forget gates [B, S, H], and the decay [B, H] past which they are pruned.
+
+    The decay is their bound (arXiv:2504.06949, section 3) for the share of a row that our horizon leaves out.
+    """
+    batch, seq_length, _, head_dim = q_BSHK.shape
+    q_norm_BH, k_norm_BH = (torch.linalg.vector_norm(x.detach().float(), dim=-1).amax(1) for x in (q_BSHK, k_BSHK))
+    largest_BH = q_norm_BH * k_norm_BH * head_dim**-0.5
+    return (-slopes_H).expand(batch, seq_length, -1), math.log(_PRUNED_SHARE / seq_length) - 2 * largest_BH
+
+
+def _build_forgetting(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
+    attend_forgetting = import_module("forgetting_transformer").forgetting_attention
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        log_gate_BSH, threshold_BH = find_forget_gate(q, k, slopes_H)
+        output: torch.Tensor = attend_forgetting(q, k, v, log_gate_BSH, adaptive_threshold=threshold_BH)
+        return output
+
+    return attend
+
+
+def _find_lack_of_pruning() -> str | None:
+    try:
+        attend = import_module("forgetting_transformer").forgetting_attention
+    except (ImportError, AttributeError) as error:
+        return f"forgetting_transformer cannot be imported: {error}"
+    prunes = "adaptive_threshold" in signature(attend).parameters
+    return None if prunes else "this forgetting_transformer does not prune"
 
 
 def _build_flash(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
@@ -158,6 +228,32 @@ PEERS = (
     Peer("sdpa_dense", "PyTorch's SDPA, dense bias in q's type", _build_dense, bytes_per_score=4),
     Peer("sdpa_dense_fp32", "the same, fp32 bias", _build_dense_fp32, dtypes=_16_BIT, bytes_per_score=8),
     Peer("flex", "torch flex_attention, compiled, score_mod and causal block mask", _build_flex, devices=("cuda",)),
+    Peer(
+        "flex_flash",
+        "the same on its FlashAttention-4 back end",
+        partial(_build_flex, kernel_options={"BACKEND": "FLASH"}),
+        "flash_attn.cute",
+        ("cuda",),
+        _16_BIT,
+        find_lack=_find_lack_of_flex_backends,
+    ),
+    Peer(
+        "cudnn_folded",
+        "PyTorch's SDPA through cuDNN, the bias in extra head dimensions, joining them included",
+        _build_cudnn_folded,
+        devices=("cuda",),
+        dtypes=_16_BIT,
+        find_lack=_find_lack_of_cudnn,
+    ),
+    Peer(
+        "forgetting",
+        "forgetting_attention with a constant gate, pruned (arXiv:2504.06949), finding the threshold included",
+        _build_forgetting,
+        "forgetting_transformer",
+        ("cuda",),
+        _16_BIT,
+        find_lack=_find_lack_of_pruning,
+    ),
     Peer("flash_attn", "flash_attn_func, no bias", _build_flash, "flash_attn", ("cuda",), _16_BIT),
     Peer("flash_attn_alibi", "flash_attn_func, alibi_slopes", _build_flash_alibi, "flash_attn", ("cuda",), _16_BIT),
     Peer("bloom", f"transformers, Bloom: {_WITHOUT_PROJECTIONS}", _build_bloom, "transformers", bytes_per_score=28),

@@ -7,6 +7,7 @@ import torch
 
 from alibi_attention import benchmark
 from alibi_attention.benchmark import PLAIN, Case, find_contestants, make_inputs, measure_memory, measure_times
+from tests.device import DEVICE, ON_GPU
 
 CASE = Case(device="cpu", dtype="float32", batch=1, length=48, num_heads=2, head_dim=16, mode="forward")
 SCORES_BYTES = 4 * 2 * 1024**2  # fp32, two heads, 1,024 tokens
@@ -80,3 +81,13 @@ def test_what_an_interpreter_runs_takes_part_by_name_alone():
     }
     assert {"flash", "triton"} <= by_name_alone
     assert not by_name_alone & {PLAIN, "sdpa", "reference", "sdpa_dense"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="a graph is captured by CUDA")
+@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
+def test_a_captured_graph_is_timed(mode):
+    case = replace(CASE, device=DEVICE, dtype="bfloat16", head_dim=64, mode=mode, cuda_graph=True)
+    figures = measure_times(case, ["triton"], repeats=2)
+    for name in (PLAIN, "triton"):
+        assert figures[name]["seconds"]["median"] > 0, figures[name]

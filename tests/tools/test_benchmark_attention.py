@@ -118,6 +118,7 @@ def test_q_and_k_from_a_file(run, tmp_path):
         (["--picture", str(ROOT)], f"error: --picture={ROOT} is a folder: give the name of a file"),
         (["--output", str(ROOT)], f"error: --output={ROOT} is a folder: give the name of a file"),
         (["--output", str(TOOL / "a")], f"error: --output={TOOL / 'a'} cannot be written: {TOOL} is no folder"),
+        (["--device", "cpu", "--cuda-graph"], "error: --cuda-graph: needs --device cuda, and this is cpu"),
         (["--device", "cpu", "--qk", "no_such_file.pt"], "error: --qk: no_such_file.pt cannot be read as q and k"),
     ],
 )
