@@ -37,14 +37,15 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 PICTURE = "figure5.png"
-SCALES = ("smoke", "small", "1.3b")
+SCALES = ("smoke", "small", "1.3b", "1.3b_10min")
 EXAMPLE = """examples:
   python tools/compare_1p3b.py --scale smoke
   python tools/compare_1p3b.py --scale small --data data/books-train --valid data/books-valid --jobs 2
   python tools/compare_1p3b.py --scale 1.3b --plan
   python tools/compare_1p3b.py --scale 1.3b --part speed --data data/train --valid data/valid study.turns=5
 smoke: minutes on 2 CPU cores, on the text of `make quickstart`; its numbers mean nothing. small: hours of CPU, minutes
-of a GPU. 1.3b: --part speed takes one GPU of 80 GB, or more ranks; --part quality is meant for a cluster.
+of a GPU. 1.3b: --part speed takes one GPU of 80 GB, or more ranks; --part quality is meant for a cluster. 1.3b_10min:
+one turn of --part speed, with an eighth of its batch.
 """
 
 
@@ -98,11 +99,11 @@ def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryB
     if gpus:
         gpu = torch.cuda.get_device_properties(0)
         check_fits(plans, gpu.name, gpu.total_memory)
-    elif arguments.scale == "1.3b":
+    elif arguments.scale.startswith("1.3b"):
         largest = max(memory.total for memory in plans.values())
         raise ConfigError(
-            f"--scale=1.3b needs a GPU with room for {largest / GIB:.1f} GiB, and there is none: --plan computes "
-            "shapes, parameters and memory without one, --scale small runs on a CPU"
+            f"--scale={arguments.scale} needs a GPU with room for {largest / GIB:.1f} GiB, and there is none: --plan "
+            "computes shapes, parameters and memory without one, --scale small runs on a CPU"
         )
 
 
@@ -121,14 +122,16 @@ def describe_disk(study: CompareStudy, base: Config) -> str:
 def describe_study(arguments: argparse.Namespace, study: CompareStudy, base: Config, gpus: int) -> list[str]:
     """Return sentences on what was run, and where."""
     model, batch, micro = base.model, base.train.global_batch_size, base.train.micro_batch_size
+    unfused = study.unfused_micro_batch_size or micro
+    and_unfused = f" ({unfused * base.data.seq_length:,} with unfused attention, which holds its scores)"
     where = torch.cuda.get_device_name() if gpus else "a CPU; no GPU has run this, and no number here is of one"
     layers = count_parameters(model) - model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     sentences = [
         f"{count_parameters(model):,} parameters, {layers:,} of them outside the embedding: {model.num_layers} layers, "
         f"{model.hidden_size} wide, {model.num_attention_heads} heads, feed-forward {model.ffn_hidden_size}. At every "
         f"length {batch * base.data.seq_length:,} tokens in an update and {micro * base.data.seq_length:,} in a micro "
-        f"batch; {base.train.precision}, ZeRO {base.zero.stage}, ranks: {study.ranks}. One training of each model "
-        "(n = 1).",
+        f"batch{and_unfused if unfused != micro else ''}; {base.train.precision}, ZeRO {base.zero.stage}, ranks: "
+        f"{study.ranks}. One training of each model (n = 1).",
         describe_disk(study, base),
     ]
     if arguments.plan:

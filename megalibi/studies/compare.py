@@ -30,6 +30,8 @@ class CompareStudy:
     """Steps at the beginning of a turn that are not counted."""
     steps_per_turn: int = 3
     """Steps of a turn that are counted."""
+    unfused_micro_batch_size: int = 0
+    """train.micro_batch_size of the turns with unfused attention, whose scores fill the memory; 0: as the others'."""
     ranks: int = 1
     """Processes of a training and of a turn."""
     valid_tokens: int = 131072
@@ -40,6 +42,10 @@ class CompareStudy:
         for name in ("turns", "warm_steps", "steps_per_turn", "ranks"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"study.{name}={getattr(self, name)} is not allowed: a number of at least 1 is")
+        if self.unfused_micro_batch_size < 0:
+            raise ConfigError(
+                f"study.unfused_micro_batch_size={self.unfused_micro_batch_size} is not allowed: 0 or more is"
+            )
         if len(self.lengths) < 2 or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
             raise ConfigError(f"study.lengths={list(self.lengths)} is not allowed: two or more rising lengths are")
         if self.valid_tokens <= self.longest_evaluation:
@@ -142,12 +148,18 @@ def _sequences(base: Config, name: str, length: int) -> int:
 def variant_config(base: Config, study: CompareStudy, variant: Variant) -> Config:
     """Return the run of a turn: a model's, with the kind of attention, for as many steps as a turn has.
 
+    Micro batches have as many tokens at every length, but with unfused attention they may be smaller.
+
     Args:
         base: The study's configuration.
         study: Its section.
         variant: What is measured.
     """
-    config = model_config(base, variant.model)
+    micro_batch_size = base.train.micro_batch_size
+    if variant.attention == "unfused":
+        micro_batch_size = study.unfused_micro_batch_size or micro_batch_size
+    sized = dataclasses.replace(base, train=dataclasses.replace(base.train, micro_batch_size=micro_batch_size))
+    config = model_config(sized, variant.model)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, attention_backend=ATTENTIONS[variant.attention]),

@@ -10,7 +10,7 @@ from megalibi.studies.study import load_study
 from tests.engine.runs import make_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SCALES = ("smoke", "small", "1.3b")
+SCALES = ("smoke", "small", "1.3b", "1.3b_10min")
 
 
 def make_base() -> Config:
@@ -54,6 +54,16 @@ def test_variants_are_the_models_with_both_kinds_of_attention() -> None:
     assert len({config.train.output_dir for config in configs.values()}) == len(configs)
 
 
+def test_unfused_attention_may_have_micro_batches_of_its_own() -> None:
+    base = make_base()
+    for study, tokens in ((make_study(), 2 * 64), (make_study(unfused_micro_batch_size=1), 64)):
+        for variant in variants(study):
+            config = variant_config(base, study, variant)
+            micro_batch_tokens = config.train.micro_batch_size * config.data.seq_length
+            assert micro_batch_tokens == (tokens if variant.attention == "unfused" else 2 * 64)
+            assert config.train.global_batch_size * config.data.seq_length == 8 * 64
+
+
 def test_length_that_does_not_divide_the_batch_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"train.global_batch_size=8 x data.seq_length=64 tokens are no multiple of"):
         model_config(make_base(), Model(method="alibi", length=24))
@@ -69,6 +79,7 @@ def test_length_that_does_not_divide_the_batch_is_refused() -> None:
         ({"turns": 0}, "study.turns=0"),
         ({"warm_steps": 0}, "study.warm_steps=0"),
         ({"ranks": 0}, "study.ranks=0"),
+        ({"unfused_micro_batch_size": -1}, "study.unfused_micro_batch_size=-1 is not allowed: 0 or more is"),
         ({"valid_tokens": 256}, "study.valid_tokens=256 is not allowed: more than 256"),
     ],
 )
@@ -86,6 +97,6 @@ def test_every_model_of_a_scale_can_run_on_its_ranks(scale: str) -> None:
 
 
 def test_large_scale_and_small_scale_have_the_papers_lengths() -> None:
-    for scale in ("small", "1.3b"):
+    for scale in ("small", "1.3b", "1.3b_10min"):
         study, _ = load_study(CONFIGS / f"compare_{scale}.yaml", [], CompareStudy)
         assert study.lengths == (512, 1024, 2048)

@@ -13,6 +13,8 @@ from megalibi.studies.memory import MemoryByKind
 from megalibi.studies.plan_gpus import GIB, USABLE, get_gpu
 from megalibi.studies.study import load_study
 
+PLAN_BOUND = 1.08
+"""What CUDA's allocator may hold, by the plan: CUDA_BOUND of test_plan_memory.py."""
 LARGE = Path(__file__).parents[2] / "configs" / "compare_1.3b.yaml"
 SMALL_MEMORY = MemoryByKind(
     weights=3 * GIB, gradients=2 * GIB, optimizer_states=6 * GIB, activations=GIB, attention_workspace=0, other=0
@@ -36,6 +38,21 @@ def test_shapes_of_the_large_scale_are_the_papers_and_make_1300_million_paramete
     assert parameters == pytest.approx(1.3e9, rel=0.05)
     assert shapes["embedding.weight"] == (padded, 2048)
     assert len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}) == 25
+
+
+def test_micro_batches_of_the_large_scale_are_the_largest_powers_of_two_that_fit_80_gb() -> None:
+    usable_bytes = get_gpu("H100").usable_bytes
+
+    def largest(factor: int) -> dict[str, int]:
+        study, base = load_study(LARGE, [], CompareStudy)
+        sizes = [f"train.micro_batch_size={factor * base.train.micro_batch_size}",
+                 f"study.unfused_micro_batch_size={factor * study.unfused_micro_batch_size}"]  # fmt: skip
+        study, base = load_study(LARGE, ["study.lengths=[1024,2048]", *sizes], CompareStudy)
+        plans = plan_variants(base, study, device_type="cuda")
+        return {kind: max(p.total for v, p in plans.items() if v.attention == kind) for kind in ATTENTIONS}
+
+    # Also where CUDA's allocator holds as much more than the plan as its test allows.
+    assert PLAN_BOUND * max(largest(1).values()) <= usable_bytes < PLAN_BOUND * min(largest(2).values())
 
 
 def test_half_the_length_saves_planned_memory_only_where_scores_are_held() -> None:
