@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from alibi_attention.capability import Capability
-from alibi_attention.documents import attend_per_document
+from alibi_attention.documents import PackedDocuments, attend_per_document
 
 NAME = "unfused"
 
@@ -41,7 +41,7 @@ def attend(
     alibi_slopes: torch.Tensor | None,
     distance_bias: torch.Tensor | None,
     softmax_scale: float,
-    cu_seqlens: torch.Tensor | None,
+    documents: PackedDocuments | None,
     dropout_p: float,
     query_offset: int,
     horizon_eps: float,
@@ -58,9 +58,9 @@ def attend(
         weights_BHQT = (scores_BHQT + bias_HQT).softmax(dim=-1).to(q_BSHK.dtype)
         return (F.dropout(weights_BHQT, dropout_p) @ v_BHTK).transpose(1, 2)
 
-    if cu_seqlens is None:
+    if documents is None:
         return attend_rows(q_BSHK, k_BSHK, v_BSHK)
-    return attend_per_document(attend_rows, q_BSHK, k_BSHK, v_BSHK, cu_seqlens)
+    return attend_per_document(attend_rows, q_BSHK, k_BSHK, v_BSHK, documents)
 
 
 def _bias_of(

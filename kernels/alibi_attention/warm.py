@@ -75,9 +75,13 @@ def compile_calls(calls: Sequence[Call], target: Target, workers: int) -> Iterat
 def _compile(call: Call, target: Target) -> float:
     """Compile what a call needs, in a process that is for that alone; return the seconds it took."""
     _replace_driver(target)
-    from alibi_attention import alibi_slopes, triton_kernel
+    from alibi_attention import PackedDocuments, alibi_slopes, triton_kernel
 
     began = time.monotonic()
+    documents = None
+    if call.packed:
+        boundaries = torch.tensor([0, call.length // 2, call.length], dtype=torch.int32)
+        documents = PackedDocuments(boundaries, call.length)
     shape, dtype = (1, call.length, _HEADS, call.head_dim), getattr(torch, call.dtype)
     q, k, v, upstream = (torch.zeros(shape, dtype=dtype) for _ in range(4))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -88,7 +92,7 @@ def _compile(call: Call, target: Target) -> float:
         alibi_slopes=alibi_slopes(_HEADS) if call.slopes else None,
         distance_bias=None,
         softmax_scale=call.head_dim**-0.5,
-        cu_seqlens=torch.tensor([0, call.length // 2, call.length], dtype=torch.int32) if call.packed else None,
+        documents=documents,
         dropout_p=0.0,
         query_offset=0,
         horizon_eps=2.0**-24,
