@@ -31,7 +31,6 @@ _ALL_HEADS_UP_TO = 4096  # tokens; fp64 on two cores would take minutes per head
 _SOME_HEADS = 5
 _FP64_UP_TO = 1025  # tokens; the fp64 truth is no better than what it judges, and more tokens show nothing new
 _S_BY_S_UP_TO = 4096  # tokens; matrices of one head
-_UNFUSED_UP_TO = 1025  # tokens; many CPUs take minutes for larger products in 16 bits
 _S_BY_S = ("reference", "unfused")
 _LAST_QUERIES = 16
 _BLOCK_BYTES = 1 << 25
@@ -265,6 +264,4 @@ def _name_dtype(dtype: torch.dtype) -> str:
 def _max_length(name: str, dtype: torch.dtype) -> float:
     if dtype == torch.float64:
         return _FP64_UP_TO
-    if name == "unfused":
-        return _UNFUSED_UP_TO
     return _S_BY_S_UP_TO if name in _S_BY_S else math.inf

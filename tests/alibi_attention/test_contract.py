@@ -103,8 +103,7 @@ def test_the_readme_has_every_back_end_and_type_that_a_cpu_can_run():
     for row in parse_rows(read_contract()):
         lengths.setdefault((row.backend, row.dtype), set()).add(row.length)
     for name, dtype, is_compiled in sorted(expected):
-        longest = {"reference": 4096, "unfused": 1025}.get(name, max(LENGTHS))
-        longest = min(longest, 1025) if dtype == "float64" else longest
+        longest = 1025 if dtype == "float64" else 4096 if name in ("reference", "unfused") else max(LENGTHS)
         due = {length for length in LENGTHS if length <= longest} if is_compiled == "1" else set(INTERPRETED_LENGTHS)
         assert due <= lengths.get((name, dtype), set()), f"{name} {dtype}: {REMEASURE}"
 
