@@ -29,7 +29,7 @@ from alibi_attention.slopes import alibi_slopes
 PLAIN = "plain"
 FORMULA = "4 * batch * heads * length^2 * head_dim / 2 for the forward pass, 2.5 times that more for the backward pass"
 MODES = {"forward": 1.0, "forward_backward": 3.5}  # by how much the work is more than the forward pass's
-_REFERENCE_BYTES_PER_SCORE = 24
+_BYTES_PER_SCORE = {"reference": 24, "unfused": 24}
 _MEMORY_SHARE = 0.7  # of what is free
 _LEAST_SECONDS = 0.05  # of one measurement: short calls are repeated within it
 _MOST_CALLS = 100
@@ -92,7 +92,7 @@ def find_contestants(device: str, dtype: str, head_dim: int) -> dict[str, Contes
             what=backend.exactness,
             build=partial(_build_ours, backend.name),
             refusal=backend.find_refusal(call),
-            bytes_per_score=_REFERENCE_BYTES_PER_SCORE if backend.name == "reference" else 0,
+            bytes_per_score=_BYTES_PER_SCORE.get(backend.name, 0),
             by_name_alone=device == "cpu" and not backend.auto,
         )
     for peer in PEERS:
