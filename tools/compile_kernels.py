@@ -2,7 +2,7 @@
 
 For every tile that may be tried: registers of a thread, bytes that it spills, shared memory of a program, whether sm_90
 multiplies with wgmma, and ptxas' warnings, C7515 among them: it waits for each matrix instruction. The kernels have
-their horizon; of head dimension 64 they take packed documents as well, which does not change their loops.
+their horizon and rows of one length, as in ordinary training, or with --packed documents.
 
 --commit compiles the kernels of other commits of this repository beside each other, with the same Triton and ptxas.
 """
@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -44,6 +44,7 @@ POINTERS |= {"first_keys_ptr": "*i32", "cu_seqlens_ptr": "*i32", "tasks_ptr": "*
 FLOATS = ("softmax_scale", "log2_inverse_eps")
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("registers", "spilled", "shared", "wgmma", "C7515")
+_UNTILED = (0, 0, 4, 2)  # no tile, 4 warps, 2 stages
 console = Console(soft_wrap=True, highlight=False)
 
 
@@ -55,14 +56,26 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--head-dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
+    parser.add_argument("--packed", action="store_true", help="with packed documents")
     parser.add_argument("--commit", nargs="+", metavar="COMMIT", help="default: the kernels as they lie here")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the rows, and a table beside it: .md")
     parser.add_argument("--rows", action="store_true", help="print a line of JSON for each kernel, and nothing else")
     return parser.parse_args()
 
 
-def list_jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, str, tuple[int, ...]]]:
-    """Yield architecture, type, head dimension, kernel and tile."""
+class Job(NamedTuple):
+    """A kernel to compile."""
+
+    arch: str
+    dtype: str
+    head_dim: int
+    packed: bool
+    kernel: str
+    tile: tuple[int, ...]
+
+
+def list_jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+    """Yield every kernel and tile asked for."""
     from alibi_attention import triton_tiles
 
     tiles = {"norms": None, "forward": triton_tiles.FORWARD, "dq": triton_tiles.QUERY_GRADIENT}
@@ -73,17 +86,18 @@ def list_jobs(arguments: argparse.Namespace) -> Iterator[tuple[str, str, int, st
             for head_dim in arguments.head_dim:
                 for name, choice in tiles.items():
                     if choice is None:
-                        yield arch, dtype, head_dim, name, (0, 0, 4, 2)
+                        yield Job(arch, dtype, head_dim, arguments.packed, name, _UNTILED)
                         continue
                     fitting = [
                         limits for limits in choice.candidates if limits[0] == itemsize and head_dim <= limits[1]
                     ]
                     for tile in choice.candidates[min(fitting)]:
-                        yield arch, dtype, head_dim, name, tile
+                        yield Job(arch, dtype, head_dim, arguments.packed, name, tile)
 
 
-def compile_kernel(arch: str, dtype: str, head_dim: int, name: str, tile: tuple[int, ...]) -> Any:
+def compile_kernel(job: Job) -> Any:
     """Return what Triton makes of a kernel, as it would be launched for contiguous inputs."""
+    arch, dtype, head_dim, packed, name, tile = job
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -100,7 +114,7 @@ def compile_kernel(arch: str, dtype: str, head_dim: int, name: str, tile: tuple[
     block_m, block_n, num_warps, num_stages = tile
     constants = {"HEAD_DIM": head_dim, "BLOCK_K": head_dim, "BLOCK_M": block_m, "BLOCK_N": block_n}
     constants |= {"BLOCK": triton_tiles.block_tokens(getattr(torch, dtype)), "SCAN": triton_tiles.scan_blocks()}
-    if head_dim != HEAD_DIMS[0]:
+    if not packed:
         constants |= {"cu_seqlens_ptr": None, "tasks_ptr": None}
     while not isinstance(kernel, triton.JITFunction):
         kernel = kernel.fn
@@ -136,19 +150,15 @@ def assemble(ptx: str, arch: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
-def make_row(job: tuple[str, str, int, str, tuple[int, ...]]) -> dict[str, Any]:
+def make_row(job: Job) -> dict[str, Any]:
     """Return a kernel's figures; bytes spilled are those that a thread stores."""
-    arch, dtype, head_dim, name, tile = job
-    compiled = compile_kernel(*job)
+    compiled = compile_kernel(job)
     ptx = compiled.asm["ptx"]
-    said = assemble(ptx, arch)
+    said = assemble(ptx, job.arch)
     lines = said.splitlines()
     return {
-        "arch": arch,
-        "dtype": dtype,
-        "head_dim": head_dim,
-        "kernel": name,
-        "tile": None if name == "norms" else list(tile),
+        **job._asdict(),
+        "tile": None if job.tile == _UNTILED else list(job.tile),
         "registers": max(map(int, re.findall(r"Used (\d+) registers", said))),
         "spilled_bytes": sum(map(int, re.findall(r"(\d+) bytes spill stores", said))),
         "shared_bytes": compiled.metadata.shared,
@@ -171,7 +181,7 @@ def compile_elsewhere(source_root: Path, arguments: argparse.Namespace) -> list[
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(source_root), str(ROOT)])
     command = [sys.executable, __file__, "--rows", "--arch", *arguments.arch, "--dtype", *arguments.dtype]
-    command += ["--head-dim", *map(str, arguments.head_dim)]
+    command += ["--head-dim", *map(str, arguments.head_dim), *(["--packed"] if arguments.packed else [])]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise ConfigError(f"the kernels in {source_root} do not compile: what Triton said stands above")

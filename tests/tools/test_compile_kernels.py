@@ -12,30 +12,31 @@ from alibi_attention import triton_tiles
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "compile_kernels.py"
 MAX_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # of a program, on A100 and H100
-MAX_SPILLED_BYTES = 512  # stored by a thread; 396 by the largest tile of dk and dv, and 144 or less by the others
-HEAD_DIMS = (64, 128)
+# Stored by a thread; by the largest tile of dk and dv at head dimension 128: 592 and 396. The others store 270 or less.
+MAX_SPILLED_BYTES = {"sm_80": 640, "sm_90": 512}
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize(("head_dims", "packed"), [((64, 128), []), ((64,), ["--packed"])])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_every_bf16_tile_compiles_without_waits_and_large_spills(arch, tmp_path):
+def test_every_bf16_tile_compiles_without_waits_and_large_spills(arch, head_dims, packed, tmp_path):
     output = tmp_path / "table.json"
-    head_dims = map(str, HEAD_DIMS)
-    done = run_tool("--arch", arch, "--dtype", "bfloat16", "--head-dim", *head_dims, "--output", str(output))
+    chosen = ["--arch", arch, "--dtype", "bfloat16", "--head-dim", *map(str, head_dims), *packed]
+    done = run_tool(*chosen, "--output", str(output))
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())
     assert record["versions"].keys() >= {"triton", "ptxas"}
     rows = record["rows"]["here"]
     kernels = (triton_tiles.FORWARD, triton_tiles.QUERY_GRADIENT, triton_tiles.KEY_GRADIENT)
-    num_tiles = sum(len(kernel.candidates[2, head_dim]) for kernel in kernels for head_dim in HEAD_DIMS)
+    num_tiles = sum(len(kernel.candidates[2, head_dim]) for kernel in kernels for head_dim in head_dims)
     assert sum(row["tile"] is not None for row in rows) == num_tiles
     for row in rows:
         assert row["registers"] <= 255, row
         assert row["shared_bytes"] <= MAX_SHARED_BYTES[arch], row
-        assert row["spilled_bytes"] <= MAX_SPILLED_BYTES, row
+        assert row["spilled_bytes"] <= MAX_SPILLED_BYTES[arch], row
         assert row["load_ahead"] or row["tile"] is None, row
         if arch == "sm_90":
             assert not row["warnings"], row  # C7515 among them: ptxas waits for each matrix instruction
