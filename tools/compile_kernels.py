@@ -112,7 +112,12 @@ def compile_kernel(job: Job) -> Any:
         "dk and dv": triton_backward.key_gradient_kernel,
     }[name]
     block_m, block_n, num_warps, num_stages = tile
-    constants = {"HEAD_DIM": head_dim, "BLOCK_K": head_dim, "BLOCK_M": block_m, "BLOCK_N": block_n}
+    constants: dict[str, int | None] = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_K": head_dim,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
     constants |= {"BLOCK": triton_tiles.block_tokens(getattr(torch, dtype)), "SCAN": triton_tiles.scan_blocks()}
     if not packed:
         constants |= {"cu_seqlens_ptr": None, "tasks_ptr": None}
@@ -146,7 +151,8 @@ def assemble(ptx: str, arch: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [find_ptxas(), "-v", "-lineinfo", f"--gpu-name={name}", source, "-o", source.with_suffix(".cubin")]
+        cubin = source.with_suffix(".cubin")
+        command = [str(find_ptxas()), "-v", "-lineinfo", f"--gpu-name={name}", str(source), "-o", str(cubin)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
