@@ -210,7 +210,7 @@ def test_strided_inputs(forward_backward, relative_errors, backend, view):
     assert not q.is_contiguous()
     attend = partial(attention, alibi_slopes=slopes_of(3), backend=backend.name)
     # The upstream gradient of a sum: one number, all strides 0.
-    upstream = torch.ones((), dtype=dtype).expand_as(q)
+    upstream = torch.ones((), dtype=dtype, device=DEVICE).expand_as(q)
     results = forward_backward(attend, (q, k, v, upstream))
     exact = forward_backward(partial(attend_ref, alibi_slopes=slopes_of(3)), (q, k, v, upstream), torch.float64)
     # With this upstream gradient dq and dk are small differences of sums: the output's size is their scale.
