@@ -29,6 +29,7 @@ struct Problem {
   const float* slopes;                   // [heads]
   const Sequence* sequences;
   int64_t q_token, q_head, k_token, k_head, v_token, v_head;
+  int64_t result_token;  // of dq, dk and dv, whose heads are dense; the output and its gradient are dense throughout
   int64_t num_sequences, num_heads, head_dim, total_queries, total_query_blocks, query_offset, num_threads;
   float softmax_scale;
   double horizon_eps;  // as it was asked for: rounded to fp32 it may be more
@@ -263,7 +264,8 @@ void backward_block(const Problem& p, const Sequence& s, int64_t head, int64_t b
     multiply(count, int(width), queries, {products, kBlock, 1}, q, width, grad_k + row, width, true);
     multiply(queries, int(width), count, {products, 1, kBlock}, keys.k + row, width, grad_q, width, key_block != last_block);
   }
-  write_rows(grad_q, width, queries, p.head_dim, static_cast<T*>(p.result_q) + at, tokens);
+  T* result = static_cast<T*>(p.result_q) + (s.first_query + first) * p.result_token + head * p.head_dim;
+  write_rows(grad_q, width, queries, p.head_dim, result, p.result_token);
 }
 
 // Calls body(task, memory of the thread) for every task, in their order, each on whichever thread is free.
@@ -320,7 +322,7 @@ void forward(const Problem& p) {
 
 template <typename T>
 void backward(const Problem& p) {
-  const int64_t width = padded(p.head_dim), tokens = p.num_heads * p.head_dim;
+  const int64_t width = padded(p.head_dim);
   int64_t most_keys = 0;
   for (int64_t i = 0; i < p.num_sequences; ++i) most_keys = std::max(most_keys, p.sequences[i].num_keys);
   const std::vector<int64_t> heads = heads_by_work(p);
@@ -335,9 +337,9 @@ void backward(const Problem& p) {
     std::fill(grad_k, rest, 0.0f);
     for (int64_t block = 0; block < num_blocks(s.num_queries); ++block)
       backward_block<T>(p, s, head, block, keys, grad_k, grad_v, rest);
-    const int64_t at = (s.first_key * p.num_heads + head) * p.head_dim;
-    write_rows(grad_k, width, s.num_keys, p.head_dim, static_cast<T*>(p.result_k) + at, tokens);
-    write_rows(grad_v, width, s.num_keys, p.head_dim, static_cast<T*>(p.result_v) + at, tokens);
+    const int64_t at = s.first_key * p.result_token + head * p.head_dim;
+    write_rows(grad_k, width, s.num_keys, p.head_dim, static_cast<T*>(p.result_k) + at, p.result_token);
+    write_rows(grad_v, width, s.num_keys, p.head_dim, static_cast<T*>(p.result_v) + at, p.result_token);
   });
 }
 

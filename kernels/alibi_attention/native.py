@@ -29,6 +29,7 @@ import torch
 
 from alibi_attention.capability import Capability
 from alibi_attention.documents import PackedDocuments
+from alibi_attention.packed import empty_gradients
 
 NAME = "native"
 
@@ -115,9 +116,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad_BSHK: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
         tensors |= {"out": tensors["result_q"], "grad_out": grad_BSHK.contiguous()}
-        gradients = {f"result_{name}": torch.empty(tensors[name].shape, dtype=grad_BSHK.dtype) for name in "qkv"}
-        _run("backward", tensors | gradients, ctx.constants)
-        return *gradients.values(), None, None, None
+        gradients = empty_gradients(*(tensors[name] for name in "qkv"))
+        results = dict(zip(("result_q", "result_k", "result_v"), gradients, strict=True))
+        _run("backward", tensors | results, ctx.constants)
+        return *gradients, None, None, None
 
 
 def _with_even_rows(x_BSHK: torch.Tensor, flat: bool) -> torch.Tensor:
@@ -153,6 +155,7 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "grad_out", "result_q", "result_k", "result_v")),
         *((name, ctypes.c_void_p) for name in ("largest", "inverse_sum", "first_block", "slopes", "sequences")),
         *((name, ctypes.c_int64) for name in ("q_token", "q_head", "k_token", "k_head", "v_token", "v_head")),
+        ("result_token", ctypes.c_int64),
         *((name, ctypes.c_int64) for name in ("num_sequences", "num_heads", "head_dim", "total_queries")),
         *((name, ctypes.c_int64) for name in ("total_query_blocks", "query_offset", "num_threads")),
         ("softmax_scale", ctypes.c_float),
@@ -174,6 +177,7 @@ def _run(direction: str, tensors: dict[str, torch.Tensor], constants: dict[str, 
         head_dim=q_BSHK.shape[3],
         total_queries=q_BSHK.shape[0] * q_BSHK.shape[1],
         total_query_blocks=tensors["first_block"].shape[1],
+        result_token=tensors["result_q"].stride(1),
         num_threads=torch.get_num_threads(),
         **fields,
         **constants,

@@ -148,10 +148,12 @@ def _attend_unfused(*qkv: Tensor, backend: str, **arguments: Any) -> Tensor:
     return _ATTENTION(*qkv, backend="unfused", **arguments)
 
 
-def _attend_fused(q: Tensor, k: Tensor, v: Tensor, *, distance_bias: Any, device_type: str, **_: Any) -> Tensor:
+def _attend_fused(q: Tensor, k: Tensor, v: Tensor, *, alibi_slopes: Any, distance_bias: Any, device_type: str,
+                  **_: Any) -> Tensor:  # fmt: skip
     """Stand in for a kernel. A learned bias has none: alibi_attention's sdpa writes a few queries out at a time."""
     if distance_bias is None:
-        return _Fused.apply(q, k, v)
+        ours = alibi_slopes is not None or device_type == "cpu"  # on CUDA others come first where there is no bias
+        return _Fused.apply(q, k, v, ours)
     x_BSHK = tuple(x.float() if device_type == "cuda" else x for x in (q, k, v))
     starts = range(0, q.shape[1], QUERIES_WRITTEN_OUT)
 
@@ -174,15 +176,21 @@ class _Fused(Function):
     """A kernel that keeps its inputs, its output and a few numbers for each query."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ours: bool) -> Tensor:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         rows = [torch.empty(q.shape[:3], device=q.device) for _ in range(ROWS_KEPT)]
         ctx.save_for_backward(q, k, v, out, *rows)
+        # Our kernels write into one tensor if q, k and v are parts of one, as they are unless a method acts on q and k.
+        ctx.in_one = ours and k.storage_offset() > 0
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ctx.saved_tensors[:3])
+        q, *_ = ctx.saved_tensors
+        if ctx.in_one:
+            parts = torch.empty((*q.shape[:2], 3, *q.shape[2:]), dtype=q.dtype, device=q.device)
+            return *parts.unbind(2), None
+        return *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ctx.saved_tensors[:3]), None
 
 
 def _reduce_rows(logits_NV: Tensor, labels_N: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:

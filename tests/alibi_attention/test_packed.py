@@ -44,11 +44,12 @@ def test_gradients_are_those_of_unbind_to_the_bit(backend, cu_seqlens):
 
 
 @ROWS_AND_DOCUMENTS
-def test_triton_writes_into_one_buffer_which_is_not_copied(cu_seqlens):
+@pytest.mark.parametrize("backend", ["triton", "native"])
+def test_the_gradients_are_written_into_one_buffer_which_is_not_copied(backend, cu_seqlens):
     operations = {}
     for split in (split_qkv, lambda x: x.unbind(2)):
         qkv = draw()
-        output = attention(*split(qkv), alibi_slopes=alibi_slopes(3), backend="triton", cu_seqlens=cu_seqlens)
+        output = attention(*split(qkv), alibi_slopes=alibi_slopes(3), backend=backend, cu_seqlens=cu_seqlens)
         with Operations() as seen:
             torch.autograd.grad(output, qkv, torch.ones_like(output))
         operations[split is split_qkv] = seen.names
