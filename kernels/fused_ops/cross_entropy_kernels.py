@@ -1,7 +1,6 @@
 """The Triton kernels of cross entropy: a program reduces one row of logits, or writes the gradient of one.
 
-The logits are read once each way. Eager operations pass over them eight times forward and eleven times backward, many
-of them in fp32.
+The logits are read once each way. Eager operations pass over them again and again, mostly over copies in fp32.
 """
 
 from __future__ import annotations
