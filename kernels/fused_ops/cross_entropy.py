@@ -33,7 +33,7 @@ def reduce_rows(
     num_rows, padded_columns = logits_NV.shape
     largest_N, sum_N, label_logit_N = (torch.empty(num_rows, device=logits_NV.device) for _ in range(3))
     with torch.cuda.device_of(logits_NV):  # Triton launches on the current device
-        kernels.reduce_rows_kernel[(num_rows,)](
+        kernels.cross_entropy_reduce_kernel[(num_rows,)](
             logits_NV, labels_N, largest_N, sum_N, label_logit_N, logits_NV.stride(0), padded_columns, num_columns,
             first_column, BLOCK=kernels.BLOCK, num_warps=kernels.WARPS,
         )  # fmt: skip
@@ -67,7 +67,7 @@ def find_gradient(
     grad_NV = rows_NV.detach() if overwrite else torch.empty_like(rows_NV, memory_format=torch.contiguous_format)
     num_rows, padded_columns = rows_NV.shape
     with torch.cuda.device_of(rows_NV):
-        kernels.gradient_kernel[(num_rows,)](
+        kernels.cross_entropy_gradient_kernel[(num_rows,)](
             rows_NV, grad_NV, labels_N.contiguous(), largest_N.contiguous(), sum_N.contiguous(),
             grad_loss_N.contiguous(), rows_NV.stride(0), grad_NV.stride(0), padded_columns, num_columns, first_column,
             BLOCK=kernels.BLOCK, num_warps=kernels.WARPS,

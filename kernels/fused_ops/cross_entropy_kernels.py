@@ -20,7 +20,7 @@ NOT_SPECIALIZED = ("num_columns", "first_column")
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def reduce_rows_kernel(
+def cross_entropy_reduce_kernel(
     logits_ptr: tl.tensor, labels_ptr: tl.tensor, max_ptr: tl.tensor, sum_ptr: tl.tensor, label_logit_ptr: tl.tensor,
     row_stride: int, padded_columns: int, num_columns: int, first_column: int, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -49,7 +49,7 @@ def reduce_rows_kernel(
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def gradient_kernel(
+def cross_entropy_gradient_kernel(
     logits_ptr: tl.tensor, grad_ptr: tl.tensor, labels_ptr: tl.tensor, max_ptr: tl.tensor, sum_ptr: tl.tensor,
     grad_loss_ptr: tl.tensor, row_stride: int, grad_row_stride: int, padded_columns: int, num_columns: int,
     first_column: int, BLOCK: tl.constexpr,

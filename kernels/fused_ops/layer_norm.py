@@ -62,7 +62,7 @@ class _AddLayerNorm(Function):
         mean_N, rstd_N = (torch.empty(num_rows, device=x.device) for _ in range(2))
         block, num_warps = kernels.find_block(width)
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            kernels.forward_kernel[(num_rows,)](
+            kernels.layer_norm_forward_kernel[(num_rows,)](
                 rows, y_rows, weight_H, bias_H, total, norm, mean_N, rstd_N, width, epsilon, BLOCK=block,
                 num_warps=num_warps,
             )  # fmt: skip
@@ -80,7 +80,7 @@ class _AddLayerNorm(Function):
         grad_weights_PH = torch.empty(_count_programs(total, num_warps), len(weight_H), device=total.device)
         grad_biases_PH = None if ctx.bias_dtype is None else torch.empty_like(grad_weights_PH)
         with torch.cuda.device_of(total):
-            kernels.backward_kernel[(len(grad_weights_PH),)](
+            kernels.layer_norm_backward_kernel[(len(grad_weights_PH),)](
                 grad_norm.contiguous(), None if grad_total is None else grad_total.contiguous(), total, weight_H,
                 mean_N, rstd_N, grad, grad_weights_PH, grad_biases_PH, len(mean_N), len(weight_H), BLOCK=block,
                 num_warps=num_warps,

@@ -26,7 +26,7 @@ def find_block(width: int) -> tuple[int, int]:
 
 
 @triton.jit
-def forward_kernel(
+def layer_norm_forward_kernel(
     x_ptr: tl.tensor, y_ptr: tl.tensor, weight_ptr: tl.tensor, bias_ptr: tl.tensor, total_ptr: tl.tensor,
     norm_ptr: tl.tensor, mean_ptr: tl.tensor, rstd_ptr: tl.tensor, width: int, epsilon: float, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -52,7 +52,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def backward_kernel(
+def layer_norm_backward_kernel(
     grad_norm_ptr: tl.tensor, grad_total_ptr: tl.tensor, total_ptr: tl.tensor, weight_ptr: tl.tensor,
     mean_ptr: tl.tensor, rstd_ptr: tl.tensor, grad_ptr: tl.tensor, grad_weights_ptr: tl.tensor,
     grad_biases_ptr: tl.tensor, num_rows: int, width: int, BLOCK: tl.constexpr,

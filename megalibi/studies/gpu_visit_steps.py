@@ -12,7 +12,7 @@ from megalibi.data.token_file import TokenFileWriter
 from megalibi.files import make_folder
 from megalibi.studies.gpu_visit import Step
 
-CONFIG_1_3B = "configs/gpt_1.3b_alibi_1024.yaml"
+CONFIG_1_3B = "configs/gpt_1.3b_alibi_2048_1gpu.yaml"
 CONFIG_RESUME = "configs/books_24m_alibi.yaml"
 CONFIG_EXTRAPOLATION = "configs/extrapolation_small.yaml"
 EXTRAPOLATION_FROM_SECONDS = 3600.0
@@ -170,8 +170,6 @@ def _model_overrides(setup: Setup) -> tuple[str, ...]:
     ours = [
         f"data.train={setup.data}",
         "data.valid=[]",
-        "parallel.tensor_parallel_size=1",
-        "model.recompute=none",
         "checkpoint.every_steps=0",
         "optimizer.warmup_steps=2",
         f"train.output_dir={setup.scratch / 'run'}",
@@ -259,7 +257,7 @@ def _plan(setup: Setup) -> Step:
 
 
 def _resume(setup: Setup) -> Step:
-    small = [f"data.train={setup.data}", "data.valid=[]", "data.tokenizer=null"]
+    small = [f"data.train={setup.data}", "data.valid=[]", "data.tokenizer=null", "train.deterministic=true"]
     if setup.is_toy:
         small += ["model.num_layers=1", "model.hidden_size=32", "model.num_attention_heads=2"]
         small += ["model.ffn_hidden_size=64", f"model.vocab_size={TOY_VOCAB_SIZE}", "data.seq_length=32"]

@@ -28,7 +28,7 @@ _BY_NAME = (
     (CROSS_ENTROPY, r"cross_?entropy"),
     (LAYER_NORM, r"layer_?norm|GammaBeta"),
     (GELU, r"gelu"),
-    (ATTENTION, r"flash_|fmha|scaled_dot_product|attention|^(query_gradient|key_gradient|key_norms)_kernel"),
+    (ATTENTION, r"flash_|fmha|scaled_dot_product|attention|^(forward|query_gradient|key_gradient|key_norms)_kernel"),
     (MATMUL, r"nvjet|gemm|cublas|cutlass|^aten::(mm|addmm|bmm)$|mkldnn_linear"),
     (OPTIMIZER, r"FusedOptimizer|_fused_adam|FusedAdam"),
 )
@@ -40,8 +40,6 @@ _BY_PATH = (
     (OPTIMIZER, rf"^Optimizer\.|{STEP_RANGE}"),
     (MATMUL, r"aten::linear|LinearBackward|MmBackward|_LinearInTensorGroup"),
 )
-# Where nothing is known but a name that others may have too.
-_AT_LAST = ((ATTENTION, r"^forward_kernel"),)
 _AUTOGRAD_NODE = "autograd::engine::evaluate_function"
 _ADDITIONS = ("aten::add", "aten::add_")
 
@@ -67,9 +65,6 @@ def find_part(name: str, path: Sequence[str] = ()) -> str:
             return part
     if operation in _ADDITIONS:
         return RESIDUAL
-    part = _match(_AT_LAST, name)
-    if part is not None:
-        return part
     in_backward = BACKWARD_RANGE in path and not any(place.startswith(_AUTOGRAD_NODE) for place in (name, *path))
     return ACCUMULATION if in_backward else OTHER  # what DeepSpeed does with the gradients when all are there
 

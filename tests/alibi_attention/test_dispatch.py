@@ -13,7 +13,7 @@ ORDER = ["native", "triton", "flash", "folded", "sdpa", "reference", "unfused"]
 
 
 def test_the_package_exports_its_promises():
-    functions = {"alibi_slopes", "attention", "backends", "local_slopes", "resolve_backend"}
+    functions = {"alibi_slopes", "attention", "backends", "local_slopes", "resolve_backend", "split_qkv"}
     assert set(alibi_attention.__all__) == {"PackedDocuments", *functions}
 
 

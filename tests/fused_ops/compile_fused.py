@@ -78,9 +78,9 @@ def find_loads(ptx):
 
 def list_jobs():
     kernels = [
-        ("reduce rows", cross_entropy_kernels.reduce_rows_kernel, cross_entropy_kernels.WARPS,
+        ("reduce rows", cross_entropy_kernels.cross_entropy_reduce_kernel, cross_entropy_kernels.WARPS,
          {"BLOCK": cross_entropy_kernels.BLOCK}),
-        ("gradient of rows", cross_entropy_kernels.gradient_kernel, cross_entropy_kernels.WARPS,
+        ("gradient of rows", cross_entropy_kernels.cross_entropy_gradient_kernel, cross_entropy_kernels.WARPS,
          {"BLOCK": cross_entropy_kernels.BLOCK}),
     ]  # fmt: skip
     for width, all_given in itertools.product(WIDTHS, (True, False)):
@@ -91,8 +91,8 @@ def list_jobs():
             backward |= {"grad_total_ptr": None, "grad_biases_ptr": None}
         what = f"of layer norm, width {width}, {'all' if all_given else 'least'} given"
         kernels += [
-            (f"forward {what}", layer_norm_kernels.forward_kernel, num_warps, forward),
-            (f"backward {what}", layer_norm_kernels.backward_kernel, num_warps, backward),
+            (f"forward {what}", layer_norm_kernels.layer_norm_forward_kernel, num_warps, forward),
+            (f"backward {what}", layer_norm_kernels.layer_norm_backward_kernel, num_warps, backward),
         ]
     return [(*kernel, dtype, arch) for kernel in kernels for dtype in DTYPES for arch in ARCHITECTURES]
 

@@ -56,8 +56,8 @@ CASES = [
     (OPTIMIZER, COPY, ["aten::copy_", "aten::to", STEP_RANGE]),
     (OPTIMIZER, ADD, ["aten::add_", "Optimizer.step#AdamW.step", STEP_RANGE]),
     (ATTENTION, "forward_kernel", ["_Attention", FORWARD_RANGE]),
-    (LAYER_NORM, "forward_kernel", ["_AddLayerNorm", FORWARD_RANGE]),
-    (CROSS_ENTROPY, "gradient_kernel", ["_FusedCrossEntropyBackward", f"{NODE}_FusedCrossEntropyBackward"]),
+    (LAYER_NORM, "layer_norm_forward_kernel", []),
+    (CROSS_ENTROPY, "cross_entropy_gradient_kernel", []),
     (ATTENTION, COPY, ["aten::contiguous", "_Attention", FORWARD_RANGE]),
     (OTHER, COPY, ["aten::cat", "aten::stack", "UnbindBackward0", f"{NODE}UnbindBackward0", BACKWARD_RANGE]),
     # A CPU's operations.
