@@ -136,45 +136,27 @@ def describe_fit(plan: RunPlan, gpu: Gpu) -> list[str]:
 
 def describe_parts(roofline: Roofline) -> Table:
     """Return the estimate by part as a table."""
-    heads = ("GB", "TFLOP", "ms, estimate", "bound by", "GB in one pass", "ms, estimate")
     table = Table("an estimate, not measured", box=None, pad_edge=False)
-    for head in heads:
+    for head in ("GB", "TFLOP", "ms, estimate", "bound by"):
         table.add_column(head, justify="left" if head == "bound by" else "right")
-    for part in roofline.parts:
-        fused = ("", "")
-        if part.one_pass_bytes != part.bytes:
-            fused = (f"{part.one_pass_bytes / 1e9:,.2f}", f"{part.one_pass_seconds * 1e3:,.2f}")
-        figures = (f"{part.bytes / 1e9:,.2f}", f"{part.flops / 1e12:,.2f}", f"{part.seconds * 1e3:,.2f}")
-        table.add_row(part.name, *figures, part.bound_by, *fused)
-    totals = (sum(part.bytes for part in roofline.parts), sum(part.one_pass_bytes for part in roofline.parts))
-    table.add_row(
-        "in all",
-        f"{totals[0] / 1e9:,.2f}",
-        f"{sum(part.flops for part in roofline.parts) / 1e12:,.2f}",
-        f"{roofline.seconds() * 1e3:,.2f}",
-        "",
-        f"{totals[1] / 1e9:,.2f}",
-        f"{roofline.seconds(one_pass=True) * 1e3:,.2f}",
-    )
+    moved, flops = (sum(getattr(part, name) for part in roofline.parts) for name in ("bytes", "flops"))
+    rows = [(part.name, part.bytes, part.flops, part.seconds, part.bound_by) for part in roofline.parts]
+    for name, size, products, seconds, bound_by in [*rows, ("in all", moved, flops, roofline.seconds, "")]:
+        table.add_row(name, f"{size / 1e9:,.2f}", f"{products / 1e12:,.2f}", f"{seconds * 1e3:,.2f}", bound_by)
     return table
 
 
 def describe_roofline(roofline: Roofline) -> list[str]:
     """Return the lines under the table."""
     rates, gpu = dataclasses.asdict(roofline.rates), roofline.gpu
-    lines = [
+    return [
         "A micro batch of a rank, with its share of the optimizer's step. Nothing overlaps, launches cost nothing.",
         f"Rates: {', '.join(f'{name} {share:g}' for name, share in rates.items())} of {gpu.name}'s "
         f"{gpu.peak_flops_per_second / 1e12:g} TFLOP/s, {gpu.memory_bytes_per_second / 1e12:g} TB/s and "
         f"{gpu.link_bytes_per_second / 1e9:g} GB/s one way ({gpu.source}).",
+        f"estimate: {roofline.tokens_per_second:,.0f} tokens/s of all ranks, MFU {roofline.mfu(causal=True):.1%} with "
+        f"attention counted causally, {roofline.mfu(causal=False):.1%} in full",
     ]
-    for one_pass, words in ((False, "as traced"), (True, "in one pass where there is one")):
-        lines.append(
-            f"estimate, {words}: {roofline.tokens_per_second(one_pass=one_pass):,.0f} tokens/s of all ranks, MFU "
-            f"{roofline.mfu(causal=True, one_pass=one_pass):.1%} with attention counted causally, "
-            f"{roofline.mfu(causal=False, one_pass=one_pass):.1%} in full"
-        )
-    return lines
 
 
 def main() -> None:

@@ -20,16 +20,7 @@ from megalibi.studies.plan import RunPlan
 from megalibi.studies.plan_communication import make_group
 from megalibi.studies.plan_gpus import Gpu
 from megalibi.studies.plan_memory import stand_ins
-from megalibi.studies.work_trace import (
-    ATTENTION,
-    CROSS_ENTROPY,
-    NORM,
-    RESIDUAL,
-    SPLIT,
-    Work,
-    WorkTrace,
-    counting_by_part,
-)
+from megalibi.studies.work_trace import ATTENTION, Work, WorkTrace, counting_by_part
 
 ACCUMULATION, OPTIMIZER, COMMUNICATION = "gradient accumulation", "optimizer", "communication"
 BYTES_OF_ADAMW, BYTES_OF_NESTEROV = 28, 20
@@ -93,10 +84,6 @@ class Part:
     """An estimate."""
     bound_by: str
     """arithmetic, memory or link."""
-    one_pass_bytes: float
-    """What would be read and written if the part were one kernel that reads its inputs once."""
-    one_pass_seconds: float
-    """An estimate with these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,32 +105,31 @@ class Roofline:
     ranks: int
     """Of the job."""
 
-    def seconds(self, *, one_pass: bool = False) -> float:
-        """Return the estimated time of a micro batch."""
-        return sum(part.one_pass_seconds if one_pass else part.seconds for part in self.parts)
+    @property
+    def seconds(self) -> float:
+        """The estimated time of a micro batch."""
+        return sum(part.seconds for part in self.parts)
 
-    def tokens_per_second(self, *, one_pass: bool = False) -> float:
-        """Return the estimated tokens of the whole job."""
-        return self.tokens / self.seconds(one_pass=one_pass)
+    @property
+    def tokens_per_second(self) -> float:
+        """The estimated tokens of the whole job."""
+        return self.tokens / self.seconds
 
-    def mfu(self, *, causal: bool, one_pass: bool = False) -> float:
+    def mfu(self, *, causal: bool) -> float:
         """Return the estimated share of the peak that the model's arithmetic is."""
         flops = self.flops_causal if causal else self.flops_full
-        return flops / self.seconds(one_pass=one_pass) / self.ranks / self.gpu.peak_flops_per_second
+        return flops / self.seconds / self.ranks / self.gpu.peak_flops_per_second
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON has it, the totals beside the parts."""
-        kinds = {"as_traced": False, "in_one_pass": True}
-        totals = {
-            kind: {
-                "seconds": self.seconds(one_pass=one_pass),
-                "tokens_per_second": self.tokens_per_second(one_pass=one_pass),
-                "mfu_causal": self.mfu(causal=True, one_pass=one_pass),
-                "mfu_full": self.mfu(causal=False, one_pass=one_pass),
-            }
-            for kind, one_pass in kinds.items()
+        return {
+            "what": "an estimate, not measured",
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "mfu_causal": self.mfu(causal=True),
+            "mfu_full": self.mfu(causal=False),
+            **dataclasses.asdict(self),
         }
-        return {"what": "an estimate, not measured", **totals, **dataclasses.asdict(self)}
 
 
 def trace_work(config: Config, derived: Derived, *, attention: str = "fused") -> dict[str, Work]:
@@ -196,26 +182,6 @@ def count_after_gradients(config: Config, derived: Derived, parameters: int) -> 
     return {ACCUMULATION: Work(bytes=summed), OPTIMIZER: Work(bytes=step / derived.accumulation_steps)}
 
 
-def find_one_pass_bytes(config: Config, derived: Derived, parts: dict[str, Work]) -> dict[str, float]:
-    """Return the bytes of the parts that one kernel could do in one pass over its inputs.
-
-    Cross entropy reads the logits and, backward, reads and writes them. A residual add with the layer norm after it
-    reads two tensors and writes two, and backward reads three and writes one. The gradients of q, k and v are written
-    into one tensor by attention itself. Left as they are: dropout, adaptive softmax.
-    """
-    model = config.model
-    if model.dropout > 0.0 or model.adaptive_cutoffs:
-        return {}
-    element = DTYPES[config.train.precision].itemsize
-    tensor = config.parallel.tensor_parallel_size
-    tokens = config.train.micro_batch_size * config.data.seq_length
-    logits = tokens * derived.padded_vocab_size // tensor * element
-    stream = tokens * model.hidden_size * element // (tensor if config.parallel.sequence_parallel else 1)
-    passes = 4 + 4 * (2 if model.recompute == "full" else 1)
-    one_pass = {CROSS_ENTROPY: 3 * logits, NORM: 2 * model.num_layers * passes * stream, RESIDUAL: 0, SPLIT: 0}
-    return {name: float(size) for name, size in one_pass.items() if name in parts}
-
-
 def check_estimate(config: Config, gpu: Gpu | None) -> None:
     """Find out whether there is anything to estimate with.
 
@@ -243,14 +209,12 @@ def estimate(config: Config, plan: RunPlan, gpu: Gpu, rates: Rates) -> Roofline:
     check_estimate(config, gpu)
     derived = derive(config, plan.ranks)
     work = trace_work(config, derived, attention=plan.attention)
-    one_pass = find_one_pass_bytes(config, derived, work)
     work |= count_after_gradients(config, derived, plan.parameters_per_rank)
-    parts = [_time(name, done, one_pass.get(name, done.bytes), gpu, rates) for name, done in work.items()]
+    parts = [_time(name, done, gpu, rates) for name, done in work.items()]
     if plan.sent_bytes:
         sent = sum(plan.sent_bytes.values()) / derived.accumulation_steps
         seconds = sent / (rates.link * gpu.link_bytes_per_second)
-        parts.append(Part(name=COMMUNICATION, flops=0.0, bytes=sent, seconds=seconds, bound_by="link",
-                          one_pass_bytes=sent, one_pass_seconds=seconds))  # fmt: skip
+        parts.append(Part(name=COMMUNICATION, flops=0.0, bytes=sent, seconds=seconds, bound_by="link"))
     tokens = config.train.micro_batch_size * config.data.seq_length * derived.data_parallel_size
     causal, full = (model_flops_per_token(config.model, config.data.seq_length, causal=c) for c in (True, False))
     return Roofline(
@@ -264,16 +228,14 @@ def estimate(config: Config, plan: RunPlan, gpu: Gpu, rates: Rates) -> Roofline:
     )
 
 
-def _time(name: str, work: Work, one_pass_bytes: float, gpu: Gpu, rates: Rates) -> Part:
+def _time(name: str, work: Work, gpu: Gpu, rates: Rates) -> Part:
     share = rates.attention if name == ATTENTION else rates.matmul
     computing = work.flops / (share * gpu.peak_flops_per_second)
-    bandwidth = rates.memory * gpu.memory_bytes_per_second
+    moving = work.bytes / (rates.memory * gpu.memory_bytes_per_second)
     return Part(
         name=name,
         flops=work.flops,
         bytes=work.bytes,
-        seconds=max(computing, work.bytes / bandwidth),
-        bound_by="arithmetic" if computing >= work.bytes / bandwidth else "memory",
-        one_pass_bytes=one_pass_bytes,
-        one_pass_seconds=max(computing, one_pass_bytes / bandwidth),
+        seconds=max(computing, moving),
+        bound_by="arithmetic" if computing >= moving else "memory",
     )

@@ -1,8 +1,9 @@
-"""How much a micro batch computes and moves, by part of the model: every operation on the meta device is counted.
+"""How much a micro batch computes and moves on CUDA, by part of the model, counted on the meta device.
 
 An operation's bytes are those of the tensors that it reads and writes, each once: what a kernel reads again from a
 cache is not counted. Its part is that of the module that runs it; in the backward pass that of the module whose
-forward pass made the autograd node, which remembers it.
+forward pass made the autograd node, which remembers it. Of the kernels of alibi_attention and fused_ops the meta device
+sees nothing: stand-ins count the same tensors.
 """
 
 from __future__ import annotations
@@ -11,21 +12,25 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from megalibi.model import GPT
 from megalibi.model import attention as model_attention
+from megalibi.model import block as model_block
 from megalibi.model.attention import SelfAttention
 from megalibi.model.block import MLP, Block, LayerNorm
+from megalibi.parallel import cross_entropy as parallel_cross_entropy
 
 QKV, PROJECTION, UP, DOWN, LOGITS = "qkv", "projection", "up", "down", "logits"
 ATTENTION, SCORE_PRODUCTS, SCORES = "attention", "products of scores", "scores, softmax"
-SPLIT, CROSS_ENTROPY, NORM, ACTIVATION = "split of q, k, v", "cross entropy", "layer norm", "activation"
+SPLIT, CROSS_ENTROPY, NORM, ACTIVATION = "split, rotary", "cross entropy", "layer norm", "activation"
 RESIDUAL, EMBEDDING, BIASES, OTHER = "residual add", "embedding", "biases, casts", "other"
 PARTS = {
     "qkv": (QKV, BIASES),
@@ -44,6 +49,9 @@ PARTS = {
 """By scope: the part of its matrix products, and of all else."""
 PRODUCTS = (QKV, PROJECTION, UP, DOWN, LOGITS, SCORE_PRODUCTS)
 """The parts that are matrix products."""
+
+WIDEST_FUSED_NORM = 8192
+"""Of a wider one fused_ops has no kernel. Tests hold it to theirs."""
 
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
@@ -89,7 +97,8 @@ class WorkTrace(TorchDispatchMode):
         if len(self._scopes) > 1 or node is None:
             return self._scopes[-1]
         scope: str = node.metadata.get(_SCOPE, "outside")
-        # The residual stream's gradient comes from two sides; autograd adds them up when the norm's is there.
+        # The residual stream's gradient comes from two sides; where no kernel of the norm has added them up, autograd
+        # does when the norm's is there.
         is_sum = function.overloadpacket in (_aten.add, _aten.add_)
         return "block" if scope == "norm" and is_sum else scope
 
@@ -98,6 +107,10 @@ class WorkTrace(TorchDispatchMode):
         work = self.parts.setdefault(part, Work())
         work.flops += flops
         work.bytes += moved
+
+    def add_kernel(self, part: str, *tensors: Tensor | None) -> None:
+        """Add a kernel that reads or writes each of the tensors once; those that are None it has not."""
+        self.add(part, 0.0, float(sum(_size(tensor) for tensor in tensors if tensor is not None)))
 
     def enter(self, scope: str, inputs: Any) -> None:
         """Begin a scope; what made its inputs belongs to the one around it."""
@@ -165,22 +178,28 @@ def _size(tensor: Tensor) -> int:
 
 @contextmanager
 def counting_by_part(trace: WorkTrace, model: GPT, *, kernel: bool) -> Iterator[None]:
-    """Tell the trace, through hooks, which part of the model runs.
+    """Tell the trace, through hooks, which part of the model runs, and through stand-ins, what fused kernels do.
 
     Args:
         trace: It counts; enter it inside.
         model: It gets hooks, and loses them at the end.
-        kernel: Attention is a fused kernel, of which the meta device sees nothing: it is counted by count_kernel.
+        kernel: Attention is a fused kernel, which is counted by count_kernel.
     """
+    stand_ins = [
+        (model_attention, "attention", _counted(model_attention.attention, trace, kernel)),
+        (model_block, "can_fuse_layer_norm", lambda x: x.shape[-1] <= WIDEST_FUSED_NORM),
+        (model_block, "add_layer_norm", lambda *tensors_epsilon: _AddLayerNorm.apply(trace, *tensors_epsilon[:-1])),
+        *((parallel_cross_entropy, name, _counted_rows(getattr(parallel_cross_entropy, name), trace))
+          for name in ("reduce_rows", "find_gradient")),
+    ]  # fmt: skip
     with ExitStack() as stack:
         for module, scope in _scopes_of(model):
             before = module.register_forward_pre_hook(lambda _, inputs, scope=scope: trace.enter(scope, inputs))
             after = module.register_forward_hook(lambda _, inputs, outputs: trace.leave(outputs))
             stack.callback(before.remove)
             stack.callback(after.remove)
-        attend = model_attention.attention
-        stack.callback(setattr, model_attention, "attention", attend)
-        setattr(model_attention, "attention", _counted(attend, trace, kernel))  # noqa: B010 - it is a stand-in
+        for place, name, stand_in in stand_ins:
+            stack.enter_context(patch.object(place, name, stand_in))
         yield
 
 
@@ -229,3 +248,44 @@ def count_kernel(q_BSAK: Tensor) -> tuple[Work, Work]:
     product = 2.0 * batch * heads * head_dim * length * (length + 1) / 2
     tensor, rows = q_BSAK.numel() * q_BSAK.element_size(), 4 * batch * length * heads
     return Work(2 * product, 4 * tensor + rows), Work(5 * product, 8 * tensor + rows)
+
+
+def _counted_rows(kernel: Callable[..., Any], trace: WorkTrace) -> Callable[..., Any]:
+    """Return a kernel of the cross entropy, of which plan_memory.py has the form alone, that is counted."""
+
+    def counted(*tensors: Tensor, **arguments: Any) -> Any:
+        made = kernel(*tensors, **arguments)
+        trace.add_kernel(CROSS_ENTROPY, *tensors, *_tensors_in(made))
+        return made
+
+    return counted
+
+
+class _AddLayerNorm(Function):
+    """Stands in for add_layer_norm of fused_ops, and counts its two kernels.
+
+    Not counted are the partial sums of the weight's gradient, a few hundred rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, trace: WorkTrace, x_BSH: Tensor, y_BSH: Tensor | None, weight_H: Tensor, bias_H: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.trace, ctx.has_y, ctx.has_bias = trace, y_BSH is not None, bias_H is not None
+        total_BSH = x_BSH if y_BSH is None else torch.empty_like(x_BSH)
+        norm_BSH = torch.empty_like(x_BSH)
+        mean_BS, rstd_BS = (torch.empty(x_BSH.shape[:-1], device=x_BSH.device) for _ in range(2))
+        sums = () if y_BSH is None else (y_BSH, total_BSH)
+        trace.add_kernel(NORM, x_BSH, *sums, norm_BSH, weight_H, bias_H, mean_BS, rstd_BS)
+        ctx.save_for_backward(total_BSH, weight_H, mean_BS, rstd_BS)
+        return total_BSH, norm_BSH
+
+    @staticmethod
+    def backward(ctx: Any, grad_total_BSH: Tensor | None, grad_norm_BSH: Tensor) -> tuple[Tensor | None, ...]:
+        total_BSH, weight_H, *_ = ctx.saved_tensors
+        grad_BSH, grad_weight_H = torch.empty_like(total_BSH), torch.empty_like(weight_H)
+        grad_bias_H = torch.empty_like(weight_H) if ctx.has_bias else None
+        made = (grad_BSH, grad_weight_H, grad_bias_H)
+        ctx.trace.add_kernel(NORM, grad_total_BSH, grad_norm_BSH, *ctx.saved_tensors, *made)
+        return None, grad_BSH, grad_BSH if ctx.has_y else None, grad_weight_H, grad_bias_H

@@ -8,13 +8,14 @@ import torch
 from megalibi.config import Config, derive
 from megalibi.model import model_flops_per_token, recomputed_flops_per_token
 from megalibi.studies.roofline import trace_work
-from megalibi.studies.work_trace import PRODUCTS, Work, WorkTrace, count_kernel
+from megalibi.studies.work_trace import PRODUCTS, WIDEST_FUSED_NORM, Work, WorkTrace, count_kernel
 from tests.studies.steps import make_config
 
 LAYERS, HIDDEN, FFN, VOCABULARY, HEADS = 2, 256, 1024, 2048, 8  # of make_config
 BATCH, LENGTH = 2, 96
 TOKENS = BATCH * LENGTH
 BF16, FP32 = 2, 4
+STREAM = TOKENS * HIDDEN * BF16
 NUMBERS_OF_A_TOKEN = 400
 """Bytes that the cross entropy moves for a token beside the logits: maxima, sums, labels, masks."""
 
@@ -43,20 +44,51 @@ def test_products_of_the_blocks_by_hand() -> None:
     assert (parts["logits"].flops, parts["logits"].bytes) == product(TOKENS, HIDDEN, VOCABULARY)
 
 
-def test_what_moves_memory_by_hand() -> None:
-    parts = work_of(config())
-    stream = TOKENS * HIDDEN * BF16
-    weights, statistics = HIDDEN * BF16, 2 * TOKENS * FP32
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_norms_and_residual_adds_by_hand(bias: bool, recompute: str) -> None:
+    parts = work_of(config(model={"bias": bias, "recompute": recompute}))
+    again = 2 if recompute == "full" else 1
+    beside = (2 if bias else 1) * HIDDEN * BF16 + 2 * TOKENS * FP32  # weights, and a mean and a deviation of each token
+    # Before attention: read and written; the gradients of norm and stream and the norm's input read, one written.
+    before_attention = again * (2 * STREAM + beside) + 4 * STREAM
+    # Before the feed-forward layer the sum too: both summands read, it and the norm written.
+    before_mlp = again * (4 * STREAM + beside) + 4 * STREAM
+    last = 2 * STREAM + beside + 3 * STREAM  # it has no stream beside it, and is not computed again
+    gradients = (2 * LAYERS + 1) * (beside + HIDDEN * BF16)  # of the weights; a gradient of the biases for the biases
+    assert parts["layer norm"] == Work(0.0, LAYERS * (before_attention + before_mlp) + last + gradients)
+    assert parts["residual add"] == Work(0.0, LAYERS * again * 3 * STREAM)  # at the end of a block
+
+
+def test_norms_too_wide_for_the_kernels_by_hand() -> None:
+    pytest.importorskip("triton", reason="the kernels' limit stands beside them")
+    from fused_ops.layer_norm_kernels import MAX_WIDTH
+
+    assert WIDEST_FUSED_NORM == MAX_WIDTH
+    width = MAX_WIDTH + HEADS
+    assert set(work_of(config(model={"hidden_size": MAX_WIDTH}))) == set(work_of(config()))
+    parts = work_of(config(model={"hidden_size": width}))
+    stream, weights, statistics = TOKENS * width * BF16, width * BF16, 2 * TOKENS * FP32
     norm = (2 * stream + weights + statistics) + (3 * stream + 2 * weights + statistics)  # forward, backward
-    assert parts["layer norm"] == Work(0.0, (2 * LAYERS + 1) * norm)
-    assert parts["residual add"] == Work(0.0, LAYERS * 2 * (3 + 3) * stream)
+    # Within the norm before the feed-forward layer the sum forward; autograd adds the gradients up, twice a layer.
+    assert parts["layer norm"] == Work(0.0, (2 * LAYERS + 1) * norm + LAYERS * 3 * stream)
+    assert parts["residual add"] == Work(0.0, LAYERS * (1 + 2) * 3 * stream)
+
+
+def test_what_else_moves_memory_by_hand() -> None:
+    parts = work_of(config())
     assert parts["activation"] == Work(0.0, LAYERS * (2 + 3) * TOKENS * FFN * BF16)
-    assert parts["split of q, k, v"] == Work(0.0, LAYERS * (3 + 3) * stream)
-    # In bf16 the logits are one unit and what is made of them in fp32 two. Forward: the maximum 1, the difference 3,
-    # its exponential 4, the sum 2; backward: the difference 3, the exponential 4, the factor 4, the cast 3.
-    logits = TOKENS * VOCABULARY * BF16
-    beside = parts["cross entropy"].bytes - (1 + 3 + 4 + 2 + 3 + 4 + 4 + 3) * logits
+    logits = TOKENS * VOCABULARY * BF16  # read; then read and written
+    beside = parts["cross entropy"].bytes - (1 + 2) * logits
     assert 0 < beside < NUMBERS_OF_A_TOKEN * TOKENS
+
+
+def test_gradients_of_q_k_and_v_are_put_together_unless_attention_has() -> None:
+    assert "split, rotary" not in work_of(config())  # our kernels write them into one tensor
+    others = config(model={"position_method": "sinusoidal"})
+    assert work_of(others)["split, rotary"] == Work(0.0, LAYERS * (3 + 3) * STREAM)
+    unfused = work_of(others, attention="unfused")["split, rotary"]
+    assert unfused == Work(0.0, LAYERS * (3 + 3 + 2) * STREAM)  # its output is made dense too
 
 
 def test_a_fused_kernel_by_hand() -> None:
@@ -120,7 +152,7 @@ def test_no_work_is_lost_between_the_parts(model: dict[str, object], monkeypatch
     parts = work_of(run)
     monkeypatch.setattr(WorkTrace, "_scope_of", lambda *_: "outside")
     whole = work_of(run)
-    assert set(whole) <= {"other", "attention"}
+    assert set(whole) == {"other", "layer norm", "cross entropy"} | ({"attention"} & set(parts))  # kernels have parts
     for name in ("flops", "bytes"):
         totals = [sum(getattr(work, name) for work in part.values()) for part in (parts, whole)]
         assert totals[0] == pytest.approx(totals[1], rel=1e-12)
