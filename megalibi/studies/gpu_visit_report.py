@@ -169,9 +169,9 @@ def _parts(found: Findings) -> Iterator[str]:
     yield from format_table(heads, [row for row in rows if row[1] != "0.00"])
     yield ""
     yield (
-        f"A step of {span:,.1f} ms under the profiler{_without_profiler(profile)}. TFLOP and GB are counted by "
-        "formulas, not measured: what the part must compute, attention causally, and must read and write if each "
-        "tensor passes once each way (megalibi/studies/step_parts.py). At the ceilings: the longer of the two at the "
+        f"A step of {span:,.1f} ms under the profiler{_without_profiler(profile)}. TFLOP and GB are counted, not "
+        "measured: what the model's own code computes, attention causally, and reads and writes, on the meta device "
+        "(megalibi/studies/work_trace.py). At the ceilings: the longer of the two at the "
         "rates that this machine reached in large bf16 matrix products and in copies. Parts far from their ceiling "
         "have something to gain."
     )
@@ -183,7 +183,7 @@ def _without_profiler(profile: Mapping[str, Any]) -> str:
 
 
 def _part_row(part: str, milliseconds: float, span: float, work: Mapping[str, float], found: Findings) -> list[str]:
-    flops, moved = work.get("flops", 0.0), work.get("moved_bytes", 0.0)
+    flops, moved = work.get("flops", 0.0), work.get("bytes", 0.0)
     matmul, copy = found.ceiling(SQUARE), found.ceiling(COPY)
     row = [part, f"{milliseconds:.2f}", f"{milliseconds / span:.1%}"]
     row += [f"{flops / 1e12:.3g}" if flops else _NONE, f"{moved / 1e9:.3g}" if moved else _NONE]

@@ -1,4 +1,4 @@
-"""The parts of a training step: which part a kernel belongs to, and what each part has to compute and to move.
+"""The parts of a training step, and which of them a kernel belongs to.
 
 A kernel is known by its name, or by what was running on the host when it was launched: an operation of PyTorch, a node
 of autograd, the step of the optimizer.
@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-from megalibi.config import Config, Derived
-from megalibi.model import count_parameters, model_flops_per_token
 
 MATMUL, ATTENTION, CROSS_ENTROPY, LAYER_NORM = "matmul", "attention", "cross entropy", "layer norm"
 GELU, RESIDUAL, OPTIMIZER = "GELU", "residual", "optimizer"
@@ -71,51 +67,3 @@ def find_part(name: str, path: Sequence[str] = ()) -> str:
 
 def _match(rules: Sequence[tuple[str, str]], name: str) -> str | None:
     return next((part for part, pattern in rules if re.search(pattern, name, re.IGNORECASE)), None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What a part of an optimizer step has to do on one rank, at the least."""
-
-    flops: float = 0.0
-    """In matrix products; attention's as the causal mask leaves them."""
-    moved_bytes: float = 0.0
-    """Read and written if every tensor passes once each way; 0 of matrix products, which are bound otherwise."""
-
-
-def count_work(config: Config, derived: Derived) -> dict[str, Work]:
-    """Return the work of each part that has some, on each rank of a run; recomputation is not counted.
-
-    A lower bound by formulas, for a step whose kernels do each thing in one pass. h hidden size, f feed-forward size, L
-    layers, V padded vocabulary, T tokens of a rank, P parameters of a rank, b bytes of an activation:
-
-    - layer norm: 2 T h b forward, 3 T h b backward, 2 L + 1 times
-    - residual: 3 T h b each way, 2 L times; GELU: 2 T f b and 3 T f b, L times
-    - cross entropy: T V b forward, 2 T V b backward; attention: 4 T h b and 8 T h b, L times
-    - gradient accumulation, of each micro batch: the gradient read, its fp32 sum read and written
-    - optimizer: fp32 weight and both moments read and written, gradient read, weight in 16 bits written; ZeRO cuts it
-
-    Args:
-        config: The run.
-        derived: What follows from it.
-    """
-    model, length, ranks = config.model, config.data.seq_length, config.parallel.tensor_parallel_size
-    tokens = derived.batch_tokens / derived.data_parallel_size
-    size = 4 if config.train.precision == "fp32" else 2
-    parameters = count_parameters(model, derived.padded_vocab_size) / ranks
-    layers, stream = model.num_layers, tokens * model.hidden_size * size
-    # Attention is proportional to the keys, the other products do not depend on them.
-    causal = model_flops_per_token(model, length, causal=True)
-    of_one_key = model_flops_per_token(model, 1, causal=False) - model_flops_per_token(model, 0, causal=False)
-    attention = of_one_key * (length + 1) / 2
-    shared = derived.data_parallel_size if config.zero.stage > 0 else 1
-    return {
-        MATMUL: Work(flops=tokens * (causal - attention) / ranks),
-        ATTENTION: Work(flops=tokens * attention / ranks, moved_bytes=12 * stream * layers / ranks),
-        CROSS_ENTROPY: Work(moved_bytes=3 * tokens * derived.padded_vocab_size * size / ranks),
-        LAYER_NORM: Work(moved_bytes=5 * stream * (2 * layers + 1)),
-        GELU: Work(moved_bytes=5 * tokens * model.ffn_hidden_size * size * layers / ranks),
-        RESIDUAL: Work(moved_bytes=6 * stream * 2 * layers),
-        ACCUMULATION: Work(moved_bytes=(size + 8) * parameters * derived.accumulation_steps),
-        OPTIMIZER: Work(moved_bytes=(28 + size % 4) * parameters / shared),
-    }

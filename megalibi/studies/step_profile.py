@@ -12,16 +12,38 @@ from typing import Any
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megalibi.config import config_to_dict
+from megalibi.config import Config, Derived, config_to_dict
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import train_step
 from megalibi.job import Job, open_loader
+from megalibi.model import count_parameters
 from megalibi.report.record import describe_run, write_json
-from megalibi.studies.step_parts import BACKWARD_RANGE, FORWARD_RANGE, PARTS, STEP_RANGE, count_work, find_part
+from megalibi.studies import work_trace
+from megalibi.studies.roofline import count_after_gradients, trace_work
+from megalibi.studies.step_parts import (
+    ATTENTION,
+    BACKWARD_RANGE,
+    FORWARD_RANGE,
+    GELU,
+    MATMUL,
+    OTHER,
+    PARTS,
+    RESIDUAL,
+    STEP_RANGE,
+    find_part,
+)
+from megalibi.studies.work_trace import Work
 
 _MAX_NAME = 160
 """Characters of a kernel's name that are kept: templates have thousands."""
 _LEARNING_RATE = 1e-4
+_PART_OF_WORK = {
+    **dict.fromkeys(work_trace.PRODUCTS, MATMUL),
+    work_trace.SCORES: ATTENTION,
+    work_trace.ACTIVATION: GELU,
+    work_trace.RESIDUAL: RESIDUAL,
+}
+"""Where a count of work has other names than a profile."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,24 @@ def profile_step(job: Job, output: Path) -> None:
         "ranks": job.groups.world.size,
     }
     write_json({**described, **describe_run(str(device), ("torch", "triton", "deepspeed", "flash-attn"))}, output)
+
+
+def count_work(config: Config, derived: Derived) -> dict[str, Work]:
+    """Return what each part of an optimizer step computes and moves on a rank, as on CUDA: counted, not measured.
+
+    Args:
+        config: The run.
+        derived: What follows from it.
+    """
+    parameters = count_parameters(config.model, derived.padded_vocab_size) // config.parallel.tensor_parallel_size
+    micro_batch = trace_work(config, derived) | count_after_gradients(config, derived, parameters)
+    work: dict[str, Work] = {}
+    for name, done in micro_batch.items():
+        part = _PART_OF_WORK.get(name, name)
+        of_part = work.setdefault(part if part in PARTS else OTHER, Work())
+        of_part.flops += done.flops * derived.accumulation_steps
+        of_part.bytes += done.bytes * derived.accumulation_steps
+    return work
 
 
 def summarize(slices: Iterable[Slice], span: float, busy: float | None = None) -> dict[str, Any]:
