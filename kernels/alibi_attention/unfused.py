@@ -2,7 +2,8 @@
 
 What the paper's code computed (fairseq's multi-head attention: both products in 16 bits, the softmax in fp32 and its
 weights back in 16 bits), but for the bias, which is fp32 here as everywhere. It is what fused attention is compared
-with, for time and memory; for exact numbers there is reference.py.
+with, for time and memory; for exact numbers there is reference.py. The bias is formed anew in each call, where
+fairseq's model keeps it: that costs ALiBi some time here that it did not cost there.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries, T keys.
 """

@@ -23,7 +23,7 @@ _wanted: bool | None = None
 
 
 def can_fuse(x: torch.Tensor) -> bool:
-    """Return whether the kernels take such a tensor: its device and its type. What is not for them is no fault."""
+    """Return whether the kernels take a tensor of this device and type. If not, the caller computes in PyTorch."""
     if x.dtype not in _DTYPES or _wanted is False:
         return False
     if x.device.type == "cuda":

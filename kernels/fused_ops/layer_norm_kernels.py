@@ -15,7 +15,7 @@ MAX_WIDTH = 8192
 _MIN_WIDTH_OF_WARP = 512
 """16 numbers a thread."""
 WARPS_OF_PROCESSOR = 16
-"""Of the backward pass, on each multiprocessor: by their registers no more fit."""
+"""Of the backward pass, on each multiprocessor: their registers leave no room for more."""
 PROGRAMS_INTERPRETED = 3
 
 
@@ -42,7 +42,8 @@ def layer_norm_forward_kernel(
         total = rounded.to(tl.float32)  # what the backward pass will read
     mean = tl.sum(total, 0) / width
     centered = tl.where(mask, total - mean, 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(centered * centered, 0) / width + epsilon)
+    # Rounded to the nearest: an error here would be in every number of the row.
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(centered * centered, 0) / width + epsilon))
     norm = centered * rstd * tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         norm += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)

@@ -70,6 +70,8 @@ def build_engine(config: Config, derived: Derived, groups: ProcessGroups, device
     if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:
         # Of the whole process: the back ends of attention ask for it too, and choose tiles and algorithms by it.
         torch.use_deterministic_algorithms(config.train.deterministic)
+        # Or each new tensor is filled with NaN first. Nothing of ours reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     check_backend(config.model, device, DTYPES[config.train.precision])
     if config.train.precision == "fp16" and config.zero.stage > 0 and not get_accelerator().is_fp16_supported():
         raise ConfigError(
