@@ -11,6 +11,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from fused_ops.availability import INTERPRETED
 from tests.device import COLLECTIVES, DEVICE, ON_GPU
 from tests.ranks import run_on_ranks
 
@@ -29,24 +30,30 @@ sys.meta_path.insert(0, Missing())
 FOR_A_GPU = (
     "tests/alibi_attention/test_contract.py",
     "tests/alibi_attention/test_every_backend.py",
+    "tests/alibi_attention/test_packed.py",
     "tests/alibi_attention/test_triton.py",
     "tests/engine/test_backends.py",
+    "tests/engine/test_bf16_gradients.py",
     "tests/engine/test_build.py",
+    "tests/engine/test_fused.py",
     "tests/engine/test_step.py",
+    "tests/model/test_fused.py",
     "tests/studies/test_plan_memory.py",
     "tests/test_train.py",
 )
 
 
-def _describe_rank() -> tuple[str, str, bool]:
-    return get_accelerator().device_name(), torch.distributed.get_backend(), torch.cuda.is_available()
+def _describe_rank() -> tuple[str, str, bool, bool]:
+    device, collectives = get_accelerator().device_name(), torch.distributed.get_backend()
+    return device, collectives, torch.cuda.is_available(), INTERPRETED
 
 
 @pytest.mark.gpu
 def test_tests_and_their_ranks_compute_where_they_are_told_to() -> None:
     assert torch.cuda.is_available() == ON_GPU
     assert get_accelerator().device_name() == DEVICE
-    assert run_on_ranks(1, _describe_rank) == [(DEVICE, COLLECTIVES, ON_GPU)]
+    assert (not ON_GPU) == INTERPRETED, "on a GPU Triton compiles: unset TRITON_INTERPRET"
+    assert run_on_ranks(1, _describe_rank) == [(DEVICE, COLLECTIVES, ON_GPU, not ON_GPU)]
 
 
 def test_what_is_for_a_gpu_is_collected_without_the_packages_of_a_developer(tmp_path: Path) -> None:

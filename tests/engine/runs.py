@@ -13,6 +13,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
+from fused_ops import fusing
 from megalibi.config import Config, config_from_dict, derive, learning_rate_at
 from megalibi.data.dataset import open_dataset
 from megalibi.data.identity import DataIdentity
@@ -159,8 +160,12 @@ def clip_in_fp64(parameters: list[nn.Parameter], max_norm: float) -> float:
     return norm.item()
 
 
+@fusing(False)
 def run_plain(config: Config, steps: int, *, mask_labels: bool = False) -> Curve:
-    """Train in this process with nothing but PyTorch: the whole global batch at once, no DeepSpeed, no groups."""
+    """Train in this process with nothing but PyTorch: the whole global batch at once, no DeepSpeed, no groups.
+
+    Cross entropy and layer norms are PyTorch's on a GPU too, where those of a run of ours are kernels.
+    """
     torch.set_num_threads(1)
     with HERE:
         model = GPT(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fused_ops import fusing
 from megalibi.config import Config
+from tests.device import ON_GPU
 from tests.engine.runs import Curve, curve_of, largest_relative_difference, make_config, run_ours
 from tests.ranks import run_on_ranks
 
+RANKS = 1 if ON_GPU else 2
 STEPS = 2
 FP32_RELATIVE_BOUND = 1e-5
 
@@ -16,9 +20,10 @@ def _run(configs: list[Config], fused: bool) -> list[Curve]:
         return [curve_of(results) for results in run_ours(configs, STEPS)]
 
 
+@pytest.mark.gpu
 def test_losses_and_norms_are_those_without_under_zero_1_and_3(prefix: str) -> None:
     few = {"data": {"seq_length": 8}, "train": {"global_batch_size": 4, "micro_batch_size": 1}}  # for the interpreter
     configs = [make_config(prefix, zero={"stage": stage}, **few) for stage in (1, 3)]
-    plain, fused = (run_on_ranks(2, _run, configs, on)[0] for on in (False, True))
+    plain, fused = (run_on_ranks(RANKS, _run, configs, on)[0] for on in (False, True))
     for curve, curve_ref in zip(fused, plain, strict=True):
         assert 0 < largest_relative_difference(curve, curve_ref) < FP32_RELATIVE_BOUND

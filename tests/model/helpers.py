@@ -47,10 +47,11 @@ def random_tokens(batch: int, seq_length: int, seed: int = 0, vocab_size: int = 
 
 def losses_and_grads(gpt: GPT, **inputs: Any) -> dict[str, Tensor]:
     """Losses, and by name the gradients of the full parameters, for a random upstream gradient."""
-    tokens, labels = random_tokens(2, 12)
+    device = next(gpt.parameters()).device
+    tokens, labels = (x.to(device) for x in random_tokens(2, 12))
     losses = gpt(tokens, labels, **inputs)
     upstream = torch.randn(losses.shape, generator=torch.Generator().manual_seed(1))
-    losses.backward(upstream)
+    losses.backward(upstream.to(device))
     grads = {name: _full_grad(parameter, gpt.group).clone() for name, parameter in gpt.named_parameters()}
     return {"losses": losses.detach(), **grads}
 

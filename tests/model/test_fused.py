@@ -26,7 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def _errors(fields: dict[str, Any], parallel: dict[str, Any]) -> dict[str, float]:
     results: list[dict[str, Tensor]] = []
     for fused in (False, True):
-        gpt = build_gpt(make_model(**fields), **parallel)
+        gpt = build_gpt(make_model(**fields), **parallel).to(DEVICE)
         with fusing(fused):
             results.append(losses_and_grads(gpt, micro_batch_key=5))
     plain, with_kernels = results
@@ -46,6 +46,7 @@ def check(errors: dict[str, dict[str, float]]) -> None:
     assert any(error > 0 for by_name in errors.values() for error in by_name.values()), "nothing was fused"
 
 
+@pytest.mark.gpu
 def test_alone() -> None:
     check({name: _errors(fields, {}) for name, fields in MODELS.items()})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from megalibi.studies.memory import MemoryByKind
 from megalibi.studies.plan import plan_memory
 from megalibi.studies.plan_communication import sum_sent_bytes
 from megalibi.studies.plan_memory import TracedStep, trace_step
-from tests.device import ON_GPU
+from tests.device import DEVICE, ON_GPU
 from tests.ranks import run_on_ranks
 from tests.studies.steps import make_config, measure_steps
 
@@ -160,44 +161,35 @@ def test_on_cuda_cross_entropy_makes_nothing_of_the_size_of_the_logits() -> None
     assert 4.0 < (on_cpu - on_cuda) / (4 * 256 * 32_768) <= 6.0
 
 
-ON_CUDA = """
-import os, pickle, sys
-import torch.distributed as dist
-from megalibi.studies.memory import measure_memory
-from tests.studies.steps import build_step
-
-os.environ["LOCAL_RANK"] = "0"
-torch.cuda.set_device(0)
-dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-engine, _, step = build_step(pickle.load(sys.stdin.buffer), torch.device("cuda"))
-step()
-print(pickle.dumps(measure_memory(engine, step, torch.device("cuda"))).hex())
-"""
 CUDA_BOUND = 0.08
 """Relative: the allocator rounds up, and kernels hold memory inside themselves."""
+LARGE_STEP: dict[str, dict[str, Any]] = {
+    "model": {"num_layers": 8, "hidden_size": 1024, "ffn_hidden_size": 4096, "vocab_size": 32_768},
+    "data": {"seq_length": 1024},
+    "zero": {"bucket_elements": 50_000_000},
+    "train": {"micro_batch_size": 4, "global_batch_size": 8},
+}
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not ON_GPU, reason="no GPU: CUDA's allocator is not there")
 @pytest.mark.parametrize(
     ("stage", "backend", "recompute"), [(1, "auto", "none"), (2, "auto", "full"), (0, "unfused", "none")]
 )
-def test_plan_is_what_cudas_allocator_holds(stage: int, backend: str, recompute: str) -> None:
-    model = {"num_layers": 8, "hidden_size": 1024, "ffn_hidden_size": 4096, "vocab_size": 32_768}
-    config = make_config(
-        model=model | {"attention_backend": backend, "recompute": recompute},
-        data={"seq_length": 1024},
-        zero={"stage": stage, "bucket_elements": 50_000_000},
-        train={"micro_batch_size": 4, "global_batch_size": 8},
-    )
+def test_plan_is_what_a_process_holds_on_cuda_by_its_allocator(stage: int, backend: str, recompute: str) -> None:
+    sections = copy.deepcopy(LARGE_STEP) if ON_GPU else {"model": {}, "zero": {}}
+    sections["model"] |= {"attention_backend": backend, "recompute": recompute}
+    sections["zero"] |= {"stage": stage}
+    config = make_config(**sections)
     # A process each: what a step before it still held would count.
-    command = [sys.executable, "-c", ON_CUDA]
+    command = [sys.executable, "-m", "tests.studies.step_memory"]
     process = subprocess.run(command, input=pickle.dumps(config), capture_output=True, cwd=Path(__file__).parents[2])
     assert process.returncode == 0, process.stderr.decode()
     measured: MemoryByKind = pickle.loads(bytes.fromhex(process.stdout.split()[-1].decode()))
-    planned = plan_memory(config, derive(config, 1), attention="unfused" if backend == "unfused" else "fused")
+    attention = "unfused" if backend == "unfused" else "fused"
+    planned = plan_memory(config, derive(config, 1), attention=attention, device_type=DEVICE)
     beside = {kind: (size, vars(measured)[kind]) for kind, size in vars(planned).items()}
-    assert planned.total == pytest.approx(measured.total, rel=CUDA_BOUND), f"planned and measured bytes: {beside}"
+    bound = CUDA_BOUND if ON_GPU else BOUND
+    assert planned.total == pytest.approx(measured.total, rel=bound), f"planned and measured bytes: {beside}"
 
 
 def test_unknown_kind_of_attention_is_refused() -> None:
