@@ -175,7 +175,8 @@ LARGE_STEP: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("stage", "backend", "recompute"), [(1, "auto", "none"), (2, "auto", "full"), (0, "unfused", "none")]
 )
-def test_plan_is_what_a_process_holds_on_cuda_by_its_allocator(stage: int, backend: str, recompute: str) -> None:
+def test_plan_is_what_a_process_of_its_own_holds(stage: int, backend: str, recompute: str) -> None:
+    """On CUDA by its allocator, which counts what the trace does not see."""
     sections = copy.deepcopy(LARGE_STEP) if ON_GPU else {"model": {}, "zero": {}}
     sections["model"] |= {"attention_backend": backend, "recompute": recompute}
     sections["zero"] |= {"stage": stage}
