@@ -10,6 +10,7 @@ import argparse
 from datetime import timedelta
 from pathlib import Path
 
+from cuda_environment import set_cuda_environment
 from ranks import Place, init_distributed, run_rank, set_up_device
 
 from megalibi.config import Config, ConfigError, load_config
@@ -26,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def run(config: Config, place: Place, output: Path) -> None:
     """Check everything, set up the device and torch.distributed, and profile."""
+    set_cuda_environment(config)
     if place.world_size != 1:
         raise ConfigError(f"{place.world_size} ranks: a step is profiled on one, start it with python alone")
     device = set_up_device(place)

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from own_gpus import check_own_gpus
+
 from megalibi import log
 from megalibi.config import ConfigError
 from megalibi.config.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, refuse_files
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
 
 SLURM_FIRST_PORT = 20_000
 SLURM_PORTS = 20_000
@@ -167,50 +168,9 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
         store = next(dist.rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=timeout))[0]
         store.set_timeout(timeout)
         uuid = str(torch.cuda.get_device_properties(local_rank).uuid)
-        check_own_gpus(place, uuid, dist.PrefixStore("gpus", store))
+        check_own_gpus(place.rank, place.world_size, uuid, dist.PrefixStore("gpus", store))
         group["store"] = dist.PrefixStore("ranks", store)
     dist.init_process_group(rank=place.rank, world_size=place.world_size, **group)
-
-
-def check_own_gpus(place: Place, gpu: str, store: dist.Store) -> None:
-    """Find out whether every rank has a GPU of its own; every rank calls it.
-
-    The environment does not say: a rank that sees one GPU may have it alone (srun --gpus-per-task=1) or not.
-
-    Args:
-        place: This rank's.
-        gpu: The UUID of the one it took.
-        store: Of the job, with keys of their own.
-
-    Raises:
-        ConfigError: On every rank: two have the same.
-    """
-    store.set(f"gpu {place.rank}", f"{gpu} {socket.gethostname()}")
-    if place.rank == 0:
-        taken = [store.get(f"gpu {rank}").decode().split(" ", 1) for rank in range(place.world_size)]
-        store.set("refusal", describe_shared_gpu([(host, gpu) for gpu, host in taken]))
-    refusal = store.get("refusal").decode()
-    store.set(f"read {place.rank}", "")
-    if refusal:
-        if place.rank == 0:  # the store may end with this process
-            store.wait([f"read {rank}" for rank in range(place.world_size)])
-        raise ConfigError(refusal)
-
-
-def describe_shared_gpu(taken: list[tuple[str, str]]) -> str:
-    """Return what is wrong with the GPUs that the ranks took, each given by host and UUID; empty: nothing."""
-    first_with: dict[str, int] = {}
-    for rank, (host, gpu) in enumerate(taken):
-        if gpu in first_with:
-            on_host = [other for name, other in taken if name == host]
-            count = len(set(on_host))
-            return (
-                f"{len(on_host)} ranks on {host} have {count} GPU{'s' * (count > 1)} between them (ranks "
-                f"{first_with[gpu]} and {rank} the same): start one rank for each GPU, or compute on the CPU with "
-                "DS_ACCELERATOR=cpu"
-            )
-        first_with[gpu] = rank
-    return ""
 
 
 def run_rank(work: Callable[[Place], None]) -> NoReturn:

@@ -28,15 +28,17 @@ from megalibi.files import lock_file, make_folder, write_aside
 from megalibi.report.outputs import check_folder
 from megalibi.report.record import describe_run
 from megalibi.studies.gpu_visit import FAILED, SUMMARY_FILE, Step, StepRecord, Visit, read_records, run_visit
-from megalibi.studies.gpu_visit_report import read_findings, write_report
+from megalibi.studies.gpu_visit_findings import read_findings
+from megalibi.studies.gpu_visit_report import write_report
 from megalibi.studies.gpu_visit_steps import (
     TOY_VOCAB_SIZE,
     VOCAB_SIZE,
     VOCAB_SIZE_1_3B,
     Setup,
+    expect_seconds,
     plan_steps,
-    write_random_tokens,
 )
+from megalibi.studies.random_tokens import write_random_tokens
 
 ROOT = Path(os.path.relpath(Path(__file__).parents[1]))
 REPORT = "report.md"
@@ -162,11 +164,16 @@ def show_command(command: Sequence[str]) -> str:
 
 
 def show_plan(steps: Sequence[Step], records: dict[str, StepRecord]) -> None:
-    """Print the steps with their limits, and what is known of them."""
+    """Print the steps with the seconds they may take, and what is known of them."""
     for step in steps:
         record = records.get(step.name)
         known = record.status if record else f"not here: {step.impossible}" if step.impossible else ""
-        print(f"{step.name:20} at most {step.limit:5.0f} s, from {step.least:3.0f} s left on: {step.what:62} {known}")
+        expected = f"about {step.expected:5.0f} s," if step.expected else ""
+        limits = f"at most {step.limit:5.0f} s, from {step.least:3.0f} s left on"
+        print(f"{step.name:20} {expected:14} {limits}: {step.what:62} {known}")
+    total = expect_seconds(steps)
+    if total:
+        print(f"in all about {total:.0f} s, an estimate")
 
 
 def find_vocab_size(prefixes: Sequence[str]) -> int:

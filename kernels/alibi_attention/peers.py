@@ -53,16 +53,20 @@ class Peer:
             return f"it does not run on {device_type}"
         if dtype not in self.dtypes:
             return f"it is not measured in {dtype}"
-        if self.package and not _is_installed(self.package):
-            return f"{self.package} is not installed"
-        return self.find_lack()
+        try:
+            if self.package and not _is_installed(self.package):
+                return f"{self.package} is not installed"
+            return self.find_lack()
+        except Exception as error:  # anything may come of an import: a build for another torch lacks a symbol
+            return f"{self.package or 'torch'} cannot be used: {' '.join(str(error).split())}"
 
 
 def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be a part of
+    """Return whether a module is there; for a part of a package, the package is imported, and may fail."""
+    package, _, part = module.partition(".")
+    if find_spec(package) is None:
         return False
+    return not part or find_spec(module) is not None
 
 
 def build_plain(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
@@ -146,12 +150,14 @@ def _build_forgetting(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
 
 
 def _find_lack_of_pruning() -> str | None:
-    try:
-        attend = import_module("forgetting_transformer").forgetting_attention
-    except (ImportError, AttributeError) as error:
-        return f"forgetting_transformer cannot be imported: {error}"
+    attend = import_module("forgetting_transformer").forgetting_attention
     prunes = "adaptive_threshold" in signature(attend).parameters
     return None if prunes else "this forgetting_transformer does not prune"
+
+
+def _find_lack_of_flash() -> str | None:
+    import_module("flash_attn").flash_attn_func  # noqa: B018  a build for another torch fails here
+    return None
 
 
 def _build_flash(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:
@@ -254,8 +260,24 @@ PEERS = (
         _16_BIT,
         find_lack=_find_lack_of_pruning,
     ),
-    Peer("flash_attn", "flash_attn_func, no bias", _build_flash, "flash_attn", ("cuda",), _16_BIT),
-    Peer("flash_attn_alibi", "flash_attn_func, alibi_slopes", _build_flash_alibi, "flash_attn", ("cuda",), _16_BIT),
+    Peer(
+        "flash_attn",
+        "flash_attn_func, no bias",
+        _build_flash,
+        "flash_attn",
+        ("cuda",),
+        _16_BIT,
+        find_lack=_find_lack_of_flash,
+    ),
+    Peer(
+        "flash_attn_alibi",
+        "flash_attn_func, alibi_slopes",
+        _build_flash_alibi,
+        "flash_attn",
+        ("cuda",),
+        _16_BIT,
+        find_lack=_find_lack_of_flash,
+    ),
     Peer("bloom", f"transformers, Bloom: {_WITHOUT_PROJECTIONS}", _build_bloom, "transformers", bytes_per_score=28),
     Peer("mpt", f"transformers, MPT: {_WITHOUT_PROJECTIONS}", _build_mpt, "transformers", bytes_per_score=28),
 )

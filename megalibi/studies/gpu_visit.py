@@ -24,13 +24,12 @@ from megalibi.report.record import write_json
 from megalibi.report.units import format_duration
 from megalibi.studies.jobs import POLL_SECONDS, Child
 
-SUMMARY_FILE = "summary.json"
-LOGS_FOLDER = "logs"
+SUMMARY_FILE, LOGS_FOLDER = "summary.json", "logs"
 DONE, FAILED, OUT_OF_TIME, SKIPPED, INTERRUPTED = "done", "failed", "out of time", "skipped", "interrupted"
 GRACE_SECONDS = 5.0
-"""That an interrupted step has to end by itself."""
+"""An interrupted step has so long to end by itself."""
 _LAST_SECONDS = 2.0
-"""Of a visit that no step gets: for the last results to be written."""
+"""Kept back at the end of a visit, so that the last results can be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,8 @@ class Step:
     """What to start."""
     limit: float
     """Seconds after which it is killed."""
+    expected: float = 0.0
+    """Seconds that it takes, an estimate; 0: nobody knows."""
     least: float = 0.0
     """Seconds that must be left for it to be started."""
     output: Path | None = None
@@ -57,6 +58,17 @@ class Step:
     """A step in the background whose end to wait for."""
     impossible: str = ""
     """Why it cannot be done here; empty: it can."""
+
+
+def expect_seconds(steps: Sequence[Step]) -> float:
+    """Return the seconds that steps take in their order, an estimate from theirs, without those that are impossible."""
+    now, ends = 0.0, {"": 0.0}
+    for step in steps:
+        if not step.impossible:
+            now = max(now, ends.get(step.after, 0.0))
+            ends[step.name] = now + step.expected
+            now = now if step.in_background else ends[step.name]
+    return max(ends.values())
 
 
 @dataclass(frozen=True, kw_only=True)

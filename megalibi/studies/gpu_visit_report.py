@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
-from xml.etree import ElementTree
 
 from megalibi.config import config_from_dict, derive
 from megalibi.model import count_parameters, model_flops_per_token
@@ -16,102 +11,14 @@ from megalibi.report.markdown import format_table
 from megalibi.report.run import Quartiles
 from megalibi.report.units import format_bytes, format_count
 from megalibi.studies.ceilings import COPY, SQUARE
-from megalibi.studies.gpu_visit import DONE, LOGS_FOLDER, StepRecord
-from megalibi.studies.plan_gpus import GPUS, Gpu
+from megalibi.studies.gpu_visit import DONE, LOGS_FOLDER
+from megalibi.studies.gpu_visit_findings import Findings
+from megalibi.studies.plan_gpus import Gpu
 from megalibi.studies.step_parts import PARTS
 
-TURNS = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal")
-ATTENTIONS = ("attention_batch_1", "attention_batch_8", "attention_compiled")
-TESTS_FILE = "test_gpu.xml"
 _TOP_KERNELS = 15
 _MAX_SAID = 300
 _NONE = "-"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Findings:
-    """What the steps of a visit wrote, by name; what is missing is None or absent."""
-
-    facts: Mapping[str, Any]
-    """What summary.json begins with."""
-    records: Sequence[StepRecord]
-    ceilings: Mapping[str, Any] | None
-    """Of ceilings.py."""
-    profile: Mapping[str, Any] | None
-    """Of step_profile.py."""
-    turns: Mapping[str, Mapping[str, Any]]
-    """Of launch/measure_turn.py."""
-    attention: Mapping[str, Mapping[str, Any]]
-    """Of tools/benchmark_attention.py."""
-    plan: Mapping[str, Any] | None = None
-    """Of check_plan.py."""
-    resume: Mapping[str, Any] | None = None
-    """Of check_resume.py."""
-    contract: Sequence[str] = ()
-    """The lines of its table."""
-    failed_tests: Mapping[str, str] = field(default_factory=dict)
-    """The first line of what each said, by its name."""
-
-    @property
-    def data_sheet(self) -> Gpu | None:
-        """What is known of this GPU."""
-        return find_data_sheet(str(self.facts.get("hardware", {}).get("gpu", "")))
-
-    def ceiling(self, name: str) -> float | None:
-        """Return a measured median, in units a second; None: it was not measured."""
-        return None if self.ceilings is None or name not in self.ceilings else self.ceilings[name]["median"] * 1e12
-
-
-def read_findings(folder: Path, facts: Mapping[str, Any], records: Sequence[StepRecord]) -> Findings:
-    """Read what a visit has found so far.
-
-    Args:
-        folder: Of the visit.
-        facts: What summary.json begins with.
-        records: Of all its steps.
-    """
-    ceilings, plan = _read(folder / "ceilings.json"), _read(folder / "plan.json")
-    log = folder / LOGS_FOLDER / "contract.log"
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-    last = max((number for number, line in enumerate(lines) if line.startswith("Measured with ")), default=len(lines))
-    return Findings(
-        facts=facts,
-        records=records,
-        ceilings=ceilings and ceilings["ceilings"],
-        profile=_read(folder / "profile_step.json"),
-        turns={name: turn for name in TURNS if (turn := _read(folder / f"{name}.json"))},
-        attention={name: record for name in ATTENTIONS if (record := _read(folder / f"{name}.json"))},
-        plan=plan and plan["turns"],
-        resume=_read(folder / "resume.json"),
-        contract=[line for line in lines[last:] if line.startswith("|")],
-        failed_tests=_read_failed_tests(folder / TESTS_FILE),
-    )
-
-
-def _read_failed_tests(path: Path) -> dict[str, str]:
-    try:
-        cases = list(ElementTree.parse(path).iter("testcase"))
-    except (OSError, ElementTree.ParseError):  # not written yet, or cut off
-        return {}
-    found = {}
-    for case in cases:
-        for fault in (*case.iter("failure"), *case.iter("error")):
-            found[f"{case.get('classname')}::{case.get('name')}"] = fault.get("message", "").partition("\n")[0]
-    return found
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return None
-
-
-def find_data_sheet(name: str) -> Gpu | None:
-    """Return the GPU that a driver's name means, as "NVIDIA H100 80GB HBM3"; None: it is not known."""
-    words = set(re.split(r"[^A-Z0-9]+", name.upper()))
-    known = [gpu for gpu in GPUS.values() if set(gpu.name.upper().split("-")) <= words]
-    return max(known, key=lambda gpu: gpu.name.count("-"), default=None)
 
 
 def write_report(found: Findings) -> str:
@@ -216,7 +123,8 @@ def _training(found: Findings) -> Iterator[str]:
         f"{sheet.peak_flops_per_second / 1e12:.1f} TFLOP/s ({sheet.source})" if sheet else "not known for this device"
     )
     yield (
-        "Medians of all steps but the first, the optimizer included. FLOP by megalibi/model/size.py, attention counted "
+        "Medians of all steps but the first, the optimizer included, of a model at its beginning: attention with ALiBi "
+        "leaves out what its horizon allows, which depends on q and k, so a trained model takes another time. FLOP by megalibi/model/size.py, attention counted "
         f"causally. Data sheet: {peak}. Tokens: micro batch x length x micro batches."
     )
 
@@ -246,12 +154,16 @@ def _attention(found: Findings) -> Iterator[str]:
         rows = [row for row in record["rows"] if row["mode"] == "forward_backward"]
         lengths = sorted({row["length"] for row in rows})
         times = {(row["name"], row["length"]): row for row in rows}
-        heads = [f"milliseconds, batch {record['settings']['batch']}", *(f"{length:,}" for length in lengths)]
+        settings = record["settings"]
+        what = f"milliseconds, batch {settings['batch']}{', CUDA graph' * settings.get('cuda_graph', False)}"
+        heads = [what, *(f"{length:,}" for length in lengths)]
         names = list(dict.fromkeys(row["name"] for row in rows))
         yield from format_table(heads, ([name, *(_time(times.get((name, n))) for n in lengths)] for name in names))
         yield ""
         yield from (f"{name}: {what}. " for name, what in record["what"].items() if name in names)
         yield ""
+    if found.attention:
+        yield "On random q and k; the horizon of ours, and so their time, is another on those of a trained model."
 
 
 def _time(row: Mapping[str, Any] | None) -> str:

@@ -1,4 +1,8 @@
-"""The steps of a visit in order of worth: the 1.3B model on a GPU, a toy of it on a CPU, to try the visit itself."""
+"""The steps of a visit in order of worth: the 1.3B model on a GPU, a toy of it on a CPU, to try the visit itself.
+
+The seconds that steps are expected to take are estimates, from visits to one H200 with an earlier state of the code.
+Attention on q and k of a trained model is no step: it needs a file from tools/capture_qk.py, and so a trained model.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
-from megalibi.data.token_file import TokenFileWriter
-from megalibi.files import make_folder
 from megalibi.studies.gpu_visit import Step
 
 CONFIG_1_3B = "configs/gpt_1.3b_alibi_2048_1gpu.yaml"
 CONFIG_RESUME = "configs/books_24m_alibi.yaml"
 CONFIG_EXTRAPOLATION = "configs/extrapolation_small.yaml"
 EXTRAPOLATION_FROM_SECONDS = 3600.0
-TOKENS = 1 << 22
 VOCAB_SIZE, TOY_VOCAB_SIZE = 8192, 509
 VOCAB_SIZE_1_3B = 50257
-_DOCUMENT_TOKENS = 997
 _TOY_LEAST = 5.0
+_TESTS_LIMIT = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,44 +73,32 @@ def plan_steps(setup: Setup) -> list[Step]:
         short, long = "data.seq_length=64 train.micro_batch_size=2", "data.seq_length=128 train.micro_batch_size=1"
         short_batch, long_batch = "train.global_batch_size=4 train.steps=2", "train.global_batch_size=2 train.steps=2"
     steps = [
-        _measure(setup, "machine", "driver, clocks, memory and versions", 60),
-        _measure(setup, "ceilings", "matrix products and copies at their best", 60, least=15),
-        _warm(setup),
+        _warm(setup),  # first: what needs no Triton runs beside it
+        _measure(setup, "machine", "driver, clocks, memory and versions", 60, expected=8),
+        _measure(setup, "ceilings", "matrix products and copies at their best", 60, expected=5, least=15),
         _contract(setup),
         _train(setup, "train_alibi", "ALiBi", short, short_batch),
         _profile(setup, short),
-        _tests(setup),
-        _attention(setup, 1, setup.peers),
+        _attention(setup, 1, setup.peers, expected=80),
         _train(setup, "train_alibi_long", "ALiBi, 4 times as long", long, long_batch),
-        _attention(setup, 8, setup.peers),
+        _plan(setup),  # beside steps that are not timed
+        _resume(setup),
+        _tests(setup),  # they may take as long as all that is left
+        _attention(setup, 8, setup.peers, expected=40),
         _train(setup, "train_no_positions", "no positions", short, short_batch, "model.position_method=none"),
         _train(setup, "train_sinusoidal", "sinusoidal", short, short_batch, "model.position_method=sinusoidal"),
-        _plan(setup),
-        _resume(setup),
+        _attention_in_a_graph(setup),
         _compiled_attention(setup),
         _extrapolation(setup),
     ]
-    return [replace(step, least=min(step.least, _TOY_LEAST)) for step in steps] if setup.is_toy else steps
+    if setup.is_toy:
+        return [replace(step, least=min(step.least, _TOY_LEAST), expected=0.0) for step in steps]
+    return steps
 
 
-def write_random_tokens(prefix: Path, vocab_size: int, num_tokens: int = TOKENS) -> None:
-    """Write a token file of random ids for where there is no text: how long a step takes does not depend on it.
-
-    Args:
-        prefix: Of the files; what is there already stays.
-        vocab_size: Of the ids.
-        num_tokens: In all.
-    """
-    if prefix.with_name(f"{prefix.name}.idx").exists():
-        return
-    make_folder(prefix.parent)
-    ids = np.random.default_rng(0).integers(0, vocab_size, num_tokens)
-    with TokenFileWriter(prefix, vocab_size) as writer:
-        for start in range(0, num_tokens, _DOCUMENT_TOKENS):
-            writer.add_document(ids[start : start + _DOCUMENT_TOKENS])
-
-
-def _measure(setup: Setup, name: str, what: str, limit: float, *arguments: str, least: float = 0.0) -> Step:
+def _measure(
+    setup: Setup, name: str, what: str, limit: float, *arguments: str, expected: float, least: float = 0.0
+) -> Step:
     output = setup.output(name)
     command = [setup.python, str(setup.root / "tools" / "measure_device.py"), name, "--device", setup.device]
     return Step(
@@ -119,6 +106,7 @@ def _measure(setup: Setup, name: str, what: str, limit: float, *arguments: str, 
         what=what,
         command=(*command, "--output", str(output), *arguments),
         limit=limit,
+        expected=expected,
         least=least,
         output=output,
     )
@@ -129,6 +117,7 @@ def _warm(setup: Setup) -> Step:
         name="warm",
         what="Triton's kernels compiled on all cores, beside the next steps",
         command=(setup.python, str(setup.root / "tools" / "warm_triton.py")),
+        expected=45,
         limit=90,  # what is not compiled by then is compiled when it is first used
         least=30,
         in_background=True,
@@ -144,6 +133,7 @@ def _contract(setup: Setup) -> Step:
         what="every back end of attention against fp64",
         command=(*command, *more),
         limit=100,
+        expected=27,
         least=30,
         after="warm",
     )
@@ -155,12 +145,14 @@ def _tests(setup: Setup) -> Step:
     if setup.is_toy:  # a test that is quick anywhere
         chosen = [str(setup.root / "tests" / "alibi_attention" / "test_slopes.py")]
     else:
-        chosen = ["-m", "gpu", "--maxfail=20", str(setup.root / "tests")]
+        # It ends itself before it is killed, and what has failed by then is known.
+        chosen = ["-m", "gpu", "--maxfail=20", f"--session-timeout={_TESTS_LIMIT - 15}", str(setup.root / "tests")]
     return Step(
         name="test_gpu",
         what="the tests that are for a GPU, the memory plan against the allocator among them",
         command=(*command, *chosen),
-        limit=300,
+        limit=_TESTS_LIMIT,
+        expected=120,
         least=60,
         environment={"TEST_DEVICE": setup.device},
     )
@@ -192,6 +184,7 @@ def _train(setup: Setup, name: str, what: str, shape: str, batch: str, *method: 
         what=f"steps of the {'toy' if setup.is_toy else '1.3B'} model, {what}",
         command=(*command, *run, *overrides),
         limit=75,
+        expected=30,
         least=35,
         output=output,
         after="warm",
@@ -209,13 +202,16 @@ def _profile(setup: Setup, shape: str) -> Step:
         what="one of these steps by kernel and by part",
         command=(*command, *run, *_model_overrides(setup), *shape.split(), batch, steps, *setup.overrides),
         limit=75,
+        expected=40,
         least=35,
         output=output,
         after="warm",
     )
 
 
-def _attention(setup: Setup, batch: int, peers: Sequence[str], *, name: str = "", lengths: str = "") -> Step:
+def _attention(
+    setup: Setup, batch: int, peers: Sequence[str], *, expected: float, name: str = "", lengths: str = ""
+) -> Step:
     name = name or f"attention_batch_{batch}"
     output = setup.output(name)
     command = [setup.python, str(setup.root / "tools" / "benchmark_attention.py"), "--device", setup.device]
@@ -231,14 +227,27 @@ def _attention(setup: Setup, batch: int, peers: Sequence[str], *, name: str = ""
         what=f"attention beside its peers, batch {batch}",
         command=(*command, "--output", str(output)),
         limit=120,
+        expected=expected,
         least=30,
         output=output,
         after="warm",
     )
 
 
+def _attention_in_a_graph(setup: Setup) -> Step:
+    peers = [peer for peer in setup.peers if peer.startswith("flash_attn")]
+    step = _attention(setup, 1, peers, expected=20, name="attention_cuda_graph", lengths="1024,2048")
+    return replace(
+        step,
+        what="attention in CUDA graphs, without the host's time, batch 1",
+        command=(*step.command, "--cuda-graph"),
+        limit=60,
+        impossible="CUDA graphs need a GPU" if setup.device == "cpu" else "",
+    )
+
+
 def _compiled_attention(setup: Setup) -> Step:
-    step = _attention(setup, 1, setup.compiled_peers, name="attention_compiled", lengths="2048,4096,16384")
+    step = _attention(setup, 1, setup.compiled_peers, expected=90, name="attention_compiled", lengths="2048,4096,16384")
     return replace(
         step,
         what="attention beside the peers that torch compiles, batch 1",
@@ -250,9 +259,8 @@ def _compiled_attention(setup: Setup) -> Step:
 
 
 def _plan(setup: Setup) -> Step:
-    names = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal")
-    turns = [word for name in names for word in ("--turn", str(setup.output(name)))]
-    step = _measure(setup, "plan", "planned memory beside what the steps held", 120, *turns, least=20)
+    turns = [word for name in ("train_alibi", "train_alibi_long") for word in ("--turn", str(setup.output(name)))]
+    step = _measure(setup, "plan", "planned memory beside what the steps held", 120, *turns, expected=25, least=20)
     return replace(step, in_background=True)  # it needs no GPU
 
 
@@ -266,7 +274,9 @@ def _resume(setup: Setup) -> Step:
         small += [f"model.vocab_size={setup.vocab_size}"]
     pretrain, config = setup.root / "launch" / "pretrain.py", setup.root / CONFIG_RESUME
     given = ("--pretrain", str(pretrain), "--config", str(config), "--scratch", str(setup.scratch / "resume"))
-    return _measure(setup, "resume", "20 steps against 10, a resume, and 10", 120, *given, *small, least=45)
+    return _measure(
+        setup, "resume", "20 steps against 10, a resume, and 10", 120, *given, *small, expected=45, least=45
+    )
 
 
 def _extrapolation(setup: Setup) -> Step:
@@ -285,6 +295,7 @@ def _extrapolation(setup: Setup) -> Step:
         what="the extrapolation study at ten times its tokens",
         command=(setup.python, str(tool), str(config), *output, *overrides),
         limit=24 * 3600.0,
+        expected=EXTRAPOLATION_FROM_SECONDS,
         least=600,
         impossible=impossible,
     )

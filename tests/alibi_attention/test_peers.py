@@ -90,9 +90,24 @@ def test_a_kernel_without_pruning_and_a_package_that_cannot_be_imported_are_refu
         sys.modules.pop("forgetting_transformer", None)
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
     assert reasons == [
-        "forgetting_transformer cannot be imported: No module named 'no_such_package'",
+        "forgetting_transformer cannot be used: No module named 'no_such_package'",
         "this forgetting_transformer does not prune",
     ]
+
+
+BAD_BUILD = "flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda"
+
+
+def test_a_build_for_another_torch_is_a_reason(monkeypatch, tmp_path):
+    package = tmp_path / "flash_attn"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"raise ImportError({BAD_BUILD!r})\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("flash_attn", "flash_attn_alibi", "flex_flash"):
+        refusal = BY_NAME[name].find_refusal("cuda", torch.bfloat16)
+        assert refusal == f"{BY_NAME[name].package} cannot be used: {BAD_BUILD}"
 
 
 def test_alibi_is_a_constant_forget_gate_and_pruning_gives_away_what_the_horizon_does(make_inputs):

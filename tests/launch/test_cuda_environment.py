@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megalibi.config import ConfigError
+from megalibi.config import ConfigError, save_config
 from tests.engine.runs import make_config
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "cuda_environment.py"
@@ -67,6 +68,19 @@ def test_the_oldest_gpu_that_nvidia_smi_names_counts(
     assert find_compute_capability() == expected
     command.unlink()
     assert find_compute_capability() is None
+
+
+@pytest.mark.parametrize("command", ["measure_turn.py", "pretrain.py", "profile_step.py"])
+def test_every_command_that_trains_heeds_it(command: str, tmp_path: Path) -> None:
+    run = tmp_path / "run.yaml"
+    save_config(make_config("none", train={"deterministic": True}), run)
+    arguments = ["--config", str(run), *([] if command == "pretrain.py" else ["--output", str(tmp_path / "out.json")])]
+    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":0:0"}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.with_name(command)), *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: CUBLAS_WORKSPACE_CONFIG=:0:0 in the environment does not go with ")
 
 
 def test_it_is_chosen_before_torch_is_imported() -> None:

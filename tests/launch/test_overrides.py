@@ -12,8 +12,11 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {
     "launch/measure_turn.py": (["--config", "run.yaml"], ["--output", "turn.json"]),
     "launch/pretrain.py": (["--config", "run.yaml"], ["--local_rank", "0"]),
+    "launch/profile_step.py": (["--config", "run.yaml"], ["--output", "profile.json"]),
     "tools/compare_1p3b.py": (["--scale", "small"], ["--jobs", "2"]),
     "tools/extrapolate.py": (["study.yaml", "--jobs", "2"], ["--launcher", "srun"]),
+    "tools/measure_device.py": (["resume", "--device", "cpu"], ["--output", "resume.json"]),
+    "tools/measure_gpu.py": (["--device", "cpu"], ["--only", "machine"]),
     "tools/plan_run.py": (["run.yaml", "--ranks", "2"], ["--gpu", "H100"]),
 }
 """What each is given first, and in the midst of its overrides."""

@@ -6,7 +6,7 @@ import runpy
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,14 @@ from megalibi.config import ConfigError
 from tests.ranks import find_free_port, run_on_ranks
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "ranks.py"
+OWN_GPUS = SCRIPT.with_name("own_gpus.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def import_as_a_script_does() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPT.parent))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -118,19 +126,16 @@ REFUSAL = ": start one rank for each GPU, or compute on the CPU with DS_ACCELERA
     ids=["alone", "two hosts, a GPU for each rank", "one GPU for two", "two GPUs for four"],
 )
 def test_two_ranks_on_one_gpu_are_refused_with_their_numbers(taken: list[tuple[str, str]], refusal: str) -> None:
-    assert runpy.run_path(str(SCRIPT))["describe_shared_gpu"](taken) == (refusal and refusal + REFUSAL)
+    assert runpy.run_path(str(OWN_GPUS))["describe_shared_gpu"](taken) == (refusal and refusal + REFUSAL)
 
 
 def _meet(gpus: list[str], port: int) -> str:
     """Meet at a store of the job's own; return what is refused."""
-    ranks = runpy.run_path(str(SCRIPT))
     rank, size = torch.distributed.get_rank(), len(gpus)
-    place = ranks["Place"](
-        rank=rank, world_size=size, local_rank=rank, local_world_size=size, master_address="", master_port=port
-    )
+    check_own_gpus = runpy.run_path(str(OWN_GPUS))["check_own_gpus"]
     store = torch.distributed.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=30))
     try:
-        ranks["check_own_gpus"](place, gpus[rank], torch.distributed.PrefixStore("gpus", store))
+        check_own_gpus(rank, size, gpus[rank], torch.distributed.PrefixStore("gpus", store))
     except ConfigError as error:
         return str(error)
     return ""

@@ -13,7 +13,8 @@ import pytest
 
 from megalibi.config import config_from_dict, derive
 from megalibi.studies.gpu_visit import DONE, FAILED, OUT_OF_TIME, StepRecord
-from megalibi.studies.gpu_visit_report import Findings, find_data_sheet, read_findings, write_report
+from megalibi.studies.gpu_visit_findings import Findings, find_data_sheet, read_findings
+from megalibi.studies.gpu_visit_report import write_report
 from megalibi.studies.step_profile import Slice, count_work, summarize
 
 RECORDED = Path(__file__).parents[2] / "results" / "gpu_h200"
@@ -46,6 +47,12 @@ def recorded_ceilings() -> dict[str, dict[str, Any]]:
     }
 
 
+def recorded_as_cuda_graph() -> dict[str, Any]:
+    """The rows of batch 1 as if --cuda-graph had been given."""
+    record = read("attention_b1")
+    return {**record, "settings": {**record["settings"], "cuda_graph": True}}
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
     records = [
@@ -59,7 +66,8 @@ def page() -> str:
         ceilings=recorded_ceilings(),
         profile=recorded_profile(),
         turns={"train_alibi": read("train_alibi_2048"), "train_alibi_long": read("train_alibi_8192")},
-        attention={"attention_batch_1": read("attention_b1"), "attention_batch_8": read("attention_b8")},
+        attention={"attention_batch_1": read("attention_b1"), "attention_batch_8": read("attention_b8")}
+        | {"attention_cuda_graph": recorded_as_cuda_graph()},
         resume={"equal": False},
     )
     return write_report(found)
@@ -118,6 +126,13 @@ def test_attention_stands_beside_its_peers(page: str) -> None:
     assert lines[1] == "| triton | 0.51 | 1.40 |"
     assert "| flash_attn_alibi | 0.28 | 0.38 | 1.07 | 3.55 | 12.73 |" in page
     assert "flash_attn_alibi: flash_attn_func, alibi_slopes." in page
+    heads = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| milliseconds")]
+    assert heads == ["| milliseconds, batch 1", "| milliseconds, batch 8", "| milliseconds, batch 1, CUDA graph"]
+
+
+def test_it_says_that_a_trained_models_attention_takes_another_time(page: str) -> None:
+    assert "depends on q and k, so a trained model takes another time" in page
+    assert "On random q and k; the horizon of ours" in page
 
 
 def test_a_visit_that_has_found_nothing_has_a_page(tmp_path: Path) -> None:

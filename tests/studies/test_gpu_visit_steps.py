@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from megalibi.config import load_config
 from megalibi.data.token_file import TokenFile
 from megalibi.studies.extrapolation import ExtrapolationStudy
 from megalibi.studies.gpu_visit import Step
-from megalibi.studies.gpu_visit_steps import CONFIG_1_3B, Setup, plan_steps, write_random_tokens
+from megalibi.studies.gpu_visit_steps import CONFIG_1_3B, Setup, expect_seconds, plan_steps
+from megalibi.studies.random_tokens import write_random_tokens
 from megalibi.studies.study import load_study
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,54 @@ def test_the_steps_of_nine_minutes_fit_them_or_have_a_reason(tmp_path: Path) -> 
     assert "flash_attn" in steps["attention_batch_8"].command
     assert steps["test_gpu"].environment == {"TEST_DEVICE": "cuda"}
     assert [name for name, step in steps.items() if step.in_background] == ["warm", "plan"]
+
+
+def test_triton_compiles_beside_what_needs_it_not(tmp_path: Path) -> None:
+    steps = list(plan(tmp_path, peers=["flash_attn"]).values())
+    waiting = next(number for number, step in enumerate(steps) if step.after == "warm")
+    assert [step.name for step in steps[:waiting]] == ["warm", "machine", "ceilings"]
+    # The tests and resume may use what is compiled, and come after somebody has waited for it.
+    assert all(step.name in ("test_gpu", "resume", "plan") or step.after for step in steps[waiting:] if step.expected
+               and not step.impossible)  # fmt: skip
+
+
+def test_nothing_is_timed_beside_the_plan(tmp_path: Path) -> None:
+    names = list(plan(tmp_path))
+    after = names[names.index("plan") + 1 :]
+    assert after[:2] == ["resume", "test_gpu"]
+    assert names.index("train_alibi_long") < names.index("plan")
+
+
+def test_what_the_steps_of_nine_minutes_are_expected_to_take_fits_them(tmp_path: Path) -> None:
+    steps = plan(tmp_path, peers=["flash_attn"])
+    assert all(0 < step.expected <= step.limit for step in steps.values())
+    assert 0.8 * 540 < expect_seconds(list(steps.values())) <= 540
+
+
+def test_steps_in_the_background_take_no_time_of_others() -> None:
+    def step(name: str, expected: float, **more: Any) -> Step:
+        return Step(name=name, what="", command=(), limit=99.0, expected=expected, **more)
+
+    warm, short = step("warm", 45.0, in_background=True), step("short", 8.0)
+    assert expect_seconds([warm, short]) == 45.0
+    assert expect_seconds([warm, short, step("waits", 10.0, after="warm")]) == 55.0
+    assert expect_seconds([warm, short, step("long", 60.0)]) == 68.0
+    assert expect_seconds([step("not here", 60.0, impossible="no"), step("waits", 10.0, after="not here")]) == 10.0
+
+
+def test_the_tests_end_themselves_before_they_are_killed(tmp_path: Path) -> None:
+    step = plan(tmp_path)["test_gpu"]
+    (seconds,) = [float(word.partition("=")[2]) for word in step.command if word.startswith("--session-timeout=")]
+    assert 0 < seconds < step.limit
+
+
+def test_cuda_graphs_are_of_our_kernel_and_flash_attn(tmp_path: Path) -> None:
+    step = plan(tmp_path, peers=["cudnn_folded", "flash_attn", "flash_attn_alibi"])["attention_cuda_graph"]
+    words = list(step.command)
+    values = [words[words.index(option) + 1] for option in ("--batch", "--lengths", "--backends", "--peers")]
+    assert values == ["1", "1024,2048", "triton", "flash_attn,flash_attn_alibi"]
+    assert "--cuda-graph" in words
+    assert plan(tmp_path, device="cpu")["attention_cuda_graph"].impossible == "CUDA graphs need a GPU"
 
 
 def test_an_hour_and_text_allow_the_extrapolation_study(tmp_path: Path) -> None:

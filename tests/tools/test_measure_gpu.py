@@ -19,11 +19,10 @@ from tests.studies.test_jobs import signal_when
 from tests.studies.warm_python import warm_python
 
 TOOL = Path(__file__).parents[2] / "tools" / "measure_gpu.py"
-SECONDS = "570"
-"""Far more than it takes: nothing shall be left out because the machine is busy."""
-IMPOSSIBLE = {"warm", "attention_compiled", "extrapolation"}
-ELSEWHERE = {"resume"}
-"""Starts trainings of its own: tests/studies/test_check_resume.py."""
+SECONDS = "120"
+MOST_VISITS = 5
+"""One is enough on a quiet machine; on a busy one the same command goes on."""
+IMPOSSIBLE = {"warm", "attention_cuda_graph", "attention_compiled", "extrapolation"}
 PARTS = ("matmul", "attention", "cross entropy", "layer norm", "GELU", "optimizer", "gradient accumulation")
 Runner = Callable[..., tuple[int, str, str]]
 """Takes arguments; returns exit code, output and errors."""
@@ -68,11 +67,14 @@ def test_every_step_at_toy_size_and_again(
     _, listed, _ = run(*where, "--list")
     names = [line.split()[0] for line in listed.splitlines()]
     assert not folder.exists()
-    code, output, errors = run(*where, "--only", ",".join(name for name in names if name not in ELSEWHERE))
-    assert code == 0, output + errors
-    records = read_records(folder)
-    statuses = {name: record.status for name, record in records.items()}
-    wanted = {name: SKIPPED if name in IMPOSSIBLE else DONE for name in names if name not in ELSEWHERE}
+    wanted = {name: SKIPPED if name in IMPOSSIBLE else DONE for name in names}
+    statuses: dict[str, str] = {}
+    for _ in range(MOST_VISITS):
+        if statuses != wanted:
+            code, output, errors = run(*where)
+            assert code == 0, output + errors
+            records = read_records(folder)
+            statuses = {name: record.status for name, record in records.items()}
     assert statuses == wanted, output
     assert output.splitlines()[-1] == f"report: {folder / 'report.md'}"
 
@@ -87,6 +89,8 @@ def test_every_step_at_toy_size_and_again(
     assert profile["parts_milliseconds"]["other"] < sum(profile["parts_milliseconds"].values()) / 2
     for turn in json.loads((folder / "plan.json").read_text())["turns"].values():
         assert turn["planned_of_measured"] == pytest.approx(1.0, abs=0.03)
+    resume = json.loads((folder / "resume.json").read_text())
+    assert (resume["equal"], resume["resumed_from"]) == (True, 10)
     assert "passed" in (folder / "logs" / "test_gpu.log").read_text()
     assert (folder / "test_gpu.xml").exists()
 
@@ -185,6 +189,23 @@ def test_the_card_is_what_the_driver_says(
     assert ("steps of the 1.3B model, ALiBi" in output) == (expected is not None)
     if expected is not None:
         assert tool.make_environment("cuda")["CUDA_VISIBLE_DEVICES"] == (visible or "0")
+
+
+def test_a_bad_build_of_a_peer_ends_no_visit(
+    run: Runner, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c104cuda')\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match="undefined symbol"):
+        importlib.util.find_spec("flash_attn.cute")  # as it is to be
+    usable, compiled = tool.find_peers("cuda")
+    assert compiled == ["flex"]
+    assert not [name for name in usable if "flash" in name]
+    code, _, errors = run("--device", "cpu", "--list", "--output", str(tmp_path / "results"))
+    assert (code, errors) == (0, "")
 
 
 def test_help_has_an_example(run: Runner) -> None:
