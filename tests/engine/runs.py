@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -160,12 +161,17 @@ def clip_in_fp64(parameters: list[nn.Parameter], max_norm: float) -> float:
     return norm.item()
 
 
-@fusing(False)
-def run_plain(config: Config, steps: int, *, mask_labels: bool = False) -> Curve:
+def run_plain(config: Config, steps: int, *, mask_labels: bool = False, with_kernels: bool = False) -> Curve:
     """Train in this process with nothing but PyTorch: the whole global batch at once, no DeepSpeed, no groups.
 
-    Cross entropy and layer norms are PyTorch's on a GPU too, where those of a run of ours are kernels.
+    Cross entropy and layer norms are PyTorch's on a GPU too, where those of a run of ours are kernels; with
+    ``with_kernels`` they are what a run of ours has, for comparisons that are closer than another order of sums allows.
     """
+    with nullcontext() if with_kernels else fusing(False):
+        return _run_plain(config, steps, mask_labels)
+
+
+def _run_plain(config: Config, steps: int, mask_labels: bool) -> Curve:
     torch.set_num_threads(1)
     with HERE:
         model = GPT(

@@ -139,7 +139,8 @@ the clipped gradients differ; 5e-8 was seen. Sums in fp32 are off by 1.9e-5 at t
 def test_trap_17_long_gradients_are_clipped_alike_at_every_zero_stage(prefix: str) -> None:
     model = {"hidden_size": 96, "vocab_size": 4096}  # an embedding of 393,216 elements
     configs = make_stages(prefix, model=model, train={"micro_batch_size": 8})
-    curve_ref = run_plain(configs[0], 4)
+    # The kernels' sums alone move the norm by 1.3e-6 in four steps (seen in Triton's interpreter).
+    curve_ref = run_plain(configs[0], 4, with_kernels=True)
     assert min(norm for _, norm in curve_ref) > configs[0].optimizer.clip_grad_norm
     for run in run_on(1, configs, 4):
         assert largest_relative_difference(curve_of(run), curve_ref) < LONG_GRADIENT_RELATIVE_BOUND
