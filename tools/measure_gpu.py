@@ -27,7 +27,16 @@ from megalibi.data.token_file import TokenFile
 from megalibi.files import lock_file, make_folder, write_aside
 from megalibi.report.outputs import check_folder
 from megalibi.report.record import describe_run
-from megalibi.studies.gpu_visit import FAILED, SUMMARY_FILE, Step, StepRecord, Visit, read_records, run_visit
+from megalibi.studies.gpu_visit import (
+    FAILED,
+    SUMMARY_FILE,
+    Step,
+    StepRecord,
+    Visit,
+    expect_seconds,
+    read_records,
+    run_visit,
+)
 from megalibi.studies.gpu_visit_findings import read_findings
 from megalibi.studies.gpu_visit_report import write_report
 from megalibi.studies.gpu_visit_steps import (
@@ -35,7 +44,6 @@ from megalibi.studies.gpu_visit_steps import (
     VOCAB_SIZE,
     VOCAB_SIZE_1_3B,
     Setup,
-    expect_seconds,
     plan_steps,
 )
 from megalibi.studies.random_tokens import write_random_tokens

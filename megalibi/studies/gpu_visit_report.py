@@ -124,8 +124,9 @@ def _training(found: Findings) -> Iterator[str]:
     )
     yield (
         "Medians of all steps but the first, the optimizer included, of a model at its beginning: attention with ALiBi "
-        "leaves out what its horizon allows, which depends on q and k, so a trained model takes another time. FLOP by megalibi/model/size.py, attention counted "
-        f"causally. Data sheet: {peak}. Tokens: micro batch x length x micro batches."
+        "leaves out what its horizon allows, which depends on q and k, so a trained model takes another time. "
+        "FLOP by megalibi/model/size.py, attention counted causally. "
+        f"Data sheet: {peak}. Tokens: micro batch x length x micro batches."
     )
 
 
