@@ -1,6 +1,7 @@
 """The steps of a visit in order of worth: the 1.3B model on a GPU, a toy of it on a CPU, to try the visit itself.
 
-The seconds that steps are expected to take are estimates, from visits to one H200 with an earlier state of the code.
+The seconds that steps are expected to take are estimates, from visits to one H200 with an earlier state of the code. By
+them nine minutes are enough for all but the peers that torch compiles, with which the same command goes on.
 Attention on q and k of a trained model is no step: it needs a file from tools/capture_qk.py, and so a trained model.
 """
 

@@ -77,6 +77,7 @@ def test_nothing_is_timed_beside_the_plan(tmp_path: Path) -> None:
 def test_what_the_steps_of_nine_minutes_are_expected_to_take_fits_them(tmp_path: Path) -> None:
     steps = plan(tmp_path, peers=["flash_attn"])
     assert all(0 < step.expected <= step.limit for step in steps.values())
+    assert steps["attention_compiled"].impossible  # with such peers it is for the next visit
     assert 0.8 * 540 < expect_seconds(list(steps.values())) <= 540
 
 

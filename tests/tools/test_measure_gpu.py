@@ -20,8 +20,8 @@ from tests.studies.warm_python import warm_python
 
 TOOL = Path(__file__).parents[2] / "tools" / "measure_gpu.py"
 SECONDS = "570"
-"""Not the 120 of ``--help``, which are for a machine that does nothing else: the suite may run beside other work, and no
-step shall be left out for that."""
+"""Not the 120 of ``--help``, which are for a machine that does nothing else: the suite may run beside other work, and
+no step shall be left out for that."""
 IMPOSSIBLE = {"warm", "attention_cuda_graph", "attention_compiled", "extrapolation"}
 PARTS = ("matmul", "attention", "cross entropy", "layer norm", "GELU", "optimizer", "gradient accumulation")
 Runner = Callable[..., tuple[int, str, str]]
