@@ -17,10 +17,8 @@ CONFIG_1_3B = "configs/gpt_1.3b_alibi_2048_1gpu.yaml"
 CONFIG_RESUME = "configs/books_24m_alibi.yaml"
 CONFIG_EXTRAPOLATION = "configs/extrapolation_small.yaml"
 EXTRAPOLATION_FROM_SECONDS = 3600.0
-VOCAB_SIZE, TOY_VOCAB_SIZE = 8192, 509
-VOCAB_SIZE_1_3B = 50257
-_TOY_LEAST = 5.0
-_TESTS_LIMIT = 200
+VOCAB_SIZE, TOY_VOCAB_SIZE, VOCAB_SIZE_1_3B = 8192, 509, 50257
+_TOY_LEAST, _TESTS_LIMIT = 5.0, 200
 
 
 @dataclass(frozen=True, kw_only=True)
