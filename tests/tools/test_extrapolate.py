@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from megalibi.checkpoint import find_checkpoint, read_manifest
+from megalibi.checkpoint.lock import LOCK_FILE
 from megalibi.config import config_to_dict
 from megalibi.config.cli import run_tool
 from tests.engine.runs import make_config, write_tokens
@@ -79,17 +80,30 @@ def step_of(study: Path, method: str) -> int:
     return metrics.read_text().count('"step_seconds"') if metrics.exists() else 0
 
 
+def pause(study: Path, method: str) -> int:
+    """Stop a training, so that it does not end while another has not begun; return its process."""
+    pid = int(json.loads((study.parent / "runs" / method / LOCK_FILE).read_text())["pid"])
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
 def interrupt(study: Path) -> dict[str, int]:
     """Interrupt the study when every training is on its way; return the step that each has saved."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *command_of(study)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while min(step_of(study, method) for method in METHODS) < INTERRUPTED_FROM:
+    paused: dict[str, int] = {}
+    while len(paused) < len(METHODS):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
+        for method in METHODS:
+            if method not in paused and step_of(study, method) >= INTERRUPTED_FROM:
+                paused[method] = pause(study, method)
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
+    for pid in paused.values():
+        os.kill(pid, signal.SIGCONT)
     output, errors = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == 130, output + errors
     assert "error: interrupted" in errors
