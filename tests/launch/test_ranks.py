@@ -138,6 +138,7 @@ def _meet(gpus: list[str], port: int) -> str:
         check_own_gpus(rank, size, gpus[rank], torch.distributed.PrefixStore("gpus", store))
     except ConfigError as error:
         return str(error)
+    torch.distributed.barrier()  # a run keeps its store; here it ends with rank 0's, which others may still read
     return ""
 
 
