@@ -183,6 +183,7 @@ def run_job(config: Path, *overrides: str, world_size: int = 1) -> Job:
 
 
 def _run_rank(script: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the suite was started by nohup, and tests send it
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
