@@ -12,8 +12,8 @@ from alibi_attention import triton_tiles
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "compile_kernels.py"
 MAX_SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # of a program, on A100 and H100
-# Stored by a thread; by the largest tile of dk and dv at head dimension 128: on sm_80 592 with Triton 3.6.0 and 756 with
-# 3.7.1, on sm_90 396 with 3.6.0. The others store 270 or less.
+# Stored by a thread; by the largest tile of dk and dv at head dimension 128: on sm_80 592 with Triton 3.6.0 and 756
+# with 3.7.1, on sm_90 396 with 3.6.0. The others store 270 or less.
 MAX_SPILLED_BYTES = {"sm_80": 800, "sm_90": 512}
 
 
