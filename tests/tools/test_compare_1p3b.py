@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from megalibi.config.cli import run_tool
 from tests.engine.runs import VOCAB_SIZE, write_tokens
 from tests.studies.warm_python import warm_python
+from tests.tools.in_process import Runner, load_tool, make_runner
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "compare_1p3b.py"
@@ -42,33 +41,18 @@ TINY = [
     "train.eval_samples=4",
     f"checkpoint.every_steps={STEPS // 2}",
 ]
-Runner = Callable[..., tuple[int, str, str]]
-"""Takes arguments; returns exit code, output and errors."""
 
 
 @pytest.fixture
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("compare_1p3b", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
+    return load_tool(TOOL)
 
 
 @pytest.fixture
 def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
     """Run the tool in this process, which has its imports; turns, trainings and evaluations are processes as ever."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-
-    def run_here(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
-        with pytest.raises(SystemExit) as end:
-            run_tool(tool.main)
-        return (end.value.code or 0, *capsys.readouterr())  # type: ignore[return-value]
-
-    return run_here
+    return make_runner(tool, TOOL, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,8 @@ import yaml
 from megalibi.checkpoint import find_checkpoint, read_manifest
 from megalibi.checkpoint.lock import LOCK_FILE
 from megalibi.config import config_to_dict
-from megalibi.config.cli import run_tool
 from tests.engine.runs import make_config, write_tokens
+from tests.tools.in_process import Runner, load_tool, make_runner
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "extrapolate.py"
@@ -29,8 +27,6 @@ STEPS = 120
 INTERRUPTED_FROM = 3
 TIMEOUT_SECONDS = 240.0
 NONOVERLAPPING_TOKENS, SLIDING_TOKENS = 2000, 200
-Runner = Callable[..., tuple[int, str, str]]
-"""Takes a command line; returns exit code, output and errors."""
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +47,15 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command_of(study: Path, *arguments: str) -> list[str]:
-    return [str(TOOL), str(study), "--jobs", "2", "--output", str(study.parent / "results"), *arguments]
+def arguments_of(study: Path, *arguments: str) -> list[str]:
+    return [str(study), "--jobs", "2", "--output", str(study.parent / "results"), *arguments]
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
     """Run the tool in this process, which has its imports; trainings and evaluations are processes as ever."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    spec = importlib.util.spec_from_file_location("extrapolate", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def run_tool_here(*command: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", list(command))
-        with pytest.raises(SystemExit) as end:
-            run_tool(tool.main)
-        return (end.value.code or 0, *capsys.readouterr())  # type: ignore[return-value]
-
-    return run_tool_here
+    return make_runner(load_tool(TOOL), TOOL, monkeypatch, capsys)
 
 
 def step_of(study: Path, method: str) -> int:
@@ -90,7 +73,7 @@ def pause(study: Path, method: str) -> int:
 def interrupt(study: Path) -> dict[str, int]:
     """Interrupt the study when every training is on its way; return the step that each has saved."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *command_of(study)]
+    command = [sys.executable, str(TOOL), *arguments_of(study)]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + TIMEOUT_SECONDS
     paused: dict[str, int] = {}
@@ -143,7 +126,7 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
     weights = last_checkpoint(study, "sinusoidal") / "mp_rank_00_model_states.pt"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
 
-    code, output, errors = run(*command_of(study))
+    code, output, errors = run(*arguments_of(study))
     assert code == 0, output + errors
     runs, results = study.parent / "runs", study.parent / "results"
     assert f"resumed from {runs}/alibi/checkpoints/step_{saved['alibi']:08d}" in (runs / "alibi.log").read_text()
@@ -156,7 +139,7 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
     assert (results / "figure.png").read_bytes().startswith(b"\x89PNG")
 
     before = contents(runs)
-    code, output, errors = run(*command_of(study))
+    code, output, errors = run(*arguments_of(study))
     assert code == 0, output + errors
     assert "trained already: alibi, sinusoidal" in output
     assert "6 of 6 evaluations known already" in output
@@ -164,7 +147,7 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
     assert contents(runs) == before
 
     # Another question: the models stay, and what is asked anew is scored anew, and alone.
-    code, output, errors = run(*command_of(study, "study.methods=[alibi]", "study.lengths=[16,48]"))
+    code, output, errors = run(*arguments_of(study, "study.methods=[alibi]", "study.lengths=[16,48]"))
     assert code == 0, output + errors
     assert [line.split(":")[0] for line in output.splitlines() if ": started" in line] == [
         "alibi nonoverlapping 16,48",
@@ -191,7 +174,7 @@ BAD_INPUT = {
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_one_line_and_exit_code_2(study: Path, run: Runner, case: str) -> None:
     argument, message = BAD_INPUT[case]
-    code, _, errors = run(*command_of(study, argument, f"train.output_dir={study.parent / 'none'}"))
+    code, _, errors = run(*arguments_of(study, argument, f"train.output_dir={study.parent / 'none'}"))
     assert code == 2
     (line,) = errors.splitlines()
     assert line.startswith("error: ")
@@ -203,7 +186,7 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(study: Path, ru
     for name in ("results.json", "table.md", "figure.png"):
         (tmp_path / name).mkdir()
         target = f"train.output_dir={tmp_path / 'none'}"
-        code, _, errors = run(*command_of(study, f"--output={tmp_path}", target))
+        code, _, errors = run(*arguments_of(study, f"--output={tmp_path}", target))
         (tmp_path / name).rmdir()
         assert code == 2
         reason = f"{tmp_path / name} is a folder, the name of a file is needed"
@@ -212,6 +195,6 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(study: Path, ru
 
 
 def test_help_has_an_example(run: Runner) -> None:
-    code, output, _ = run(str(TOOL), "--help")
+    code, output, _ = run("--help")
     assert code == 0
     assert "python tools/extrapolate.py configs/extrapolation_small.yaml --jobs 2" in output

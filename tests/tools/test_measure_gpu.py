@@ -7,16 +7,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from megalibi.config.cli import run_tool
 from megalibi.studies.gpu_visit import DONE, INTERRUPTED, SKIPPED, read_records
 from tests.studies.test_jobs import signal_when
 from tests.studies.warm_python import warm_python
+from tests.tools.in_process import Runner, load_tool, make_runner
 
 TOOL = Path(__file__).parents[2] / "tools" / "measure_gpu.py"
 SECONDS = "570"
@@ -24,32 +24,17 @@ SECONDS = "570"
 no step shall be left out for that."""
 IMPOSSIBLE = {"warm", "attention_cuda_graph", "attention_compiled", "extrapolation"}
 PARTS = ("matmul", "attention", "cross entropy", "layer norm", "GELU", "optimizer", "gradient accumulation")
-Runner = Callable[..., tuple[int, str, str]]
-"""Takes arguments; returns exit code, output and errors."""
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("measure_gpu", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
+    return load_tool(TOOL)
 
 
 @pytest.fixture
 def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
     """Run the tool in this process, which has its imports; the steps are processes as ever."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-    def run_here(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments])
-        with pytest.raises(SystemExit) as end:
-            run_tool(tool.main)
-        return (end.value.code or 0, *capsys.readouterr())  # type: ignore[return-value]
-
-    return run_here
+    return make_runner(tool, TOOL, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
