@@ -9,11 +9,11 @@ Example:
 from __future__ import annotations
 
 import argparse
-from datetime import timedelta
 from pathlib import Path
 
 from cuda_environment import set_cuda_environment
-from ranks import Place, init_distributed, run_rank, set_up_device
+from ranks import Place, run_rank
+from start import start_job
 
 from megalibi.config import Config, load_config
 
@@ -31,21 +31,14 @@ def parse_arguments() -> argparse.Namespace:
 def run(config: Config, place: Place, output: Path) -> None:
     """Check everything, set up the device and torch.distributed, and measure."""
     set_cuda_environment(config)
-    # The imports stand here because they take seconds, and the configuration is known to be sound by now.
-    device = set_up_device(place)
-
-    from megalibi.job import Job, check_run, describe_facts
-    from megalibi.parallel import build_process_groups, check_same
     from megalibi.report.outputs import check_outputs
-    from megalibi.studies.compare_turn import measure_turn
 
     check_outputs({"--output": output})
-    derived, data = check_run(config, place.world_size)
-    timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
-    check_same(describe_facts(config, data.identity), device)
-    groups = build_process_groups(config.parallel.tensor_parallel_size, timeout)
-    measure_turn(Job(config=config, derived=derived, data=data, groups=groups, device=device), output)
+    job = start_job(config, place)
+
+    from megalibi.studies.compare_turn import measure_turn  # not before the device is set up
+
+    measure_turn(job, output)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ configuration, the data, a checkpoint, the disk or the memory cannot be used, sa
 from __future__ import annotations
 
 import argparse
-from datetime import timedelta
 
 from cuda_environment import set_cuda_environment
-from ranks import Place, init_distributed, run_rank, set_up_device
+from ranks import Place, run_rank
+from start import start_job
 
 from megalibi.config import Config, load_config
 
@@ -30,19 +30,11 @@ def parse_arguments() -> argparse.Namespace:
 def run(config: Config, place: Place) -> None:
     """Check everything, set up the device and torch.distributed, and train."""
     set_cuda_environment(config)
-    # The imports stand here because they take seconds, and the configuration is known to be sound by now.
-    device = set_up_device(place)
+    job = start_job(config, place)
 
-    from megalibi.job import Job, check_run, describe_facts
-    from megalibi.parallel import build_process_groups, check_same
-    from megalibi.train import train
+    from megalibi.train import train  # not before the device is set up
 
-    derived, data = check_run(config, place.world_size)
-    timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
-    check_same(describe_facts(config, data.identity), device)
-    groups = build_process_groups(config.parallel.tensor_parallel_size, timeout)
-    train(Job(config=config, derived=derived, data=data, groups=groups, device=device))
+    train(job)
 
 
 if __name__ == "__main__":

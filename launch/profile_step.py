@@ -7,11 +7,11 @@ Example:
 from __future__ import annotations
 
 import argparse
-from datetime import timedelta
 from pathlib import Path
 
 from cuda_environment import set_cuda_environment
-from ranks import Place, init_distributed, run_rank, set_up_device
+from ranks import Place, run_rank
+from start import start_job
 
 from megalibi.config import Config, ConfigError, load_config
 
@@ -30,19 +30,14 @@ def run(config: Config, place: Place, output: Path) -> None:
     set_cuda_environment(config)
     if place.world_size != 1:
         raise ConfigError(f"{place.world_size} ranks: a step is profiled on one, start it with python alone")
-    device = set_up_device(place)
-
-    from megalibi.job import Job, check_run
-    from megalibi.parallel import build_process_groups
     from megalibi.report.outputs import check_outputs
-    from megalibi.studies.step_profile import profile_step
 
     check_outputs({"--output": output})
-    derived, data = check_run(config, place.world_size)
-    timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
-    groups = build_process_groups(config.parallel.tensor_parallel_size, timeout)
-    profile_step(Job(config=config, derived=derived, data=data, groups=groups, device=device), output)
+    job = start_job(config, place)
+
+    from megalibi.studies.step_profile import profile_step  # not before the device is set up
+
+    profile_step(job, output)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -127,21 +127,13 @@ class Loop:
 
     def take_step(self) -> None:
         """Take one optimizer step and record it."""
-        config, groups, device = self.job.config, self.job.groups, self.job.device
+        config = self.job.config
         began = time.perf_counter()
         samples_consumed = self.done * config.train.global_batch_size
-        learning_rate = learning_rate_at(self.done, config.optimizer, config.train.steps)
-        result = train_step(
-            self.engine,
-            self.read_together(lambda: self.loader.micro_batches(samples_consumed)),
-            groups=groups,
-            device=device,
-            learning_rate=learning_rate,
-            seed=config.train.seed,
-            samples_consumed=samples_consumed,
-        )
+        batches = self.read_together(lambda: self.loader.micro_batches(samples_consumed))
+        result = take_step(self.job, self.engine, batches, self.done)
         self.done += 1
-        self.writers.step(make_record(self.job, self.done, result, learning_rate, time.perf_counter() - began))
+        self.writers.step(make_record(self.job, self.done, result, time.perf_counter() - began))
         check_finite(self.done, result, config.train.precision, self.describe_way_back())
         self.loss_is_finite = math.isfinite(result.loss)
         if self.loss_is_finite:
@@ -250,6 +242,27 @@ class Loop:
         return read_together(read, self.job, self.stop)
 
 
+def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done: int) -> StepResult:
+    """Take the optimizer step of a run that has done so many; every rank must call it.
+
+    Args:
+        job: The run.
+        engine: From build_engine.
+        batches: This rank's micro batches of that step.
+        done: Steps before it: the learning rate and the keys of dropout follow from their number.
+    """
+    config = job.config
+    return train_step(
+        engine,
+        batches,
+        groups=job.groups,
+        device=job.device,
+        learning_rate=learning_rate_at(done, config.optimizer, config.train.steps),
+        seed=config.train.seed,
+        samples_consumed=done * config.train.global_batch_size,
+    )
+
+
 def read_together(read: Callable[[], _T], job: Job, stop: StopRequest | None = None) -> _T:
     """Return what this rank reads, if all ranks can read theirs and none was asked to stop.
 
@@ -294,14 +307,13 @@ def check_finite(step: int, result: StepResult, precision: str, way_back: str) -
     )
 
 
-def make_record(job: Job, step: int, result: StepResult, learning_rate: float, seconds: float) -> StepRecord:
+def make_record(job: Job, step: int, result: StepResult, seconds: float) -> StepRecord:
     """Return the line of metrics.jsonl for a step.
 
     Args:
         job: The run.
         step: Optimizer steps done.
         result: Of the last one.
-        learning_rate: It was taken with.
         seconds: It took.
     """
     config, batch_tokens = job.config, job.derived.batch_tokens
@@ -316,7 +328,7 @@ def make_record(job: Job, step: int, result: StepResult, learning_rate: float, s
         samples=step * config.train.global_batch_size,
         loss=result.loss,
         grad_norm=result.grad_norm,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate_at(step - 1, config.optimizer, config.train.steps),
         step_seconds=seconds,
         tokens_per_second=batch_tokens / seconds,
         model_tflops_per_second=full / seconds,

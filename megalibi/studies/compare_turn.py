@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from megalibi.config import config_to_dict, learning_rate_at
+from megalibi.config import config_to_dict
 from megalibi.engine.build import build_engine
-from megalibi.engine.step import StepResult, train_step
+from megalibi.engine.step import StepResult
 from megalibi.job import Job, open_loader
 from megalibi.report import memory_peak_bytes
 from megalibi.report.record import describe_run, write_json
 from megalibi.studies.memory import measure_memory
-from megalibi.train import check_finite, read_together
+from megalibi.train import check_finite, read_together, take_step
 
 
 def measure_turn(job: Job, output: Path) -> None:
@@ -31,26 +31,18 @@ def measure_turn(job: Job, output: Path) -> None:
     engine = build_engine(config, job.derived, groups, device)
     loader = open_loader(job)
 
-    def take_step(step: int) -> StepResult:
-        samples_consumed = step * config.train.global_batch_size
-        return train_step(
-            engine,
-            read_together(lambda: loader.micro_batches(samples_consumed), job),
-            groups=groups,
-            device=device,
-            learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
-            seed=config.train.seed,
-            samples_consumed=samples_consumed,
-        )
+    def read_and_step(step: int) -> StepResult:
+        batches = read_together(lambda: loader.micro_batches(step * config.train.global_batch_size), job)
+        return take_step(job, engine, batches, step)
 
     step_seconds = []
     for step in range(config.train.steps):
         began = time.perf_counter()
-        result = take_step(step)  # its loss is read back, so the device has finished
+        result = read_and_step(step)  # its loss is read back, so the device has finished
         step_seconds.append(time.perf_counter() - began)
         check_finite(step + 1, result, config.train.precision, "measure")
     device_bytes = device_peak_bytes(device)  # before the profiler takes memory of its own
-    memory = measure_memory(engine, lambda: take_step(config.train.steps), device)
+    memory = measure_memory(engine, lambda: read_and_step(config.train.steps), device)
     loader.close()
     if groups.world.rank == 0:
         turn = {

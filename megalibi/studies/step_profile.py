@@ -14,7 +14,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.engine.build import build_engine
-from megalibi.engine.step import train_step
 from megalibi.job import Job, open_loader
 from megalibi.model import count_parameters
 from megalibi.report.record import describe_run, write_json
@@ -33,10 +32,10 @@ from megalibi.studies.step_parts import (
     find_part,
 )
 from megalibi.studies.work_trace import Work
+from megalibi.train import take_step
 
 _MAX_NAME = 160
 """Characters of a kernel's name that are kept: templates have thousands."""
-_LEARNING_RATE = 1e-4
 _PART_OF_WORK = {
     **dict.fromkeys(work_trace.PRODUCTS, MATMUL),
     work_trace.SCORES: ATTENTION,
@@ -69,25 +68,16 @@ def profile_step(job: Job, output: Path) -> None:
         setattr(engine, name, _in_range(getattr(engine, name), range_name))
     loader = open_loader(job)
 
-    def take_step(step: int) -> float:
-        consumed = step * config.train.global_batch_size
-        batches = list(loader.micro_batches(consumed))
+    def time_step(step: int) -> float:
+        batches = loader.micro_batches(step * config.train.global_batch_size)
         began = time.perf_counter()
-        train_step(
-            engine,
-            batches,
-            groups=job.groups,
-            device=device,
-            learning_rate=_LEARNING_RATE,
-            seed=config.train.seed,
-            samples_consumed=consumed,
-        )
+        take_step(job, engine, batches, step)
         return time.perf_counter() - began
 
-    step_seconds = [take_step(step) for step in range(config.train.steps)]
+    step_seconds = [time_step(step) for step in range(config.train.steps)]
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
-        seconds = take_step(config.train.steps)
+        seconds = time_step(config.train.steps)
     loader.close()
     events = list(profiled.events() or [])
     span, busy = _device_times(events) if on_gpu else (seconds, None)

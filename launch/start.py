@@ -1,0 +1,33 @@
+"""From a configuration to this rank's part of a job: how every script begins that takes a model's steps."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from ranks import Place, init_distributed, set_up_device
+
+from megalibi.config import Config
+
+if TYPE_CHECKING:
+    from megalibi.job import Job
+
+
+def start_job(config: Config, place: Place) -> Job:
+    """Set up the device, check everything, join the other ranks and compare with them; after set_cuda_environment.
+
+    Raises:
+        ConfigError: Something cannot be used, or the ranks do not agree.
+    """
+    # The imports stand here because they take seconds, and the configuration is known to be sound by now.
+    device = set_up_device(place)
+
+    from megalibi.job import Job, check_run, describe_facts
+    from megalibi.parallel import build_process_groups, check_same
+
+    derived, data = check_run(config, place.world_size)
+    timeout = timedelta(minutes=config.parallel.timeout_minutes)
+    init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
+    check_same(describe_facts(config, data.identity), device)
+    groups = build_process_groups(config.parallel.tensor_parallel_size, timeout)
+    return Job(config=config, derived=derived, data=data, groups=groups, device=device)
