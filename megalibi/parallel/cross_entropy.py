@@ -62,7 +62,7 @@ class _VocabParallelCrossEntropy(Function):
     def forward(
         ctx: Any, logits_BSV_local: Tensor, labels_BS: Tensor, group: Group, vocab_size: int, vocab_start: int
     ) -> Tensor:
-        num_tokens = min(max(vocab_size - vocab_start, 0), logits_BSV_local.shape[-1])  # columns that are no padding
+        num_tokens = _count_tokens(logits_BSV_local, vocab_size, vocab_start)
         ignored_BS = labels_BS == IGNORED_LABEL
         index_BS1 = (labels_BS - vocab_start).unsqueeze(-1)
         elsewhere_BS1 = (index_BS1 < 0) | (index_BS1 >= num_tokens)
@@ -77,9 +77,7 @@ class _VocabParallelCrossEntropy(Function):
 
         ctx.num_tokens = num_tokens
         ctx.save_for_backward(logits_BSV_local, max_BS1, sum_exp_BS1, index_BS1, elsewhere_BS1, ignored_BS)
-        unknown_BS = (labels_BS < 0) | (labels_BS >= vocab_size)
-        loss_BS = (sum_exp_BS1.log() - label_logit_BS1).squeeze(-1)
-        return loss_BS.masked_fill(unknown_BS, torch.nan).masked_fill(ignored_BS, 0.0)
+        return _mark_labels((sum_exp_BS1.log() - label_logit_BS1).squeeze(-1), labels_BS, vocab_size)
 
     @staticmethod
     @once_differentiable
@@ -106,7 +104,7 @@ class _FusedCrossEntropy(Function):
         overwrite_logits: bool,
     ) -> Tensor:
         labels_N = labels_BS.flatten()
-        num_tokens = min(max(vocab_size - vocab_start, 0), logits_BSV_local.shape[-1])
+        num_tokens = _count_tokens(logits_BSV_local, vocab_size, vocab_start)
         ctx.columns = {"num_columns": num_tokens, "first_column": vocab_start}
         ctx.overwrite_logits = overwrite_logits
 
@@ -118,9 +116,7 @@ class _FusedCrossEntropy(Function):
         sum_exp_N, label_logit_N = all_reduce_async_(torch.stack([sum_exp_N, label_logit_N]), group).wait()
 
         ctx.save_for_backward(logits_BSV_local, labels_N, max_N, sum_exp_N)
-        unknown_N = (labels_N < 0) | (labels_N >= vocab_size)
-        loss_N = (sum_exp_N.log() - label_logit_N).masked_fill(unknown_N, torch.nan)
-        return loss_N.masked_fill(labels_N == IGNORED_LABEL, 0.0).view_as(labels_BS)
+        return _mark_labels(sum_exp_N.log() - label_logit_N, labels_N, vocab_size).view_as(labels_BS)
 
     @staticmethod
     @once_differentiable
@@ -132,6 +128,17 @@ class _FusedCrossEntropy(Function):
             overwrite=ctx.overwrite_logits,
         )  # fmt: skip
         return grad_NV_local.view(logits_BSV_local.shape), None, None, None, None, None
+
+
+def _count_tokens(logits_BSV_local: Tensor, vocab_size: int, vocab_start: int) -> int:
+    """Return how many of this rank's columns are no padding."""
+    return min(max(vocab_size - vocab_start, 0), logits_BSV_local.shape[-1])
+
+
+def _mark_labels(loss: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    """Return the losses, NaN for a label outside of the vocabulary and 0 for one that is ignored."""
+    unknown = (labels < 0) | (labels >= vocab_size)
+    return loss.masked_fill(unknown, torch.nan).masked_fill(labels == IGNORED_LABEL, 0.0)
 
 
 def _rows(logits_BSV_local: Tensor) -> Tensor:
