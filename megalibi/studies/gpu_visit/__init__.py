@@ -1,0 +1,1 @@
+"""TODO: what gpu_visit is."""
