@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cuda_environment import set_cuda_environment
-from ranks import Place, run_rank
+from megalibi.runtime.cuda_environment import set_cuda_environment
+from megalibi.runtime.ranks import Place, run_rank
 from start import start_job
 
 from megalibi.config import Config, load_config
@@ -31,12 +31,12 @@ def parse_arguments() -> argparse.Namespace:
 def run(config: Config, place: Place, output: Path) -> None:
     """Check everything, set up the device and torch.distributed, and measure."""
     set_cuda_environment(config)
-    from megalibi.report.outputs import check_outputs
+    from megalibi.metrics.outputs import check_outputs
 
     check_outputs({"--output": output})
     job = start_job(config, place)
 
-    from megalibi.studies.compare_turn import measure_turn  # not before the device is set up
+    from megalibi.studies.comparison.turn import measure_turn  # not before the device is set up
 
     measure_turn(job, output)
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 
-from cuda_environment import set_cuda_environment
-from ranks import Place, run_rank
+from megalibi.runtime.cuda_environment import set_cuda_environment
+from megalibi.runtime.ranks import Place, run_rank
 from start import start_job
 
 from megalibi.config import Config, load_config
@@ -32,7 +32,7 @@ def run(config: Config, place: Place) -> None:
     set_cuda_environment(config)
     job = start_job(config, place)
 
-    from megalibi.train import train  # not before the device is set up
+    from megalibi.train.loop import train  # not before the device is set up
 
     train(job)
 

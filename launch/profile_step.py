@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cuda_environment import set_cuda_environment
-from ranks import Place, run_rank
+from megalibi.runtime.cuda_environment import set_cuda_environment
+from megalibi.runtime.ranks import Place, run_rank
 from start import start_job
 
 from megalibi.config import Config, ConfigError, load_config
@@ -30,12 +30,12 @@ def run(config: Config, place: Place, output: Path) -> None:
     set_cuda_environment(config)
     if place.world_size != 1:
         raise ConfigError(f"{place.world_size} ranks: a step is profiled on one, start it with python alone")
-    from megalibi.report.outputs import check_outputs
+    from megalibi.metrics.outputs import check_outputs
 
     check_outputs({"--output": output})
     job = start_job(config, place)
 
-    from megalibi.studies.step_profile import profile_step  # not before the device is set up
+    from megalibi.studies.gpu_visit.step_profile import profile_step  # not before the device is set up
 
     profile_step(job, output)
 

@@ -21,13 +21,13 @@ def _restore() -> Iterator[None]:
 
 
 def test_loggers_hang_below_megalibi() -> None:
-    assert log.get_logger("megalibi.train").name == "megalibi.train"
+    assert log.get_logger("megalibi.train.loop").name == "megalibi.train.loop"
     assert log.get_logger("__main__").name == "megalibi.__main__"
 
 
 def test_a_process_alone_names_no_rank(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure()
-    log.get_logger("megalibi.train").info("%d steps", 3)
+    log.get_logger("megalibi.train.loop").info("%d steps", 3)
     stderr = capsys.readouterr().err
     assert stderr.endswith("INFO 3 steps\n")
     assert "rank" not in stderr
@@ -35,7 +35,7 @@ def test_a_process_alone_names_no_rank(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_other_ranks_speak_from_warning_on_and_name_themselves(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure(rank=3, world_size=4)
-    logger = log.get_logger("megalibi.train")
+    logger = log.get_logger("megalibi.train.loop")
     logger.info("not this")
     logger.warning("this")
     assert capsys.readouterr().err.endswith(f"WARNING [rank 3/4 on {socket.gethostname()}] this\n")
@@ -44,14 +44,14 @@ def test_other_ranks_speak_from_warning_on_and_name_themselves(capsys: pytest.Ca
 def test_the_level_is_rank_0s_and_never_loosens_the_others(capsys: pytest.CaptureFixture[str]) -> None:
     for rank, level, heard in ((0, logging.DEBUG, True), (0, logging.ERROR, False), (1, logging.DEBUG, False)):
         log.configure(rank=rank, world_size=2, level=level)
-        log.get_logger("megalibi.train").debug("whisper")
+        log.get_logger("megalibi.train.loop").debug("whisper")
         assert ("whisper" in capsys.readouterr().err) == heard
 
 
 def test_configuring_twice_says_everything_once(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure()
     log.configure()
-    log.get_logger("megalibi.train").warning("once")
+    log.get_logger("megalibi.train.loop").warning("once")
     assert capsys.readouterr().err.count("once") == 1
 
 
@@ -59,5 +59,5 @@ def test_messages_go_to_the_standard_error_of_the_moment(monkeypatch: pytest.Mon
     log.configure()
     above_a_progress_bar = io.StringIO()
     monkeypatch.setattr("sys.stderr", above_a_progress_bar)
-    log.get_logger("megalibi.train").warning("above")
+    log.get_logger("megalibi.train.loop").warning("above")
     assert "above" in above_a_progress_bar.getvalue()

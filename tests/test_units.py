@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalibi.report.units import format_bytes, format_count, format_duration
+from megalibi.units import format_bytes, format_count, format_duration
 
 
 @pytest.mark.parametrize(

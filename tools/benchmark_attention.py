@@ -27,7 +27,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from rich.console import Console
 
 from alibi_attention import backends
-from alibi_attention.benchmark import (
+from alibi_attention.bench.peers import PEERS
+from alibi_attention.bench.timing import (
     FORMULA,
     MODES,
     PLAIN,
@@ -38,13 +39,12 @@ from alibi_attention.benchmark import (
     measure_memory,
     measure_times,
 )
-from alibi_attention.peers import PEERS
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.config.cli import run_tool
 from megalibi.files import write_aside
-from megalibi.report.outputs import check_outputs, check_picture
+from megalibi.metrics.outputs import check_outputs, check_picture
 from megalibi.report.plots import GRID, INK, MUTED, PAPER, SERIES_COLORS, save_figure
+from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """examples:
   python tools/benchmark_attention.py --output results/attention_cpu.json --picture results/attention_cpu.png

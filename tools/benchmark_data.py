@@ -29,14 +29,14 @@ from rich.console import Console
 from megalibi import log
 from megalibi.config import ConfigError
 from megalibi.config.checks import check_option
-from megalibi.config.cli import run_tool
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import Loader
 from megalibi.data.preprocess import preprocess
 from megalibi.data.text import DocumentReader, join_pieces
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.files import write_aside
-from megalibi.report.outputs import check_folder, check_outputs
+from megalibi.metrics.outputs import check_folder, check_outputs
+from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """examples:
   python tools/benchmark_data.py preprocess --input books.parquet --tokenizer books.model --workers 2

@@ -22,8 +22,8 @@ from pydoc_data.topics import topics
 from types import ModuleType
 
 from megalibi.config import ConfigError
-from megalibi.config.cli import run_tool
 from megalibi.files import make_folder, open_aside
+from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """example:
   python tools/build_sample_corpus.py --output data/sample      # writes train.jsonl and valid.jsonl

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.config.cli import run_tool
 from megalibi.data.token_file import TokenFile, check_ids
 from megalibi.files import open_aside
-from megalibi.report.outputs import check_outputs
+from megalibi.metrics.outputs import check_outputs
+from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """example:
   python tools/capture_qk.py --checkpoint runs/quickstart --data sample/valid --length 4096 --output qk.pt

@@ -19,21 +19,21 @@ from rich.console import Console
 
 from megalibi import log
 from megalibi.config import Config, ConfigError, config_to_dict
-from megalibi.config.cli import run_tool
 from megalibi.files import make_folder, write_aside
+from megalibi.metrics.outputs import check_folder
+from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.model import count_parameters
-from megalibi.report.outputs import check_folder
 from megalibi.report.plots import save_figure
-from megalibi.report.record import describe_run, write_json
-from megalibi.report.units import format_bytes
-from megalibi.studies.compare import CompareStudy
-from megalibi.studies.machine import describe_machine
+from megalibi.runtime.exit import run_tool
+from megalibi.studies.comparison.study import CompareStudy
+from megalibi.studies.machinery.machine import describe_machine
 from megalibi.studies.study import load_study
+from megalibi.units import format_bytes
 
 if TYPE_CHECKING:
-    from megalibi.studies.compare import Variant
-    from megalibi.studies.compare_results import Results
-    from megalibi.studies.memory import MemoryByKind
+    from megalibi.plan.memory_trace import MemoryByKind
+    from megalibi.studies.comparison.results import Results
+    from megalibi.studies.comparison.study import Variant
 
 ROOT = Path(__file__).parents[1]
 PICTURE = "figure5.png"
@@ -93,8 +93,8 @@ def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryB
     Raises:
         ConfigError: With what is needed and what to do instead.
     """
-    from megalibi.studies.compare_plan import check_fits
-    from megalibi.studies.plan_gpus import GIB
+    from megalibi.plan.gpus import GIB
+    from megalibi.studies.comparison.plan import check_fits
 
     if gpus:
         gpu = torch.cuda.get_device_properties(0)
@@ -145,10 +145,10 @@ def describe_study(arguments: argparse.Namespace, study: CompareStudy, base: Con
 
 def write_results(output: Path, arguments: argparse.Namespace, base: Config, results: Results, gpus: int) -> None:
     """Write results.json, report.md and, once there are curves, figure5.png."""
-    from megalibi.studies.compare_findings import judge
-    from megalibi.studies.compare_plan import find_shapes
-    from megalibi.studies.compare_plot import training_curves
-    from megalibi.studies.compare_report import write_report
+    from megalibi.studies.comparison.findings import judge
+    from megalibi.studies.comparison.plan import find_shapes
+    from megalibi.studies.comparison.plot import training_curves
+    from megalibi.studies.comparison.report import write_report
 
     record = {
         **describe_run("cuda" if gpus else "cpu", ("torch", "deepspeed")),
@@ -176,17 +176,17 @@ def main() -> None:
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.
-    from megalibi.studies.compare_findings import judge
-    from megalibi.studies.compare_plan import plan_variants, select_plans
-    from megalibi.studies.compare_quality import (
+    from megalibi.studies.comparison.findings import judge
+    from megalibi.studies.comparison.plan import plan_variants, select_plans
+    from megalibi.studies.comparison.quality import (
         check_quality,
         evaluate_models,
         plan_scorings,
         read_qualities,
         train_models,
     )
-    from megalibi.studies.compare_results import Results
-    from megalibi.studies.compare_speed import plan_turns, read_speeds, run_turns
+    from megalibi.studies.comparison.results import Results
+    from megalibi.studies.comparison.speed import plan_turns, read_speeds, run_turns
 
     console = Console(highlight=False, soft_wrap=True)
     check_quality(base)

@@ -27,10 +27,10 @@ from rich.console import Console
 
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.config.cli import run_tool
 from megalibi.files import write_aside
-from megalibi.report.outputs import check_outputs
-from megalibi.report.record import describe_run, write_json
+from megalibi.metrics.outputs import check_outputs
+from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """examples:
   python tools/compile_kernels.py --arch sm_90
@@ -76,7 +76,7 @@ class Job(NamedTuple):
 
 def list_jobs(arguments: argparse.Namespace) -> Iterator[Job]:
     """Yield every kernel and tile asked for."""
-    from alibi_attention import triton_tiles
+    from alibi_attention.backends.triton import tiles as triton_tiles
 
     tiles = {"norms": None, "forward": triton_tiles.FORWARD, "dq": triton_tiles.QUERY_GRADIENT}
     tiles["dk and dv"] = triton_tiles.KEY_GRADIENT
@@ -103,7 +103,9 @@ def compile_kernel(job: Job) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from alibi_attention import triton_backward, triton_forward, triton_tiles
+    from alibi_attention.backends.triton import backward as triton_backward
+    from alibi_attention.backends.triton import forward as triton_forward
+    from alibi_attention.backends.triton import tiles as triton_tiles
 
     kernel = {
         "norms": triton_forward.key_norms_kernel,

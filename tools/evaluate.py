@@ -31,13 +31,8 @@ from megalibi.data.provenance import say_unrecorded
 from megalibi.data.token_file import TokenFile
 from megalibi.data.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.words import WordTokenizer
-from megalibi.parallel import ProcessGroups, build_process_groups
-from megalibi.report.by_position import bin_positions, format_table, position_curve, to_columns
-from megalibi.report.outputs import check_outputs, check_picture
-from megalibi.report.plots import save_figure
-from megalibi.report.record import describe_run, write_json
-from megalibi.report.run import EvaluationResult
-from megalibi.studies.evaluation import (
+from megalibi.evaluate.by_position import bin_positions, format_table, position_curve, to_columns
+from megalibi.evaluate.run import (
     Evaluation,
     check_and_measure,
     check_lengths,
@@ -45,10 +40,15 @@ from megalibi.studies.evaluation import (
     check_tensor_parallel_size,
     evaluate,
 )
+from megalibi.metrics.outputs import check_outputs, check_picture
+from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.parallel import ProcessGroups, build_process_groups
+from megalibi.report.plots import save_figure
+from megalibi.report.run import EvaluationResult
 
 # launch/ is no package; its scripts find each other by their folder, and so does this one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
-from ranks import Place, init_distributed, run_rank, set_up_device
+from megalibi.runtime.ranks import Place, init_distributed, run_rank, set_up_device
 
 EXAMPLE = """examples:
   python tools/evaluate.py --checkpoint runs/quickstart --data sample/valid --lengths 256,512,1024,2048 \\

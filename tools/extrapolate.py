@@ -18,15 +18,16 @@ from rich.console import Console
 
 from megalibi import log
 from megalibi.config import Config, config_to_dict
-from megalibi.config.cli import run_tool
 from megalibi.files import make_folder, write_aside
-from megalibi.report.metrics import read_metrics
-from megalibi.report.outputs import check_folder
+from megalibi.metrics.outputs import check_folder
+from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.metrics.records import read_metrics
 from megalibi.report.plots import save_figure
-from megalibi.report.record import describe_run, write_json
 from megalibi.report.run import EvaluationResult, read_evaluation, summarize
-from megalibi.report.units import format_count, format_duration
-from megalibi.studies.extrapolation import (
+from megalibi.runtime.exit import run_tool
+from megalibi.studies.extrapolation.plot import extrapolation_figure
+from megalibi.studies.extrapolation.report import write_report
+from megalibi.studies.extrapolation.results import (
     NONOVERLAPPING,
     PROTOCOLS,
     SLIDING,
@@ -36,13 +37,12 @@ from megalibi.studies.extrapolation import (
     judge,
     method_config,
 )
-from megalibi.studies.extrapolation_plot import extrapolation_figure
-from megalibi.studies.extrapolation_report import write_report
-from megalibi.studies.machine import Machine, describe_machine
+from megalibi.studies.machinery.machine import Machine, describe_machine
 from megalibi.studies.study import load_study
+from megalibi.units import format_count, format_duration
 
 if TYPE_CHECKING:
-    from megalibi.studies.scores import Scoring
+    from megalibi.studies.machinery.scorings import Scoring
 
 ROOT = Path(__file__).parents[1]
 RESULT_FILES = ("results.json", "table.md", "figure.png")
@@ -74,7 +74,7 @@ def plan_scorings(
     study: ExtrapolationStudy, base: Config, checkpoints: dict[str, Path], machine: Machine
 ) -> list[Scoring]:
     """Return every evaluation: quick ones first, and sliding ones apart, so that little is lost to an interruption."""
-    from megalibi.studies.scores import Scoring
+    from megalibi.studies.machinery.scorings import Scoring
 
     calls = [
         *((NONOVERLAPPING, method, study.lengths_of(method)) for method in study.methods),
@@ -185,8 +185,8 @@ def main() -> None:
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.
-    from megalibi.studies.runs import Training, run_trainings
-    from megalibi.studies.scores import run_scorings
+    from megalibi.studies.machinery.scorings import run_scorings
+    from megalibi.studies.machinery.trainings import Training, run_trainings
 
     console = Console(highlight=False, soft_wrap=True)
     trainings = [Training(config=method_config(base, method), machine=machine) for method in study.methods]

@@ -16,15 +16,15 @@ from typing import Any
 from megalibi import log
 from megalibi.config import ConfigError, config_from_dict
 from megalibi.config.checks import check_option
-from megalibi.config.cli import run_tool
 from megalibi.data.tokenizer import load_tokenizer
-from megalibi.report.outputs import check_outputs
-from megalibi.report.record import describe_run, write_json
-from megalibi.studies.evaluation import check_lengths, check_same_tokenizer
+from megalibi.evaluate.run import check_lengths, check_same_tokenizer
+from megalibi.metrics.outputs import check_outputs
+from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.runtime.exit import run_tool
 
 # launch/ is no package; its scripts find each other by their folder, and so does this one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
-from ranks import find_place, set_up_device
+from megalibi.runtime.ranks import find_place, set_up_device
 
 EXAMPLE = """examples:
   python tools/lm_evaluate.py --checkpoint runs/quickstart --tasks lambada_openai,hellaswag \\
@@ -70,7 +70,7 @@ def check_model(arguments: argparse.Namespace) -> tuple[Callable[[], Any], dict[
     place = find_place({})  # alone: the harness is not told of other ranks
     device = set_up_device(place)
     from megalibi.checkpoint import get_checkpoint, load_model, read_manifest  # after the device: it imports DeepSpeed
-    from megalibi.studies.lm_harness import HarnessModel
+    from megalibi.evaluate.lm_harness import HarnessModel
 
     checkpoint = get_checkpoint(arguments.checkpoint)
     manifest = read_manifest(checkpoint)
@@ -114,8 +114,8 @@ def main() -> None:
     check_options(arguments)
     if arguments.offline:  # read when the packages are imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    from megalibi.studies.lm_harness import simple_evaluate  # here: it says if the harness is missing
-    from megalibi.studies.lm_tasks import open_tasks, prepare_tasks
+    from megalibi.evaluate.lm_harness import simple_evaluate  # here: it says if the harness is missing
+    from megalibi.evaluate.lm_tasks import open_tasks, prepare_tasks
 
     names = arguments.tasks.split(",")
     manager = open_tasks(names, arguments.include_path)

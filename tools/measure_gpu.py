@@ -21,13 +21,23 @@ from typing import Any
 
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.config.cli import run_tool
 from megalibi.data.provenance import read_provenance
 from megalibi.data.token_file import TokenFile
 from megalibi.files import lock_file, make_folder, write_aside
-from megalibi.report.outputs import check_folder
-from megalibi.report.record import describe_run
-from megalibi.studies.gpu_visit import (
+from megalibi.metrics.outputs import check_folder
+from megalibi.metrics.provenance import describe_run
+from megalibi.runtime.exit import run_tool
+from megalibi.studies.gpu_visit.findings import read_findings
+from megalibi.studies.gpu_visit.random_tokens import write_random_tokens
+from megalibi.studies.gpu_visit.report import write_report
+from megalibi.studies.gpu_visit.steps import (
+    TOY_VOCAB_SIZE,
+    VOCAB_SIZE,
+    VOCAB_SIZE_1_3B,
+    Setup,
+    plan_steps,
+)
+from megalibi.studies.gpu_visit.visit import (
     FAILED,
     SUMMARY_FILE,
     Step,
@@ -37,16 +47,6 @@ from megalibi.studies.gpu_visit import (
     read_records,
     run_visit,
 )
-from megalibi.studies.gpu_visit_findings import read_findings
-from megalibi.studies.gpu_visit_report import write_report
-from megalibi.studies.gpu_visit_steps import (
-    TOY_VOCAB_SIZE,
-    VOCAB_SIZE,
-    VOCAB_SIZE_1_3B,
-    Setup,
-    plan_steps,
-)
-from megalibi.studies.random_tokens import write_random_tokens
 
 ROOT = Path(os.path.relpath(Path(__file__).parents[1]))
 REPORT = "report.md"
@@ -128,7 +128,7 @@ def find_peers(device: str) -> tuple[list[str], list[str]]:
     """Return the peers of attention that run here with memory linear in the length; those that torch compiles apart."""
     import torch
 
-    from alibi_attention.peers import PEERS
+    from alibi_attention.bench.peers import PEERS
 
     usable = [p.name for p in PEERS if p.find_refusal(device, torch.bfloat16) is None and not p.bytes_per_score]
     return [name for name in usable if "flex" not in name], [name for name in usable if "flex" in name]

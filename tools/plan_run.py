@@ -18,17 +18,17 @@ from rich.table import Table
 from megalibi import log
 from megalibi.config import Config, ConfigError, config_from_dict, config_to_dict
 from megalibi.config.checks import MAX_WHOLE_NUMBER, check_option
-from megalibi.config.cli import run_tool
 from megalibi.config.load import load_tree
-from megalibi.report.outputs import check_outputs
-from megalibi.report.record import describe_run, write_json
-from megalibi.report.units import format_bytes
-from megalibi.studies.memory import MemoryByKind
-from megalibi.studies.plan_gpus import GIB, USABLE, Gpu, get_gpu
+from megalibi.metrics.outputs import check_outputs
+from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.plan.gpus import GIB, USABLE, Gpu, get_gpu
+from megalibi.plan.memory_trace import MemoryByKind
+from megalibi.runtime.exit import run_tool
+from megalibi.units import format_bytes
 
 if TYPE_CHECKING:
-    from megalibi.studies.plan import RunPlan
-    from megalibi.studies.roofline import Roofline
+    from megalibi.plan.roofline import Roofline
+    from megalibi.plan.run_plan import RunPlan
 
 EXAMPLE = """examples:
   python tools/plan_run.py configs/gpt_1.3b_alibi_1024.yaml --gpu H100 --ranks 8
@@ -167,8 +167,8 @@ def main() -> None:
     check_option("--ranks", ranks, 1)
     check_outputs({"--json": arguments.json})
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed warns of no GPU
-    from megalibi.studies.plan import plan_run
-    from megalibi.studies.roofline import check_estimate, estimate, parse_rates
+    from megalibi.plan.roofline import check_estimate, estimate, parse_rates
+    from megalibi.plan.run_plan import plan_run
 
     rates = parse_rates(arguments.rates)
     if arguments.roofline:

@@ -12,10 +12,10 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from megalibi import log
-from megalibi.config.cli import run_tool
 from megalibi.data.estimate import estimate_text_bytes
 from megalibi.data.preprocess import Progress, preprocess
 from megalibi.data.sources import INPUT_HELP
+from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """example:
   python tools/preprocess_data.py --input books.parquet --tokenizer books.model --output data/books --workers 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megalibi.config.cli import run_tool
+from megalibi.metrics.outputs import check_folder, check_outputs
 from megalibi.report.html import PICTURES, REPORT_FILE, write_pictures, write_report
-from megalibi.report.outputs import check_folder, check_outputs
+from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """\
 examples:

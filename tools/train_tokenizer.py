@@ -8,14 +8,14 @@ from pathlib import Path
 
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.config.cli import run_tool
 from megalibi.data.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.sources import INPUT_HELP
 from megalibi.data.text import DocumentReader
 from megalibi.data.tokenizer import load_tokenizer
 from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.data.words import SUFFIX, count_words
-from megalibi.report.outputs import check_outputs
+from megalibi.metrics.outputs import check_outputs
+from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """example:
   python tools/train_tokenizer.py --input books.parquet notes.jsonl --vocab-size 32000 --output books.model

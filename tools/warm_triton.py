@@ -10,10 +10,10 @@ import argparse
 import os
 import time
 
-from alibi_attention.warm import compile_calls, find_target, plan_calls
+from alibi_attention.backends.triton.warm import compile_calls, find_target, plan_calls
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.config.cli import run_tool
+from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """examples:
   python tools/warm_triton.py

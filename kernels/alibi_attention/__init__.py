@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alibi_attention.dispatch import attention, backends, resolve_backend
+from alibi_attention.attention import attention, backends, resolve_backend
 from alibi_attention.documents import PackedDocuments
 from alibi_attention.packed import split_qkv
 from alibi_attention.slopes import alibi_slopes, local_slopes

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from alibi_attention.capability import Call, Capability
-from alibi_attention.contract import (
+from alibi_attention.attention import backends
+from alibi_attention.backend import Call, Capability
+from alibi_attention.bench.contract import (
     HEAD_DIM,
     INTERPRETED_LENGTHS,
     LENGTHS,
@@ -27,7 +28,6 @@ from alibi_attention.contract import (
     measure_type,
     to_markdown,
 )
-from alibi_attention.dispatch import backends
 
 README = Path(__file__).with_name("README.md")
 START, END = "<!-- contract: begin -->", "<!-- contract: end -->"

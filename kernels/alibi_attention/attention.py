@@ -8,8 +8,11 @@ from functools import cache
 
 import torch
 
-from alibi_attention import flash, folded, native, reference, sdpa, triton_kernel, unfused
-from alibi_attention.capability import Backend, Call, Capability
+from alibi_attention.backend import Backend, Call, Capability
+from alibi_attention.backends import flash, reference, sdpa, unfused
+from alibi_attention.backends.folded import folded
+from alibi_attention.backends.native import native
+from alibi_attention.backends.triton import attend as triton_kernel
 from alibi_attention.documents import PackedDocuments
 
 _LOGGER = logging.getLogger("alibi_attention")

@@ -8,7 +8,6 @@ from megalibi.config.derive import (
     learning_rate_at,
     padded_vocab_size,
 )
-from megalibi.config.errors import ConfigError
 from megalibi.config.identity import BY_CONTENT, NO_WEIGHT_DEPENDS_ON, ON_RESUME, OnResume, find_changes, flatten_config
 from megalibi.config.load import config_from_dict, config_to_dict, load_config, save_config
 from megalibi.config.model import ModelConfig
@@ -22,6 +21,7 @@ from megalibi.config.schema import (
     TrainConfig,
     ZeroConfig,
 )
+from megalibi.errors import ConfigError
 
 __all__ = [
     "BY_CONTENT",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from megalibi.config.errors import ConfigError
+from megalibi.errors import ConfigError
 
 MAX_WHOLE_NUMBER = 2**63 - 1
 

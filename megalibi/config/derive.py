@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megalibi.config.errors import ConfigError
 from megalibi.config.model import ModelConfig
 from megalibi.config.schema import Config, OptimizerConfig
+from megalibi.errors import ConfigError
 
 VOCAB_MULTIPLE_PER_RANK = 128
 """The embedding table's rows per tensor rank are a multiple of this: matrix units like it (Megatron-LM's value)."""

@@ -18,9 +18,9 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megalibi.config.checks import MAX_WHOLE_NUMBER
-from megalibi.config.errors import ConfigError
 from megalibi.config.schema import Config, DatasetConfig
 from megalibi.config.yaml_text import SavedLoader, SpellingLoader, ValueLoader, parse_yaml, read_yaml
+from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 
 MAX_SHOWN = 120

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from megalibi.config.checks import check_at_least, check_at_most, check_fraction, check_one_of
-from megalibi.config.errors import ConfigError
+from megalibi.errors import ConfigError
 
 POSITION_METHODS = ("alibi", "sinusoidal", "rotary", "t5_bias", "learned", "none")
 ACTIVATIONS = ("gelu", "relu")

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass, field
 
 from megalibi.config.checks import check_at_least, check_at_most, check_fraction, check_one_of
-from megalibi.config.errors import ConfigError
 from megalibi.config.model import ModelConfig
+from megalibi.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "nesterov")

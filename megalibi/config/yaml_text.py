@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from megalibi.config.errors import ConfigError
+from megalibi.errors import ConfigError
 
 MAX_DEPTH = 32
 """Levels of lists and mappings within each other; a configuration has four."""

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from megalibi.config import ConfigError
-from megalibi.studies.lm_harness import ConfigurableTask, TaskManager, read_writing_options
+from megalibi.evaluate.lm_harness import ConfigurableTask, TaskManager, read_writing_options
 
 MAX_REASON = 300
 """Characters of what another package says, in an error."""

@@ -22,7 +22,7 @@ from megalibi.data.provenance import check_tokenizer
 from megalibi.data.token_file import TokenFile, check_ids
 from megalibi.data.tokenizer import Tokenizer
 from megalibi.data.words import WordTokenizer
-from megalibi.engine.evaluate import stream_loss
+from megalibi.evaluate.losses import stream_loss
 from megalibi.parallel import ProcessGroups, all_reduce_raw
 from megalibi.report import memory_peak_bytes
 from megalibi.report.run import EvaluationResult

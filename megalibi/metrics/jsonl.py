@@ -9,7 +9,7 @@ from pathlib import Path
 from megalibi.config import ConfigError
 from megalibi.files import make_folder, open_aside, sync_file, sync_folder
 from megalibi.log import get_logger
-from megalibi.report.metrics import StepRecord, ValidationRecord, parse_line
+from megalibi.metrics.records import StepRecord, ValidationRecord, parse_line
 
 _LOGGER = get_logger(__name__)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from megalibi.config import ConfigError
 from megalibi.files import ASIDE_SUFFIX, make_folder
-from megalibi.report.metrics import METRICS_FILE
+from megalibi.metrics.records import METRICS_FILE
+from megalibi.metrics.writers import TENSORBOARD_FOLDER
 from megalibi.report.run import CONFIG_FILE, INFO_FILE
-from megalibi.report.writers import TENSORBOARD_FOLDER
 
 PICTURE_SUFFIXES = (".eps", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp")
 """Formats of pictures that need nothing but matplotlib."""

@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from megalibi.config import ConfigError
 from megalibi.log import get_logger
-from megalibi.report.jsonl import DROPPED_FILE, JsonlWriter
-from megalibi.report.metrics import METRICS_FILE, StepRecord, ValidationRecord
-from megalibi.report.units import format_bytes, format_count, format_duration
+from megalibi.metrics.jsonl import DROPPED_FILE, JsonlWriter
+from megalibi.metrics.records import METRICS_FILE, StepRecord, ValidationRecord
+from megalibi.units import format_bytes, format_count, format_duration
 
 _LOGGER = get_logger(__name__)
 

@@ -14,10 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from alibi_attention import PackedDocuments
 from megalibi.config import ModelConfig
-from megalibi.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from megalibi.model.block import Block, LayerNorm, ResidualDropout
-from megalibi.model.loss import token_losses
 from megalibi.model.positions import build_position_method
+from megalibi.model.vocabulary.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from megalibi.model.vocabulary.loss import token_losses
 from megalibi.parallel import (
     Group,
     ShardSpec,

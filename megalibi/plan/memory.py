@@ -31,11 +31,11 @@ from megalibi.model import GPT
 from megalibi.model import attention as model_attention
 from megalibi.parallel import cross_entropy as parallel_cross_entropy
 from megalibi.parallel import random as parallel_random
-from megalibi.studies.memory import MemoryByKind, MemoryTrace, tracing_model
-from megalibi.studies.plan_communication import Collective, CollectiveLog, make_group
-from megalibi.studies.plan_zero import Rank, Stage0, Stage1Bf16
-from megalibi.studies.plan_zero3 import Stage3
-from megalibi.studies.plan_zero12 import Stage1Or2
+from megalibi.plan.communication import Collective, CollectiveLog, make_group
+from megalibi.plan.deepspeed.stage_0 import Rank, Stage0, Stage1Bf16
+from megalibi.plan.deepspeed.stage_1_and_2 import Stage1Or2
+from megalibi.plan.deepspeed.stage_3 import Stage3
+from megalibi.plan.memory_trace import MemoryByKind, MemoryTrace, tracing_model
 
 ATTENTION_KINDS = ("fused", "unfused")
 QUERIES_WRITTEN_OUT = 256

@@ -16,11 +16,11 @@ import torch
 from megalibi.config import Config, ConfigError, Derived, derive
 from megalibi.engine.build import DTYPES
 from megalibi.model import GPT, model_flops_per_token
-from megalibi.studies.plan import RunPlan
-from megalibi.studies.plan_communication import make_group
-from megalibi.studies.plan_gpus import Gpu
-from megalibi.studies.plan_memory import stand_ins
-from megalibi.studies.work_trace import ATTENTION, Work, WorkTrace, counting_by_part
+from megalibi.plan.communication import make_group
+from megalibi.plan.gpus import Gpu
+from megalibi.plan.memory import stand_ins
+from megalibi.plan.run_plan import RunPlan
+from megalibi.plan.work_trace import ATTENTION, Work, WorkTrace, counting_by_part
 
 ACCUMULATION, OPTIMIZER, COMMUNICATION = "gradient accumulation", "optimizer", "communication"
 BYTES_OF_ADAMW, BYTES_OF_NESTEROV = 28, 20

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from megalibi.config import Config, Derived, derive
 from megalibi.model import count_parameters, model_flops_per_token, recomputed_flops_per_token
-from megalibi.studies.memory import MemoryByKind
-from megalibi.studies.plan_communication import sum_sent_bytes
-from megalibi.studies.plan_gpus import Gpu
-from megalibi.studies.plan_memory import TracedStep, trace_step
+from megalibi.plan.communication import sum_sent_bytes
+from megalibi.plan.gpus import Gpu
+from megalibi.plan.memory import TracedStep, trace_step
+from megalibi.plan.memory_trace import MemoryByKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Metrics, their writers, plots and the report page."""
 
-from megalibi.report.metrics import (
+from megalibi.metrics.records import (
     RunMetrics,
     StepRecord,
     ValidationRecord,
@@ -8,7 +8,7 @@ from megalibi.report.metrics import (
     memory_peak_bytes,
     read_metrics,
 )
-from megalibi.report.writers import Writers, build_writers
+from megalibi.metrics.writers import Writers, build_writers
 
 __all__ = [
     "RunMetrics",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalibi.report.run import Quartiles, Run, summarize
-from megalibi.report.units import format_bytes, format_count, format_duration
+from megalibi.units import format_bytes, format_count, format_duration
 
 _POSITION_NAMES = {"alibi": "ALiBi", "sinusoidal": "sinusoidal"}
 _PARAMETER_KEYS = ("num_parameters", "parameters")

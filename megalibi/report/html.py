@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 
 from megalibi.config import ConfigError
 from megalibi.files import make_folder, write_aside
+from megalibi.metrics.records import RunMetrics
 from megalibi.report import plots
 from megalibi.report.facts import Fact, describe, environment_facts, result_facts, setup_facts
-from megalibi.report.metrics import RunMetrics
 from megalibi.report.run import Evaluation, Run, read_run, summarize
 from megalibi.report.style import STYLESHEET
-from megalibi.report.units import format_bytes, format_count
+from megalibi.units import format_bytes, format_count
 
 REPORT_FILE = "report.html"
 PICTURES = ("loss.png", "speed.png", "extrapolation.png")

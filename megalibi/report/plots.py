@@ -17,9 +17,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from numpy.typing import NDArray
 
 from megalibi.files import open_aside
-from megalibi.report.metrics import RunMetrics
+from megalibi.metrics.records import RunMetrics
 from megalibi.report.run import Evaluation
-from megalibi.report.units import format_count
+from megalibi.units import format_count
 
 Floats = NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from megalibi.config import ConfigError
 from megalibi.config.yaml_text import SavedLoader, parse_yaml, read_yaml
-from megalibi.report.metrics import METRICS_FILE, RunMetrics, StepRecord, ValidationRecord, read_metrics
+from megalibi.metrics.records import METRICS_FILE, RunMetrics, StepRecord, ValidationRecord, read_metrics
 
 CONFIG_FILE = "config.yaml"
 INFO_FILE = "run_info.json"

@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from own_gpus import check_own_gpus
-
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.config.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, refuse_files
+from megalibi.runtime.exit import EXIT_INTERRUPTED, EXIT_USER_ERROR, refuse_files
+from megalibi.runtime.own_gpus import check_own_gpus
 
 if TYPE_CHECKING:
     import torch

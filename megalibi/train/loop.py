@@ -14,14 +14,23 @@ from megalibi.config import ConfigError, learning_rate_at
 from megalibi.data.hashing import format_sample_hash
 from megalibi.data.loader import Batch, Loader, ValidationLoader
 from megalibi.engine.build import DeepSpeedEngine, build_engine
-from megalibi.engine.evaluate import validation_loss
 from megalibi.engine.step import StepResult, train_step
-from megalibi.engine.stop import DataError, StoppedError, StopRequest, check_together
-from megalibi.job import Job, Start, checkpoints_folder, describe_run, hold_run, is_due, open_loader, validation_is_due
+from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
 from megalibi.model import model_flops_per_token
 from megalibi.parallel import describe_os_error, refusing_together
 from megalibi.report import StepRecord, ValidationRecord, Writers, build_writers, memory_bytes, memory_peak_bytes
+from megalibi.runtime.stop import DataError, StoppedError, StopRequest, check_together
+from megalibi.train.job import (
+    Job,
+    Start,
+    checkpoints_folder,
+    describe_run,
+    hold_run,
+    is_due,
+    open_loader,
+    validation_is_due,
+)
 
 _LOGGER = get_logger(__name__)
 _T = TypeVar("_T")

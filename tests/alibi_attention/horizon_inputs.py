@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from alibi_attention.contract import exact_rows
+from alibi_attention.bench.contract import exact_rows
 
 FP64_SUM_ERROR = 1e-12  # of the brute-force sums; the theorem itself has no tolerance
 

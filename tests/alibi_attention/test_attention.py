@@ -7,7 +7,7 @@ import torch
 
 import alibi_attention
 from alibi_attention import PackedDocuments, alibi_slopes, attention, backends, resolve_backend
-from alibi_attention.dispatch import _resolve
+from alibi_attention.attention import _resolve
 
 ORDER = ["native", "triton", "flash", "folded", "sdpa", "reference", "unfused"]
 

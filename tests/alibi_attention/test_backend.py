@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alibi_attention.capability import Call, Capability
+from alibi_attention.backend import Call, Capability
 
 CAPABILITY = Capability(
     name="sample",

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 import alibi_attention
 from alibi_attention import alibi_slopes, attention, backends, local_slopes
-from alibi_attention.capability import Capability
-from alibi_attention.contract import exact_rows, measured_rows
+from alibi_attention.backend import Capability
+from alibi_attention.bench.contract import exact_rows, measured_rows
 from tests.device import DEVICE, ON_GPU
 
 # ||x - x64|| / ||x64|| of output and gradients. In 16 bits a rounding step: rounding the result alone costs a quarter.

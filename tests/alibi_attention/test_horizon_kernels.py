@@ -9,9 +9,13 @@ import subprocess
 import pytest
 import torch
 
-from alibi_attention import attention, horizon, native, triton_forward, triton_kernel, triton_tiles
-from alibi_attention.native import _BLOCK
-from alibi_attention.triton_geometry import make_geometry
+from alibi_attention import attention, horizon
+from alibi_attention.backends.native import native
+from alibi_attention.backends.native.native import _BLOCK
+from alibi_attention.backends.triton import attend as triton_kernel
+from alibi_attention.backends.triton import forward as triton_forward
+from alibi_attention.backends.triton import tiles as triton_tiles
+from alibi_attention.backends.triton.geometry import make_geometry
 from tests.alibi_attention.horizon_inputs import (
     EPS,
     FP64_SUM_ERROR,

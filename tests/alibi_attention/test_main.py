@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from alibi_attention import __main__, backends, reference, sdpa
-from alibi_attention.capability import Call
-from alibi_attention.contract import HEAD_DIM
+from alibi_attention import __main__, backends
+from alibi_attention.backend import Call
+from alibi_attention.backends import reference, sdpa
+from alibi_attention.bench.contract import HEAD_DIM
 
 QUICK = ["--backends", "sdpa,reference", "--lengths", "33"]
 

@@ -11,16 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import alibi_attention
-from alibi_attention import (
-    PackedDocuments,
-    alibi_slopes,
-    attention,
-    backends,
-    resolve_backend,
-    triton_kernel,
-    triton_tiles,
-)
-from alibi_attention.triton_geometry import make_geometry
+from alibi_attention import PackedDocuments, alibi_slopes, attention, backends, resolve_backend
+from alibi_attention.backends.triton import attend as triton_kernel
+from alibi_attention.backends.triton import tiles as triton_tiles
+from alibi_attention.backends.triton.geometry import make_geometry
 from tests.device import DEVICE
 
 FP32_ATOL = 1e-5  # output and gradients of standard normal inputs, against fp64

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megalibi.report.by_position import VALUES_MAX, bin_positions, format_table, position_curve, to_columns
+from megalibi.evaluate.by_position import VALUES_MAX, bin_positions, format_table, position_curve, to_columns
 from megalibi.report.plots import save_figure
 
 

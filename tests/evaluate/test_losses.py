@@ -10,7 +10,7 @@ from megalibi.config import padded_vocab_size
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import ValidationLoader
 from megalibi.data.token_file import TokenFile
-from megalibi.engine.evaluate import FORWARD_TOKENS, Window, batches_of_windows, stream_loss, validation_loss, windows
+from megalibi.evaluate.losses import FORWARD_TOKENS, Window, batches_of_windows, stream_loss, validation_loss, windows
 from megalibi.model import GPT, initialize
 from megalibi.parallel import ALONE, Group, ProcessGroups
 from tests.engine.runs import CPU, VOCAB_SIZE, make_config, process_groups

@@ -43,7 +43,7 @@ LAUNCHER_VARIABLES = (
 
 CONTEXT = mp.get_context("spawn" if ON_GPU else "forkserver")
 CONTEXT.set_forkserver_preload(
-    ["megalibi.train", "torch._dynamo", "torch.utils.tensorboard", "deepspeed.runtime.zero.muon.muon_optimizer"]
+    ["megalibi.train.loop", "torch._dynamo", "torch.utils.tensorboard", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )
 
 

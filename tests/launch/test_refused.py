@@ -175,7 +175,9 @@ def test_a_rank_that_alone_meets_something_says_it(config: Path) -> None:
 def test_a_name_that_the_locale_cannot_write(tmp_path: Path, utf8: str, code: int) -> None:
     """Python takes the locale C for UTF-8, unless it is told not to."""
     (tmp_path / "b\u00fc").touch()
-    program = f"from megalibi.config.cli import run_tool; run_tool(lambda: open({str(tmp_path)!r} + '/b\\xfc').close())"
+    program = (
+        f"from megalibi.runtime.exit import run_tool; run_tool(lambda: open({str(tmp_path)!r} + '/b\\xfc').close())"
+    )
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONUTF8", "LC_ALL")}
     environment |= {"LC_ALL": "C"} | ({"PYTHONUTF8": utf8} if utf8 else {})
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megalibi.config import ConfigError
-from megalibi.report.jsonl import DROPPED_FILE, JsonlWriter
-from megalibi.report.metrics import StepRecord, ValidationRecord, read_metrics
-from megalibi.report.writers import Writers
+from megalibi.metrics.jsonl import DROPPED_FILE, JsonlWriter
+from megalibi.metrics.records import StepRecord, ValidationRecord, read_metrics
+from megalibi.metrics.writers import Writers
 from tests.launch.jobs import CONTEXT
 
 MakeStep = Callable[..., StepRecord]

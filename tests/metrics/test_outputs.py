@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from megalibi.config import ConfigError
-from megalibi.report.outputs import PICTURE_SUFFIXES, check_folder, check_outputs, check_picture, check_run_folder
+from megalibi.metrics.outputs import PICTURE_SUFFIXES, check_folder, check_outputs, check_picture, check_run_folder
 from megalibi.report.plots import save_figure
 
 

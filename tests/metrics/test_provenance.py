@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.report.record import describe_run, write_json
+from megalibi.metrics.provenance import describe_run, write_json
 
 
 def test_a_record_says_what_its_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megalibi.config import ConfigError
-from megalibi.report.metrics import (
+from megalibi.metrics.records import (
     StepRecord,
     ValidationRecord,
     memory_bytes,

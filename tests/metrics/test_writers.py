@@ -12,9 +12,9 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megalibi.report.jsonl import JsonlWriter
-from megalibi.report.metrics import StepRecord, ValidationRecord, read_metrics
-from megalibi.report.writers import ConsoleWriter, TensorBoardWriter, Writers, build_writers
+from megalibi.metrics.jsonl import JsonlWriter
+from megalibi.metrics.records import StepRecord, ValidationRecord, read_metrics
+from megalibi.metrics.writers import ConsoleWriter, TensorBoardWriter, Writers, build_writers
 
 MakeStep = Callable[..., StepRecord]
 MakeValidation = Callable[..., ValidationRecord]

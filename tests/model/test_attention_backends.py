@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tests.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; this file is imported in ranks
 from alibi_attention import PackedDocuments, backends
-from alibi_attention.capability import Capability
+from alibi_attention.backend import Capability
 from megalibi.model.attention import SelfAttention
 from megalibi.model.positions import build_position_method
 from tests.model.helpers import make_model

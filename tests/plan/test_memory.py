@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from megalibi.config import Config, ConfigError, derive
-from megalibi.studies.memory import MemoryByKind
-from megalibi.studies.plan import plan_memory
-from megalibi.studies.plan_communication import sum_sent_bytes
-from megalibi.studies.plan_memory import TracedStep, trace_step
+from megalibi.plan.communication import sum_sent_bytes
+from megalibi.plan.memory import TracedStep, trace_step
+from megalibi.plan.memory_trace import MemoryByKind
+from megalibi.plan.run_plan import plan_memory
 from tests.device import DEVICE, ON_GPU
 from tests.ranks import run_on_ranks
 from tests.studies.steps import make_config, measure_steps

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from megalibi.studies.memory import (
+from megalibi.plan.memory_trace import (
     ACTIVATIONS,
     OPTIMIZER_STATES,
     OTHER,

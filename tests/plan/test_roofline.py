@@ -9,10 +9,10 @@ import pytest
 
 from megalibi.config import ConfigError, derive
 from megalibi.model import model_flops_per_token
-from megalibi.studies.plan import plan_run
-from megalibi.studies.plan_gpus import GPUS, Gpu
-from megalibi.studies.roofline import Rates, Roofline, count_after_gradients, estimate, parse_rates
-from megalibi.studies.work_trace import PRODUCTS
+from megalibi.plan.gpus import GPUS, Gpu
+from megalibi.plan.roofline import Rates, Roofline, count_after_gradients, estimate, parse_rates
+from megalibi.plan.run_plan import plan_run
+from megalibi.plan.work_trace import PRODUCTS
 from tests.studies.steps import make_config
 
 GPU = Gpu(name="test", memory_bytes=1 << 34, peak_flops_per_second=1e12, memory_bytes_per_second=1e11,

@@ -11,9 +11,9 @@ import torch
 from megalibi.config import Config, ConfigError, derive, load_config
 from megalibi.model import GPT, count_parameters, model_flops_per_token
 from megalibi.parallel import ALONE
-from megalibi.studies.plan import find_largest_micro_batch, plan_memory, plan_run
-from megalibi.studies.plan_communication import Collective, sum_sent_bytes
-from megalibi.studies.plan_gpus import GIB, GPUS, Gpu, get_gpu
+from megalibi.plan.communication import Collective, sum_sent_bytes
+from megalibi.plan.gpus import GIB, GPUS, Gpu, get_gpu
+from megalibi.plan.run_plan import find_largest_micro_batch, plan_memory, plan_run
 from tests.studies.steps import make_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"

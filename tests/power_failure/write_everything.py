@@ -15,9 +15,9 @@ from megalibi.data.text import Piece
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.data.words import count_words
-from megalibi.report.jsonl import JsonlWriter
+from megalibi.metrics.jsonl import JsonlWriter
+from megalibi.metrics.provenance import write_json
 from megalibi.report.plots import save_figure
-from megalibi.report.record import write_json
 from tests.checkpoint.test_manifest import save
 from tests.launch.jobs import SCRIPT, write_job
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megalibi.report.jsonl import JsonlWriter
-from megalibi.report.metrics import StepRecord, ValidationRecord
+from megalibi.metrics.jsonl import JsonlWriter
+from megalibi.metrics.records import StepRecord, ValidationRecord
 
 RunWriter = Callable[..., Path]
 

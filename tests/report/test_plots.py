@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from megalibi.metrics.records import RunMetrics, StepRecord
 from megalibi.report import plots
-from megalibi.report.metrics import RunMetrics, StepRecord
 from megalibi.report.run import Evaluation, EvaluationResult, read_run
 
 MakeStep = Callable[..., StepRecord]

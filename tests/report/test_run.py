@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megalibi.config import ConfigError
-from megalibi.report.metrics import RunMetrics, StepRecord
+from megalibi.metrics.records import RunMetrics, StepRecord
 from megalibi.report.run import Quartiles, read_evaluation, read_run, summarize
 
 MakeStep = Callable[..., StepRecord]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megalibi.config import ConfigError
-from megalibi.config.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, run_tool
+from megalibi.runtime.exit import EXIT_INTERRUPTED, EXIT_USER_ERROR, run_tool
 
 
 def raising(error: BaseException) -> Callable[[], None]:

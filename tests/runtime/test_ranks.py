@@ -153,7 +153,7 @@ def test_every_rank_learns_that_two_share_a_gpu() -> None:
 ON_THE_CPU = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-import ranks
+from megalibi.runtime import ranks
 print(ranks.set_up_device(ranks.find_place({})))
 from deepspeed.accelerator import get_accelerator
 import torch

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megalibi.engine.stop import REPEATED_SIGNAL_SECONDS, StopRequest
+from megalibi.runtime.stop import REPEATED_SIGNAL_SECONDS, StopRequest
 from tests.launch.jobs import CONTEXT
 
 

@@ -13,7 +13,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megalibi.studies.memory import measure_memory
+from megalibi.plan.memory_trace import measure_memory
 from tests.device import COLLECTIVES, DEVICE, ON_GPU
 from tests.studies.steps import build_step
 

@@ -14,8 +14,8 @@ from megalibi.data.loader import Batch
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import train_step
 from megalibi.parallel import ProcessGroups
-from megalibi.studies.memory import MemoryByKind, measure_memory
-from megalibi.studies.plan_communication import CollectiveLog, sum_sent_bytes
+from megalibi.plan.communication import CollectiveLog, sum_sent_bytes
+from megalibi.plan.memory_trace import MemoryByKind, measure_memory
 from tests.engine.runs import CPU, process_groups
 
 VOCAB_SIZE = 2048

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalibi.studies import published
+from megalibi.studies import paper as published
 
 PAPER_METHODS = ("sinusoidal", "rotary", "t5_bias", "alibi")
 

@@ -17,7 +17,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-PRELOADED = ("megalibi.train", "torch._dynamo", "torch.utils.tensorboard", "deepspeed.runtime.zero.muon.muon_optimizer")
+PRELOADED = (
+    "megalibi.train.loop",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 START_SECONDS = 120.0
 SERVE = "--serve"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalibi.config.cli import run_tool
+from megalibi.runtime.exit import run_tool
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "benchmark_attention.py"

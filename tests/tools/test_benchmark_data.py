@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config.cli import run_tool
 from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.runtime.exit import run_tool
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "benchmark_data.py"

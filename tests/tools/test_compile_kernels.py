@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alibi_attention import triton_tiles
+from alibi_attention.backends.triton import tiles as triton_tiles
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "compile_kernels.py"

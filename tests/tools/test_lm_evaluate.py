@@ -18,9 +18,9 @@ from megalibi.config import Config, ConfigError, derive
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.data.tokenizer import Tokenizer
 from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.evaluate.lm_harness import BATCH_TOKENS, HarnessModel, TaskManager, simple_evaluate
+from megalibi.evaluate.lm_tasks import open_tasks, prepare_tasks
 from megalibi.model import GPT
-from megalibi.studies.lm_harness import BATCH_TOKENS, HarnessModel, TaskManager, simple_evaluate
-from megalibi.studies.lm_tasks import open_tasks, prepare_tasks
 from tests.checkpoint.planted import plant
 from tests.engine.runs import CPU, identify, iterate_ours, make_config, process_groups
 from tests.ranks import run_on_ranks

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from megalibi.studies.gpu_visit import DONE, INTERRUPTED, SKIPPED, read_records
+from megalibi.studies.gpu_visit.visit import DONE, INTERRUPTED, SKIPPED, read_records
 from tests.studies.test_jobs import signal_when
 from tests.studies.warm_python import warm_python
 from tests.tools.in_process import Runner, load_tool, make_runner

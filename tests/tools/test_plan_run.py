@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config.cli import run_tool
+from megalibi.runtime.exit import run_tool
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "plan_run.py"

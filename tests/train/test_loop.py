@@ -16,8 +16,8 @@ from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.engine.step import StepResult
-from megalibi.job import is_due
-from megalibi.train import check_finite
+from megalibi.train.job import is_due
+from megalibi.train.loop import check_finite
 from tests.device import ON_GPU
 from tests.engine.runs import VOCAB_SIZE, make_config, write_tokens
 from tests.launch.jobs import Job, exact_records, last_step, read_records, run_job, write_job

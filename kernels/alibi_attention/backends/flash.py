@@ -13,7 +13,7 @@ import re
 
 import torch
 
-from alibi_attention.capability import Capability
+from alibi_attention.backend import Capability
 from alibi_attention.documents import PackedDocuments
 
 try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from alibi_attention.capability import Capability
+from alibi_attention.backend import Capability
 from alibi_attention.documents import PackedDocuments
 
 NAME = "reference"

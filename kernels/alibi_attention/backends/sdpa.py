@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from alibi_attention.capability import Capability
-from alibi_attention.distance_bias import attend_with_distance_bias
+from alibi_attention.backend import Capability
+from alibi_attention.backends.distance_bias import attend_with_distance_bias
 from alibi_attention.documents import PackedDocuments, attend_per_document
 
 NAME = "sdpa"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from alibi_attention.capability import Capability
+from alibi_attention.backend import Capability
 from alibi_attention.documents import PackedDocuments, attend_per_document
 
 NAME = "unfused"

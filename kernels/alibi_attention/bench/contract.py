@@ -17,8 +17,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from alibi_attention.capability import Call, Capability
-from alibi_attention.dispatch import attention
+from alibi_attention.attention import attention
+from alibi_attention.backend import Call, Capability
 from alibi_attention.slopes import alibi_slopes
 
 _LOGGER = logging.getLogger("alibi_attention")

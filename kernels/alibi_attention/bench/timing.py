@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from alibi_attention.capability import Call
-from alibi_attention.dispatch import attention, backends
-from alibi_attention.peers import PEERS, Attend, build_plain
+from alibi_attention.attention import attention, backends
+from alibi_attention.backend import Call
+from alibi_attention.bench.peers import PEERS, Attend, build_plain
 from alibi_attention.slopes import alibi_slopes
 
 PLAIN = "plain"

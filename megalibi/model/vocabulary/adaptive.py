@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from megalibi.config import AdaptiveBand, ModelConfig, adaptive_bands
 from megalibi.model.block import ResidualDropout
-from megalibi.model.loss import in_chunks
+from megalibi.model.vocabulary.loss import in_chunks
 from megalibi.parallel import (
     ALONE,
     IGNORED_LABEL,

@@ -28,7 +28,7 @@ from torch._utils import _flatten_dense_tensors as flatten
 
 from megalibi.config import Config
 from megalibi.parallel import Group
-from megalibi.studies.memory import GRADIENTS, OPTIMIZER_STATES, WEIGHTS, MemoryTrace
+from megalibi.plan.memory_trace import GRADIENTS, OPTIMIZER_STATES, WEIGHTS, MemoryTrace
 
 ENGINE_BUCKET_ELEMENTS = 500_000_000
 """Of the engine's own reductions (engine.py, buffered_allreduce_fallback): stages 0 and, in bf16, 1."""

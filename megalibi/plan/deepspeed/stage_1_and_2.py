@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors as flatten
 
-from megalibi.studies.memory import GRADIENTS
-from megalibi.studies.plan_zero import FlatStage, Rank, fill_buckets
+from megalibi.plan.deepspeed.stage_0 import FlatStage, Rank, fill_buckets
+from megalibi.plan.memory_trace import GRADIENTS
 
 
 class Stage1Or2(FlatStage):

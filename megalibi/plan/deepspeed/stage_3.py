@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megalibi.studies.memory import GRADIENTS, OPTIMIZER_STATES, OTHER, WEIGHTS
-from megalibi.studies.plan_zero import Rank, Stage0
+from megalibi.plan.deepspeed.stage_0 import Rank, Stage0
+from megalibi.plan.memory_trace import GRADIENTS, OPTIMIZER_STATES, OTHER, WEIGHTS
 
 # DeepSpeed's defaults of zero_optimization: stage3_param_persistence_threshold, stage3_prefetch_bucket_size,
 # stage3_max_live_parameters, stage3_max_reuse_distance, sub_group_size.

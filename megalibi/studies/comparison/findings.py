@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megalibi.studies.compare import ALIBI, ATTENTIONS, SINUSOIDAL, Model
-from megalibi.studies.compare_curves import mean_speedup
-from megalibi.studies.compare_results import Pair, Results, format_percent, format_updates
-from megalibi.studies.extrapolation import EXPLODED, FLAT, Finding
-from megalibi.studies.published import get_fact, get_table, memory_saving, update_rate_gain
+from megalibi.studies.comparison.curves import mean_speedup
+from megalibi.studies.comparison.results import Pair, Results, format_percent, format_updates
+from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, Model
+from megalibi.studies.extrapolation.results import EXPLODED, FLAT, Finding
+from megalibi.studies.paper import get_fact, get_table, memory_saving, update_rate_gain
 
 SAME_MEMORY = 0.01
 """Memories within this of each other are the same: the paper's ALiBi takes 0 to 0.7% more (sections 1 and 3)."""

@@ -9,10 +9,10 @@ import torch
 from megalibi.config import Config, ConfigError, derive
 from megalibi.model import GPT
 from megalibi.parallel import ALONE
-from megalibi.studies.compare import ATTENTIONS, CompareStudy, Variant, variant_config, variants
-from megalibi.studies.memory import MemoryByKind
-from megalibi.studies.plan import plan_memory
-from megalibi.studies.plan_gpus import GIB, USABLE
+from megalibi.plan.gpus import GIB, USABLE
+from megalibi.plan.memory_trace import MemoryByKind
+from megalibi.plan.run_plan import plan_memory
+from megalibi.studies.comparison.study import ATTENTIONS, CompareStudy, Variant, variant_config, variants
 
 PLANNED = {"unfused": "unfused", "fast": "fused"}
 """Our kinds of attention as the plan calls them."""

@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from megalibi.report.plots import INK, PAPER, SERIES_COLORS, new_figure
-from megalibi.studies.compare import ATTENTIONS
-from megalibi.studies.compare_curves import Point
-from megalibi.studies.compare_results import Pair, Results
+from megalibi.studies.comparison.curves import Point
+from megalibi.studies.comparison.results import Pair, Results
+from megalibi.studies.comparison.study import ATTENTIONS
 
 _ROW_INCHES = 2.7
 _HIGHEST_OVER_END = 4.0

@@ -11,12 +11,12 @@ from rich.console import Console
 
 from megalibi.checkpoint import CHECKPOINTS, list_checkpoints, read_manifest
 from megalibi.config import Config, ConfigError
-from megalibi.report.metrics import read_metrics
-from megalibi.studies.compare import ALIBI, CompareStudy, Model, model_config
-from megalibi.studies.compare_curves import Point
-from megalibi.studies.machine import Machine
-from megalibi.studies.runs import Training, run_trainings
-from megalibi.studies.scores import Scoring, run_scorings
+from megalibi.metrics.records import read_metrics
+from megalibi.studies.comparison.curves import Point
+from megalibi.studies.comparison.study import ALIBI, CompareStudy, Model, model_config
+from megalibi.studies.machinery.machine import Machine
+from megalibi.studies.machinery.scorings import Scoring, run_scorings
+from megalibi.studies.machinery.trainings import Training, run_trainings
 
 
 @dataclass(frozen=True, kw_only=True)

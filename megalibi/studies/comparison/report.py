@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megalibi.report.markdown import format_table
-from megalibi.studies.compare import ALIBI, ATTENTIONS, SINUSOIDAL, Model
-from megalibi.studies.compare_curves import NUM_POINTS, mean_speedup
-from megalibi.studies.compare_findings import judge
-from megalibi.studies.compare_results import Results
-from megalibi.studies.compare_tables import (
+from megalibi.studies.comparison.curves import NUM_POINTS, mean_speedup
+from megalibi.studies.comparison.findings import judge
+from megalibi.studies.comparison.results import Results
+from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, Model
+from megalibi.studies.comparison.tables import (
     PAPER_LENGTHS,
     equal_time_table,
     equal_updates_table,
@@ -19,7 +19,7 @@ from megalibi.studies.compare_tables import (
     plan_table,
     speed_table,
 )
-from megalibi.studies.published import get_fact, get_table, memory_saving, update_rate_gain
+from megalibi.studies.paper import get_fact, get_table, memory_saving, update_rate_gain
 
 _PAPER_CAPTION = (
     "In italics the paper's: 1.3 B parameters on CC100 and RoBERTa's corpora, on V100s with attention that held its "

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.report.run import Quartiles
-from megalibi.studies.compare import ALIBI, ATTENTIONS, SINUSOIDAL, CompareStudy, Model, Variant
-from megalibi.studies.compare_curves import Level, Point, compare_times, mean_speedup, stand_at
-from megalibi.studies.compare_quality import Quality
-from megalibi.studies.compare_speed import Speed
-from megalibi.studies.memory import MemoryByKind
+from megalibi.studies.comparison.curves import Level, Point, compare_times, mean_speedup, stand_at
+from megalibi.studies.comparison.quality import Quality
+from megalibi.studies.comparison.speed import Speed
+from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, CompareStudy, Model, Variant
 
 Pair = tuple[Model, Model]
 """ALiBi, and sinusoidal positions at the next length."""

@@ -13,12 +13,12 @@ import numpy as np
 from rich.console import Console
 
 from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, ConfigError, config_to_dict, save_config
-from megalibi.job import check_run
+from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.report.run import Quartiles
-from megalibi.studies.compare import CompareStudy, Variant, variant_config, variants
-from megalibi.studies.jobs import run_jobs
-from megalibi.studies.machine import Machine
-from megalibi.studies.memory import MemoryByKind
+from megalibi.studies.comparison.study import CompareStudy, Variant, variant_config, variants
+from megalibi.studies.machinery.jobs import run_jobs
+from megalibi.studies.machinery.machine import Machine
+from megalibi.train.job import check_run
 
 # Recomputation leaves the weights as they are, and takes time and spares memory.
 _WITHOUT_EFFECT = NO_WEIGHT_DEPENDS_ON - {"model.recompute"}

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.report.markdown import format_table
-from megalibi.report.units import format_count
-from megalibi.studies.compare import ATTENTIONS, Model, Variant
-from megalibi.studies.compare_curves import Level, Point, compare_times, mean_speedup
-from megalibi.studies.compare_results import Pair, Results, format_percent, format_updates
-from megalibi.studies.memory import MemoryByKind
-from megalibi.studies.published import get_curves, get_table
+from megalibi.studies.comparison.curves import Level, Point, compare_times, mean_speedup
+from megalibi.studies.comparison.results import Pair, Results, format_percent, format_updates
+from megalibi.studies.comparison.study import ATTENTIONS, Model, Variant
+from megalibi.studies.paper import get_curves, get_table
+from megalibi.units import format_count
 
 PAPER_LENGTHS = (512, 1024, 2048)
 _FIGURE_5 = {1024: "5 left", 2048: "5 right"}  # by the length of the sinusoidal model

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from megalibi.report.plots import INK, MUTED, PAPER, SERIES_COLORS, new_figure
-from megalibi.studies.extrapolation import METHOD_NAMES, NONOVERLAPPING, PROTOCOLS, Curves, Perplexities
+from megalibi.studies.extrapolation.results import METHOD_NAMES, NONOVERLAPPING, PROTOCOLS, Curves, Perplexities
 
 CLIP_RATIO = 1.5
 """The axis ends at this many times the worst perplexity at the training length: an explosion would flatten the rest."""

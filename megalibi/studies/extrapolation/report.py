@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from megalibi.studies import published
-from megalibi.studies.extrapolation import (
+from megalibi.studies import paper as published
+from megalibi.studies.extrapolation.results import (
     METHOD_NAMES,
     NONOVERLAPPING,
     PROTOCOLS,

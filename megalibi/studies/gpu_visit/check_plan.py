@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.config import ConfigError, config_from_dict, derive
-from megalibi.studies.memory import MemoryByKind
-from megalibi.studies.plan import plan_memory
+from megalibi.plan.memory_trace import MemoryByKind
+from megalibi.plan.run_plan import plan_memory
 
 
 def compare_with_plan(turns: Sequence[Path], device_type: str) -> dict[str, Any]:

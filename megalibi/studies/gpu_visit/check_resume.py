@@ -10,7 +10,7 @@ from typing import Any
 
 from megalibi.checkpoint import CHECKPOINTS, LATEST, list_checkpoints
 from megalibi.config import ConfigError
-from megalibi.report.metrics import StepRecord, read_metrics
+from megalibi.metrics.records import StepRecord, read_metrics
 
 COMPARED = ("loss", "grad_norm", "sample_hash")
 STEPS = 20

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from megalibi.studies.gpu_visit import LOGS_FOLDER, StepRecord
-from megalibi.studies.plan_gpus import GPUS, Gpu
+from megalibi.plan.gpus import GPUS, Gpu
+from megalibi.studies.gpu_visit.visit import LOGS_FOLDER, StepRecord
 
 TURNS = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal")
 ATTENTIONS = ("attention_batch_1", "attention_batch_8", "attention_cuda_graph", "attention_compiled")

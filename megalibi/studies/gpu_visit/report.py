@@ -7,14 +7,14 @@ from typing import Any
 
 from megalibi.config import config_from_dict, derive
 from megalibi.model import count_parameters, model_flops_per_token
+from megalibi.plan.gpus import Gpu
 from megalibi.report.markdown import format_table
 from megalibi.report.run import Quartiles
-from megalibi.report.units import format_bytes, format_count
-from megalibi.studies.ceilings import COPY, SQUARE
-from megalibi.studies.gpu_visit import DONE, LOGS_FOLDER
-from megalibi.studies.gpu_visit_findings import Findings
-from megalibi.studies.plan_gpus import Gpu
-from megalibi.studies.step_parts import PARTS
+from megalibi.studies.gpu_visit.ceilings import COPY, SQUARE
+from megalibi.studies.gpu_visit.findings import Findings
+from megalibi.studies.gpu_visit.step_parts import PARTS
+from megalibi.studies.gpu_visit.visit import DONE, LOGS_FOLDER
+from megalibi.units import format_bytes, format_count
 
 _TOP_KERNELS = 15
 _MAX_SAID = 300

@@ -14,12 +14,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.engine.build import build_engine
-from megalibi.job import Job, open_loader
+from megalibi.train.job import Job, open_loader
 from megalibi.model import count_parameters
-from megalibi.report.record import describe_run, write_json
-from megalibi.studies import work_trace
-from megalibi.studies.roofline import count_after_gradients, trace_work
-from megalibi.studies.step_parts import (
+from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.plan import work_trace
+from megalibi.plan.roofline import count_after_gradients, trace_work
+from megalibi.studies.gpu_visit.step_parts import (
     ATTENTION,
     BACKWARD_RANGE,
     FORWARD_RANGE,
@@ -31,8 +31,8 @@ from megalibi.studies.step_parts import (
     STEP_RANGE,
     find_part,
 )
-from megalibi.studies.work_trace import Work
-from megalibi.train import take_step
+from megalibi.plan.work_trace import Work
+from megalibi.train.loop import take_step
 
 _MAX_NAME = 160
 """Characters of a kernel's name that are kept: templates have thousands."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megalibi.studies.gpu_visit import Step
+from megalibi.studies.gpu_visit.visit import Step
 
 CONFIG_1_3B = "configs/gpt_1.3b_alibi_2048_1gpu.yaml"
 CONFIG_RESUME = "configs/books_24m_alibi.yaml"

@@ -20,9 +20,9 @@ from typing import Any
 
 from megalibi.config import ConfigError
 from megalibi.files import make_folder
-from megalibi.report.record import write_json
-from megalibi.report.units import format_duration
-from megalibi.studies.jobs import POLL_SECONDS, Child
+from megalibi.metrics.provenance import write_json
+from megalibi.studies.machinery.jobs import POLL_SECONDS, Child
+from megalibi.units import format_duration
 
 SUMMARY_FILE, LOGS_FOLDER = "summary.json", "logs"
 DONE, FAILED, OUT_OF_TIME, SKIPPED, INTERRUPTED = "done", "failed", "out of time", "skipped", "interrupted"

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from megalibi.config import ConfigError
-from megalibi.report.units import format_duration
+from megalibi.units import format_duration
 
 POLL_SECONDS = 0.2
 LINE_EVERY_SECONDS = 30.0

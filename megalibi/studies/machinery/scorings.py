@@ -12,9 +12,9 @@ from typing import Any
 from rich.console import Console
 
 from megalibi.checkpoint.manifest import MANIFEST_CHECKSUM
-from megalibi.report.record import write_json
-from megalibi.studies.jobs import JobProgress, run_jobs
-from megalibi.studies.machine import Machine
+from megalibi.metrics.provenance import write_json
+from megalibi.studies.machinery.jobs import JobProgress, run_jobs
+from megalibi.studies.machinery.machine import Machine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,12 +18,12 @@ from rich.console import Console
 
 from megalibi.checkpoint import CHECKPOINTS, LATEST, find_checkpoint, find_damage, get_checkpoint, read_manifest
 from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, ConfigError, config_from_dict, flatten_config, save_config
-from megalibi.job import check_run
 from megalibi.log import get_logger
-from megalibi.report.metrics import METRICS_FILE, StepRecord, parse_line
-from megalibi.report.units import format_count, format_duration
-from megalibi.studies.jobs import JobProgress, run_jobs
-from megalibi.studies.machine import Machine
+from megalibi.metrics.records import METRICS_FILE, StepRecord, parse_line
+from megalibi.studies.machinery.jobs import JobProgress, run_jobs
+from megalibi.studies.machinery.machine import Machine
+from megalibi.train.job import check_run
+from megalibi.units import format_count, format_duration
 
 _LOGGER = get_logger(__name__)
 _TAIL_BYTES = 1 << 14  # some forty lines of metrics.jsonl

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import alibi_attention
 from alibi_attention import alibi_slopes, attention, backends, local_slopes, resolve_backend
-from alibi_attention.flash import find_version_fault
+from alibi_attention.backends.flash import find_version_fault
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where flash_attn_on_cpu.py has it interpreted
 DTYPES = [torch.float16, torch.bfloat16]

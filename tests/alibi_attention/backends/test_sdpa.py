@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alibi_attention import alibi_slopes, attention
-from alibi_attention.sdpa import reversed_bias
+from alibi_attention.backends.sdpa import reversed_bias
 
 FP64_ATOL = 1e-12
 

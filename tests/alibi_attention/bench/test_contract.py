@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from alibi_attention import __main__, alibi_slopes, attention, backends
-from alibi_attention.capability import Call
-from alibi_attention.contract import (
+from alibi_attention.backend import Call
+from alibi_attention.bench.contract import (
     HEAD_DIM,
     INTERPRETED_LENGTHS,
     LENGTHS,
@@ -157,7 +157,7 @@ def test_a_back_end_that_rounds_the_bias_misses_the_bars(monkeypatch, dtype):
         weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
         return torch.einsum("bhij,bjhk->bihk", weights, v.float()).to(q.dtype)
 
-    monkeypatch.setattr("alibi_attention.contract.attention", attend)
+    monkeypatch.setattr("alibi_attention.bench.contract.attention", attend)
     (reference,) = (capability for capability in backends() if capability.name == "reference")
     (row,) = measure_type([reference], dtype, 600, head_counts=(8,))
     assert len(find_breaches(row)) == 3
@@ -165,7 +165,7 @@ def test_a_back_end_that_rounds_the_bias_misses_the_bars(monkeypatch, dtype):
 
 @pytest.mark.parametrize("slopes", [alibi_slopes(3), None], ids=["alibi", "no bias"])
 def test_the_truth_by_blocks_is_the_reference_in_fp64(monkeypatch, slopes):
-    monkeypatch.setattr("alibi_attention.contract._BLOCK_BYTES", 8 * 3 * 150 * 64)  # 64 queries at a time
+    monkeypatch.setattr("alibi_attention.bench.contract._BLOCK_BYTES", 8 * 3 * 150 * 64)  # 64 queries at a time
     inputs = make_inputs(150, 3, torch.float64)
     whole = forward_backward(partial(attention, alibi_slopes=slopes, backend="reference"), inputs)
     for by_blocks, expected in zip(exact_attention(inputs, slopes), whole, strict=True):
@@ -173,7 +173,7 @@ def test_the_truth_by_blocks_is_the_reference_in_fp64(monkeypatch, slopes):
 
 
 def test_rows_measured_through_the_identity_are_the_rows(monkeypatch):
-    monkeypatch.setattr("alibi_attention.contract._IDENTITY_BYTES", 8 * 3 * 150 * HEAD_DIM)  # a piece at a time
+    monkeypatch.setattr("alibi_attention.bench.contract._IDENTITY_BYTES", 8 * 3 * 150 * HEAD_DIM)  # a piece at a time
     q, k, _, _ = make_inputs(150, 3, torch.float64)
     rows = measured_rows(partial(attention, alibi_slopes=alibi_slopes(3), backend="reference"), q[:, -7:], k)
     exact = exact_rows(q[:, -7:].transpose(1, 2), k.transpose(1, 2), alibi_slopes(3), 143)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alibi_attention import benchmark
-from alibi_attention.benchmark import PLAIN, Case, find_contestants, make_inputs, measure_memory, measure_times
+from alibi_attention.bench import timing as benchmark
+from alibi_attention.bench.timing import PLAIN, Case, find_contestants, make_inputs, measure_memory, measure_times
 from tests.device import DEVICE, ON_GPU
 
 CASE = Case(device="cpu", dtype="float32", batch=1, length=48, num_heads=2, head_dim=16, mode="forward")

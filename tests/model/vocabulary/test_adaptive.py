@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from megalibi.config import ConfigError, ModelConfig, adaptive_bands
 from megalibi.model import GPT
-from megalibi.model.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from megalibi.model.loss import LOSS_CHUNK_TOKENS
+from megalibi.model.vocabulary.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
+from megalibi.model.vocabulary.loss import LOSS_CHUNK_TOKENS
 from megalibi.parallel import ALONE, get_shard_spec
 from tests.model.helpers import FP32_RELATIVE_ERROR, VOCAB_SIZE, build_gpt, losses_and_grads, make_model, random_tokens
 from tests.parallel.helpers import assert_close, fake_group, randn, tensor_group

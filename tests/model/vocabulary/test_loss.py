@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalibi.model.loss import LOSS_CHUNK_TOKENS, token_losses
+from megalibi.model.vocabulary.loss import LOSS_CHUNK_TOKENS, token_losses
 from megalibi.parallel import ALONE, ShardSpec, shard
 from tests.parallel.helpers import randn, tensor_group
 from tests.ranks import run_on_ranks

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from megalibi.studies.compare import ALIBI, SINUSOIDAL, Model
-from megalibi.studies.compare_curves import Curve, Point, compare_times, mean_speedup, stand_at
-from megalibi.studies.compare_tables import paper_levels
+from megalibi.studies.comparison.curves import Curve, Point, compare_times, mean_speedup, stand_at
+from megalibi.studies.comparison.study import ALIBI, SINUSOIDAL, Model
+from megalibi.studies.comparison.tables import paper_levels
 
 
 def points(*pairs: tuple[float, float]) -> list[Point]:

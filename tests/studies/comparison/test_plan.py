@@ -7,10 +7,10 @@ import pytest
 
 from megalibi.config import ConfigError, derive, padded_vocab_size
 from megalibi.model import count_parameters
-from megalibi.studies.compare import ATTENTIONS, CompareStudy, Model, Variant
-from megalibi.studies.compare_plan import check_fits, describe_memory, find_shapes, plan_variants, select_plans
-from megalibi.studies.memory import MemoryByKind
-from megalibi.studies.plan_gpus import GIB, USABLE, get_gpu
+from megalibi.plan.gpus import GIB, USABLE, get_gpu
+from megalibi.plan.memory_trace import MemoryByKind
+from megalibi.studies.comparison.plan import check_fits, describe_memory, find_shapes, plan_variants, select_plans
+from megalibi.studies.comparison.study import ATTENTIONS, CompareStudy, Model, Variant
 from megalibi.studies.study import load_study
 
 PLAN_BOUND = 1.08

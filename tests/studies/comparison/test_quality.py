@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 
 from megalibi.config import ConfigError
-from megalibi.studies.compare import Model
-from megalibi.studies.compare_curves import Point
-from megalibi.studies.compare_quality import Quality, check_quality
+from megalibi.studies.comparison.curves import Point
+from megalibi.studies.comparison.quality import Quality, check_quality
+from megalibi.studies.comparison.study import Model
 from tests.engine.runs import make_config
 
 

@@ -7,16 +7,16 @@ import json
 
 import pytest
 
+from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.report.run import Quartiles
-from megalibi.studies.compare import ALIBI, ATTENTIONS, SINUSOIDAL, CompareStudy, Model, Variant, variants
-from megalibi.studies.compare_findings import judge
-from megalibi.studies.compare_plot import training_curves
-from megalibi.studies.compare_quality import Quality
-from megalibi.studies.compare_report import write_report
-from megalibi.studies.compare_results import Results, format_percent
-from megalibi.studies.compare_speed import Speed
-from megalibi.studies.memory import MemoryByKind
-from megalibi.studies.published import get_curves, get_table
+from megalibi.studies.comparison.findings import judge
+from megalibi.studies.comparison.plot import training_curves
+from megalibi.studies.comparison.quality import Quality
+from megalibi.studies.comparison.report import write_report
+from megalibi.studies.comparison.results import Results, format_percent
+from megalibi.studies.comparison.speed import Speed
+from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, CompareStudy, Model, Variant, variants
+from megalibi.studies.paper import get_curves, get_table
 
 STUDY = CompareStudy(lengths=(512, 1024, 2048), valid_tokens=649_000)
 PAIR = STUDY.pairs()[-1]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megalibi.config import Config, ConfigError, derive
-from megalibi.studies.compare import CompareStudy, Model, model_config, variant_config, variants
+from megalibi.studies.comparison.study import CompareStudy, Model, model_config, variant_config, variants
 from megalibi.studies.study import load_study
 from tests.engine.runs import make_config
 

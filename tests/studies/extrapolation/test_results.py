@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from megalibi.config import ConfigError
-from megalibi.studies import published
-from megalibi.studies.extrapolation import (
+from megalibi.studies import paper as published
+from megalibi.studies.extrapolation.plot import extrapolation_figure
+from megalibi.studies.extrapolation.report import find_published, nearest_train_length, write_report
+from megalibi.studies.extrapolation.results import (
     PROTOCOLS,
     ExtrapolationStudy,
     Finding,
@@ -17,8 +19,6 @@ from megalibi.studies.extrapolation import (
     method_config,
     relative,
 )
-from megalibi.studies.extrapolation_plot import extrapolation_figure
-from megalibi.studies.extrapolation_report import find_published, nearest_train_length, write_report
 from tests.engine.runs import make_config
 
 METHODS = ("sinusoidal", "rotary", "t5_bias", "alibi")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megalibi.config import ConfigError, save_config
-from megalibi.report.metrics import METRICS_FILE
-from megalibi.studies import check_resume
+from megalibi.metrics.records import METRICS_FILE
+from megalibi.studies.gpu_visit import check_resume
 from tests.engine.runs import make_config, write_tokens
 from tests.studies.warm_python import warm_python
 

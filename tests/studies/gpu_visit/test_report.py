@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from megalibi.config import config_from_dict, derive
-from megalibi.studies.gpu_visit import DONE, FAILED, OUT_OF_TIME, StepRecord
-from megalibi.studies.gpu_visit_findings import Findings, find_data_sheet, read_findings
-from megalibi.studies.gpu_visit_report import write_report
-from megalibi.studies.step_profile import Slice, count_work, summarize
+from megalibi.studies.gpu_visit.findings import Findings, find_data_sheet, read_findings
+from megalibi.studies.gpu_visit.report import write_report
+from megalibi.studies.gpu_visit.step_profile import Slice, count_work, summarize
+from megalibi.studies.gpu_visit.visit import DONE, FAILED, OUT_OF_TIME, StepRecord
 
 RECORDED = Path(__file__).parents[2] / "results" / "gpu_h200"
 

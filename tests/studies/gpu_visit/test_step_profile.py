@@ -11,7 +11,7 @@ from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from megalibi.config import derive
 from megalibi.model import model_flops_per_token
-from megalibi.studies.step_parts import (
+from megalibi.studies.gpu_visit.step_parts import (
     ACCUMULATION,
     ATTENTION,
     BACKWARD_RANGE,
@@ -27,7 +27,7 @@ from megalibi.studies.step_parts import (
     STEP_RANGE,
     find_part,
 )
-from megalibi.studies.step_profile import _device_times, _kernels_of, count_work, summarize
+from megalibi.studies.gpu_visit.step_profile import _device_times, _kernels_of, count_work, summarize
 from tests.studies.steps import make_config
 
 NODE = "autograd::engine::evaluate_function: "

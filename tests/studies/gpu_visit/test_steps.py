@@ -10,10 +10,10 @@ import pytest
 
 from megalibi.config import load_config
 from megalibi.data.token_file import TokenFile
-from megalibi.studies.extrapolation import ExtrapolationStudy
-from megalibi.studies.gpu_visit import Step, expect_seconds
-from megalibi.studies.gpu_visit_steps import CONFIG_1_3B, Setup, plan_steps
-from megalibi.studies.random_tokens import write_random_tokens
+from megalibi.studies.extrapolation.results import ExtrapolationStudy
+from megalibi.studies.gpu_visit.random_tokens import write_random_tokens
+from megalibi.studies.gpu_visit.steps import CONFIG_1_3B, Setup, plan_steps
+from megalibi.studies.gpu_visit.visit import Step, expect_seconds
 from megalibi.studies.study import load_study
 
 ROOT = Path(__file__).parents[2]

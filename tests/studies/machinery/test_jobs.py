@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from megalibi.config import ConfigError
-from megalibi.studies.jobs import JobProgress, run_jobs
+from megalibi.studies.machinery.jobs import JobProgress, run_jobs
 
 DEADLINE_SECONDS = 60.0
 

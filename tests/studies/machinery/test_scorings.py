@@ -11,8 +11,8 @@ from rich.console import Console
 
 from megalibi.config import ConfigError
 from megalibi.report.run import read_evaluation
-from megalibi.studies.machine import Machine
-from megalibi.studies.scores import Scoring, run_scorings
+from megalibi.studies.machinery.machine import Machine
+from megalibi.studies.machinery.scorings import Scoring, run_scorings
 from tests.launch.jobs import run_job, write_job
 
 ROOT = Path(__file__).parents[2]

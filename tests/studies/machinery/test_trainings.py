@@ -11,8 +11,8 @@ from rich.console import Console
 
 from megalibi.checkpoint import find_checkpoint
 from megalibi.config import Config, ConfigError, load_config
-from megalibi.studies.machine import Machine, describe_machine
-from megalibi.studies.runs import Training, run_trainings
+from megalibi.studies.machinery.machine import Machine, describe_machine
+from megalibi.studies.machinery.trainings import Training, run_trainings
 from tests.launch.jobs import run_job, write_job
 
 ROOT = Path(__file__).parents[2]

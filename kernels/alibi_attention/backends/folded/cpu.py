@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from alibi_attention.sdpa import reversed_bias
+from alibi_attention.backends.sdpa import reversed_bias
 
 # The operators behind scaled_dot_product_attention on a CPU. Its documentation forbids a mask in causal mode, and only
 # older versions of it refuse one (github.com/pytorch/pytorch/issues/187801): find_missing tries what the operators do.

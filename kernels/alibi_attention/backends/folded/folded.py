@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from alibi_attention.capability import Capability
+from alibi_attention.backend import Capability
+from alibi_attention.backends.folded.cpu import AttendInParts, find_missing, group_heads, plan_head
 from alibi_attention.documents import PackedDocuments, attend_per_document
-from alibi_attention.folded_cpu import AttendInParts, find_missing, group_heads, plan_head
 from alibi_attention.horizon import find_horizons
 
 NAME = "folded"

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from alibi_attention.capability import Capability
+from alibi_attention.backend import Capability
 from alibi_attention.documents import PackedDocuments
 from alibi_attention.packed import empty_gradients
 

@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 
-from alibi_attention.capability import Capability
+from alibi_attention.backend import Capability
+from alibi_attention.backends.triton.geometry import Documents, Geometry, make_geometry
+from alibi_attention.backends.triton.launch import Launch
 from alibi_attention.documents import PackedDocuments
 from alibi_attention.packed import empty_gradients
-from alibi_attention.triton_geometry import Documents, Geometry, make_geometry
-from alibi_attention.triton_launch import Launch
 
 try:
-    from alibi_attention import triton_backward, triton_forward, triton_tiles
+    from alibi_attention.backends.triton import backward as triton_backward
+    from alibi_attention.backends.triton import forward as triton_forward
+    from alibi_attention.backends.triton import tiles as triton_tiles
 except ImportError as error:
     _IMPORT_FAULT = f"its kernels cannot be imported: {error}"
 else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alibi_attention.triton_common import (
+from alibi_attention.backends.triton.common import (
     LENGTHS,
     LOG2E,
     dot,
@@ -24,7 +24,7 @@ from alibi_attention.triton_common import (
     see_keys,
     store_tile,
 )
-from alibi_attention.triton_tiles import KEY_GRADIENT, QUERY_GRADIENT
+from alibi_attention.backends.triton.tiles import KEY_GRADIENT, QUERY_GRADIENT
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alibi_attention.triton_tiles import INTERPRETED
+from alibi_attention.backends.triton.tiles import INTERPRETED
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two

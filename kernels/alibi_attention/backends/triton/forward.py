@@ -17,8 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from alibi_attention.horizon import NORM_FLOOR, NORM_MARGIN
-from alibi_attention.triton_common import (
+from alibi_attention.backends.triton.common import (
     LENGTHS,
     LOG2E,
     dot,
@@ -31,7 +30,8 @@ from alibi_attention.triton_common import (
     see_keys,
     store_tile,
 )
-from alibi_attention.triton_tiles import FORWARD
+from alibi_attention.backends.triton.tiles import FORWARD
+from alibi_attention.horizon import NORM_FLOOR, NORM_MARGIN
 
 _NORM_MARGIN = tl.constexpr(NORM_MARGIN)
 _NORM_FLOOR = tl.constexpr(NORM_FLOOR)

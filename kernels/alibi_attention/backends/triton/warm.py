@@ -75,7 +75,8 @@ def compile_calls(calls: Sequence[Call], target: Target, workers: int) -> Iterat
 def _compile(call: Call, target: Target) -> float:
     """Compile what a call needs, in a process that is for that alone; return the seconds it took."""
     _replace_driver(target)
-    from alibi_attention import PackedDocuments, alibi_slopes, triton_kernel
+    from alibi_attention import PackedDocuments, alibi_slopes
+    from alibi_attention.backends.triton import attend as triton_kernel
 
     began = time.monotonic()
     documents = None

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import alibi_attention
-from alibi_attention import alibi_slopes, attention, folded, folded_cpu
-from alibi_attention.contract import exact_attention, exact_rows, measured_rows
+from alibi_attention import alibi_slopes, attention
+from alibi_attention.backends.folded import cpu as folded_cpu
+from alibi_attention.backends.folded import folded
+from alibi_attention.bench.contract import exact_attention, exact_rows, measured_rows
 
 FP64_BOUND = 1e-13  # ||x - x64|| / ||x64||
 FP32_ERROR = 1e-5  # the largest, relative to the largest value, however long the sequence

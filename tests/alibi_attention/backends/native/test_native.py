@@ -13,8 +13,9 @@ import pytest
 import torch
 
 import alibi_attention
-from alibi_attention import alibi_slopes, attention, native
-from alibi_attention.native import _BLOCK
+from alibi_attention import alibi_slopes, attention
+from alibi_attention.backends.native import native
+from alibi_attention.backends.native.native import _BLOCK
 from tests.permissions import NOT_ABOVE_PERMISSIONS
 
 FP32_ROUNDING = 2.0**-24  # relative, of one number
@@ -127,7 +128,8 @@ def test_older_processors_get_the_same_attention(tmp_path, monkeypatch, make_inp
 KERNEL_CHECK = """
 import logging, torch
 logging.basicConfig(format="%(levelname)s %(message)s")
-from alibi_attention import alibi_slopes, attention, native, resolve_backend
+from alibi_attention import alibi_slopes, attention, resolve_backend
+from alibi_attention.backends.native import native
 
 capability = native.capability()
 print(capability.usable)

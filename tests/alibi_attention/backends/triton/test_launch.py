@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from alibi_attention.triton_launch import Launch
+from alibi_attention.backends.triton.launch import Launch
 
 
 class Compiled:

@@ -6,8 +6,11 @@ import triton
 import triton.language as tl
 from triton.runtime.errors import OutOfResources
 
-from alibi_attention import alibi_slopes, attention, triton_backward, triton_forward, triton_tiles
-from alibi_attention.triton_tiles import with_fixed_tile
+from alibi_attention import alibi_slopes, attention
+from alibi_attention.backends.triton import backward as triton_backward
+from alibi_attention.backends.triton import forward as triton_forward
+from alibi_attention.backends.triton import tiles as triton_tiles
+from alibi_attention.backends.triton.tiles import with_fixed_tile
 from tests.device import DEVICE
 
 pytestmark = pytest.mark.gpu
