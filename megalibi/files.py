@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from megalibi.errors import ConfigError
 
 ASIDE_SUFFIX = ".tmp"
 """Of a file that is being written, or that a killed process left."""
@@ -180,3 +183,18 @@ def _names(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return the fields of a JSON file.
+
+    Raises:
+        ConfigError: It cannot be read, or is no object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: a JSON object is expected")
+    return fields

@@ -31,7 +31,8 @@ from megalibi.data.provenance import say_unrecorded
 from megalibi.data.token_file import TokenFile
 from megalibi.data.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.words import WordTokenizer
-from megalibi.evaluate.by_position import bin_positions, format_table, position_curve, to_columns
+from megalibi.evaluate.by_position import bin_positions, format_table, to_columns
+from megalibi.evaluate.result import EvaluationResult
 from megalibi.evaluate.run import (
     Evaluation,
     check_and_measure,
@@ -44,7 +45,7 @@ from megalibi.metrics.outputs import check_outputs, check_picture
 from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.parallel import ProcessGroups, build_process_groups
 from megalibi.report.plots import save_figure
-from megalibi.report.run import EvaluationResult
+from megalibi.report.position_plot import position_curve
 
 # launch/ is no package; its scripts find each other by their folder, and so does this one.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))

@@ -18,12 +18,13 @@ from rich.console import Console
 
 from megalibi import log
 from megalibi.config import Config, config_to_dict
+from megalibi.evaluate.result import EvaluationResult, read_evaluation
 from megalibi.files import make_folder, write_aside
 from megalibi.metrics.outputs import check_folder
 from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.metrics.records import read_metrics
+from megalibi.metrics.summary import summarize
 from megalibi.report.plots import save_figure
-from megalibi.report.run import EvaluationResult, read_evaluation, summarize
 from megalibi.runtime.exit import run_tool
 from megalibi.studies.extrapolation.plot import extrapolation_figure
 from megalibi.studies.extrapolation.report import write_report

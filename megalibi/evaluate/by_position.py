@@ -1,4 +1,4 @@
-"""Loss against the position in the window: bins, a table and a figure.
+"""Loss against the position in the window: bins and a table.
 
 It tells apart the two reasons for which a longer window can score better: fewer of its tokens have little context, or
 tokens with much context are predicted better (arXiv:2108.12409, appendix B.2, "early token curse").
@@ -11,15 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
-
-from megalibi.report.plots import MUTED, SERIES_COLORS, new_figure, place_legend
 
 VALUES_MAX = 4096
 """Mean losses that are kept of a window."""
-_DRAWN_PER_DOUBLING = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,29 +80,3 @@ def format_table(by_length: Mapping[int, Sequence[PositionBin]]) -> str:
             cells = (f"{row[length]:>12.4f}" if length in row else f"{'-':>12}" for length in by_length)
             lines.append(f"{seen:<18}" + "".join(cells))
     return "\n".join(lines)
-
-
-def position_curve(sums_by_length: Mapping[int, NDArray[np.float64]], *, train_seq_length: int) -> Figure:
-    """Draw mean loss against the tokens seen, one line for each length, with the training length marked.
-
-    Args:
-        sums_by_length: Summed loss and scored tokens by position, for each evaluation length.
-        train_seq_length: Tokens the model saw at once in training.
-    """
-    figure, (axes,) = new_figure(height_inches=3.3)
-    for number, (length, sums_2S) in enumerate(sums_by_length.items()):
-        bins = bin_positions(sums_2S, per_doubling=_DRAWN_PER_DOUBLING)
-        axes.plot(
-            [math.sqrt(b.first * b.last) for b in bins],
-            [b.loss for b in bins],
-            color=SERIES_COLORS[number % len(SERIES_COLORS)],
-            linewidth=1.6,
-            label=f"{length:,} tokens at once",
-        )
-    axes.axvline(train_seq_length, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel(f"tokens seen (dashed: the training length, {train_seq_length:,})")
-    axes.set_ylabel("loss (nats per token)")
-    place_legend(axes, loc="upper right")
-    return figure

@@ -23,9 +23,9 @@ from megalibi.data.token_file import TokenFile, check_ids
 from megalibi.data.tokenizer import Tokenizer
 from megalibi.data.words import WordTokenizer
 from megalibi.evaluate.losses import stream_loss
+from megalibi.evaluate.result import EvaluationResult
+from megalibi.metrics.records import memory_peak_bytes
 from megalibi.parallel import ProcessGroups, all_reduce_raw
-from megalibi.report import memory_peak_bytes
-from megalibi.report.run import EvaluationResult
 
 _CHECK_TOKENS = 1 << 20
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from megalibi.config import ConfigError
 from megalibi.files import ASIDE_SUFFIX, make_folder
-from megalibi.metrics.records import METRICS_FILE
+from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE
 from megalibi.metrics.writers import TENSORBOARD_FOLDER
-from megalibi.report.run import CONFIG_FILE, INFO_FILE
 
 PICTURE_SUFFIXES = (".eps", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp")
 """Formats of pictures that need nothing but matplotlib."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+INFO_FILE = "run_info.json"
 
 # JSON has no NaN and no infinity. As in protobuf's JSON they are strings, which float() reads back in any language.
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megalibi.report.run import Quartiles, Run, summarize
+from megalibi.metrics.summary import Quartiles, summarize
+from megalibi.report.run import Run
 from megalibi.units import format_bytes, format_count, format_duration
 
 _POSITION_NAMES = {"alibi": "ALiBi", "sinusoidal": "sinusoidal"}

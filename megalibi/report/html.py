@@ -11,11 +11,13 @@ import yaml
 from matplotlib.figure import Figure
 
 from megalibi.config import ConfigError
+from megalibi.evaluate.result import Evaluation
 from megalibi.files import make_folder, write_aside
 from megalibi.metrics.records import RunMetrics
+from megalibi.metrics.summary import summarize
 from megalibi.report import plots
 from megalibi.report.facts import Fact, describe, environment_facts, result_facts, setup_facts
-from megalibi.report.run import Evaluation, Run, read_run, summarize
+from megalibi.report.run import Run, read_run
 from megalibi.report.style import STYLESHEET
 from megalibi.units import format_bytes, format_count
 

@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
+from megalibi.evaluate.result import Evaluation
 from megalibi.files import open_aside
 from megalibi.metrics.records import RunMetrics
-from megalibi.report.run import Evaluation
 from megalibi.units import format_count
 
 Floats = NDArray[np.float64]

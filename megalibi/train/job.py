@@ -46,10 +46,16 @@ from megalibi.data.tokenizer import load_tokenizer
 from megalibi.files import write_aside
 from megalibi.log import get_logger
 from megalibi.metrics.outputs import check_run_folder
-from megalibi.metrics.records import METRICS_FILE, StepRecord, ValidationRecord, read_records_of_step
+from megalibi.metrics.records import (
+    CONFIG_FILE,
+    INFO_FILE,
+    METRICS_FILE,
+    StepRecord,
+    ValidationRecord,
+    read_records_of_step,
+)
 from megalibi.model import count_parameters
 from megalibi.parallel import ProcessGroups, gather_objects, refusing_together
-from megalibi.report.run import CONFIG_FILE, INFO_FILE
 
 _LOGGER = get_logger(__name__)
 _PACKAGES = ("torch", "deepspeed", "numpy", "triton", "flash-attn")

@@ -17,9 +17,10 @@ from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
+from megalibi.metrics.records import StepRecord, ValidationRecord, memory_bytes, memory_peak_bytes
+from megalibi.metrics.writers import Writers, build_writers
 from megalibi.model import model_flops_per_token
 from megalibi.parallel import describe_os_error, refusing_together
-from megalibi.report import StepRecord, ValidationRecord, Writers, build_writers, memory_bytes, memory_peak_bytes
 from megalibi.runtime.stop import DataError, StoppedError, StopRequest, check_together
 from megalibi.train.job import (
     Job,

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megalibi.evaluate.by_position import VALUES_MAX, bin_positions, format_table, position_curve, to_columns
+from megalibi.evaluate.by_position import VALUES_MAX, bin_positions, format_table, to_columns
 from megalibi.report.plots import save_figure
+from megalibi.report.position_plot import position_curve
 
 
 def sums_of(length: int, first_scored: int = 0) -> NDArray[np.float64]:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from megalibi.evaluate.result import Evaluation, EvaluationResult
 from megalibi.metrics.records import RunMetrics, StepRecord
 from megalibi.report import plots
-from megalibi.report.run import Evaluation, EvaluationResult, read_run
+from megalibi.report.run import read_run
 
 MakeStep = Callable[..., StepRecord]
 

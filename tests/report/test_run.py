@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from megalibi.config import ConfigError
+from megalibi.evaluate.result import read_evaluation
 from megalibi.metrics.records import RunMetrics, StepRecord
-from megalibi.report.run import Quartiles, read_evaluation, read_run, summarize
+from megalibi.metrics.summary import Quartiles, summarize
+from megalibi.report.run import read_run
 
 MakeStep = Callable[..., StepRecord]
 

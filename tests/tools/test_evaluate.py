@@ -21,8 +21,8 @@ from megalibi.data.preprocess import preprocess
 from megalibi.data.token_file import TokenFile, TokenFileWriter
 from megalibi.data.tokenizer import Tokenizer
 from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.evaluate.result import EvaluationResult, read_evaluation
 from megalibi.evaluate.run import check_lengths
-from megalibi.report.run import EvaluationResult, read_evaluation
 from megalibi.runtime.exit import run_tool
 from tests.engine.runs import CPU, identify, iterate_ours, make_config, process_groups
 from tests.launch.jobs import ScriptJob, torchrun_environment

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.report import StepRecord
+from megalibi.metrics.records import StepRecord
 
 REPOSITORY = Path(__file__).parents[2]
 

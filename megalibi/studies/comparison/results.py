@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megalibi.metrics.summary import Quartiles
 from megalibi.plan.memory_trace import MemoryByKind
-from megalibi.report.run import Quartiles
 from megalibi.studies.comparison.curves import Level, Point, compare_times, mean_speedup, stand_at
 from megalibi.studies.comparison.quality import Quality
 from megalibi.studies.comparison.speed import Speed

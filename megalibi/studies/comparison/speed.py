@@ -13,8 +13,8 @@ import numpy as np
 from rich.console import Console
 
 from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, ConfigError, config_to_dict, save_config
+from megalibi.metrics.summary import Quartiles
 from megalibi.plan.memory_trace import MemoryByKind
-from megalibi.report.run import Quartiles
 from megalibi.studies.comparison.study import CompareStudy, Variant, variant_config, variants
 from megalibi.studies.machinery.jobs import run_jobs
 from megalibi.studies.machinery.machine import Machine

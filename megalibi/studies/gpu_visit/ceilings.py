@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megalibi.report.run import Quartiles
+from megalibi.metrics.summary import Quartiles
 
 SQUARE, COPY = "matmul bf16", "copy"
 """Names of the two ceilings that everything is held against."""

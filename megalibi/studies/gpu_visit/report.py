@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megalibi.config import config_from_dict, derive
+from megalibi.metrics.summary import Quartiles
 from megalibi.model import count_parameters, model_flops_per_token
 from megalibi.plan.gpus import Gpu
 from megalibi.report.markdown import format_table
-from megalibi.report.run import Quartiles
 from megalibi.studies.gpu_visit.ceilings import COPY, SQUARE
 from megalibi.studies.gpu_visit.findings import Findings
 from megalibi.studies.gpu_visit.step_parts import PARTS

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
+from megalibi.metrics.summary import Quartiles
 from megalibi.plan.memory_trace import MemoryByKind
-from megalibi.report.run import Quartiles
 from megalibi.studies.comparison.findings import judge
 from megalibi.studies.comparison.plot import training_curves
 from megalibi.studies.comparison.quality import Quality

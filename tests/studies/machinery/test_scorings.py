@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from megalibi.config import ConfigError
-from megalibi.report.run import read_evaluation
+from megalibi.evaluate.result import read_evaluation
 from megalibi.studies.machinery.machine import Machine
 from megalibi.studies.machinery.scorings import Scoring, run_scorings
 from tests.launch.jobs import run_job, write_job
