@@ -3,8 +3,14 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-import tests.device
-import tests.flash_attn_on_cpu  # before alibi_attention, which asks it for its operators
+import pytest
+
+import tests.support.device
+import tests.support.flash_attn_on_cpu  # before alibi_attention, which asks it for its operators
+from tests.support.run_folder import make_step, make_validation, write_run
+from tests.support.runs import write_tokens
+
+__all__ = ["make_step", "make_validation", "write_run"]
 
 
 def pytest_configure() -> None:
@@ -15,7 +21,13 @@ def pytest_configure() -> None:
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """On a GPU leave out the files without a test for it: such a machine may lack what they import."""
-    if not tests.device.ON_GPU:
+    if not tests.support.device.ON_GPU:
         return None
     files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
     return None if any("mark.gpu" in path.read_text() for path in files) else True
+
+
+@pytest.fixture(scope="session")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The prefix of a small token file."""
+    return write_tokens(tmp_path_factory.mktemp("tokens"))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.device import DEVICE
+from tests.support.device import DEVICE
 
 
 @pytest.fixture(autouse=True)

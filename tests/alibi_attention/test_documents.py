@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from alibi_attention.documents import PackedDocuments, attend_per_document
-from tests.device import DEVICE
+from tests.support.device import DEVICE
 
 
 def test_empty_documents_have_a_length_too():

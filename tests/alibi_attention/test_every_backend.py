@@ -21,7 +21,7 @@ import alibi_attention
 from alibi_attention import alibi_slopes, attention, backends, local_slopes
 from alibi_attention.backend import Capability
 from alibi_attention.bench.contract import exact_rows, measured_rows
-from tests.device import DEVICE, ON_GPU
+from tests.support.device import DEVICE, ON_GPU
 
 # ||x - x64|| / ||x64|| of output and gradients. In 16 bits a rounding step: rounding the result alone costs a quarter.
 BOUNDS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}

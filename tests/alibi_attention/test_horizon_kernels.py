@@ -29,7 +29,7 @@ from tests.alibi_attention.horizon_inputs import (
     underflowing_keys,
     underflowing_queries,
 )
-from tests.device import DEVICE, ON_GPU
+from tests.support.device import DEVICE, ON_GPU
 
 # Where a block of 64 keys ends that the last query may leave out, and a window of the folded bias begins.
 DISTANCE = 321

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alibi_attention import alibi_slopes, attention, split_qkv
 from alibi_attention.packed import empty_gradients
-from tests.device import DEVICE, ON_GPU
+from tests.support.device import DEVICE, ON_GPU
 
 pytestmark = pytest.mark.gpu
 

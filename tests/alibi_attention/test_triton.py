@@ -15,7 +15,7 @@ from alibi_attention import PackedDocuments, alibi_slopes, attention, backends, 
 from alibi_attention.backends.triton import attend as triton_kernel
 from alibi_attention.backends.triton import tiles as triton_tiles
 from alibi_attention.backends.triton.geometry import make_geometry
-from tests.device import DEVICE
+from tests.support.device import DEVICE
 
 FP32_ATOL = 1e-5  # output and gradients of standard normal inputs, against fp64
 ERROR_FACTOR = 2.0  # times the error of SDPA in the same type

@@ -26,7 +26,7 @@ from megalibi.checkpoint.manifest import (
 )
 from megalibi.config import ConfigError
 from megalibi.files import make_folder, write_synced
-from tests.launch.jobs import CONTEXT
+from tests.support.jobs import CONTEXT
 
 KILLS = 12
 

@@ -18,8 +18,7 @@ from megalibi.checkpoint import find_checkpoint, load_full_weights
 from megalibi.checkpoint.reading import _CHATTER, _without_chatter, open_states
 from megalibi.config import ConfigError
 from megalibi.parallel import ALONE, refusing_together
-from tests.checkpoint.planted import ROOT, make_codes, plant
-from tests.launch.jobs import (
+from tests.support.jobs import (
     Job,
     ScriptJob,
     exact_records,
@@ -27,6 +26,7 @@ from tests.launch.jobs import (
     torchrun_environment,
     write_job,
 )
+from tests.support.planted import ROOT, make_codes, plant
 
 
 @pytest.mark.parametrize("name", ["posix", "builtin", "module", "in a type of DeepSpeed"])

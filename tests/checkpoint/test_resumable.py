@@ -10,7 +10,7 @@ from megalibi.checkpoint.manifest import Manifest, commit
 from megalibi.config import ON_RESUME, Config, ConfigError, OnResume, config_to_dict
 from megalibi.config.identity import BY_CONTENT
 from megalibi.files import make_folder
-from tests.engine.runs import identify, make_config, write_tokens
+from tests.support.runs import identify, make_config, write_tokens
 
 LEARNED = {"model.position_method": "learned", "model.max_position_embeddings": 64}
 ADAPTIVE = {"model.adaptive_cutoffs": [41, 122]}

@@ -28,13 +28,13 @@ from megalibi.data.token_file import TokenFile, TokenFileWriter
 from megalibi.engine.build import DeepSpeedEngine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.parallel import ProcessGroups
-from tests.checkpoint.full_disk import FREE_BYTES
-from tests.engine.runs import CPU, STAGES, VOCAB_SIZE, build, identify, make_config, open_loader, write_tokens
-from tests.ranks import run_on_ranks
+from tests.support.full_disk import FREE_BYTES
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import CPU, STAGES, VOCAB_SIZE, build, identify, make_config, open_loader, write_tokens
 
 STEPS = 20
 SAVED_STEP = 10
-FULL_DISK_SCRIPT = Path(__file__).with_name("full_disk.py")
+FULL_DISK_SCRIPT = Path(__file__).parents[1] / "support" / "full_disk.py"
 
 
 @pytest.fixture(scope="module")

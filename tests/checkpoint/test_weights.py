@@ -12,8 +12,17 @@ from megalibi.checkpoint import load_full_weights, load_model, save_checkpoint
 from megalibi.config import Config, ConfigError, derive
 from megalibi.engine.build import DTYPES
 from megalibi.parallel import ShardSpec, get_shard_spec, shard, unshard
-from tests.engine.runs import CPU, STAGES, VOCAB_SIZE, identify, iterate_ours, make_config, process_groups, write_tokens
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import (
+    CPU,
+    STAGES,
+    VOCAB_SIZE,
+    identify,
+    iterate_ours,
+    make_config,
+    process_groups,
+    write_tokens,
+)
 
 # The engine sums over the tensor group in another order, and in bf16 (unit roundoff 2^-9) where the run is bf16.
 LOSS_RELATIVE_BOUNDS = {"fp32": 1e-6, "bf16": 2e-4}

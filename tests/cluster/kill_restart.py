@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megalibi.checkpoint import find_checkpoint, find_damage, read_manifest
-from tests.launch.jobs import Job, exact_records, last_step, run_job, write_job
+from tests.support.jobs import Job, exact_records, last_step, run_job, write_job
 
 FOREVER = 1_000_000
 EVERY_STEPS = 2

@@ -13,8 +13,8 @@ from megalibi.config import adaptive_bands, derive, learning_rate_at, load_confi
 from megalibi.engine.step import StepResult
 from megalibi.model import GPT, count_parameters
 from megalibi.parallel import ALONE
-from tests.engine.runs import run_ours, write_tokens
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import run_ours, write_tokens
 
 PATH = Path(__file__).parents[2] / "configs" / "wikitext103_alibi_512.yaml"
 PAPER_PARAMETERS = 247e6

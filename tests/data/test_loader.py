@@ -11,8 +11,8 @@ from megalibi.config import ConfigError
 from megalibi.data.dataset import open_dataset
 from megalibi.data.hashing import format_sample_hash, hash_samples, sum_hashes
 from megalibi.data.loader import IGNORE_INDEX, Loader, ValidationLoader
-from tests.device import DEVICE
-from tests.ranks import run_on_ranks
+from tests.support.device import DEVICE
+from tests.support.ranks import run_on_ranks
 
 
 @pytest.fixture

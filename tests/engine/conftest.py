@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.runs import write_tokens
+from tests.support.runs import write_tokens
 
 
 @pytest.fixture(scope="session")

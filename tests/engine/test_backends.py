@@ -5,15 +5,15 @@ from functools import cache
 import numpy as np
 import pytest
 
-import tests.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; this file is imported in ranks
+import tests.support.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; this file is imported in ranks
 from alibi_attention import backends
 from megalibi.config import Config
 from megalibi.data.token_file import TokenFileWriter
 from megalibi.engine.build import DTYPES
 from megalibi.engine.step import StepResult
-from tests.device import DEVICE, ON_GPU
-from tests.engine.runs import VOCAB_SIZE, Curve, curve_of, largest_relative_difference, make_config, run_ours
-from tests.ranks import run_on_ranks
+from tests.support.device import DEVICE, ON_GPU
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import VOCAB_SIZE, Curve, curve_of, largest_relative_difference, make_config, run_ours
 
 RELATIVE_BOUND = {"fp32": 1e-5, "bf16": 3e-3}
 """Of losses and norms; bf16 as between ZeRO stages, where sums in another order flip roundings (test_build.py)."""

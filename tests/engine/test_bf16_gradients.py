@@ -8,9 +8,9 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from megalibi.config import Config
 from megalibi.engine import bf16_gradients
-from tests.device import ON_GPU
-from tests.engine.runs import Curve, build, curve_of, make_config, run_ours
-from tests.ranks import run_on_ranks
+from tests.support.device import ON_GPU
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import Curve, build, curve_of, make_config, run_ours
 
 STEPS = 6
 

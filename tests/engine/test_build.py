@@ -20,8 +20,9 @@ from alibi_attention import alibi_slopes
 from megalibi.config import Config, ConfigError
 from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER
 from megalibi.engine.step import StepResult
-from tests.device import ON_GPU
-from tests.engine.runs import (
+from tests.support.device import ON_GPU
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import (
     CPU,
     STAGES,
     build,
@@ -33,7 +34,6 @@ from tests.engine.runs import (
     run_ours,
     run_plain,
 )
-from tests.ranks import run_on_ranks
 
 RANKS, TENSOR_PARALLEL_SIZE = (1, 1) if ON_GPU else (4, 2)
 STEPS = 12
@@ -218,7 +218,7 @@ FIRST_USE = """
 import os, pathlib, sys
 import deepspeed
 import torch.distributed as dist
-from tests.engine.runs import build, make_config
+from tests.support.runs import build, make_config
 
 os.environ["LOCAL_RANK"] = "0"
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 
 from megalibi.config import Config
-from tests.engine.runs import Curve, curve_of, largest_relative_difference, make_config, run_ours
 from tests.engine.test_golden import GOLDEN_RELATIVE_BOUND, STEPS, read_golden
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import Curve, curve_of, largest_relative_difference, make_config, run_ours
 
 
 def _run_and_ask(configs: list[Config]) -> list[tuple[Curve, bool]]:

@@ -4,7 +4,7 @@ import pytest
 
 from megalibi.config import derive
 from megalibi.engine.ds_config import deepspeed_config
-from tests.engine.runs import STAGES, make_config
+from tests.support.runs import STAGES, make_config
 
 
 @pytest.mark.parametrize("stage", STAGES)

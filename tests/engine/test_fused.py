@@ -6,9 +6,9 @@ import pytest
 
 from fused_ops import fusing
 from megalibi.config import Config
-from tests.device import ON_GPU
-from tests.engine.runs import Curve, curve_of, largest_relative_difference, make_config, run_ours
-from tests.ranks import run_on_ranks
+from tests.support.device import ON_GPU
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import Curve, curve_of, largest_relative_difference, make_config, run_ours
 
 RANKS = 1 if ON_GPU else 2
 STEPS = 2

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.runs import Curve, curve_of, largest_relative_difference, make_config, run_ours, write_tokens
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import Curve, curve_of, largest_relative_difference, make_config, run_ours, write_tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "quick_fp32.txt"
 GOLDEN_RELATIVE_BOUND = 2e-6

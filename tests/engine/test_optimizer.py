@@ -12,9 +12,9 @@ from megalibi.config import OptimizerConfig
 from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER, LOSS_SCALE_WINDOW
 from megalibi.engine.optimizer import ClippedAdamW, ClippedNesterov, Nesterov, build_optimizer
 from megalibi.parallel import ALONE, Group, ShardSpec, set_shard_spec
-from tests.engine.runs import PlainNag
-from tests.parallel.helpers import randn, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import PlainNag
+from tests.support.tensors import randn, tensor_group
 
 CONFIG = OptimizerConfig(learning_rate=1e-2, weight_decay=0.3, clip_grad_norm=0.7)
 INITIAL_SCALE = 2.0**INITIAL_LOSS_SCALE_POWER

@@ -8,8 +8,9 @@ import pytest
 
 from megalibi.config import Config
 from megalibi.engine.step import StepResult
-from tests.device import ON_GPU
-from tests.engine.runs import (
+from tests.support.device import ON_GPU
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import (
     STAGES,
     VOCAB_SIZE,
     Curve,
@@ -19,7 +20,6 @@ from tests.engine.runs import (
     run_ours,
     run_plain,
 )
-from tests.ranks import run_on_ranks
 
 FP32_RELATIVE_BOUND = 1e-5
 STEPS = 30

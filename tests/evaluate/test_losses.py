@@ -13,8 +13,8 @@ from megalibi.data.token_file import TokenFile
 from megalibi.evaluate.losses import FORWARD_TOKENS, Window, batches_of_windows, stream_loss, validation_loss, windows
 from megalibi.model import GPT, initialize
 from megalibi.parallel import ALONE, Group, ProcessGroups
-from tests.engine.runs import CPU, VOCAB_SIZE, make_config, process_groups
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import CPU, VOCAB_SIZE, make_config, process_groups
 
 FP32_RELATIVE_BOUND = 1e-5
 FP64_RELATIVE_BOUND = 1e-13

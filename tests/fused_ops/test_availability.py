@@ -10,7 +10,7 @@ import torch
 
 import fused_ops
 from fused_ops import can_fuse, fusing
-from tests.device import DEVICE, ON_GPU
+from tests.support.device import DEVICE, ON_GPU
 
 
 def run_python(program: str) -> str:

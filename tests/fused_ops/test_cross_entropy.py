@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_ops import find_gradient, reduce_rows
-from tests.device import DEVICE
 from tests.fused_ops.errors import assert_within_plain_error
+from tests.support.device import DEVICE
 
 pytestmark = [
     pytest.mark.gpu,

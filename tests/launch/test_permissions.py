@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megalibi.checkpoint import find_checkpoint
-from tests.launch.jobs import LAUNCHER_VARIABLES, SCRIPT, run_job, torchrun_environment, write_job
-from tests.permissions import NOT_ABOVE_PERMISSIONS
+from tests.support.jobs import LAUNCHER_VARIABLES, SCRIPT, run_job, torchrun_environment, write_job
+from tests.support.permissions import NOT_ABOVE_PERMISSIONS
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 120.0

@@ -15,7 +15,7 @@ import pytest
 from megalibi.checkpoint import find_checkpoint
 from megalibi.data.preprocess import preprocess
 from megalibi.data.tokenizer_training import train_tokenizer
-from tests.launch.jobs import (
+from tests.support.jobs import (
     LAUNCHER_VARIABLES,
     POLL_SECONDS,
     SCRIPT,
@@ -25,7 +25,7 @@ from tests.launch.jobs import (
     run_job,
     write_job,
 )
-from tests.ranks import find_free_port
+from tests.support.ranks import find_free_port
 
 LAUNCHER_TIMEOUT_SECONDS = 240.0
 TENSOR_2 = "parallel.tensor_parallel_size=2"

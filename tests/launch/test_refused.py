@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megalibi.data.tokenizer_training import train_tokenizer
-from tests.launch import jobs
-from tests.launch.jobs import Job, run_job, write_job
-from tests.ranks import find_free_port
+from tests.support import jobs
+from tests.support.jobs import Job, run_job, write_job
+from tests.support.ranks import find_free_port
 
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 NO_ACCELERATOR = "cpu" if torch.cuda.is_available() else "cuda"
@@ -120,7 +120,7 @@ def forbidden(config: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.copytree(config.parent, folder, ignore=lambda _, names: [n for n in names if not n.startswith("tok")])
     shutil.copy(config, folder)
     (folder / "run").mkdir()
-    monkeypatch.setattr(jobs, "SCRIPT", Path(__file__).with_name("without_privileges.py"))
+    monkeypatch.setattr(jobs, "SCRIPT", Path(__file__).parents[1] / "support" / "without_privileges.py")
     yield folder
     for path in (folder, *folder.iterdir()):
         path.chmod(0o700)

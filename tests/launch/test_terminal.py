@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megalibi.checkpoint import find_checkpoint
-from tests.launch.jobs import LAUNCHER_VARIABLES, POLL_SECONDS, SCRIPT, Job, last_step, read_records, write_job
-from tests.ranks import find_free_port
+from tests.support.jobs import LAUNCHER_VARIABLES, POLL_SECONDS, SCRIPT, Job, last_step, read_records, write_job
+from tests.support.ranks import find_free_port
 
 TIMEOUT_SECONDS = 240.0
 STEPS = 6

@@ -12,7 +12,7 @@ from megalibi.config import ConfigError
 from megalibi.metrics.jsonl import DROPPED_FILE, JsonlWriter
 from megalibi.metrics.records import StepRecord, ValidationRecord, read_metrics
 from megalibi.metrics.writers import Writers
-from tests.launch.jobs import CONTEXT
+from tests.support.jobs import CONTEXT
 
 MakeStep = Callable[..., StepRecord]
 MakeValidation = Callable[..., ValidationRecord]

@@ -8,9 +8,9 @@ from torch import Tensor
 from megalibi.model.attention import SelfAttention
 from megalibi.model.positions import ScoreBias, build_position_method
 from megalibi.parallel import ALONE
-from tests.model.helpers import make_model
-from tests.parallel.helpers import load_full, randn, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.models import make_model
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import load_full, randn, tensor_group
 
 HEADS, HIDDEN = 6, 48
 

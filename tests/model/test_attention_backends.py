@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import tests.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; this file is imported in ranks
+import tests.support.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; this file is imported in ranks
 from alibi_attention import PackedDocuments, backends
 from alibi_attention.backend import Capability
 from megalibi.model.attention import SelfAttention
 from megalibi.model.positions import build_position_method
-from tests.model.helpers import make_model
-from tests.parallel.helpers import assert_close, full_grad, load_full, randn, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.models import make_model
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import assert_close, full_grad, load_full, randn, tensor_group
 
 BACKENDS = {backend.name: backend for backend in backends() if backend.usable and "cpu" in backend.devices}
 HEAD_DIM, SEQ_LENGTH = 16, 19

@@ -8,9 +8,9 @@ from torch import Tensor
 from megalibi.model.block import MLP, Block, LayerNorm, ResidualDropout
 from megalibi.model.positions import build_position_method
 from megalibi.parallel import ALONE, all_gather_raw, scatter_to_sequence
-from tests.model.helpers import FP32_RELATIVE_ERROR, build_gpt, make_model
-from tests.parallel.helpers import assert_close, randn, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.models import FP32_RELATIVE_ERROR, build_gpt, make_model
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import assert_close, randn, tensor_group
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megalibi.model.attention
 from alibi_attention import PackedDocuments
 from megalibi.model import GPT
-from tests.device import DEVICE, ON_GPU
-from tests.model.helpers import build_gpt, make_model, random_tokens
+from tests.support.device import DEVICE, ON_GPU
+from tests.support.models import build_gpt, make_model, random_tokens
 
 BOUNDARIES = torch.tensor([0, 5, 12, 13, 24], dtype=torch.int32)
 LAYERS, PASSES = 2, 2

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_ops import fusing
-from tests.device import DEVICE
-from tests.model.helpers import build_gpt, losses_and_grads, make_model
-from tests.parallel.helpers import relative_error, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.device import DEVICE
+from tests.support.models import build_gpt, losses_and_grads, make_model
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import relative_error, tensor_group
 
 FP32_RELATIVE_ERROR = 1e-5
 """Of the losses and of each gradient, by the norm."""

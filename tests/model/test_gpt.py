@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megalibi.model.block import Block
-from tests.model.helpers import (
+from tests.support.models import (
     FP32_RELATIVE_ERROR,
     VOCAB_SIZE,
     build_gpt,
@@ -17,8 +17,8 @@ from tests.model.helpers import (
     make_model,
     random_tokens,
 )
-from tests.parallel.helpers import assert_close, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import assert_close, tensor_group
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megalibi.model import GPT
 from megalibi.parallel import get_shard_spec, unshard
-from tests.model.helpers import VOCAB_SIZE, build_gpt, make_model
-from tests.parallel.helpers import fake_group
+from tests.support.models import VOCAB_SIZE, build_gpt, make_model
+from tests.support.tensors import fake_group
 
 MODEL = make_model(num_layers=3, hidden_size=64, ffn_hidden_size=256, tie_embeddings=False, init_std=0.1)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.model.helpers import FP32_RELATIVE_ERROR, VOCAB_SIZE, build_gpt, make_model, random_tokens
-from tests.parallel.helpers import assert_close, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.models import FP32_RELATIVE_ERROR, VOCAB_SIZE, build_gpt, make_model, random_tokens
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import assert_close, tensor_group
 
 VARIANTS: list[dict[str, Any]] = [
     {},

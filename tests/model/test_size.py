@@ -9,8 +9,8 @@ from megalibi.config import adaptive_bands, padded_vocab_size
 from megalibi.model import count_parameters, model_flops_per_token, recomputed_flops_per_token
 from megalibi.model.vocabulary.adaptive import TAIL_TOKENS
 from megalibi.parallel import get_shard_spec
-from tests.model.helpers import build_gpt, make_model, random_tokens
-from tests.parallel.helpers import fake_group
+from tests.support.models import build_gpt, make_model, random_tokens
+from tests.support.tensors import fake_group
 
 
 @pytest.mark.parametrize("bias", [False, True])

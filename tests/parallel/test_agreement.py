@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megalibi.config import ConfigError
 from megalibi.parallel import check_same
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
 BASE = {"code": "1", "optimizer.learning_rate": "0.001", "train.seed": "7"}

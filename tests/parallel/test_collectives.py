@@ -17,8 +17,8 @@ from megalibi.parallel.collectives import (
     slice_raw,
 )
 from megalibi.parallel.groups import ALONE
-from tests.parallel.helpers import process_groups, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import process_groups, tensor_group
 
 WORLD_SIZES = [2, 4]
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from fused_ops import fusing
 from megalibi.parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
 from megalibi.parallel.groups import ALONE
-from tests.parallel.helpers import FP32_RELATIVE_ERROR, assert_close, randn, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import FP32_RELATIVE_ERROR, assert_close, randn, tensor_group
 
 BOUNDS = {torch.float32: FP32_RELATIVE_ERROR, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Relative errors of a gradient: in 16 bits that of rounding once."""

@@ -5,8 +5,8 @@ import torch
 import torch.distributed as dist
 
 from megalibi.parallel.groups import build_process_groups, single_process_groups
-from tests.parallel.helpers import process_groups
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import process_groups
 
 
 def _describe(tensor_parallel_size: int) -> tuple[tuple[int, ...], tuple[int, ...], float, float]:

@@ -22,7 +22,8 @@ from megalibi.parallel.layers import (
 )
 from megalibi.parallel.sequence import scatter_to_sequence, use_replicated_param
 from megalibi.parallel.sharding import ShardSpec, get_shard_spec, shard
-from tests.parallel.helpers import (
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import (
     BF16_RELATIVE_ERROR,
     FP32_RELATIVE_ERROR,
     assert_close,
@@ -32,7 +33,6 @@ from tests.parallel.helpers import (
     randn,
     tensor_group,
 )
-from tests.ranks import run_on_ranks
 
 WORLD_SIZES = [2, 4]
 BATCH = 3

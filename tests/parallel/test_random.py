@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from megalibi.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megalibi.parallel.random import ROWS_PER_BLOCK, derive_key, dropout_key, fork_rng, init_normal_, keyed_dropout
 from megalibi.parallel.sharding import get_shard_spec, unshard
-from tests.parallel.helpers import fake_group, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import fake_group, tensor_group
 
 CPU = torch.device("cpu")
 ROWS = 4 * 3 * 65  # more than 3 blocks of rows; shards begin and end inside of blocks

@@ -12,8 +12,8 @@ from megalibi.parallel.sequence import (
     scatter_to_sequence,
     use_replicated_param,
 )
-from tests.parallel.helpers import FP32_RELATIVE_ERROR, assert_close, randn, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import FP32_RELATIVE_ERROR, assert_close, randn, tensor_group
 
 WORLD_SIZES = [2, 4]
 

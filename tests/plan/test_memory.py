@@ -16,9 +16,9 @@ from megalibi.plan.communication import sum_sent_bytes
 from megalibi.plan.memory import TracedStep, trace_step
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.plan.run_plan import plan_memory
-from tests.device import DEVICE, ON_GPU
-from tests.ranks import run_on_ranks
-from tests.studies.steps import make_config, measure_steps
+from tests.support.device import DEVICE, ON_GPU
+from tests.support.ranks import run_on_ranks
+from tests.support.steps import make_config, measure_steps
 
 BOUND = 0.01
 """Relative, in total (0.0005 was seen) and of every kind that is large (0.0065)."""
@@ -182,7 +182,7 @@ def test_plan_is_what_a_process_of_its_own_holds(stage: int, backend: str, recom
     sections["zero"] |= {"stage": stage}
     config = make_config(**sections)
     # A process each: what a step before it still held would count.
-    command = [sys.executable, "-m", "tests.studies.step_memory"]
+    command = [sys.executable, "-m", "tests.support.step_memory"]
     process = subprocess.run(command, input=pickle.dumps(config), capture_output=True, cwd=Path(__file__).parents[2])
     assert process.returncode == 0, process.stderr.decode()
     measured: MemoryByKind = pickle.loads(bytes.fromhex(process.stdout.split()[-1].decode()))

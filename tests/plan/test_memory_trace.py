@@ -18,10 +18,10 @@ from megalibi.plan.memory_trace import (
     MemoryTrace,
     tracing_model,
 )
-from tests.device import ON_GPU
-from tests.model.helpers import build_gpt, make_model, random_tokens
-from tests.ranks import run_on_ranks
-from tests.studies.steps import make_config, measure_steps
+from tests.support.device import ON_GPU
+from tests.support.models import build_gpt, make_model, random_tokens
+from tests.support.ranks import run_on_ranks
+from tests.support.steps import make_config, measure_steps
 
 ALLOCATOR_BOUND = 0.002
 """Relative, in fp32; 0.001 was seen, rotary's table from before the profile, and 0.0002 otherwise. In 16 bits an

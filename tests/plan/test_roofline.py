@@ -13,7 +13,7 @@ from megalibi.plan.gpus import GPUS, Gpu
 from megalibi.plan.roofline import Rates, Roofline, count_after_gradients, estimate, parse_rates
 from megalibi.plan.run_plan import plan_run
 from megalibi.plan.work_trace import PRODUCTS
-from tests.studies.steps import make_config
+from tests.support.steps import make_config
 
 GPU = Gpu(name="test", memory_bytes=1 << 34, peak_flops_per_second=1e12, memory_bytes_per_second=1e11,
           link_bytes_per_second=1e9, source="nowhere")  # fmt: skip

@@ -14,7 +14,7 @@ from megalibi.parallel import ALONE
 from megalibi.plan.communication import Collective, sum_sent_bytes
 from megalibi.plan.gpus import GIB, GPUS, Gpu, get_gpu
 from megalibi.plan.run_plan import find_largest_micro_batch, plan_memory, plan_run
-from tests.studies.steps import make_config
+from tests.support.steps import make_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPERS_MODELS = sorted(CONFIGS.glob("gpt_1.3b_*.yaml"))

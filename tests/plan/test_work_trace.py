@@ -9,7 +9,7 @@ from megalibi.config import Config, derive
 from megalibi.model import model_flops_per_token, recomputed_flops_per_token
 from megalibi.plan.roofline import trace_work
 from megalibi.plan.work_trace import PRODUCTS, WIDEST_FUSED_NORM, Work, WorkTrace, count_kernel
-from tests.studies.steps import make_config
+from tests.support.steps import make_config
 
 LAYERS, HIDDEN, FFN, VOCABULARY, HEADS = 2, 256, 1024, 2048, 8  # of make_config
 BATCH, LENGTH = 2, 96

@@ -19,7 +19,7 @@ from megalibi.metrics.jsonl import JsonlWriter
 from megalibi.metrics.provenance import write_json
 from megalibi.report.plots import save_figure
 from tests.checkpoint.test_manifest import save
-from tests.launch.jobs import SCRIPT, write_job
+from tests.support.jobs import SCRIPT, write_job
 
 STEPS = 6
 SAVED_EVERY = 2

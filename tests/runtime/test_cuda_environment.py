@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megalibi.config import ConfigError, save_config
-from tests.engine.runs import make_config
+from tests.support.runs import make_config
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "cuda_environment.py"
+SCRIPT = Path(__file__).parents[2] / "megalibi" / "runtime" / "cuda_environment.py"
 AMPERE, HOPPER, BLACKWELL = 8, 9, 10
 SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from megalibi.config import ConfigError
-from tests.ranks import find_free_port, run_on_ranks
+from tests.support.ranks import find_free_port, run_on_ranks
 
-SCRIPT = Path(__file__).parents[2] / "launch" / "ranks.py"
+SCRIPT = Path(__file__).parents[2] / "megalibi" / "runtime" / "ranks.py"
 OWN_GPUS = SCRIPT.with_name("own_gpus.py")
 
 

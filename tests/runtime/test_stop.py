@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megalibi.runtime.stop import REPEATED_SIGNAL_SECONDS, StopRequest
-from tests.launch.jobs import CONTEXT
+from tests.support.jobs import CONTEXT
 
 
 def stop_twice(seconds_between: float) -> None:

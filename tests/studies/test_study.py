@@ -8,7 +8,7 @@ import yaml
 
 from megalibi.config import ConfigError, config_to_dict
 from megalibi.studies.study import load_study
-from tests.engine.runs import make_config
+from tests.support.runs import make_config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tests.device import ON_GPU
+from tests.support.device import ON_GPU
 
 OPERATORS = (
     "_flash_attn_forward",

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from megalibi.config import Config, save_config
-from tests.device import ON_GPU
-from tests.engine.runs import make_config, write_tokens
-from tests.ranks import find_free_port
+from tests.support.device import ON_GPU
+from tests.support.ranks import find_free_port
+from tests.support.runs import make_config, write_tokens
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain.py"
 JOB_TIMEOUT_SECONDS = 240.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megalibi.config import ModelConfig, padded_vocab_size
 from megalibi.model import GPT, initialize
 from megalibi.parallel import ALONE, Group, get_shard_spec, unshard
-from tests.parallel.helpers import full_grad
+from tests.support.tensors import full_grad
 
 VOCAB_SIZE = 301
 FP32_RELATIVE_ERROR = 2e-6

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from types import ModuleType
 from typing import Any
 
-from tests.device import COLLECTIVES, ON_GPU
+from tests.support.device import COLLECTIVES, ON_GPU
 
 RANK_TIMEOUT_SECONDS = 300.0
 

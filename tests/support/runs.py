@@ -26,7 +26,7 @@ from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize
 from megalibi.parallel import ProcessGroups, build_process_groups, single_process_groups
-from tests.device import DEVICE
+from tests.support.device import DEVICE
 
 VOCAB_SIZE = 509  # prime: padded on every tensor parallel size
 STAGES = (0, 1, 2, 3)

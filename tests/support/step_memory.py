@@ -1,6 +1,6 @@
 """What a training step holds, measured in a process of its own, where TEST_DEVICE says: for test_plan_memory.py.
 
-``python -m tests.studies.step_memory`` reads a pickled Config and writes a pickled MemoryByKind, as its last word. It
+``python -m tests.support.step_memory`` reads a pickled Config and writes a pickled MemoryByKind, as its last word. It
 is a file, and no text in a test, so that ruff sees a name that is missing.
 """
 
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from megalibi.plan.memory_trace import measure_memory
-from tests.device import COLLECTIVES, DEVICE, ON_GPU
-from tests.studies.steps import build_step
+from tests.support.device import COLLECTIVES, DEVICE, ON_GPU
+from tests.support.steps import build_step
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from megalibi.engine.step import train_step
 from megalibi.parallel import ProcessGroups
 from megalibi.plan.communication import CollectiveLog, sum_sent_bytes
 from megalibi.plan.memory_trace import MemoryByKind, measure_memory
-from tests.engine.runs import CPU, process_groups
+from tests.support.runs import CPU, process_groups
 
 VOCAB_SIZE = 2048
 

@@ -12,10 +12,10 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from fused_ops.availability import INTERPRETED
-from tests.device import COLLECTIVES, DEVICE, ON_GPU
-from tests.ranks import run_on_ranks
+from tests.support.device import COLLECTIVES, DEVICE, ON_GPU
+from tests.support.ranks import run_on_ranks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MAY_BE_MISSING = ("hypothesis", "_hypothesis_pytestplugin", "lm_eval", "pytest_timeout", "importlinter")
 WITHOUT_PACKAGES = f"""
 import sys

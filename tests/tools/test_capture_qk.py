@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from megalibi.checkpoint import get_checkpoint, load_model
 from megalibi.data.token_file import TokenFileWriter
-from tests.engine.runs import CPU, make_config
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import CPU, make_config
 from tests.tools.test_evaluate import train_and_save
 
 ROOT = Path(__file__).parents[2]

@@ -24,9 +24,9 @@ from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.evaluate.result import EvaluationResult, read_evaluation
 from megalibi.evaluate.run import check_lengths
 from megalibi.runtime.exit import run_tool
-from tests.engine.runs import CPU, identify, iterate_ours, make_config, process_groups
-from tests.launch.jobs import ScriptJob, torchrun_environment
-from tests.ranks import run_on_ranks
+from tests.support.jobs import ScriptJob, torchrun_environment
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import CPU, identify, iterate_ours, make_config, process_groups
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "evaluate.py"

@@ -21,9 +21,9 @@ from megalibi.data.tokenizer_training import train_tokenizer
 from megalibi.evaluate.lm_harness import BATCH_TOKENS, HarnessModel, TaskManager, simple_evaluate
 from megalibi.evaluate.lm_tasks import open_tasks, prepare_tasks
 from megalibi.model import GPT
-from tests.checkpoint.planted import plant
-from tests.engine.runs import CPU, identify, iterate_ours, make_config, process_groups
-from tests.ranks import run_on_ranks
+from tests.support.planted import plant
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import CPU, identify, iterate_ours, make_config, process_groups
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "lm_evaluate.py"

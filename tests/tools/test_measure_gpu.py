@@ -14,9 +14,9 @@ from types import ModuleType
 import pytest
 
 from megalibi.studies.gpu_visit.visit import DONE, INTERRUPTED, SKIPPED, read_records
-from tests.studies.test_jobs import signal_when
-from tests.studies.warm_python import warm_python
-from tests.tools.in_process import Runner, load_tool, make_runner
+from tests.studies.machinery.test_jobs import signal_when
+from tests.support.warm_python import warm_python
+from tests.support.in_process import Runner, load_tool, make_runner
 
 TOOL = Path(__file__).parents[2] / "tools" / "measure_gpu.py"
 SECONDS = "570"

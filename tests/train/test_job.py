@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megalibi.checkpoint import list_checkpoints
-from tests.launch.jobs import Job, exact_records, last_step, read_records, run_job, write_job
+from tests.support.jobs import Job, exact_records, last_step, read_records, run_job, write_job
 
 FOREVER = "train.steps=1000000"
 

@@ -18,9 +18,9 @@ from megalibi.data.token_file import TokenFileWriter
 from megalibi.engine.step import StepResult
 from megalibi.train.job import is_due
 from megalibi.train.loop import check_finite
-from tests.device import ON_GPU
-from tests.engine.runs import VOCAB_SIZE, make_config, write_tokens
-from tests.launch.jobs import Job, exact_records, last_step, read_records, run_job, write_job
+from tests.support.device import ON_GPU
+from tests.support.jobs import Job, exact_records, last_step, read_records, run_job, write_job
+from tests.support.runs import VOCAB_SIZE, make_config, write_tokens
 
 FOREVER = "train.steps=1000000"
 STEPS = 20

@@ -29,7 +29,7 @@ from alibi_attention.bench.contract import (
     measured_rows,
     to_markdown,
 )
-from tests.device import DEVICE, ON_GPU
+from tests.support.device import DEVICE, ON_GPU
 
 ERROR_FACTOR = 2.0  # times the error of plain SDPA in the same type
 FP64_ERROR = 1e-13  # the fp64 truth has an error too: there is no sensible ratio

@@ -7,7 +7,7 @@ import torch
 
 from alibi_attention.bench import timing as benchmark
 from alibi_attention.bench.timing import PLAIN, Case, find_contestants, make_inputs, measure_memory, measure_times
-from tests.device import DEVICE, ON_GPU
+from tests.support.device import DEVICE, ON_GPU
 
 CASE = Case(device="cpu", dtype="float32", batch=1, length=48, num_heads=2, head_dim=16, mode="forward")
 SCORES_BYTES = 4 * 2 * 1024**2  # fp32, two heads, 1,024 tokens

@@ -7,8 +7,8 @@ from alibi_attention import alibi_slopes
 from megalibi.model.positions import PositionMethod
 from megalibi.model.positions.alibi import Alibi
 from megalibi.parallel import ALONE
-from tests.model.helpers import build_gpt, make_model
-from tests.parallel.helpers import fake_group
+from tests.support.models import build_gpt, make_model
+from tests.support.tensors import fake_group
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from megalibi.config.model import POSITION_METHODS
 from megalibi.model import check_backend
 from megalibi.model.positions import METHODS, ScoreBias, build_position_method
 from megalibi.parallel import ALONE
-from tests.model.helpers import make_model
+from tests.support.models import make_model
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import torch
 from megalibi.config import ConfigError
 from megalibi.model.positions.learned import Learned
 from megalibi.parallel import ALONE
-from tests.model.helpers import build_gpt, make_model, random_tokens
+from tests.support.models import build_gpt, make_model, random_tokens
 
 
 def make(rows: int):

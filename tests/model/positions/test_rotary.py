@@ -7,7 +7,7 @@ import torch
 
 from megalibi.model.positions.rotary import Rotary, rotary_table
 from megalibi.parallel import ALONE
-from tests.model.helpers import make_model
+from tests.support.models import make_model
 
 CPU = torch.device("cpu")
 FP32_ROUNDING = 1e-7

@@ -7,7 +7,7 @@ import torch
 
 from megalibi.model.positions.sinusoidal import Sinusoidal, sinusoidal_table
 from megalibi.parallel import ALONE
-from tests.model.helpers import build_gpt, make_model
+from tests.support.models import build_gpt, make_model
 
 CPU = torch.device("cpu")
 FP32_ROUNDING = 1e-7

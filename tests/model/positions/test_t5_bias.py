@@ -6,8 +6,8 @@ import torch
 
 from megalibi.model.positions.t5_bias import T5Bias, distance_buckets
 from megalibi.parallel import ALONE, get_shard_spec, unshard
-from tests.model.helpers import make_model
-from tests.parallel.helpers import fake_group
+from tests.support.models import make_model
+from tests.support.tensors import fake_group
 
 CPU = torch.device("cpu")
 

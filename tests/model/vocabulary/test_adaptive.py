@@ -14,9 +14,9 @@ from megalibi.model import GPT
 from megalibi.model.vocabulary.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from megalibi.model.vocabulary.loss import LOSS_CHUNK_TOKENS
 from megalibi.parallel import ALONE, get_shard_spec
-from tests.model.helpers import FP32_RELATIVE_ERROR, VOCAB_SIZE, build_gpt, losses_and_grads, make_model, random_tokens
-from tests.parallel.helpers import assert_close, fake_group, randn, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.models import FP32_RELATIVE_ERROR, VOCAB_SIZE, build_gpt, losses_and_grads, make_model, random_tokens
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import assert_close, fake_group, randn, tensor_group
 
 CUTOFFS = (41, 122)  # bands of 41, 81 and 179 tokens: odd, so that all are padded on 2 and 4 ranks
 FP64_ERROR = 1e-12

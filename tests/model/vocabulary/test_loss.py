@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalibi.model.vocabulary.loss import LOSS_CHUNK_TOKENS, token_losses
 from megalibi.parallel import ALONE, ShardSpec, shard
-from tests.parallel.helpers import randn, tensor_group
-from tests.ranks import run_on_ranks
+from tests.support.ranks import run_on_ranks
+from tests.support.tensors import randn, tensor_group
 
 VOCAB_SIZE, PADDED, HIDDEN = 61, 64, 8
 SEQ_LENGTH = 2 * LOSS_CHUNK_TOKENS + 97

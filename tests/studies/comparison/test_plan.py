@@ -15,7 +15,7 @@ from megalibi.studies.study import load_study
 
 PLAN_BOUND = 1.08
 """What CUDA's allocator may hold, by the plan: CUDA_BOUND of test_plan_memory.py."""
-LARGE = Path(__file__).parents[2] / "configs" / "compare_1.3b.yaml"
+LARGE = Path(__file__).parents[3] / "configs" / "compare_1.3b.yaml"
 SMALL_MEMORY = MemoryByKind(
     weights=3 * GIB, gradients=2 * GIB, optimizer_states=6 * GIB, activations=GIB, attention_workspace=0, other=0
 )

@@ -6,7 +6,7 @@ from megalibi.config import ConfigError
 from megalibi.studies.comparison.curves import Point
 from megalibi.studies.comparison.quality import Quality, check_quality
 from megalibi.studies.comparison.study import Model
-from tests.engine.runs import make_config
+from tests.support.runs import make_config
 
 
 @pytest.mark.parametrize(

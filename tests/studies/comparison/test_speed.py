@@ -13,7 +13,7 @@ from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.studies.comparison.speed import Turn, order_turns, plan_turns, read_speeds, summarize
 from megalibi.studies.comparison.study import CompareStudy, Model, Variant
 from megalibi.studies.machinery.machine import Machine
-from tests.engine.runs import make_config
+from tests.support.runs import make_config
 
 STUDY = CompareStudy(lengths=(16, 32), turns=3, warm_steps=1, steps_per_turn=2, valid_tokens=1000)
 FAST, SLOW = (

@@ -7,9 +7,9 @@ import pytest
 from megalibi.config import Config, ConfigError, derive
 from megalibi.studies.comparison.study import CompareStudy, Model, model_config, variant_config, variants
 from megalibi.studies.study import load_study
-from tests.engine.runs import make_config
+from tests.support.runs import make_config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 SCALES = ("smoke", "small", "1.3b", "1.3b_10min")
 
 

@@ -19,7 +19,7 @@ from megalibi.studies.extrapolation.results import (
     method_config,
     relative,
 )
-from tests.engine.runs import make_config
+from tests.support.runs import make_config
 
 METHODS = ("sinusoidal", "rotary", "t5_bias", "alibi")
 

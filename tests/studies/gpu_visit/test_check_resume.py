@@ -9,10 +9,10 @@ import pytest
 from megalibi.config import ConfigError, save_config
 from megalibi.metrics.records import METRICS_FILE
 from megalibi.studies.gpu_visit import check_resume
-from tests.engine.runs import make_config, write_tokens
-from tests.studies.warm_python import warm_python
+from tests.support.runs import make_config, write_tokens
+from tests.support.warm_python import warm_python
 
-PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
+PRETRAIN = Path(__file__).parents[3] / "launch" / "pretrain.py"
 
 
 def test_a_resumed_training_is_compared_with_the_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from megalibi.studies.gpu_visit.report import write_report
 from megalibi.studies.gpu_visit.step_profile import Slice, count_work, summarize
 from megalibi.studies.gpu_visit.visit import DONE, FAILED, OUT_OF_TIME, StepRecord
 
-RECORDED = Path(__file__).parents[2] / "results" / "gpu_h200"
+RECORDED = Path(__file__).parents[3] / "results" / "gpu_h200"
 
 
 def read(name: str) -> dict[str, Any]:

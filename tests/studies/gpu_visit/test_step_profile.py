@@ -28,7 +28,7 @@ from megalibi.studies.gpu_visit.step_parts import (
     find_part,
 )
 from megalibi.studies.gpu_visit.step_profile import _device_times, _kernels_of, count_work, summarize
-from tests.studies.steps import make_config
+from tests.support.steps import make_config
 
 NODE = "autograd::engine::evaluate_function: "
 ADD = "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16> >"

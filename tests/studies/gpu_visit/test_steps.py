@@ -16,7 +16,7 @@ from megalibi.studies.gpu_visit.steps import CONFIG_1_3B, Setup, plan_steps
 from megalibi.studies.gpu_visit.visit import Step, expect_seconds
 from megalibi.studies.study import load_study
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TRAININGS = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal", "profile_step")
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.studies.test_jobs import DEADLINE_SECONDS, signal_when, wait_for
 
 from megalibi.config import ConfigError
 from megalibi.studies.gpu_visit.visit import (
@@ -28,6 +27,7 @@ from megalibi.studies.gpu_visit.visit import (
     read_records,
     run_visit,
 )
+from tests.studies.machinery.test_jobs import DEADLINE_SECONDS, signal_when, wait_for
 
 SECONDS = 60.0
 APPEND = "import sys; from pathlib import Path; Path(sys.argv[1]).open('a').write('x')"

@@ -13,9 +13,9 @@ from megalibi.config import ConfigError
 from megalibi.evaluate.result import read_evaluation
 from megalibi.studies.machinery.machine import Machine
 from megalibi.studies.machinery.scorings import Scoring, run_scorings
-from tests.launch.jobs import run_job, write_job
+from tests.support.jobs import run_job, write_job
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOKENS = 400
 
 

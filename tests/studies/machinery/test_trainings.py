@@ -13,9 +13,9 @@ from megalibi.checkpoint import find_checkpoint
 from megalibi.config import Config, ConfigError, load_config
 from megalibi.studies.machinery.machine import Machine, describe_machine
 from megalibi.studies.machinery.trainings import Training, run_trainings
-from tests.launch.jobs import run_job, write_job
+from tests.support.jobs import run_job, write_job
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 
 

@@ -16,7 +16,7 @@ import alibi_attention
 from alibi_attention import alibi_slopes, attention
 from alibi_attention.backends.native import native
 from alibi_attention.backends.native.native import _BLOCK
-from tests.permissions import NOT_ABOVE_PERMISSIONS
+from tests.support.permissions import NOT_ABOVE_PERMISSIONS
 
 FP32_ROUNDING = 2.0**-24  # relative, of one number
 FP32_ATOL = 1e-5  # output and gradients of standard normal inputs, against fp64

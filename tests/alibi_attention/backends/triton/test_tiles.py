@@ -11,7 +11,7 @@ from alibi_attention.backends.triton import backward as triton_backward
 from alibi_attention.backends.triton import forward as triton_forward
 from alibi_attention.backends.triton import tiles as triton_tiles
 from alibi_attention.backends.triton.tiles import with_fixed_tile
-from tests.device import DEVICE
+from tests.support.device import DEVICE
 
 pytestmark = pytest.mark.gpu
 BLOCKS = (16, 32, 64)
