@@ -46,9 +46,6 @@ from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.parallel import ProcessGroups, build_process_groups
 from megalibi.report.plots import save_figure
 from megalibi.report.position_plot import position_curve
-
-# launch/ is no package; its scripts find each other by their folder, and so does this one.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 from megalibi.runtime.ranks import Place, init_distributed, run_rank, set_up_device
 
 EXAMPLE = """examples:

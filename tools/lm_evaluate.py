@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,6 @@ from megalibi.evaluate.run import check_lengths, check_same_tokenizer
 from megalibi.metrics.outputs import check_outputs
 from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.runtime.exit import run_tool
-
-# launch/ is no package; its scripts find each other by their folder, and so does this one.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launch"))
 from megalibi.runtime.ranks import find_place, set_up_device
 
 EXAMPLE = """examples:

@@ -77,7 +77,10 @@ def test_every_command_that_trains_heeds_it(command: str, tmp_path: Path) -> Non
     arguments = ["--config", str(run), *([] if command == "pretrain.py" else ["--output", str(tmp_path / "out.json")])]
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":0:0"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT.with_name(command)), *arguments], env=environment, capture_output=True, text=True
+        [sys.executable, str(Path(__file__).parents[2] / "launch" / command), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: CUBLAS_WORKSPACE_CONFIG=:0:0 in the environment does not go with ")
@@ -85,4 +88,4 @@ def test_every_command_that_trains_heeds_it(command: str, tmp_path: Path) -> Non
 
 def test_it_is_chosen_before_torch_is_imported() -> None:
     program = "import cuda_environment, sys; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=SCRIPT.parent)
+    subprocess.run([sys.executable, "-c", program], check=True)
