@@ -87,5 +87,5 @@ def test_every_command_that_trains_heeds_it(command: str, tmp_path: Path) -> Non
 
 
 def test_it_is_chosen_before_torch_is_imported() -> None:
-    program = "import cuda_environment, sys; assert 'torch' not in sys.modules"
+    program = "import megalibi.runtime.cuda_environment, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
