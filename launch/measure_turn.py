@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megalibi.config import Config, load_config
 from megalibi.runtime.cuda_environment import set_cuda_environment
 from megalibi.runtime.ranks import Place, run_rank
-from start import start_job
-
-from megalibi.config import Config, load_config
+from megalibi.train.start import start_job
 
 
 def parse_arguments() -> argparse.Namespace:

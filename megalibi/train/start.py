@@ -5,12 +5,11 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from ranks import Place, init_distributed, set_up_device
-
 from megalibi.config import Config
+from megalibi.runtime.ranks import Place, init_distributed, set_up_device
 
 if TYPE_CHECKING:
-    from megalibi.job import Job
+    from megalibi.train.job import Job
 
 
 def start_job(config: Config, place: Place) -> Job:
@@ -22,8 +21,8 @@ def start_job(config: Config, place: Place) -> Job:
     # The imports stand here because they take seconds, and the configuration is known to be sound by now.
     device = set_up_device(place)
 
-    from megalibi.job import Job, check_run, describe_facts
     from megalibi.parallel import build_process_groups, check_same
+    from megalibi.train.job import Job, check_run, describe_facts
 
     derived, data = check_run(config, place.world_size)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
 from megalibi.config.cli import run_tool
 
 Runner = Callable[..., tuple[int, str, str]]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.in_process import Runner, load_tool, make_runner
 from tests.support.runs import VOCAB_SIZE, write_tokens
 from tests.support.warm_python import warm_python
-from tests.support.in_process import Runner, load_tool, make_runner
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "compare_1p3b.py"

@@ -17,8 +17,8 @@ import yaml
 from megalibi.checkpoint import find_checkpoint, read_manifest
 from megalibi.checkpoint.lock import LOCK_FILE
 from megalibi.config import config_to_dict
-from tests.support.runs import make_config, write_tokens
 from tests.support.in_process import Runner, load_tool, make_runner
+from tests.support.runs import make_config, write_tokens
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "extrapolate.py"

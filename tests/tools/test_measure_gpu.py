@@ -15,8 +15,8 @@ import pytest
 
 from megalibi.studies.gpu_visit.visit import DONE, INTERRUPTED, SKIPPED, read_records
 from tests.studies.machinery.test_jobs import signal_when
-from tests.support.warm_python import warm_python
 from tests.support.in_process import Runner, load_tool, make_runner
+from tests.support.warm_python import warm_python
 
 TOOL = Path(__file__).parents[2] / "tools" / "measure_gpu.py"
 SECONDS = "570"

@@ -14,11 +14,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.engine.build import build_engine
-from megalibi.train.job import Job, open_loader
-from megalibi.model import count_parameters
 from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.model import count_parameters
 from megalibi.plan import work_trace
 from megalibi.plan.roofline import count_after_gradients, trace_work
+from megalibi.plan.work_trace import Work
 from megalibi.studies.gpu_visit.step_parts import (
     ATTENTION,
     BACKWARD_RANGE,
@@ -31,7 +31,7 @@ from megalibi.studies.gpu_visit.step_parts import (
     STEP_RANGE,
     find_part,
 )
-from megalibi.plan.work_trace import Work
+from megalibi.train.job import Job, open_loader
 from megalibi.train.loop import take_step
 
 _MAX_NAME = 160
