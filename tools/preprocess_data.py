@@ -12,9 +12,9 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from megalibi import log
-from megalibi.data.estimate import estimate_text_bytes
 from megalibi.data.preprocess import Progress, preprocess
-from megalibi.data.sources import INPUT_HELP
+from megalibi.data.text.estimate import estimate_text_bytes
+from megalibi.data.text.sources import INPUT_HELP
 from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """example:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from megalibi import log
 from megalibi.config import ConfigError
-from megalibi.data.cutting import cut_anywhere, cut_at_spaces
-from megalibi.data.sources import INPUT_HELP
-from megalibi.data.text import DocumentReader
-from megalibi.data.tokenizer import load_tokenizer
-from megalibi.data.tokenizer_training import train_tokenizer
-from megalibi.data.words import SUFFIX, count_words
+from megalibi.data.text.cutting import cut_anywhere, cut_at_spaces
+from megalibi.data.text.documents import DocumentReader
+from megalibi.data.text.sources import INPUT_HELP
+from megalibi.data.tokenizer.tokenizer import load_tokenizer
+from megalibi.data.tokenizer.training import train_tokenizer
+from megalibi.data.tokenizer.words import SUFFIX, count_words
 from megalibi.metrics.outputs import check_outputs
 from megalibi.runtime.exit import run_tool
 

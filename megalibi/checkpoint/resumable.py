@@ -16,7 +16,7 @@ from megalibi.config import (
     find_changes,
     learning_rate_at,
 )
-from megalibi.data.identity import DataIdentity
+from megalibi.data.tokens.identity import DataIdentity
 
 _SCHEDULE = ("learning_rate", "min_learning_rate", "warmup_steps", "warmup_init_learning_rate", "decay_steps")
 

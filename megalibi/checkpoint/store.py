@@ -28,7 +28,7 @@ from megalibi.checkpoint.manifest import (
 )
 from megalibi.checkpoint.reading import open_states, reading_only
 from megalibi.config import Config, ConfigError, Derived, config_to_dict
-from megalibi.data.identity import DataIdentity
+from megalibi.data.tokens.identity import DataIdentity
 from megalibi.files import make_folder, sync_file
 from megalibi.parallel import ProcessGroups, gather_objects, refusing_together
 

@@ -18,7 +18,7 @@ from megalibi.config import ConfigError
 from megalibi.data.hashing import hash64
 from megalibi.data.permutation import permute
 from megalibi.data.schedule import BlendSchedule
-from megalibi.data.token_file import TokenFile, check_ids, check_token_ids
+from megalibi.data.tokens.token_file import TokenFile, check_ids, check_token_ids
 
 Int64Array = npt.NDArray[np.int64]
 

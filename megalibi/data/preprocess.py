@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from megalibi.config import ConfigError
 from megalibi.data.provenance import check_replaceable, describe, provenance_path, to_json
-from megalibi.data.text import DocumentReader, Piece, TextUnit, join_pieces
-from megalibi.data.token_file import TokenFileWriter, token_dtype
-from megalibi.data.tokenizer import Tokenizer, load_tokenizer
-from megalibi.data.words import WordTokenizer
+from megalibi.data.text.documents import DocumentReader, Piece, TextUnit, join_pieces
+from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megalibi.data.tokenizer.words import WordTokenizer
+from megalibi.data.tokens.token_file import TokenFileWriter, token_dtype
 from megalibi.files import make_folder, write_aside
 from megalibi.log import get_logger
 
@@ -70,7 +70,7 @@ def preprocess(
     text, and what the tokenizer could not represent, is said at the end.
 
     Args:
-        inputs: See megalibi.data.text.DocumentReader, as for text_key, text_unit and skip_bad_records.
+        inputs: See megalibi.data.text.documents.DocumentReader, as for text_key, text_unit and skip_bad_records.
         tokenizer_path: A sentencepiece model, or a word-level vocabulary (.words).
         output: PREFIX of the token file.
         text_key: The field that holds the text.

@@ -1,1 +1,1 @@
-"""TODO: what evaluate is."""
+"""Evaluation of a checkpoint: losses by length and position, and the lm-evaluation-harness."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megalibi.config import ConfigError
-from megalibi.data.tokenizer import Tokenizer
-from megalibi.data.words import WordTokenizer
+from megalibi.data.tokenizer.tokenizer import Tokenizer
+from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.model import GPT
 
 try:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megalibi.data.loader import IGNORE_INDEX, Batch
-from megalibi.data.token_file import TokenFile
+from megalibi.data.tokens.token_file import TokenFile
 from megalibi.parallel import ALONE, Group, ProcessGroups, all_reduce_raw
 
 FORWARD_TOKENS = 8192

@@ -1,1 +1,1 @@
-"""TODO: what metrics is."""
+"""What a run writes about itself: its steps, its validations, its memory and where it came from."""

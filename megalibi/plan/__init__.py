@@ -1,1 +1,1 @@
-"""TODO: what plan is."""
+"""What a run will need before it runs: memory, communication and the roofline of a step."""

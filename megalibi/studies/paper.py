@@ -1,4 +1,4 @@
-"""The numbers of the paper that studies quote, with their places in it; published.json has them."""
+"""The numbers of the paper that studies quote, with their places in it; paper.json has them."""
 
 from __future__ import annotations
 
@@ -138,5 +138,5 @@ def memory_saving() -> float:
 
 @functools.cache
 def _read() -> Mapping[str, Any]:
-    text = (resources.files("megalibi.studies") / "published.json").read_text(encoding="utf-8")
+    text = (resources.files("megalibi.studies") / "paper.json").read_text(encoding="utf-8")
     return MappingProxyType(json.loads(text))

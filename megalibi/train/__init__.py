@@ -1,1 +1,1 @@
-"""TODO: what train is."""
+"""Training: the job's parts, the loop, and what is written of it."""

@@ -39,10 +39,10 @@ from megalibi.config import (
     save_config,
 )
 from megalibi.data.dataset import Dataset, open_dataset
-from megalibi.data.identity import DataIdentity
 from megalibi.data.loader import Loader
 from megalibi.data.provenance import identify_data, say_unrecorded
-from megalibi.data.tokenizer import load_tokenizer
+from megalibi.data.tokenizer.tokenizer import load_tokenizer
+from megalibi.data.tokens.identity import DataIdentity
 from megalibi.files import write_aside
 from megalibi.log import get_logger
 from megalibi.metrics.outputs import check_run_folder

@@ -24,7 +24,7 @@ from megalibi.checkpoint import (
 from megalibi.checkpoint.manifest import FileEntry
 from megalibi.checkpoint.store import _try_commit
 from megalibi.config import Config, ConfigError, derive, learning_rate_at
-from megalibi.data.token_file import TokenFile, TokenFileWriter
+from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
 from megalibi.engine.build import DeepSpeedEngine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.parallel import ProcessGroups

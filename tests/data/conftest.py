@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.data.token_file import TokenFileWriter
-from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.data.tokenizer.training import train_tokenizer
+from megalibi.data.tokens.token_file import TokenFileWriter
 
 try:
     from hypothesis import settings

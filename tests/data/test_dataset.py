@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megalibi.config import ConfigError
 from megalibi.data.dataset import BlendedDataset, TokenDataset, open_dataset
 from megalibi.data.schedule import BlendSchedule
-from megalibi.data.token_file import TokenFile
+from megalibi.data.tokens.token_file import TokenFile
 
 
 def indices(*values: int) -> np.ndarray:
@@ -30,7 +30,7 @@ def test_samples_cover_the_stream_across_documents(write_tokens):
 
 @given(st.integers(2, 60), st.integers(1, 9), st.integers(0, 2**32))
 def test_every_epoch_reads_every_sample_once(tmp_path_factory, num_tokens, seq_length, seed):
-    from megalibi.data.token_file import TokenFileWriter
+    from megalibi.data.tokens.token_file import TokenFileWriter
 
     prefix = tmp_path_factory.mktemp("epoch") / "a"
     with TokenFileWriter(prefix, 100) as writer:

@@ -13,8 +13,8 @@ import pytest
 import megalibi.data.preprocess as preprocess_module
 from megalibi.config import ConfigError
 from megalibi.data.preprocess import preprocess
-from megalibi.data.token_file import TokenFile
-from megalibi.data.tokenizer import Tokenizer
+from megalibi.data.tokenizer.tokenizer import Tokenizer
+from megalibi.data.tokens.token_file import TokenFile
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 from megalibi.config import ConfigError
 from megalibi.data.preprocess import preprocess
 from megalibi.data.provenance import check_tokenizer, identify_data, read_provenance, say_unrecorded
-from megalibi.data.token_file import TokenFile, TokenFileWriter
-from megalibi.data.tokenizer import Tokenizer
-from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.data.tokenizer.tokenizer import Tokenizer
+from megalibi.data.tokenizer.training import train_tokenizer
+from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
 
 
 @pytest.fixture(scope="module")

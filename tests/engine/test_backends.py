@@ -8,7 +8,7 @@ import pytest
 import tests.support.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; this file is imported in ranks
 from alibi_attention import backends
 from megalibi.config import Config
-from megalibi.data.token_file import TokenFileWriter
+from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.engine.build import DTYPES
 from megalibi.engine.step import StepResult
 from tests.support.device import DEVICE, ON_GPU

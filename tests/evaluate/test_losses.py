@@ -9,7 +9,7 @@ from torch import Tensor
 from megalibi.config import padded_vocab_size
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import ValidationLoader
-from megalibi.data.token_file import TokenFile
+from megalibi.data.tokens.token_file import TokenFile
 from megalibi.evaluate.losses import FORWARD_TOKENS, Window, batches_of_windows, stream_loss, validation_loss, windows
 from megalibi.model import GPT, initialize
 from megalibi.parallel import ALONE, Group, ProcessGroups

@@ -14,7 +14,7 @@ import pytest
 
 from megalibi.checkpoint import find_checkpoint
 from megalibi.data.preprocess import preprocess
-from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.data.tokenizer.training import train_tokenizer
 from tests.support.jobs import (
     LAUNCHER_VARIABLES,
     POLL_SECONDS,

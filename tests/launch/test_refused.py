@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.data.tokenizer.training import train_tokenizer
 from tests.support import jobs
 from tests.support.jobs import Job, run_job, write_job
 from tests.support.ranks import find_free_port

@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from matplotlib.figure import Figure
 
-from megalibi.data.text import Piece
-from megalibi.data.token_file import TokenFileWriter
-from megalibi.data.tokenizer_training import train_tokenizer
-from megalibi.data.words import count_words
+from megalibi.data.text.documents import Piece
+from megalibi.data.tokenizer.training import train_tokenizer
+from megalibi.data.tokenizer.words import count_words
+from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.metrics.jsonl import JsonlWriter
 from megalibi.metrics.provenance import write_json
 from megalibi.report.plots import save_figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalibi.studies import paper as published
+from megalibi.studies import paper
 
 PAPER_METHODS = ("sinusoidal", "rotary", "t5_bias", "alibi")
 
@@ -20,37 +20,37 @@ PAPER_METHODS = ("sinusoidal", "rotary", "t5_bias", "alibi")
     ],
 )
 def test_extrapolation_tables(number: int, length: int, perplexities: tuple[float | None, ...]) -> None:
-    row = published.get_table(number).row(length=length)
+    row = paper.get_table(number).row(length=length)
     assert tuple(row[method] for method in PAPER_METHODS) == perplexities
 
 
 def test_extrapolation_by_method() -> None:
-    assert published.extrapolation("alibi", 512, "nonoverlapping")[1112] == 18.68
-    assert 15512 not in published.extrapolation("t5_bias", 512, "nonoverlapping")
-    sliding = published.extrapolation("alibi", 512, "sliding")
+    assert paper.extrapolation("alibi", 512, "nonoverlapping")[1112] == 18.68
+    assert 15512 not in paper.extrapolation("t5_bias", 512, "nonoverlapping")
+    sliding = paper.extrapolation("alibi", 512, "sliding")
     assert sliding == {512: 17.98, 1024: 17.92, 1536: 18.20, 2048: 18.28, 3072: 18.30}
-    assert published.extrapolation("sinusoidal", 1024, "sliding")[1536] == 206.55
-    assert published.extrapolation("rotary", 512, "sliding") == {}
-    assert published.extrapolation("none", 512, "nonoverlapping") == {}
+    assert paper.extrapolation("sinusoidal", 1024, "sliding")[1536] == 206.55
+    assert paper.extrapolation("rotary", 512, "sliding") == {}
+    assert paper.extrapolation("none", 512, "nonoverlapping") == {}
 
 
 def test_tables_share_what_they_have_in_common() -> None:
     """Table 5 has the first points of Tables 2 to 4 once more."""
-    for train_length, number in published.EXTRAPOLATION_TABLES.items():
-        row = published.get_table(5).row(method="alibi", train_length=train_length)
-        assert row[str(train_length)] == published.get_table(number).row(length=train_length)["alibi"]
+    for train_length, number in paper.EXTRAPOLATION_TABLES.items():
+        row = paper.get_table(5).row(method="alibi", train_length=train_length)
+        assert row[str(train_length)] == paper.get_table(number).row(length=train_length)["alibi"]
 
 
 def test_the_best_models_of_the_paper() -> None:
     """Section 1: trained at 512, ALiBi's best is 18.31; 13.1% and 10.6% are the two parts of "11%"."""
-    assert min(published.extrapolation("alibi", 512, "nonoverlapping").values()) == 18.31
-    assert published.update_rate_gain() == pytest.approx(0.131, abs=5e-4)
-    assert published.memory_saving() == pytest.approx(0.106, abs=5e-4)
-    assert published.get_fact("time_to_perplexity").value == 0.11
+    assert min(paper.extrapolation("alibi", 512, "nonoverlapping").values()) == 18.31
+    assert paper.update_rate_gain() == pytest.approx(0.131, abs=5e-4)
+    assert paper.memory_saving() == pytest.approx(0.106, abs=5e-4)
+    assert paper.get_fact("time_to_perplexity").value == 0.11
 
 
 def test_alibi_and_sinusoidal_take_the_same_memory_at_the_same_length() -> None:
-    table = published.get_table(12)
+    table = paper.get_table(12)
     for length, gigabytes in ((512, 24.6), (1024, 26.2)):
         rows = [table.row(method=method, train_length=length) for method in ("alibi", "sinusoidal")]
         assert [row["memory_gb"] for row in rows] == [gigabytes, gigabytes]
@@ -68,20 +68,20 @@ def test_alibi_and_sinusoidal_take_the_same_memory_at_the_same_length() -> None:
 def test_the_curves_of_figure_5_end_where_table_11_says(
     figure: str, series: str, number: int, train_length: int, column: str
 ) -> None:
-    hours, perplexity = published.get_curves(figure)[series][-1]
-    row = published.get_table(number).row(method=series.split("_")[0], train_length=train_length)
+    hours, perplexity = paper.get_curves(figure)[series][-1]
+    row = paper.get_table(number).row(method=series.split("_")[0], train_length=train_length)
     assert perplexity == row[column]
     assert int(hours / 100) / 10 == row["gpu_hours_thousands"]  # cut off, not rounded
 
 
 def test_figure_6_begins_where_table_12_says() -> None:
-    for name, points in published.get_curves("6").items():
+    for name, points in paper.get_curves("6").items():
         method, length = name.split("_")
-        row = published.get_table(12).row(method=method, train_length=int(length))
+        row = paper.get_table(12).row(method=method, train_length=int(length))
         assert points[0] == (int(length), row[length])
 
 
 def test_what_is_not_there_is_said() -> None:
     with pytest.raises(KeyError, match="Table 2 has no row with"):
-        published.get_table(2).row(length=77)
-    assert published.get_table(2).source == "arXiv:2108.12409v2, Table 2, p. 16"
+        paper.get_table(2).row(length=77)
+    assert paper.get_table(2).source == "arXiv:2108.12409v2, Table 2, p. 16"

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from megalibi.config.cli import run_tool
+from megalibi.runtime.exit import run_tool
 
 Runner = Callable[..., tuple[int, str, str]]
 """Takes arguments; returns exit code, output and errors."""

@@ -17,11 +17,11 @@ from torch import nn
 from fused_ops import fusing
 from megalibi.config import Config, config_from_dict, derive, learning_rate_at
 from megalibi.data.dataset import open_dataset
-from megalibi.data.identity import DataIdentity
 from megalibi.data.loader import IGNORE_INDEX, Batch, Loader
 from megalibi.data.provenance import identify_data
-from megalibi.data.token_file import TokenFile, TokenFileWriter
-from megalibi.data.tokenizer import load_tokenizer
+from megalibi.data.tokenizer.tokenizer import load_tokenizer
+from megalibi.data.tokens.identity import DataIdentity
+from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.runtime.exit import run_tool
 
 ROOT = Path(__file__).parents[2]

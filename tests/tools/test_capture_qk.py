@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megalibi.checkpoint import get_checkpoint, load_model
-from megalibi.data.token_file import TokenFileWriter
+from megalibi.data.tokens.token_file import TokenFileWriter
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import CPU, make_config
 from tests.tools.test_evaluate import train_and_save

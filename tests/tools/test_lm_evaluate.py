@@ -15,9 +15,9 @@ import torch
 
 from megalibi.checkpoint import load_model, save_checkpoint
 from megalibi.config import Config, ConfigError, derive
-from megalibi.data.token_file import TokenFileWriter
-from megalibi.data.tokenizer import Tokenizer
-from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.data.tokenizer.tokenizer import Tokenizer
+from megalibi.data.tokenizer.training import train_tokenizer
+from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.evaluate.lm_harness import BATCH_TOKENS, HarnessModel, TaskManager, simple_evaluate
 from megalibi.evaluate.lm_tasks import open_tasks, prepare_tasks
 from megalibi.model import GPT

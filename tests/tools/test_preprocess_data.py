@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.data.token_file import TokenFile
-from megalibi.data.tokenizer import Tokenizer
-from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.data.tokenizer.tokenizer import Tokenizer
+from megalibi.data.tokenizer.training import train_tokenizer
+from megalibi.data.tokens.token_file import TokenFile
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalibi.data.text import Piece
-from megalibi.data.token_file import TokenFile
-from megalibi.data.words import WordTokenizer, count_words
+from megalibi.data.text.documents import Piece
+from megalibi.data.tokenizer.words import WordTokenizer, count_words
+from megalibi.data.tokens.token_file import TokenFile
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"

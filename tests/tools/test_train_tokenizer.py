@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.data.tokenizer import Tokenizer
+from megalibi.data.tokenizer.tokenizer import Tokenizer
 
 TOOL = Path(__file__).parents[2] / "tools" / "train_tokenizer.py"
 

@@ -14,7 +14,7 @@ import pytest
 
 from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
-from megalibi.data.token_file import TokenFileWriter
+from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.engine.step import StepResult
 from megalibi.train.job import is_due
 from megalibi.train.loop import check_finite

@@ -1,1 +1,1 @@
-"""TODO: what backends is."""
+"""The back ends: each computes the same attention by other means; backend.py says what one must state and do."""

@@ -1,1 +1,1 @@
-"""TODO: what text is."""
+"""Documents from files, folders and the Hugging Face hub."""

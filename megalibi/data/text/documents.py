@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
 from megalibi.config import ConfigError
-from megalibi.data.cutting import Cut, cut_at_spaces
-from megalibi.data.records import BadRecord, Record, not_utf8, read_records
-from megalibi.data.saved_datasets import read_dataset
-from megalibi.data.sources import BROKEN_FILE, TEXT_FORMATS, Source, broken, find_sources
+from megalibi.data.text.cutting import Cut, cut_at_spaces
+from megalibi.data.text.records import BadRecord, Record, not_utf8, read_records
+from megalibi.data.text.saved_datasets import read_dataset
+from megalibi.data.text.sources import BROKEN_FILE, TEXT_FORMATS, Source, broken, find_sources
 from megalibi.log import get_logger
 
 TextUnit = Literal["document", "line", "paragraph"]
@@ -68,8 +68,8 @@ class DocumentReader:
     All inputs are looked at when it is made, so that a wrong name shows before hours of work.
 
     Args:
-        inputs: Files in a format of megalibi.data.sources, folders, or hub names: ORG/NAME[:CONFIG][@SPLIT]. Names are
-            taken as they are.
+        inputs: Files in a format of megalibi.data.text.sources, folders, or hub names: ORG/NAME[:CONFIG][@SPLIT]. Names
+            are taken as they are.
         text_key: The field that holds the text; .txt and .tokens files have none.
         text_unit: What is one document in such a file: the whole file, a line, or a paragraph (blank lines between).
         keep_empty: Yield empty records and lines too, for whom line ends are tokens.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from megalibi.data.sources import BROKEN_FILE, Source, find_sources
+from megalibi.data.text.sources import BROKEN_FILE, Source, find_sources
 
 _TYPICAL_COMPRESSION = 3.0  # of English text by gzip
 _SAMPLE_LINES = 64

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.config import ConfigError
-from megalibi.data.records.common import Record
-from megalibi.data.records.tables import check_column, read_rows, validated
-from megalibi.data.sources import Source
+from megalibi.data.text.records.common import Record
+from megalibi.data.text.records.tables import check_column, read_rows, validated
+from megalibi.data.text.sources import Source
 
 _ROWS = 64  # that are decoded at a time
 

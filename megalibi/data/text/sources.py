@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 from megalibi.config import ConfigError
-from megalibi.data.members import MemberReader
+from megalibi.data.text.members import MemberReader
 from megalibi.log import get_logger
 
 TEXT_FORMATS = (".txt", ".tokens")

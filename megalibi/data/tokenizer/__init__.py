@@ -1,1 +1,1 @@
-"""TODO: what tokenizer is."""
+"""Tokenizers: a sentencepiece model or a list of words, and the training of one."""

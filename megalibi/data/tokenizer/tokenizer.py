@@ -14,8 +14,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from megalibi.config import ConfigError
-from megalibi.data.cutting import cut_at_spaces
-from megalibi.data.words import SUFFIX, WordTokenizer
+from megalibi.data.text.cutting import cut_at_spaces
+from megalibi.data.tokenizer.words import SUFFIX, WordTokenizer
 
 _SPACE = "\u2581"  # how sentencepiece writes a space within a piece
 _SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")

@@ -20,8 +20,8 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megalibi.config import ConfigError
-from megalibi.data.cutting import cut_at_spaces
-from megalibi.data.text import Piece
+from megalibi.data.text.cutting import cut_at_spaces
+from megalibi.data.text.documents import Piece
 from megalibi.files import make_folder, write_aside
 
 SUFFIX = ".words"

@@ -25,8 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megalibi.config import ConfigError
-from megalibi.data.identity import Identity, sampled_sha256
-from megalibi.data.token_index import IndexReader
+from megalibi.data.tokens.identity import Identity, sampled_sha256
+from megalibi.data.tokens.token_index import IndexReader
 from megalibi.files import AsideFile, sync_folder
 
 _MAGIC = b"MMIDIDX\x00\x00"

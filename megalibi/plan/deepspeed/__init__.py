@@ -1,1 +1,1 @@
-"""TODO: what deepspeed is."""
+"""DeepSpeed's buffers, replayed without a GPU: one module for each kind of ZeRO stage."""

@@ -1,1 +1,1 @@
-"""TODO: what extrapolation is."""
+"""The extrapolation study: results, pictures and report."""

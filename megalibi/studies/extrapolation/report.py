@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from megalibi.studies import paper as published
+from megalibi.studies import paper
 from megalibi.studies.extrapolation.results import (
     METHOD_NAMES,
     NONOVERLAPPING,
@@ -22,7 +22,7 @@ NEAREST_RATIO = 1.5
 
 def nearest_train_length(train_length: int) -> int:
     """Return the training length of the paper's extrapolation tables that is nearest, as a ratio."""
-    return min(published.EXTRAPOLATION_TABLES, key=lambda length: abs(math.log(length / train_length)))
+    return min(paper.EXTRAPOLATION_TABLES, key=lambda length: abs(math.log(length / train_length)))
 
 
 def find_published(method: str, protocol: str, multiple: float, train_length: int) -> tuple[int, float] | None:
@@ -37,7 +37,7 @@ def find_published(method: str, protocol: str, multiple: float, train_length: in
     Returns:
         None where the paper has no number within NEAREST_RATIO.
     """
-    curve = published.extrapolation(method, train_length, protocol)
+    curve = paper.extrapolation(method, train_length, protocol)
     distances = {length: abs(math.log(length / (multiple * train_length))) for length in curve}
     near = {length: distance for length, distance in distances.items() if distance <= math.log(NEAREST_RATIO)}
     if not near:
@@ -80,7 +80,7 @@ def write_report(
 def _table(curves: Mapping[str, Perplexities], protocol: str, train_length: int) -> Iterator[str]:
     methods = [method for method in METHOD_NAMES if method in curves]
     paper_length = nearest_train_length(train_length)
-    quoted = [method for method in methods if published.extrapolation(method, paper_length, protocol)]
+    quoted = [method for method in methods if paper.extrapolation(method, paper_length, protocol)]
     heads = [
         "tokens",
         *(METHOD_NAMES[method] for method in methods),
@@ -108,11 +108,11 @@ def _cell(perplexity: float | None) -> str:
 def _caption(quoted: Sequence[str], protocol: str, train_length: int, paper_length: int) -> str:
     same_length = ""
     if protocol == NONOVERLAPPING:
-        source = published.get_table(published.EXTRAPOLATION_TABLES[paper_length]).source
+        source = paper.get_table(paper.EXTRAPOLATION_TABLES[paper_length]).source
         same_length = _same_length(train_length)
     else:
-        tables = sorted(published.SLIDING_TABLES[method] for method in quoted)
-        source = f"{published.SOURCE}, Table {', '.join(map(str, tables))}, stride 1"
+        tables = sorted(paper.SLIDING_TABLES[method] for method in quoted)
+        source = f"{paper.SOURCE}, Table {', '.join(map(str, tables))}, stride 1"
     return (
         f"Perplexity. In italics the paper's: 247 M parameters trained on WikiText-103 at {paper_length} tokens, "
         f"its row nearest to the same multiple of the training length ({source}). Another text, tokenizer, model and "
@@ -122,7 +122,7 @@ def _caption(quoted: Sequence[str], protocol: str, train_length: int, paper_leng
 
 def _same_length(train_length: int) -> str:
     """Quote the paper's ALiBi model of our training length, if there is one."""
-    table = published.get_table(5)
+    table = paper.get_table(5)
     try:
         row = table.row(method="alibi", train_length=train_length)
     except KeyError:

@@ -1,1 +1,1 @@
-"""TODO: what gpu_visit is."""
+"""A visit to a GPU machine: every measurement that needs one, the most precious first."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megalibi.data.token_file import TokenFileWriter
+from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.files import make_folder
 
 TOKENS = 1 << 22

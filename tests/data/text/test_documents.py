@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import megalibi.data.text as text_module
+import megalibi.data.text.documents as text_module
 from megalibi.config import ConfigError
-from megalibi.data.cutting import cut_anywhere, cut_at_spaces
-from megalibi.data.text import DocumentReader
+from megalibi.data.text.cutting import cut_anywhere, cut_at_spaces
+from megalibi.data.text.documents import DocumentReader
 
 DOCUMENTS = ["first one\n\nof two  lines\n", "zweites\tmit ß und 日本", "third"]
 

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from megalibi.config import ConfigError
-from megalibi.data.estimate import estimate_text_bytes
+from megalibi.data.text.estimate import estimate_text_bytes
 
 # What tells the time left may be off by a half, not by a multiple.
 TOLERANCE = 0.5

@@ -24,10 +24,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megalibi.config import ConfigError
-from megalibi.data.records import BadRecord, read_records
-from megalibi.data.records.json_text import _JsonStream
-from megalibi.data.sources import Source, find_format
-from megalibi.data.text import DocumentReader
+from megalibi.data.text.documents import DocumentReader
+from megalibi.data.text.records import BadRecord, read_records
+from megalibi.data.text.records.json_text import _JsonStream
+from megalibi.data.text.sources import Source, find_format
 
 EXAMPLES = 60
 
@@ -347,9 +347,9 @@ FLIPS = """
 import sys
 from pathlib import Path
 from megalibi.config import ConfigError
-from megalibi.data.records import read_records
-from megalibi.data.saved_datasets import read_dataset
-from megalibi.data.sources import Source
+from megalibi.data.text.records import read_records
+from megalibi.data.text.saved_datasets import read_dataset
+from megalibi.data.text.sources import Source
 path, is_saved = Path(sys.argv[1]), len(sys.argv) > 2
 source = Source(str(path.parent), "") if is_saved else Source(str(path), path.suffix)
 read = read_dataset if is_saved else read_records

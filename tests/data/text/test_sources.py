@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from megalibi.config import ConfigError
 from megalibi.data.preprocess import preprocess
-from megalibi.data.sources import find_format, find_sources
-from megalibi.data.text import DocumentReader
+from megalibi.data.text.documents import DocumentReader
+from megalibi.data.text.sources import find_format, find_sources
 
 
 def write(path: Path, text: str) -> Path:

@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from megalibi.config import ConfigError
-from megalibi.data.tokenizer import Tokenizer
-from megalibi.data.tokenizer_training import train_tokenizer
+from megalibi.data.tokenizer.tokenizer import Tokenizer
+from megalibi.data.tokenizer.training import train_tokenizer
 
 # Text that looks like text, and text that looks like trouble.
 texts = st.text(

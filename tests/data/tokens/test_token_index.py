@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.data.tokens.test_token_file import pack_token_file, write_packed
 
-import megalibi.data.token_index as token_index
+import megalibi.data.tokens.token_index as token_index
 from megalibi.config import ConfigError
-from megalibi.data.token_file import TokenFile, TokenFileWriter
-from tests.data.test_token_file import pack_token_file, write_packed
+from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
 
 Documents = list[list[list[int]]]
 # Enough of them that a lone odd document is damage; with empty ones at both ends and in the middle.

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megalibi.config import ConfigError
-from megalibi.studies import paper as published
+from megalibi.studies import paper
 from megalibi.studies.extrapolation.plot import extrapolation_figure
 from megalibi.studies.extrapolation.report import find_published, nearest_train_length, write_report
 from megalibi.studies.extrapolation.results import (
@@ -25,7 +25,7 @@ METHODS = ("sinusoidal", "rotary", "t5_bias", "alibi")
 
 
 def paper_curves(train_length: int) -> dict[str, dict[str, dict[int, float]]]:
-    curves = {p: {m: published.extrapolation(m, train_length, p) for m in METHODS} for p in PROTOCOLS}
+    curves = {p: {m: paper.extrapolation(m, train_length, p) for m in METHODS} for p in PROTOCOLS}
     return {p: {m: curve for m, curve in lines.items() if curve} for p, lines in curves.items()}
 
 

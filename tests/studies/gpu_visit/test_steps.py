@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megalibi.config import load_config
-from megalibi.data.token_file import TokenFile
+from megalibi.data.tokens.token_file import TokenFile
 from megalibi.studies.extrapolation.results import ExtrapolationStudy
 from megalibi.studies.gpu_visit.random_tokens import write_random_tokens
 from megalibi.studies.gpu_visit.steps import CONFIG_1_3B, Setup, plan_steps

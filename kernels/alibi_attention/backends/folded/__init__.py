@@ -1,1 +1,1 @@
-"""TODO: what folded is."""
+"""ALiBi on any plain causal kernel: the bias is folded into a few more head dimensions."""

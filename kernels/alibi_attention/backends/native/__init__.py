@@ -1,1 +1,1 @@
-"""TODO: what native is."""
+"""A C++ kernel for CPUs, compiled on the machine that runs it."""

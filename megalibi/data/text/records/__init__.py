@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from megalibi.data.records.common import BadRecord, Record, not_utf8
-from megalibi.data.records.csv_rows import read_csv
-from megalibi.data.records.json_text import read_json, read_json_lines
-from megalibi.data.records.tables import read_tables
-from megalibi.data.sources import Source
+from megalibi.data.text.records.common import BadRecord, Record, not_utf8
+from megalibi.data.text.records.csv_rows import read_csv
+from megalibi.data.text.records.json_text import read_json, read_json_lines
+from megalibi.data.text.records.tables import read_tables
+from megalibi.data.text.sources import Source
 
 __all__ = ["BadRecord", "Record", "not_utf8", "read_records"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from megalibi.config import ConfigError
-from megalibi.data.sources import BROKEN_FILE, Source, broken
+from megalibi.data.text.sources import BROKEN_FILE, Source, broken
 
 _FIELDS_SAID = 20
 _BLOCK_BYTES = 1 << 20

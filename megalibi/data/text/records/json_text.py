@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from megalibi.config import ConfigError
-from megalibi.data.records.common import BadRecord, BadTextError, Record, check_encodes, no_field, not_utf8
-from megalibi.data.sources import BROKEN_FILE, Source, broken
+from megalibi.data.text.records.common import BadRecord, BadTextError, Record, check_encodes, no_field, not_utf8
+from megalibi.data.text.sources import BROKEN_FILE, Source, broken
 
 _BLANKS = b" \t\r\n"
 _FIELDS_KEPT = 1_000

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalibi.config import ConfigError
-from megalibi.data.records.common import BadRecord, Record, find_column
-from megalibi.data.sources import BROKEN_FILE, Source, broken
+from megalibi.data.text.records.common import BadRecord, Record, find_column
+from megalibi.data.text.sources import BROKEN_FILE, Source, broken
 
 _ROWS = 64  # that are decoded at a time
 
