@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megalibi.config import Config, ConfigError, load_config
+from megalibi.config import Config, load_config
+from megalibi.errors import ConfigError
 from megalibi.runtime.cuda_environment import set_cuda_environment
 from megalibi.runtime.ranks import Place, run_rank
 from megalibi.train.start import start_job

@@ -1,8 +1,37 @@
-"""The one exception for what a user got wrong."""
+"""What a user can mend: each kind of error is one line that says what, where and what to do; no traceback."""
 
 
-class ConfigError(ValueError):
-    """A value the user gave cannot be used.
+class UserError(Exception):
+    """Something that the user can mend. The command line prints the message as one line and exits with ``exit_code``.
 
-    The message is one line: field, value, what is allowed. The command line prints it and exits with code 2.
+    The message names the field, option or file, its value, and what is allowed:
+    "parallel.tensor_parallel_size=3: must divide model.num_attention_heads=16".
     """
+
+    exit_code = 2
+
+
+class ConfigError(UserError, ValueError):
+    """A field of the configuration or an option of a command has a value that cannot be used."""
+
+
+class DataError(UserError):
+    """Text, a token file or a tokenizer cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint, or what else a run has left in its folder, cannot be read, used or written."""
+
+
+class FileError(UserError):
+    """A file or folder may not be read or written, or its disk is full."""
+
+
+class JobError(UserError):
+    """A process that the command had started has failed, or has died."""
+
+
+class DivergenceError(UserError):
+    """The loss or the gradient is not finite: the run cannot go on as it is."""
+
+    exit_code = 1

@@ -40,7 +40,7 @@ from alibi_attention.bench.timing import (
     measure_times,
 )
 from megalibi import log
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 from megalibi.metrics.outputs import check_outputs, check_picture
 from megalibi.report.plots import GRID, INK, MUTED, PAPER, SERIES_COLORS, save_figure

@@ -27,13 +27,13 @@ import sentencepiece
 from rich.console import Console
 
 from megalibi import log
-from megalibi.config import ConfigError
 from megalibi.config.checks import check_option
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import Loader
 from megalibi.data.preprocess import preprocess
 from megalibi.data.text.documents import DocumentReader, join_pieces
 from megalibi.data.tokens.token_file import TokenFileWriter
+from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 from megalibi.metrics.outputs import check_folder, check_outputs
 from megalibi.runtime.exit import run_tool

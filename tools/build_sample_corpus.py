@@ -21,7 +21,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import make_folder, open_aside
 from megalibi.runtime.exit import run_tool
 

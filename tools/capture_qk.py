@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from megalibi import log
-from megalibi.config import ConfigError
 from megalibi.data.tokens.token_file import TokenFile, check_ids
+from megalibi.errors import ConfigError
 from megalibi.files import open_aside
 from megalibi.metrics.outputs import check_outputs
 from megalibi.runtime.exit import run_tool

@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 
 from megalibi import log
-from megalibi.config import Config, ConfigError, config_to_dict
+from megalibi.config import Config, config_to_dict
+from megalibi.errors import ConfigError
 from megalibi.files import make_folder, write_aside
 from megalibi.metrics.outputs import check_folder
 from megalibi.metrics.provenance import describe_run, write_json

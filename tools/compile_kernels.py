@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from megalibi import log
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 from megalibi.metrics.outputs import check_outputs
 from megalibi.metrics.provenance import describe_run, write_json

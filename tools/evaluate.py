@@ -25,12 +25,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalibi import log
-from megalibi.config import Config, ConfigError, config_from_dict
+from megalibi.config import Config, config_from_dict
 from megalibi.config.checks import check_option
 from megalibi.data.provenance import say_unrecorded
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.token_file import TokenFile
+from megalibi.errors import ConfigError
 from megalibi.evaluate.by_position import bin_positions, format_table, to_columns
 from megalibi.evaluate.result import EvaluationResult
 from megalibi.evaluate.run import (

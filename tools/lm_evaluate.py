@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from megalibi import log
-from megalibi.config import ConfigError, config_from_dict
+from megalibi.config import config_from_dict
 from megalibi.config.checks import check_option
 from megalibi.data.tokenizer.tokenizer import load_tokenizer
+from megalibi.errors import ConfigError
 from megalibi.evaluate.run import check_lengths, check_same_tokenizer
 from megalibi.metrics.outputs import check_outputs
 from megalibi.metrics.provenance import describe_run, write_json

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megalibi import log
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.metrics.outputs import check_outputs
 from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.runtime.exit import run_tool

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megalibi import log
-from megalibi.config import ConfigError
 from megalibi.data.provenance import read_provenance
 from megalibi.data.tokens.token_file import TokenFile
+from megalibi.errors import ConfigError
 from megalibi.files import lock_file, make_folder, write_aside
 from megalibi.metrics.outputs import check_folder
 from megalibi.metrics.provenance import describe_run

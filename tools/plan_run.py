@@ -16,9 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megalibi import log
-from megalibi.config import Config, ConfigError, config_from_dict, config_to_dict
+from megalibi.config import Config, config_from_dict, config_to_dict
 from megalibi.config.checks import MAX_WHOLE_NUMBER, check_option
 from megalibi.config.load import load_tree
+from megalibi.errors import ConfigError
 from megalibi.metrics.outputs import check_outputs
 from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.plan.gpus import GIB, USABLE, Gpu, get_gpu

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 from megalibi import log
-from megalibi.config import ConfigError
 from megalibi.data.text.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.text.documents import DocumentReader
 from megalibi.data.text.sources import INPUT_HELP
 from megalibi.data.tokenizer.tokenizer import load_tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokenizer.words import SUFFIX, count_words
+from megalibi.errors import ConfigError
 from megalibi.metrics.outputs import check_outputs
 from megalibi.runtime.exit import run_tool
 

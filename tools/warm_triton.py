@@ -12,7 +12,7 @@ import time
 
 from alibi_attention.backends.triton.warm import compile_calls, find_target, plan_calls
 from megalibi import log
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """examples:

@@ -13,13 +13,12 @@ from megalibi.checkpoint.manifest import (
     read_manifest,
 )
 from megalibi.checkpoint.resumable import check_resumable, describe_changes
-from megalibi.checkpoint.store import CheckpointError, load_checkpoint, save_checkpoint
+from megalibi.checkpoint.store import load_checkpoint, save_checkpoint
 from megalibi.checkpoint.weights import load_full_weights, load_model
 
 __all__ = [
     "CHECKPOINTS",
     "LATEST",
-    "CheckpointError",
     "Manifest",
     "RunLock",
     "check_resumable",

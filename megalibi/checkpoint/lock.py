@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import FileInUseError, lock_file, make_folder
 from megalibi.log import get_logger
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import ASIDE_SUFFIX, sync_folder, write_aside, write_synced
 
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.parallel import describe_os_error
 
 

@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.checkpoint.manifest import Manifest, read_manifest
-from megalibi.config import (
-    ON_RESUME,
-    Config,
-    ConfigError,
-    OnResume,
-    config_from_dict,
-    find_changes,
-    learning_rate_at,
-)
+from megalibi.config import ON_RESUME, Config, OnResume, config_from_dict, find_changes, learning_rate_at
 from megalibi.data.tokens.identity import DataIdentity
+from megalibi.errors import ConfigError
 
 _SCHEDULE = ("learning_rate", "min_learning_rate", "warmup_steps", "warmup_init_learning_rate", "decay_steps")
 

@@ -27,14 +27,11 @@ from megalibi.checkpoint.manifest import (
     read_manifest,
 )
 from megalibi.checkpoint.reading import open_states, reading_only
-from megalibi.config import Config, ConfigError, Derived, config_to_dict
+from megalibi.config import Config, Derived, config_to_dict
 from megalibi.data.tokens.identity import DataIdentity
+from megalibi.errors import CheckpointError, ConfigError
 from megalibi.files import make_folder, sync_file
 from megalibi.parallel import ProcessGroups, gather_objects, refusing_together
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint could not be written; the ones before it are whole."""
 
 
 class _RecordingEngine(TorchCheckpointEngine):

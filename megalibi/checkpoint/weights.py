@@ -23,8 +23,9 @@ from torch import Tensor
 
 from megalibi.checkpoint.manifest import MANIFEST, Manifest, find_damage, read_manifest
 from megalibi.checkpoint.reading import open_states
-from megalibi.config import Config, ConfigError, config_from_dict, padded_vocab_size
+from megalibi.config import Config, config_from_dict, padded_vocab_size
 from megalibi.engine.build import DTYPES
+from megalibi.errors import ConfigError
 from megalibi.model import GPT
 from megalibi.parallel import ALONE, Group, get_shard_spec, shard, unshard
 

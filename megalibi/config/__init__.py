@@ -21,7 +21,6 @@ from megalibi.config.schema import (
     TrainConfig,
     ZeroConfig,
 )
-from megalibi.errors import ConfigError
 
 __all__ = [
     "BY_CONTENT",
@@ -30,7 +29,6 @@ __all__ = [
     "AdaptiveBand",
     "CheckpointConfig",
     "Config",
-    "ConfigError",
     "DataConfig",
     "DatasetConfig",
     "Derived",

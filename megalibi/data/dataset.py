@@ -14,11 +14,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megalibi.config import ConfigError
 from megalibi.data.hashing import hash64
 from megalibi.data.permutation import permute
 from megalibi.data.schedule import BlendSchedule
 from megalibi.data.tokens.token_file import TokenFile, check_ids, check_token_ids
+from megalibi.errors import ConfigError
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megalibi.config import ConfigError
 from megalibi.data.dataset import Dataset
 from megalibi.data.hashing import hash_samples, sum_hashes
+from megalibi.errors import ConfigError
 from megalibi.parallel import IGNORED_LABEL
 
 IGNORE_INDEX = IGNORED_LABEL

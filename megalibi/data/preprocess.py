@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megalibi.config import ConfigError
 from megalibi.data.provenance import check_replaceable, describe, provenance_path, to_json
 from megalibi.data.text.documents import DocumentReader, Piece, TextUnit, join_pieces
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.token_file import TokenFileWriter, token_dtype
+from megalibi.errors import ConfigError
 from megalibi.files import make_folder, write_aside
 from megalibi.log import get_logger
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import megalibi
-from megalibi.config import ConfigError
 from megalibi.data.text.documents import DocumentReader
 from megalibi.data.text.sources import RECORD_HEAD
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.identity import DataIdentity, Identity
 from megalibi.data.tokens.token_file import TokenFile, check_token_ids
+from megalibi.errors import ConfigError
 from megalibi.log import get_logger
 
 _LOGGER = get_logger(__name__)

@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 import numpy.typing as npt
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 
 Int64Array = npt.NDArray[np.int64]
 

@@ -16,10 +16,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from megalibi.config import Config, ConfigError, Derived
+from megalibi.config import Config, Derived
 from megalibi.engine.bf16_gradients import add_without_cast
 from megalibi.engine.ds_config import deepspeed_config
 from megalibi.engine.optimizer import build_optimizer
+from megalibi.errors import ConfigError
 from megalibi.model import GPT, check_backend, initialize
 from megalibi.parallel import ProcessGroups
 

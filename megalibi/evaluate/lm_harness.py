@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalibi.config import ConfigError
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
+from megalibi.errors import ConfigError
 from megalibi.model import GPT
 
 try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.evaluate.lm_harness import ConfigurableTask, TaskManager, read_writing_options
 
 MAX_REASON = 300

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import read_json_object
 
 EVALUATION_PATTERN = "evaluation*.json"

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import nn
 
-from megalibi.config import Config, ConfigError
+from megalibi.config import Config
 from megalibi.data.provenance import check_tokenizer
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.token_file import TokenFile, check_ids
+from megalibi.errors import ConfigError
 from megalibi.evaluate.losses import stream_loss
 from megalibi.evaluate.result import EvaluationResult
 from megalibi.metrics.records import memory_peak_bytes

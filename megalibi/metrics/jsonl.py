@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import make_folder, open_aside, sync_file, sync_folder
 from megalibi.log import get_logger
 from megalibi.metrics.records import StepRecord, ValidationRecord, parse_line

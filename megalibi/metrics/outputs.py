@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import ASIDE_SUFFIX, make_folder
 from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE
 from megalibi.metrics.writers import TENSORBOARD_FOLDER

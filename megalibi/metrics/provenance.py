@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 import megalibi
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 
 

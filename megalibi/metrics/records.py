@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

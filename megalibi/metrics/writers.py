@@ -12,7 +12,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from megalibi.config import ConfigError
+from megalibi.errors import UserError
 from megalibi.log import get_logger
 from megalibi.metrics.jsonl import DROPPED_FILE, JsonlWriter
 from megalibi.metrics.records import METRICS_FILE, StepRecord, ValidationRecord
@@ -233,12 +233,12 @@ class Writers:
         Raises:
             ConfigError: metrics.jsonl lacks lines.
         """
-        lost: list[ConfigError] = []
+        lost: list[UserError] = []
 
         def close(writer: Writer) -> None:
             try:
                 writer.close()
-            except ConfigError as error:
+            except UserError as error:
                 lost.append(error)
 
         self._each(close)
@@ -261,7 +261,7 @@ class Writers:
     ) -> None:
         try:
             self.close()
-        except ConfigError as lost:
+        except UserError as lost:
             if error is None:
                 raise
             _LOGGER.warning("%s", lost)  # what ended the run is to be its error

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from alibi_attention import PackedDocuments, attention, resolve_backend, split_qkv
-from megalibi.config import ConfigError, ModelConfig
+from megalibi.config import ModelConfig
+from megalibi.errors import ConfigError
 from megalibi.model.positions import METHODS, PositionMethod, ScoreBias
 from megalibi.parallel import ColumnParallelLinear, Group, RowParallelLinear, dropout_key, fork_rng
 

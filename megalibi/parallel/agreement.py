@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError, UserError
 from megalibi.parallel.collectives import all_gather_tensor
 from megalibi.parallel.groups import Group
 
@@ -42,7 +42,7 @@ def refusing_together(world: Group, path: Path, advice: str = "") -> Iterator[No
     problem = None
     try:
         yield
-    except ConfigError as error:
+    except UserError as error:
         problem = str(error)
     except OSError as error:
         problem = describe_os_error(error, path)

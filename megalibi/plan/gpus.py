@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 
 GIB = 1 << 30
 USABLE = 0.95

@@ -25,8 +25,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from megalibi.config import Config, ConfigError, Derived, ModelConfig, adaptive_bands
+from megalibi.config import Config, Derived, ModelConfig, adaptive_bands
 from megalibi.engine.build import DTYPES
+from megalibi.errors import ConfigError
 from megalibi.model import GPT
 from megalibi.model import attention as model_attention
 from megalibi.parallel import cross_entropy as parallel_cross_entropy

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from megalibi.config import Config, ConfigError, Derived, derive
+from megalibi.config import Config, Derived, derive
 from megalibi.engine.build import DTYPES
+from megalibi.errors import ConfigError
 from megalibi.model import GPT, model_flops_per_token
 from megalibi.plan.communication import make_group
 from megalibi.plan.gpus import Gpu

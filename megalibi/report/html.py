@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.evaluate.result import Evaluation
 from megalibi.files import make_folder, write_aside
 from megalibi.metrics.records import RunMetrics

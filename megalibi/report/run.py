@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megalibi.config import ConfigError
 from megalibi.config.yaml_text import SavedLoader, parse_yaml, read_yaml
+from megalibi.errors import ConfigError
 from megalibi.evaluate.result import EVALUATION_PATTERN, Evaluation, read_evaluation
 from megalibi.files import read_json_object
 from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE, RunMetrics, read_metrics

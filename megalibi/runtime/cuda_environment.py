@@ -9,7 +9,8 @@ import os
 import subprocess
 from collections.abc import Mapping
 
-from megalibi.config import Config, ConfigError
+from megalibi.config import Config
+from megalibi.errors import ConfigError
 
 _BLACKWELL = 10
 """Compute capability, major number."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -44,10 +44,10 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     try:
         with refuse_files():
             code = main()
-    except ConfigError as error:
+    except UserError as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"error: {message}\n")
-        code = EXIT_USER_ERROR
+        code = error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("error: interrupted\n")
         code = EXIT_INTERRUPTED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch.distributed as dist

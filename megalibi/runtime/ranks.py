@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megalibi import log
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError, UserError
 from megalibi.runtime.exit import EXIT_INTERRUPTED, EXIT_USER_ERROR, refuse_files
 from megalibi.runtime.own_gpus import check_own_gpus
 
@@ -196,9 +196,9 @@ def _run_rank(work: Callable[[Place], None]) -> int:
         log.configure(rank=place.rank, world_size=place.world_size)
         with refuse_files():
             work(place)
-    except (ConfigError, FloatingPointError) as error:
+    except (UserError, FloatingPointError) as error:
         _say(str(error), place)
-        return EXIT_USER_ERROR if isinstance(error, ConfigError) else 1
+        return error.exit_code if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         if _is_spokesman(place):
             sys.stderr.write("error: interrupted\n")

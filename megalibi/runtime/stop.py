@@ -10,7 +10,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.parallel import ProcessGroups, all_reduce_raw, gather_objects
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from megalibi.config import Config, ConfigError, config_from_dict
+from megalibi.config import Config, config_from_dict
 from megalibi.config.load import build_section, load_tree
+from megalibi.errors import ConfigError
 
 SECTION = "study"
 

@@ -28,21 +28,13 @@ from megalibi.checkpoint import (
     list_checkpoints,
     read_manifest,
 )
-from megalibi.config import (
-    BY_CONTENT,
-    Config,
-    ConfigError,
-    DatasetConfig,
-    Derived,
-    derive,
-    flatten_config,
-    save_config,
-)
+from megalibi.config import BY_CONTENT, Config, DatasetConfig, Derived, derive, flatten_config, save_config
 from megalibi.data.dataset import Dataset, open_dataset
 from megalibi.data.loader import Loader
 from megalibi.data.provenance import identify_data, say_unrecorded
 from megalibi.data.tokenizer.tokenizer import load_tokenizer
 from megalibi.data.tokens.identity import DataIdentity
+from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 from megalibi.log import get_logger
 from megalibi.metrics.outputs import check_run_folder

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from megalibi.checkpoint import CheckpointError, load_checkpoint, prune, save_checkpoint
-from megalibi.config import ConfigError, learning_rate_at
+from megalibi.checkpoint import load_checkpoint, prune, save_checkpoint
+from megalibi.config import learning_rate_at
 from megalibi.data.hashing import format_sample_hash
 from megalibi.data.loader import Batch, Loader, ValidationLoader
 from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.step import StepResult, train_step
+from megalibi.errors import CheckpointError, UserError
 from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
 from megalibi.metrics.records import StepRecord, ValidationRecord, memory_bytes, memory_peak_bytes
@@ -200,7 +201,7 @@ class Loop:
                     self.job.config.checkpoint.keep,
                     also_later=self.saved > self.first_step,  # else it may just have gone back
                 )
-            except (OSError, ConfigError) as error:
+            except (OSError, UserError) as error:
                 _LOGGER.warning("old checkpoints could not be deleted: %s", error)
 
     def validate(self) -> None:
@@ -283,7 +284,7 @@ def read_together(read: Callable[[], _T], job: Job, stop: StopRequest | None = N
     value, failure = None, None
     try:
         value = read()
-    except ConfigError as error:
+    except UserError as error:
         failure = str(error)
     except OSError as error:
         failure = describe_os_error(error, Path("data"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megalibi.checkpoint.lock import LOCK_FILE, RunLock
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from tests.power_failure.c_library import build_library
 
 HOLD = """

@@ -24,7 +24,7 @@ from megalibi.checkpoint.manifest import (
     prune,
     read_manifest,
 )
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError, UserError
 from megalibi.files import make_folder, write_synced
 from tests.support.jobs import CONTEXT
 
@@ -185,7 +185,7 @@ def test_truncated_and_missing_files_are_found_and_named(tmp_path: Path) -> None
 def find_first_damage(checkpoint: Path) -> str:
     try:
         return next(find_damage(checkpoint, read_manifest(checkpoint)))
-    except ConfigError as error:
+    except UserError as error:
         return str(error)
 
 

@@ -16,7 +16,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from megalibi.checkpoint import find_checkpoint, load_full_weights
 from megalibi.checkpoint.reading import _CHATTER, _without_chatter, open_states
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.parallel import ALONE, refusing_together
 from tests.support.jobs import (
     Job,

@@ -7,8 +7,9 @@ import pytest
 
 from megalibi.checkpoint import check_resumable, describe_changes
 from megalibi.checkpoint.manifest import Manifest, commit
-from megalibi.config import ON_RESUME, Config, ConfigError, OnResume, config_to_dict
+from megalibi.config import ON_RESUME, Config, OnResume, config_to_dict
 from megalibi.config.identity import BY_CONTENT
+from megalibi.errors import ConfigError
 from megalibi.files import make_folder
 from tests.support.runs import identify, make_config, write_tokens
 

@@ -23,10 +23,11 @@ from megalibi.checkpoint import (
 )
 from megalibi.checkpoint.manifest import FileEntry
 from megalibi.checkpoint.store import _try_commit
-from megalibi.config import Config, ConfigError, derive, learning_rate_at
+from megalibi.config import Config, derive, learning_rate_at
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
 from megalibi.engine.build import DeepSpeedEngine
 from megalibi.engine.step import StepResult, train_step
+from megalibi.errors import ConfigError, UserError
 from megalibi.parallel import ProcessGroups
 from tests.support.full_disk import FREE_BYTES
 from tests.support.ranks import run_on_ranks
@@ -142,7 +143,7 @@ def load_damaged(config: Config, folder: str) -> dict[str, str]:
             _on_rank_0(groups, path, data)
             try:
                 load_checkpoint(engine, checkpoint, groups)
-            except ConfigError as error:
+            except UserError as error:
                 said[f"{path.name} {damage}"] = str(error)
             _on_rank_0(groups, path, whole)
     load_checkpoint(engine, checkpoint, groups)

@@ -10,13 +10,13 @@ import pytest
 from megalibi.config import (
     AdaptiveBand,
     Config,
-    ConfigError,
     OptimizerConfig,
     adaptive_bands,
     config_from_dict,
     derive,
     learning_rate_at,
 )
+from megalibi.errors import ConfigError
 
 
 def make_config(**sections: dict[str, Any]) -> Config:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import ConfigError, DatasetConfig, load_config, save_config
+from megalibi.config import DatasetConfig, load_config, save_config
+from megalibi.errors import ConfigError
 
 MINIMAL = """
 model: {num_layers: 2, hidden_size: 64, num_attention_heads: 4, ffn_hidden_size: 256, vocab_size: 1000}

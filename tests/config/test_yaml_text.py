@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megalibi.config import ConfigError
 from megalibi.config.yaml_text import MAX_DEPTH, SavedLoader, SpellingLoader, ValueLoader, parse_yaml, read_yaml
+from megalibi.errors import ConfigError
 
 COMPLAINT = "run.yaml cannot be used"
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalibi.config import ConfigError
 from megalibi.data.dataset import BlendedDataset, TokenDataset, open_dataset
 from megalibi.data.schedule import BlendSchedule
 from megalibi.data.tokens.token_file import TokenFile
+from megalibi.errors import ConfigError
 
 
 def indices(*values: int) -> np.ndarray:

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalibi.config import ConfigError
 from megalibi.data.dataset import open_dataset
 from megalibi.data.hashing import format_sample_hash, hash_samples, sum_hashes
 from megalibi.data.loader import IGNORE_INDEX, Loader, ValidationLoader
+from megalibi.errors import ConfigError
 from tests.support.device import DEVICE
 from tests.support.ranks import run_on_ranks
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import megalibi.data.preprocess as preprocess_module
-from megalibi.config import ConfigError
 from megalibi.data.preprocess import preprocess
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokens.token_file import TokenFile
+from megalibi.errors import ConfigError
 
 
 @pytest.fixture

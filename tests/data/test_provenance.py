@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalibi.config import ConfigError
 from megalibi.data.preprocess import preprocess
 from megalibi.data.provenance import check_tokenizer, identify_data, read_provenance, say_unrecorded
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
+from megalibi.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalibi.config import ConfigError
 from megalibi.data.schedule import BlendSchedule
+from megalibi.errors import ConfigError
 
 weights = st.lists(st.one_of(st.integers(1, 40), st.decimals("0.01", "3", places=2).map(float)), min_size=1, max_size=6)
 

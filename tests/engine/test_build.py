@@ -17,9 +17,10 @@ from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 
 from alibi_attention import alibi_slopes
-from megalibi.config import Config, ConfigError
+from megalibi.config import Config
 from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER
 from megalibi.engine.step import StepResult
+from megalibi.errors import ConfigError
 from tests.support.device import ON_GPU
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.metrics.jsonl import DROPPED_FILE, JsonlWriter
 from megalibi.metrics.records import StepRecord, ValidationRecord, read_metrics
 from megalibi.metrics.writers import Writers

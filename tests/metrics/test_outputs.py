@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError, UserError
 from megalibi.metrics.outputs import PICTURE_SUFFIXES, check_folder, check_outputs, check_picture, check_run_folder
 from megalibi.report.plots import save_figure
 
@@ -87,7 +87,7 @@ def write_as_nobody(folder: str, answers: mp.Queue[str]) -> None:
     for path in (Path(folder), Path(folder) / "new"):
         try:
             check_folder(path, "train.output_dir")
-        except ConfigError as error:
+        except UserError as error:
             answers.put(str(error))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.metrics.records import (
     StepRecord,
     ValidationRecord,

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalibi.config import ConfigError
+from megalibi.errors import UserError
 from megalibi.parallel import check_same
 from tests.support.ranks import run_on_ranks
 
@@ -18,7 +18,7 @@ BASE = {"code": "1", "optimizer.learning_rate": "0.001", "train.seed": "7"}
 def compare(by_rank: list[dict[str, str]]) -> str | None:
     try:
         check_same(by_rank[dist.get_rank()], CPU)
-    except ConfigError as error:
+    except UserError as error:
         return str(error)
     return None
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from megalibi.config import Config, ConfigError, derive
+from megalibi.config import Config, derive
+from megalibi.errors import ConfigError
 from megalibi.plan.communication import sum_sent_bytes
 from megalibi.plan.memory import TracedStep, trace_step
 from megalibi.plan.memory_trace import MemoryByKind

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from megalibi.config import ConfigError, derive
+from megalibi.config import derive
+from megalibi.errors import ConfigError
 from megalibi.model import model_flops_per_token
 from megalibi.plan.gpus import GPUS, Gpu
 from megalibi.plan.roofline import Rates, Roofline, count_after_gradients, estimate, parse_rates

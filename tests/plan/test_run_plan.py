@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalibi.config import Config, ConfigError, derive, load_config
+from megalibi.config import Config, derive, load_config
+from megalibi.errors import ConfigError
 from megalibi.model import GPT, count_parameters, model_flops_per_token
 from megalibi.parallel import ALONE
 from megalibi.plan.communication import Collective, sum_sent_bytes

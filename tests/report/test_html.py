@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.report.html import write_report
 
 WriteRun = Callable[..., Path]

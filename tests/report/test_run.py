@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.evaluate.result import read_evaluation
 from megalibi.metrics.records import RunMetrics, StepRecord
 from megalibi.metrics.summary import Quartiles, summarize

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megalibi.config import ConfigError, save_config
+from megalibi.config import save_config
+from megalibi.errors import ConfigError
 from tests.support.runs import make_config
 
 SCRIPT = Path(__file__).parents[2] / "megalibi" / "runtime" / "cuda_environment.py"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.runtime.exit import EXIT_INTERRUPTED, EXIT_USER_ERROR, run_tool
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError, UserError
 from tests.support.ranks import find_free_port, run_on_ranks
 
 SCRIPT = Path(__file__).parents[2] / "megalibi" / "runtime" / "ranks.py"
@@ -136,7 +136,7 @@ def _meet(gpus: list[str], port: int) -> str:
     store = torch.distributed.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=30))
     try:
         check_own_gpus(rank, size, gpus[rank], torch.distributed.PrefixStore("gpus", store))
-    except ConfigError as error:
+    except UserError as error:
         return str(error)
     torch.distributed.barrier()  # a run keeps its store; here it ends with rank 0's, which others may still read
     return ""

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megalibi.config import ConfigError, config_to_dict
+from megalibi.config import config_to_dict
+from megalibi.errors import ConfigError
 from megalibi.studies.study import load_study
 from tests.support.runs import make_config
 

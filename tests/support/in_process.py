@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
 from megalibi.runtime.exit import run_tool
 
 Runner = Callable[..., tuple[int, str, str]]

@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from megalibi.checkpoint import load_model, save_checkpoint
-from megalibi.config import Config, ConfigError, derive
+from megalibi.config import Config, derive
 from megalibi.data.preprocess import preprocess
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
+from megalibi.errors import ConfigError
 from megalibi.evaluate.result import EvaluationResult, read_evaluation
 from megalibi.evaluate.run import check_lengths
 from megalibi.runtime.exit import run_tool

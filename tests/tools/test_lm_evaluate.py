@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from megalibi.checkpoint import load_model, save_checkpoint
-from megalibi.config import Config, ConfigError, derive
+from megalibi.config import Config, derive
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokens.token_file import TokenFileWriter
+from megalibi.errors import ConfigError
 from megalibi.evaluate.lm_harness import BATCH_TOKENS, HarnessModel, TaskManager, simple_evaluate
 from megalibi.evaluate.lm_tasks import open_tasks, prepare_tasks
 from megalibi.model import GPT

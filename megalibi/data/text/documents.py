@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
-from megalibi.config import ConfigError
 from megalibi.data.text.cutting import Cut, cut_at_spaces
 from megalibi.data.text.records import BadRecord, Record, not_utf8, read_records
 from megalibi.data.text.saved_datasets import read_dataset
 from megalibi.data.text.sources import BROKEN_FILE, TEXT_FORMATS, Source, broken, find_sources
+from megalibi.errors import ConfigError
 from megalibi.log import get_logger
 
 TextUnit = Literal["document", "line", "paragraph"]

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megalibi.config import ConfigError
 from megalibi.data.text.records.common import Record
 from megalibi.data.text.records.tables import check_column, read_rows, validated
 from megalibi.data.text.sources import Source
+from megalibi.errors import ConfigError, UserError
 
 _ROWS = 64  # that are decoded at a time
 
@@ -28,7 +28,7 @@ def read_dataset(source: Source, text_key: str) -> Iterator[Record]:
     while True:
         try:  # around their code alone: it raises errors of any library below it
             column = next(columns, None)
-        except ConfigError:
+        except UserError:
             raise
         except Exception as error:
             what = "" if Path(source.name).is_dir() else "no file or folder here, and of the hub it "

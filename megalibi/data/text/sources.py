@@ -17,8 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
-from megalibi.config import ConfigError
 from megalibi.data.text.members import MemberReader
+from megalibi.errors import ConfigError
 from megalibi.log import get_logger
 
 TEXT_FORMATS = (".txt", ".tokens")

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from megalibi.config import ConfigError
 from megalibi.data.text.cutting import cut_at_spaces
 from megalibi.data.tokenizer.words import SUFFIX, WordTokenizer
+from megalibi.errors import ConfigError
 
 _SPACE = "\u2581"  # how sentencepiece writes a space within a piece
 _SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import sentencepiece
 
-from megalibi.config import ConfigError
 from megalibi.data.text.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.tokenizer.words import write_vocabulary
+from megalibi.errors import ConfigError
 
 _SENTENCE_CHARACTERS = 1_000
 _LONGEST_SENTENCE_CHARACTERS = 2_048  # of text without spaces; sentencepiece would leave out those of a megabyte

@@ -19,9 +19,9 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megalibi.config import ConfigError
 from megalibi.data.text.cutting import cut_at_spaces
 from megalibi.data.text.documents import Piece
+from megalibi.errors import ConfigError
 from megalibi.files import make_folder, write_aside
 
 SUFFIX = ".words"

@@ -24,9 +24,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megalibi.config import ConfigError
 from megalibi.data.tokens.identity import Identity, sampled_sha256
 from megalibi.data.tokens.token_index import IndexReader
+from megalibi.errors import ConfigError
 from megalibi.files import AsideFile, sync_folder
 
 _MAGIC = b"MMIDIDX\x00\x00"

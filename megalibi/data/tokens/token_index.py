@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 
 _BLOCK_ENTRIES = 1 << 14  # few enough for a processor's cache: twice as fast as eight times as many
 _MAX_BYTES = 2**62  # of a .bin; far below the end of int64, so that a block more does not pass it

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalibi.config import ConfigError, ModelConfig
+from megalibi.config import ModelConfig
+from megalibi.errors import ConfigError
 from megalibi.model.positions.base import PositionMethod
 from megalibi.parallel import Group
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from megalibi.config import Config, ConfigError, derive
+from megalibi.config import Config, derive
+from megalibi.errors import ConfigError
 from megalibi.model import GPT
 from megalibi.parallel import ALONE
 from megalibi.plan.gpus import GIB, USABLE

@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from megalibi.checkpoint import CHECKPOINTS, list_checkpoints, read_manifest
-from megalibi.config import Config, ConfigError
+from megalibi.config import Config
+from megalibi.errors import ConfigError
 from megalibi.metrics.records import read_metrics
 from megalibi.studies.comparison.curves import Point
 from megalibi.studies.comparison.study import ALIBI, CompareStudy, Model, model_config

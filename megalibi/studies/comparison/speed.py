@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, ConfigError, config_to_dict, save_config
+from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, config_to_dict, save_config
+from megalibi.errors import ConfigError
 from megalibi.metrics.summary import Quartiles
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.studies.comparison.study import CompareStudy, Variant, variant_config, variants

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalibi.config import Config, ConfigError
+from megalibi.config import Config
+from megalibi.errors import ConfigError
 
 ALIBI, SINUSOIDAL = "alibi", "sinusoidal"
 ATTENTIONS = {"unfused": "unfused", "fast": "auto"}

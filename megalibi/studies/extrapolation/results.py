@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megalibi.config import Config, ConfigError
+from megalibi.config import Config
 from megalibi.config.model import POSITION_METHODS
+from megalibi.errors import ConfigError
 
 NONOVERLAPPING, SLIDING = PROTOCOLS = ("nonoverlapping", "sliding")
 METHOD_NAMES = {

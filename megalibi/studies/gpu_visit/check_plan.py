@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalibi.config import ConfigError, config_from_dict, derive
+from megalibi.config import config_from_dict, derive
+from megalibi.errors import ConfigError
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.plan.run_plan import plan_memory
 

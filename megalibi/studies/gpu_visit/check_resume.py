@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.checkpoint import CHECKPOINTS, LATEST, list_checkpoints
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.metrics.records import StepRecord, read_metrics
 
 COMPARED = ("loss", "grad_norm", "sample_hash")

@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.files import make_folder
 from megalibi.metrics.provenance import write_json
 from megalibi.studies.machinery.jobs import POLL_SECONDS, Child

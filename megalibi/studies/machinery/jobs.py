@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.units import format_duration
 
 POLL_SECONDS = 0.2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

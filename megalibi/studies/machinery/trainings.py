@@ -17,7 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from megalibi.checkpoint import CHECKPOINTS, LATEST, find_checkpoint, find_damage, get_checkpoint, read_manifest
-from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, ConfigError, config_from_dict, flatten_config, save_config
+from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, config_from_dict, flatten_config, save_config
+from megalibi.errors import ConfigError, UserError
 from megalibi.log import get_logger
 from megalibi.metrics.records import METRICS_FILE, StepRecord, parse_line
 from megalibi.studies.machinery.jobs import JobProgress, run_jobs
@@ -97,7 +98,7 @@ class Training:
             try:
                 manifest = read_manifest(checkpoint)
                 damage = next(find_damage(checkpoint, manifest), None)
-            except ConfigError as error:
+            except UserError as error:
                 damage = str(error)
             if damage is None:
                 self._check_same(manifest.config)

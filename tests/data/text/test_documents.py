@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import megalibi.data.text.documents as text_module
-from megalibi.config import ConfigError
 from megalibi.data.text.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.text.documents import DocumentReader
+from megalibi.errors import ConfigError
 
 DOCUMENTS = ["first one\n\nof two  lines\n", "zweites\tmit ß und 日本", "third"]
 

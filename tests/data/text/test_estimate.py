@@ -7,8 +7,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megalibi.config import ConfigError
 from megalibi.data.text.estimate import estimate_text_bytes
+from megalibi.errors import ConfigError
 
 # What tells the time left may be off by a half, not by a multiple.
 TOLERANCE = 0.5

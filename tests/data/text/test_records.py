@@ -23,11 +23,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megalibi.config import ConfigError
 from megalibi.data.text.documents import DocumentReader
 from megalibi.data.text.records import BadRecord, read_records
 from megalibi.data.text.records.json_text import _JsonStream
 from megalibi.data.text.sources import Source, find_format
+from megalibi.errors import ConfigError
 
 EXAMPLES = 60
 
@@ -346,7 +346,7 @@ def test_an_xz_file_may_be_padded(tmp_path):
 FLIPS = """
 import sys
 from pathlib import Path
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.data.text.records import read_records
 from megalibi.data.text.saved_datasets import read_dataset
 from megalibi.data.text.sources import Source
@@ -366,7 +366,7 @@ for place in range(0, len(whole), max(1, len(whole) // (100 if is_saved else 300
         # The bytes of a text have no checksum in this format; which rows have one, and where it begins, must hold.
         differ = sum(text != other for text, other in zip(texts, expected))
         assert differ <= 2, (place, differ)
-    except ConfigError as error:
+    except UserError as error:
         assert str(error).startswith(source.name), error
 print("held")
 """

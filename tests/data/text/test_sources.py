@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalibi.config import ConfigError
 from megalibi.data.preprocess import preprocess
 from megalibi.data.text.documents import DocumentReader
 from megalibi.data.text.sources import find_format, find_sources
+from megalibi.errors import ConfigError
 
 
 def write(path: Path, text: str) -> Path:

@@ -10,9 +10,9 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megalibi.config import ConfigError
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
+from megalibi.errors import ConfigError, UserError
 
 # Text that looks like text, and text that looks like trouble.
 texts = st.text(
@@ -243,7 +243,7 @@ def test_a_damaged_model(tmp_path, tokenizer_path):
         model[place] ^= 0x80
         try:
             Tokenizer(tmp_path / "a.model")
-        except ConfigError as error:
+        except UserError as error:
             refused += 1
             assert "a.model: " in str(error)  # noqa: PT017
     assert refused > 10

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 import megalibi.data.preprocess as preprocess_module
 import megalibi.data.text.documents as text_module
-from megalibi.config import ConfigError
 from megalibi.data.preprocess import preprocess
 from megalibi.data.text.documents import DocumentReader, Piece
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer, count_words
 from megalibi.data.tokens.token_file import TokenFile
+from megalibi.errors import ConfigError
 
 # As WikiText-103: lines of words between spaces, blank lines, <unk> in place.
 TEXT = " \n = Lobster = \n \n The lobster is a <unk> . The lobster , the \n sea 3 @.@ 5 – a \n"

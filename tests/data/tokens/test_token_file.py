@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import megalibi.data.tokens.token_file as token_file_module
-from megalibi.config import ConfigError
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter, check_token_ids
+from megalibi.errors import ConfigError
 from megalibi.files import FileInUseError, open_aside
 
 CODES = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "d": 6, "f": 7, "H": 8}

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.data.tokens.test_token_file import pack_token_file, write_packed
 
 import megalibi.data.tokens.token_index as token_index
-from megalibi.config import ConfigError
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
+from megalibi.errors import ConfigError, UserError
+from tests.data.tokens.test_token_file import pack_token_file, write_packed
 
 Documents = list[list[list[int]]]
 # Enough of them that a lone odd document is damage; with empty ones at both ends and in the middle.
@@ -44,7 +44,7 @@ def assert_flips_show(prefix: Path) -> int:
             os.pwrite(file.fileno(), bytes([whole[place] ^ 1 << bit]), place)
             try:
                 assert look(TokenFile(prefix)) == seen, f"bit {bit} of byte {place} of {len(whole)}"
-            except ConfigError as error:
+            except UserError as error:
                 said.append(str(error))
             os.pwrite(file.fileno(), whole[place : place + 1], place)
     assert all("a.idx" in message and "\n" not in message for message in said)

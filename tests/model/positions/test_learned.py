@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.model.positions.learned import Learned
 from megalibi.parallel import ALONE
 from tests.support.models import build_gpt, make_model, random_tokens

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megalibi.config import ConfigError, ModelConfig, adaptive_bands
+from megalibi.config import ModelConfig, adaptive_bands
+from megalibi.errors import ConfigError
 from megalibi.model import GPT
 from megalibi.model.vocabulary.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from megalibi.model.vocabulary.loss import LOSS_CHUNK_TOKENS

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import ConfigError, derive, padded_vocab_size
+from megalibi.config import derive, padded_vocab_size
+from megalibi.errors import ConfigError
 from megalibi.model import count_parameters
 from megalibi.plan.gpus import GIB, USABLE, get_gpu
 from megalibi.plan.memory_trace import MemoryByKind

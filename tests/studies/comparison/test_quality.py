@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.studies.comparison.curves import Point
 from megalibi.studies.comparison.quality import Quality, check_quality
 from megalibi.studies.comparison.study import Model

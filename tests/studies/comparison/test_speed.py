@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megalibi.config import Config, ConfigError, config_to_dict
+from megalibi.config import Config, config_to_dict
+from megalibi.errors import ConfigError
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.studies.comparison.speed import Turn, order_turns, plan_turns, read_speeds, summarize
 from megalibi.studies.comparison.study import CompareStudy, Model, Variant

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import Config, ConfigError, derive
+from megalibi.config import Config, derive
+from megalibi.errors import ConfigError
 from megalibi.studies.comparison.study import CompareStudy, Model, model_config, variant_config, variants
 from megalibi.studies.study import load_study
 from tests.support.runs import make_config

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.studies import paper
 from megalibi.studies.extrapolation.plot import extrapolation_figure
 from megalibi.studies.extrapolation.report import find_published, nearest_train_length, write_report

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.config import ConfigError, save_config
+from megalibi.config import save_config
+from megalibi.errors import ConfigError
 from megalibi.metrics.records import METRICS_FILE
 from megalibi.studies.gpu_visit import check_resume
 from tests.support.runs import make_config, write_tokens

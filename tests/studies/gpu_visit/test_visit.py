@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.studies.gpu_visit.visit import (
     DONE,
     FAILED,

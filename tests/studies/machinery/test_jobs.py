@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.studies.machinery.jobs import JobProgress, run_jobs
 
 DEADLINE_SECONDS = 60.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megalibi.config import ConfigError
+from megalibi.errors import ConfigError
 from megalibi.evaluate.result import read_evaluation
 from megalibi.studies.machinery.machine import Machine
 from megalibi.studies.machinery.scorings import Scoring, run_scorings

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from megalibi.checkpoint import find_checkpoint
-from megalibi.config import Config, ConfigError, load_config
+from megalibi.config import Config, load_config
+from megalibi.errors import ConfigError
 from megalibi.studies.machinery.machine import Machine, describe_machine
 from megalibi.studies.machinery.trainings import Training, run_trainings
 from tests.support.jobs import run_job, write_job

@@ -6,8 +6,8 @@ import codecs
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from megalibi.config import ConfigError
 from megalibi.data.text.sources import BROKEN_FILE, Source, broken
+from megalibi.errors import ConfigError
 
 _FIELDS_SAID = 20
 _BLOCK_BYTES = 1 << 20

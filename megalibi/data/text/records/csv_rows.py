@@ -7,9 +7,9 @@ import io
 from collections.abc import Iterator
 from typing import Any
 
-from megalibi.config import ConfigError
 from megalibi.data.text.records.common import BadRecord, Record, find_column, not_utf8
 from megalibi.data.text.sources import BROKEN_FILE, Source, broken
+from megalibi.errors import ConfigError
 
 _MAX_FIELD_CHARACTERS = 2**31 - 1
 

@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from megalibi.config import ConfigError
 from megalibi.data.text.records.common import BadRecord, BadTextError, Record, check_encodes, no_field, not_utf8
 from megalibi.data.text.sources import BROKEN_FILE, Source, broken
+from megalibi.errors import ConfigError
 
 _BLANKS = b" \t\r\n"
 _FIELDS_KEPT = 1_000

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from megalibi.config import ConfigError
 from megalibi.data.text.records.common import BadRecord, Record, find_column
 from megalibi.data.text.sources import BROKEN_FILE, Source, broken
+from megalibi.errors import ConfigError
 
 _ROWS = 64  # that are decoded at a time
 
