@@ -86,8 +86,8 @@ class TokenDataset:
         self._vocab_size = vocab_size
         if self.samples_per_epoch < 1:
             raise ConfigError(
-                f"{token_file.bin_path}: {token_file.num_tokens} tokens, but data.seq_length={seq_length} "
-                f"needs {seq_length + 1} or more"
+                f"data.seq_length={seq_length}: must be below the number of tokens in {token_file.bin_path}, "
+                f"which holds {token_file.num_tokens}"
             )
 
     def sample_ids(self, indices_N: Int64Array) -> Int64Array:
@@ -105,7 +105,7 @@ class TokenDataset:
         """See Dataset.
 
         Raises:
-            ConfigError: If a token is not in the vocabulary.
+            DataError: If a token is not in the vocabulary.
         """
         tokens_NT = np.empty((len(ids_N2), self.seq_length + 1), np.int64)
         for row, place in enumerate(ids_N2[:, 1].tolist()):
@@ -183,11 +183,12 @@ def open_dataset(
         shuffle: False reads every set in order; a blend still alternates between them.
 
     Raises:
-        ConfigError: If a file is missing, truncated, foreign, too short, or holds ids past the vocabulary.
+        ConfigError: If ``spec`` names no file, or a file is too short for one sample.
+        DataError: If a file is missing, truncated, foreign, or holds ids past the vocabulary.
     """
     pairs = [(spec, 1.0)] if isinstance(spec, str) else list(spec)
     if not pairs:
-        raise ConfigError("data: no token file; a PREFIX or a list of {prefix, weight} is allowed")
+        raise ConfigError("data: names no token file; must be a PREFIX or a list of {prefix, weight}")
     datasets = []
     for number, (prefix, _) in enumerate(pairs):
         token_file = TokenFile(prefix)

@@ -35,13 +35,14 @@ class Batch:
     """
 
     tokens: torch.Tensor
-    """int64 [B, S]."""
+    """The token ids that the model reads, int64 [B, S]."""
 
     labels: torch.Tensor
-    """int64 [B, S]; IGNORE_INDEX where there is no loss."""
+    """The id that follows each token, int64 [B, S]; IGNORE_INDEX where there is no loss."""
 
     cu_seqlens: torch.Tensor | None
-    """int32 boundaries over the B * S flattened tokens, those of the rows among them; None without a document mask."""
+    """Document boundaries over the B * S flattened tokens, those of the rows included, int32; None without a document
+    mask."""
 
     sample_hash: int
     """Sum of the samples' hashes modulo 2**64, as a signed integer: ranks and micro batches add up by an int64 sum."""
@@ -82,7 +83,7 @@ class Loader:
     ) -> None:
         if global_batch_size % (micro_batch_size * data_size):
             raise ConfigError(
-                f"train.global_batch_size={global_batch_size} is not a multiple of train.micro_batch_size="
+                f"train.global_batch_size={global_batch_size}: must be a multiple of train.micro_batch_size="
                 f"{micro_batch_size} times {data_size} data-parallel ranks"
             )
         self._dataset = dataset
@@ -101,7 +102,7 @@ class Loader:
             samples_consumed: Samples that the whole job consumed before: the position in the data.
 
         Raises:
-            ConfigError: If the data holds a token past the vocabulary.
+            DataError: If the data holds a token past the vocabulary.
         """
         if self._ahead is not None and self._ahead[0] == samples_consumed:
             batches = self._ahead[1].result()

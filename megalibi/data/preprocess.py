@@ -23,7 +23,7 @@ from megalibi.data.text.documents import DocumentReader, Piece, TextUnit, join_p
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.token_file import TokenFileWriter, token_dtype
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError, FileError, JobError
 from megalibi.files import make_folder, write_aside
 from megalibi.log import get_logger
 
@@ -84,12 +84,15 @@ def preprocess(
         The final state.
 
     Raises:
-        ConfigError: If the output exists, an input or the tokenizer cannot be read, there is no text, or no space.
+        ConfigError: If the output exists, or the number of workers is out of its range.
+        DataError: If an input or the tokenizer cannot be read, or there is no text.
+        FileError: If the output cannot be written.
+        JobError: If a worker died.
     """
     tokenizer = load_tokenizer(tokenizer_path)
     _check_output(output, overwrite)
     if not 1 <= workers <= _MAX_WORKERS:
-        raise ConfigError(f"--workers {workers}: at least 1 process is needed, and {_MAX_WORKERS} at most are allowed")
+        raise ConfigError(f"--workers={workers}: must be from 1 to {_MAX_WORKERS}")
     reader = DocumentReader(
         inputs,
         text_key=text_key,
@@ -105,7 +108,7 @@ def preprocess(
             _check_output(output, overwrite)  # another run may have ended meanwhile; none can while we write
             progress = _write(writer, _encode_tasks(tasks, tokenizer_path, workers), report)
             if progress.documents == 0:
-                raise ConfigError(f"{', '.join(inputs)}: no text in there")
+                raise DataError(f"{', '.join(inputs)}: there is no text in what was read")
         provenance = describe(
             output,
             tokenizer,
@@ -116,9 +119,9 @@ def preprocess(
         )
         write_aside(provenance_path(output), to_json(provenance))
     except OSError as error:
-        raise ConfigError(f"{output}: cannot be written: {error.strerror or error}") from error
+        raise FileError(f"{output}: cannot be written: {error.strerror or error}") from error
     except BrokenProcessPool as error:
-        raise ConfigError("a worker process died, most likely for want of memory; use fewer --workers") from error
+        raise JobError("a worker process died, most likely for want of memory; use fewer --workers") from error
     _warn(reader, tokenizer, progress)
     return progress
 

@@ -20,7 +20,7 @@ from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.identity import DataIdentity, Identity
 from megalibi.data.tokens.token_file import TokenFile, check_token_ids
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 from megalibi.log import get_logger
 
 _LOGGER = get_logger(__name__)
@@ -32,19 +32,19 @@ class Provenance:
     """What PREFIX.json says."""
 
     identity: Identity
-    """Of the token file that it describes."""
+    """The identity of the token file that it describes."""
     tokenizer: dict[str, Any]
-    """Path, sha256 and vocab_size."""
+    """The tokenizer's path, sha256 and vocab_size."""
     sources: list[dict[str, Any]]
-    """Name, size_bytes, documents, and what was left out: empty, bad_records."""
+    """Of each source its name, size_bytes, documents, and what was left out: empty, bad_records."""
     options: dict[str, Any]
-    """Of preprocess_data.py: text_key and text_unit."""
+    """The options text_key and text_unit with which the text was read."""
     characters: int
-    """Of the text."""
+    """The number of characters in the text."""
     lost_characters: int
-    """Those for which the tokenizer has no id, so that the ids stand for another text."""
+    """The characters for which the tokenizer has no id: the ids stand for a text without them."""
     versions: dict[str, str]
-    """Of megalibi and of sentencepiece."""
+    """The versions of megalibi and of sentencepiece that made it."""
 
 
 def identify_data(
@@ -58,7 +58,7 @@ def identify_data(
         tokenizer: What the user says that made them; None: nothing.
 
     Raises:
-        ConfigError: Another one did, or several; or an id is past its vocabulary.
+        DataError: Another tokenizer made some of it, or an id is past the tokenizer's vocabulary.
     """
     if tokenizer is not None:
         for token_file in (*train, *valid):
@@ -81,7 +81,7 @@ def check_tokenizer(
         option: The field or option that named it.
 
     Raises:
-        ConfigError: It made not all of them, or several did.
+        DataError: More than one tokenizer made them.
     """
     made_by: dict[str, str] = {} if tokenizer is None else {tokenizer.fingerprint: f"{option}={tokenizer.path}"}
     for token_file in token_files:
@@ -92,7 +92,7 @@ def check_tokenizer(
         made_by.setdefault(made["sha256"], f"{made['path']} in {token_file.prefix}.json")
         if len(made_by) > 1:
             one, other = (f"{name} (sha256 {sha256[:12]})" for sha256, name in made_by.items())
-            raise ConfigError(
+            raise DataError(
                 f"{token_file.prefix} was made with another tokenizer: {one} is not {other}; give the one that made "
                 "the tokens, or tokenize the text again"
             )
@@ -104,7 +104,7 @@ def say_unrecorded(prefixes: Iterable[str]) -> None:
     for prefix in prefixes:
         if _read(provenance_path(prefix)) is None:
             _LOGGER.warning(
-                "which tokenizer made %s is not known: no %s says it, as tools/preprocess_data.py writes one",
+                "it is not known which tokenizer made %s: beside it is no %s, which tools/preprocess_data.py writes",
                 prefix,
                 provenance_path(prefix).name,
             )
@@ -145,12 +145,12 @@ def check_replaceable(prefix: str) -> None:
     """Refuse to write PREFIX.json over a file of that name that says something else, such as the text itself.
 
     Raises:
-        ConfigError: There is such a file.
+        DataError: There is such a file.
     """
     path = provenance_path(prefix)
     if path.exists() and _read(path) is None:
-        raise ConfigError(
-            f"{path} exists and is no record of a token file, and preprocessing would write one there: choose another "
+        raise DataError(
+            f"{path} exists and does not describe a token file, and preprocessing would write over it: choose another "
             "--output"
         )
 
@@ -159,7 +159,7 @@ def read_provenance(token_file: TokenFile) -> Provenance | None:
     """Return what PREFIX.json says of a token file; None: there is none, as beside the files of other programs.
 
     Raises:
-        ConfigError: It is damaged or describes another token file.
+        DataError: It is damaged or describes another token file.
     """
     path = provenance_path(token_file.prefix)
     if not path.exists():
@@ -172,11 +172,11 @@ def read_provenance(token_file: TokenFile) -> Provenance | None:
         sha256, vocab_size = provenance.tokenizer["sha256"], provenance.tokenizer["vocab_size"]
         made_by = provenance.tokenizer["path"]
     except (TypeError, KeyError) as error:
-        raise ConfigError(f"{path}: damaged or of another version ({error}); make the token file again") from error
+        raise DataError(f"{path}: damaged or of another version ({error}); make the token file again") from error
     if not (isinstance(sha256, str) and isinstance(made_by, str) and isinstance(vocab_size, int)):
-        raise ConfigError(f"{path}: damaged, its tokenizer is {provenance.tokenizer}; make the token file again")
+        raise DataError(f"{path}: damaged, its tokenizer is {provenance.tokenizer}; make the token file again")
     if provenance.identity != token_file.identity:
-        raise ConfigError(
+        raise DataError(
             f"{path} describes another token file than the one beside it: make the token file again with "
             "tools/preprocess_data.py --overwrite, or delete the .json if the tokens are the right ones"
         )

@@ -33,7 +33,7 @@ class BlendSchedule:
 
     def __init__(self, weights: Sequence[float]) -> None:
         if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-            raise ConfigError(f"data: blend weights {list(weights)}; every weight must be a number above 0")
+            raise ConfigError(f"data: blend weights {list(weights)}: each must be a finite number above 0")
         shares = _integer_shares(weights)
         self.period = sum(shares)
         if self.period > _MAX_PERIOD:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megalibi.data.dataset import BlendedDataset, TokenDataset, open_dataset
 from megalibi.data.schedule import BlendSchedule
 from megalibi.data.tokens.token_file import TokenFile
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError
 
 
 def indices(*values: int) -> np.ndarray:
@@ -36,7 +36,7 @@ def test_every_epoch_reads_every_sample_once(tmp_path_factory, num_tokens, seq_l
     with TokenFileWriter(prefix, 100) as writer:
         writer.add_document(range(num_tokens))
     if num_tokens <= seq_length:
-        with pytest.raises(ConfigError, match=f"data.seq_length={seq_length} needs {seq_length + 1} or more"):
+        with pytest.raises(ConfigError, match=rf"data\.seq_length={seq_length}: must be below .* holds {num_tokens}"):
             TokenDataset(TokenFile(prefix), seq_length, seed)
         return
     dataset = TokenDataset(TokenFile(prefix), seq_length, seed)
@@ -80,19 +80,19 @@ def test_a_batch_with_an_id_past_the_vocabulary_is_an_error(write_tokens):
     token_file = TokenFile(write_tokens([[1] * 50 + [70_000] + [1] * 50]))
     dataset = TokenDataset(token_file, 4, seed=0, shuffle=False, vocab_size=70_000)
     dataset.read(dataset.sample_ids(indices(0, 1)))
-    with pytest.raises(ConfigError, match=r"set\.bin: token 50 is id 70000, past vocab_size=70000"):
+    with pytest.raises(DataError, match=r"set\.bin: token 50 is id 70000, past vocab_size=70000"):
         dataset.read(dataset.sample_ids(indices(3, 12)))
 
 
 def test_a_negative_id_is_an_error(write_tokens):
     token_file = TokenFile(write_tokens([[1] * 9 + [-1]]))
-    with pytest.raises(ConfigError, match="token 9 is id -1"):
+    with pytest.raises(DataError, match="token 9 is id -1"):
         TokenDataset(token_file, 9, seed=0, vocab_size=100_000).read(indices(0, 0)[None])
 
 
 def test_opening_probes_the_ids(write_tokens):
     prefix = write_tokens([[1] * 50 + [12] + [1] * 50])
-    with pytest.raises(ConfigError, match="token 50 is id 12, past vocab_size=12"):
+    with pytest.raises(DataError, match="token 50 is id 12, past vocab_size=12"):
         open_dataset(prefix, seq_length=4, seed=0, vocab_size=12)
 
 
@@ -156,5 +156,5 @@ def test_a_set_of_little_weight_is_reached_without_a_walk(write_tokens):
 
 
 def test_no_files():
-    with pytest.raises(ConfigError, match="no token file"):
+    with pytest.raises(ConfigError, match="names no token file"):
         open_dataset([], seq_length=4, seed=0, vocab_size=12)

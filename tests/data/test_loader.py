@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megalibi.data.dataset import open_dataset
 from megalibi.data.hashing import format_sample_hash, hash_samples, sum_hashes
 from megalibi.data.loader import IGNORE_INDEX, Loader, ValidationLoader
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError
 from tests.support.device import DEVICE
 from tests.support.ranks import run_on_ranks
 
@@ -109,7 +109,7 @@ def test_an_error_of_the_reading_thread_reaches_the_caller(write_tokens):
     dataset._vocab_size = 5
     loader = Loader(dataset, global_batch_size=1, micro_batch_size=1)
     loader.micro_batches(0)
-    with pytest.raises(ConfigError, match="token 8 is id 5, past vocab_size=5"):
+    with pytest.raises(DataError, match="token 8 is id 5, past vocab_size=5"):
         loader.micro_batches(1)
 
 
@@ -152,7 +152,7 @@ def test_a_batch_goes_to_the_device_but_for_its_document_boundaries(write_tokens
 
 def test_indivisible_batch():
     with pytest.raises(
-        ConfigError, match=r"train\.global_batch_size=10 is not a multiple of train\.micro_batch_size=2 tim"
+        ConfigError, match=r"train\.global_batch_size=10: must be a multiple of train\.micro_batch_size=2 tim"
     ):
         Loader(None, global_batch_size=10, micro_batch_size=2, data_size=2)  # type: ignore
 

@@ -14,7 +14,7 @@ import megalibi.data.preprocess as preprocess_module
 from megalibi.data.preprocess import preprocess
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokens.token_file import TokenFile
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError, FileError
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_what_another_run_finished_meanwhile_is_kept(tmp_path, corpus, tokenizer
 
 
 def test_a_broken_input_leaves_nothing(tmp_path, corpus, tokenizer_path):
-    with pytest.raises(ConfigError, match=r"gone\.txt: no such file"):
+    with pytest.raises(DataError, match=r"gone\.txt: no such file"):
         preprocess(
             [str(corpus), str(tmp_path / "gone.txt")],
             tokenizer_path=str(tokenizer_path),
@@ -134,18 +134,18 @@ def test_a_broken_input_leaves_nothing(tmp_path, corpus, tokenizer_path):
 
 def test_no_text(tmp_path, tokenizer_path):
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ConfigError, match=r"empty\.txt: no text in there"):
+    with pytest.raises(DataError, match=r"empty\.txt: there is no text in what was read"):
         preprocess([str(tmp_path / "empty.txt")], tokenizer_path=str(tokenizer_path), output=str(tmp_path / "a"))
     assert not list(tmp_path.glob("a.*"))
 
 
 def test_no_workers(tmp_path, corpus, tokenizer_path):
-    with pytest.raises(ConfigError, match="--workers 0: at least 1"):
+    with pytest.raises(ConfigError, match="--workers=0: must be from 1 to "):
         preprocess([str(corpus)], tokenizer_path=str(tokenizer_path), output=str(tmp_path / "a"), workers=0)
 
 
 def test_an_output_that_cannot_be_written(tmp_path, corpus, tokenizer_path):
-    with pytest.raises(ConfigError, match="a: cannot be written: "):
+    with pytest.raises(FileError, match="a: cannot be written: "):
         preprocess([str(corpus)], tokenizer_path=str(tokenizer_path), output=str(corpus / "a"))
 
 
@@ -165,7 +165,7 @@ def test_a_full_disk_is_one_line(tmp_path, corpus, tokenizer_path):
     (tmp_path / "script.py").write_text(script)
     command = [sys.executable, str(tmp_path / "script.py"), str(corpus), str(tokenizer_path), str(tmp_path / "a")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stderr.strip().endswith(f"ConfigError: {tmp_path / 'a'}: cannot be written: File too large")
+    assert done.stderr.strip().endswith(f"FileError: {tmp_path / 'a'}: cannot be written: File too large")
     assert not list(tmp_path.glob("a.*"))
 
 

@@ -12,7 +12,7 @@ from megalibi.data.provenance import check_tokenizer, identify_data, read_proven
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_a_token_file_that_was_made_again_beside_an_old_record_is_refused(tmp_pa
     tokenize(tmp_path, "a", english[:4], tokenizer_path)
     tokenize(tmp_path, "b", english[:5], tokenizer_path)
     shutil.copy(tmp_path / "a.json", tmp_path / "b.json")
-    with pytest.raises(ConfigError, match=r"b\.json describes another token file than the one beside it: make"):
+    with pytest.raises(DataError, match=r"b\.json describes another token file than the one beside it: make"):
         read_provenance(TokenFile(tmp_path / "b"))
 
 
@@ -113,7 +113,7 @@ def test_a_damaged_record_is_refused(tmp_path, english, tokenizer_path, change):
     token_file = tokenize(tmp_path, "a", english[:4], tokenizer_path)
     fields = json.loads((tmp_path / "a.json").read_text())
     (tmp_path / "a.json").write_text(json.dumps({**fields, **change}))
-    with pytest.raises(ConfigError, match=r"a\.json: damaged"):
+    with pytest.raises(DataError, match=r"a\.json: damaged"):
         read_provenance(token_file)
 
 
@@ -121,7 +121,7 @@ def test_a_truncated_record_is_refused_and_may_be_made_again(tmp_path, english, 
     token_file = tokenize(tmp_path, "a", english[:4], tokenizer_path)
     content = (tmp_path / "a.json").read_bytes()
     (tmp_path / "a.json").write_bytes(content[:200])
-    with pytest.raises(ConfigError, match=r"a\.json: damaged"):
+    with pytest.raises(DataError, match=r"a\.json: damaged"):
         read_provenance(token_file)
     tokenize(tmp_path, "a", english[:4], tokenizer_path)
     assert (tmp_path / "a.json").read_bytes() == content
@@ -130,7 +130,7 @@ def test_a_truncated_record_is_refused_and_may_be_made_again(tmp_path, english, 
 def test_text_that_is_called_like_the_record_is_not_written_over(tmp_path, english, tokenizer_path):
     (tmp_path / "a.json").write_text(json.dumps([{"text": english[0]}]))
     before = (tmp_path / "a.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"a\.json exists and is no record of a token file"):
+    with pytest.raises(DataError, match=r"a\.json exists and does not describe a token file"):
         preprocess(
             [str(tmp_path / "a.json")], tokenizer_path=str(tokenizer_path), output=str(tmp_path / "a"), overwrite=True
         )
@@ -145,13 +145,13 @@ def test_one_tokenizer_made_all_data_of_a_run(tmp_path, english, tokenizer_path,
     tokenizer, other = Tokenizer(tokenizer_path), Tokenizer(other_path)
     assert check_tokenizer([one, two], tokenizer, "data.tokenizer") == tokenizer.fingerprint
     assert check_tokenizer([one, two], None, "data.tokenizer") == tokenizer.fingerprint
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(DataError) as error:
         check_tokenizer([one, two], other, "data.tokenizer")
     assert str(error.value).startswith(
         f"{one.prefix} was made with another tokenizer: data.tokenizer={other_path} (sha"
     )
     for given in (tokenizer, None):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(DataError) as error:
             identify_data([one], [foreign], given)
         assert str(error.value).startswith(f"{foreign.prefix} was made with another tokenizer: ")
         assert f"is not {other_path} in {foreign.prefix}.json (sha256 {other.fingerprint[:12]})" in str(error.value)
@@ -165,7 +165,7 @@ def test_data_without_a_record_is_taken_and_said(tmp_path, english, tokenizer_pa
     assert check_tokenizer([token_file], None, "data.tokenizer") is None
     with caplog.at_level("WARNING", "megalibi"):
         say_unrecorded([token_file.prefix])
-    assert f"which tokenizer made {token_file.prefix} is not known" in caplog.text
+    assert f"it is not known which tokenizer made {token_file.prefix}: " in caplog.text
 
 
 def test_a_tokenizer_that_is_too_small_for_the_ids_is_refused(tmp_path, english, tokenizer_path):
@@ -173,5 +173,5 @@ def test_a_tokenizer_that_is_too_small_for_the_ids_is_refused(tmp_path, english,
     token_file = tokenize(tmp_path, "a", english[:4], tokenizer_path)
     (tmp_path / "a.json").unlink()
     train_tokenizer(english, 400, tmp_path / "small.model")
-    with pytest.raises(ConfigError, match=r"past vocab_size=400; the file was made with another tokenizer"):
+    with pytest.raises(DataError, match=r"past vocab_size=400; the file was made with another tokenizer"):
         identify_data([token_file], [], Tokenizer(tmp_path / "small.model"))

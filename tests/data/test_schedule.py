@@ -55,7 +55,7 @@ def test_decimals_are_taken_as_written():
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_weights(weight):
-    with pytest.raises(ConfigError, match="every weight must be a number above 0"):
+    with pytest.raises(ConfigError, match="each must be a finite number above 0"):
         BlendSchedule([1.0, weight])
 
 

@@ -15,7 +15,7 @@ from megalibi.data.text.cutting import Cut, cut_at_spaces
 from megalibi.data.text.records import BadRecord, Record, not_utf8, read_records
 from megalibi.data.text.saved_datasets import read_dataset
 from megalibi.data.text.sources import BROKEN_FILE, TEXT_FORMATS, Source, broken, find_sources
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 from megalibi.log import get_logger
 
 TextUnit = Literal["document", "line", "paragraph"]
@@ -28,10 +28,12 @@ _LOGGER = get_logger(__name__)
 
 
 class Piece(NamedTuple):
-    """A piece of a document; the document ends with the piece that says so."""
+    """A piece of a document."""
 
     text: str
+    """The characters of the piece."""
     ends_document: bool
+    """Whether the document ends with this piece."""
 
 
 @dataclass(kw_only=True)
@@ -39,18 +41,18 @@ class SourceCount:
     """What was read of a source so far."""
 
     source: Source
-    """The file."""
+    """The file or dataset that is counted."""
     documents: int = 0
-    """Documents in it."""
+    """The number of documents that were read."""
     empty: int = 0
-    """Records, lines or files without text, which are left out."""
+    """The number of records, lines or files without text; they are left out."""
     num_bad_records: int = 0
-    """Records that are left out because their text cannot be had."""
+    """The number of records that are left out because their text cannot be read."""
     bad_records: list[str] = field(default_factory=list)
-    """Where the first of these stand, and what is wrong with them."""
+    """Where the first of the bad records stand, and what is wrong with them."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as it is kept beside a token file."""
+        """Return the count as PREFIX.json keeps it."""
         path = Path(self.source.name)
         return {
             "name": self.source.name,
@@ -72,12 +74,12 @@ class DocumentReader:
             are taken as they are.
         text_key: The field that holds the text; .txt and .tokens files have none.
         text_unit: What is one document in such a file: the whole file, a line, or a paragraph (blank lines between).
-        keep_empty: Yield empty records and lines too, for whom line ends are tokens.
+        keep_empty: Yield empty records and lines too; a tokenizer for which line ends are tokens needs them.
         skip_bad_records: Count and list records whose text cannot be had; without it the first of them is an error.
         cut: How long documents are cut.
 
     Raises:
-        ConfigError: An input is missing, cannot be opened, or is in no known format.
+        DataError: An input is missing, cannot be opened, or is in no known format.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class DocumentReader:
         """Yield the pieces of all documents.
 
         Raises:
-            ConfigError: A file is damaged, not in UTF-8, or has no such field; or a record is bad.
+            DataError: A file is damaged, not in UTF-8, or has no such field; or a record is bad.
         """
         for count in self.counts:
             if count.source.format in TEXT_FORMATS:
@@ -110,7 +112,7 @@ class DocumentReader:
                 yield from self._read_records(count)
 
     def describe_left_out(self) -> str:
-        """Return how much was left out, in words; nothing if that is nothing."""
+        """Return in words how much was left out; an empty string if nothing was."""
         empty = sum(count.empty for count in self.counts)
         bad = sum(count.num_bad_records for count in self.counts)
         parts = [f"{number:,} {kind}" for number, kind in ((empty, "without text"), (bad, "bad records")) if number]
@@ -127,7 +129,7 @@ class DocumentReader:
     def _take_bad(self, count: SourceCount, record: BadRecord) -> None:
         line = f"{count.source.name}, {record.place}: {record.reason}"
         if not self._skip_bad_records:
-            raise ConfigError(f"{line}; mend it, or leave such records out with --skip-bad-records")
+            raise DataError(f"{line}; correct it, or leave such records out with --skip-bad-records")
         count.num_bad_records += 1
         if count.num_bad_records <= _BAD_RECORDS_KEPT:
             count.bad_records.append(f"{record.place}: {record.reason}")
@@ -192,7 +194,7 @@ class DocumentReader:
 
 
 def join_pieces(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Put documents together again, for whom pieces must not end within one."""
+    """Put the pieces of each document together again, for a tokenizer that cannot take a document in pieces."""
     texts: list[str] = []
     for piece in pieces:
         texts.append(piece.text)

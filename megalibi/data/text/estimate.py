@@ -20,7 +20,7 @@ def estimate_text_bytes(inputs: Iterable[str], text_key: str = "text") -> int | 
     A file that cannot be read counts as nothing here: reading it will say what is wrong with it.
 
     Raises:
-        ConfigError: If an input is missing or in no known format.
+        DataError: If an input is missing or in no known format.
     """
     total = 0
     for source in find_sources(inputs, say_left_out=False):

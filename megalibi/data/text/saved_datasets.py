@@ -9,7 +9,7 @@ from typing import Any
 from megalibi.data.text.records.common import Record
 from megalibi.data.text.records.tables import check_column, read_rows, validated
 from megalibi.data.text.sources import Source
-from megalibi.errors import ConfigError, UserError
+from megalibi.errors import DataError, UserError
 
 _ROWS = 64  # that are decoded at a time
 
@@ -22,7 +22,7 @@ def read_dataset(source: Source, text_key: str) -> Iterator[Record]:
         text_key: The column that holds the text.
 
     Raises:
-        ConfigError: The dataset cannot be had or read, has no such column, or another type stands in it.
+        DataError: The dataset cannot be loaded or read, has no such column, or another type stands in it.
     """
     columns, number = _columns(source, text_key), 0
     while True:
@@ -32,7 +32,7 @@ def read_dataset(source: Source, text_key: str) -> Iterator[Record]:
             raise
         except Exception as error:
             what = "" if Path(source.name).is_dir() else "no file or folder here, and of the hub it "
-            raise ConfigError(f"{source.name}: {what}cannot be read: {error or type(error).__name__}") from error
+            raise DataError(f"{source.name}: {what}cannot be read: {error or type(error).__name__}") from error
         if column is None:
             return
         yield from read_rows(column, number + 1)
@@ -58,5 +58,5 @@ def _load(source: Source) -> Any:
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if "train" not in loaded:
-        raise ConfigError(f"{source.name}: there is no split train; give the folder of one of {', '.join(loaded)}")
+        raise DataError(f"{source.name}: there is no split train; give the folder of one of {', '.join(loaded)}")
     return loaded["train"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, cast
 
 from megalibi.data.text.members import MemberReader
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError
 from megalibi.log import get_logger
 
 TEXT_FORMATS = (".txt", ".tokens")
@@ -97,7 +97,8 @@ def find_sources(inputs: Iterable[str], *, say_left_out: bool = True) -> list[So
         say_left_out: Whether the files of a folder that are in no known format are said.
 
     Raises:
-        ConfigError: An input is missing, cannot be opened, or is in no known format.
+        ConfigError: An input's name is empty.
+        DataError: An input is missing, cannot be opened, or is in no known format.
     """
     sources = [source for name in inputs for source in _find(name, say_left_out)]
     for source in sources:
@@ -108,24 +109,24 @@ def find_sources(inputs: Iterable[str], *, say_left_out: bool = True) -> list[So
 
 def _find(name: str, say_left_out: bool) -> Iterator[Source]:
     if not name:
-        raise ConfigError("--input '' is empty: the name of a file, of a folder or of a dataset on the hub is allowed")
+        raise ConfigError("--input='': must be the name of a file, of a folder or of a dataset on the hub")
     try:
         path = Path(name)
         kind = "folder" if path.is_dir() else "file" if path.exists() else ""
     except (OSError, ValueError) as error:  # a name that is too long, for example
         shown = name if len(name) <= 100 else f"{name[:100]}..."
-        raise ConfigError(f"{shown}: cannot be read: {_reason(error)}") from error
+        raise DataError(f"{shown}: cannot be read: {_reason(error)}") from error
     file_format = find_format(name)
     if kind == "folder":
         yield from _find_in_folder(path, say_left_out)
     elif kind == "file" and file_format is None:
-        raise ConfigError(f"{name}: format not known from its name; {_FORMATS_IN_WORDS} are read")
+        raise DataError(f"{name}: its name ends in no known format; {_FORMATS_IN_WORDS} can be read")
     elif kind == "file":
         yield Source(name, file_format or "")
     elif file_format is not None:
-        raise ConfigError(f"{name}: no such file" + _about_patterns(name))
+        raise DataError(f"{name}: no such file" + _about_patterns(name))
     elif not _HUB_NAME.fullmatch(name):
-        raise ConfigError(
+        raise DataError(
             f"{name}: neither a file, nor a folder, nor a hub name ORG/NAME[:CONFIG][@SPLIT]{_about_patterns(name)}"
         )
     else:
@@ -160,7 +161,7 @@ def _find_in_folder(folder: Path, say_left_out: bool) -> Iterator[Source]:
         else:
             sources.append(Source(str(path), file_format))
     if not sources:
-        raise ConfigError(f"{folder}: no file in this folder is in a known format; {_FORMATS_IN_WORDS} are read")
+        raise DataError(f"{folder}: no file in this folder is in a known format; {_FORMATS_IN_WORDS} can be read")
     if left_out and say_left_out:
         more = len(left_out) - _NAMES_SAID
         names = ", ".join(left_out[:_NAMES_SAID]) + (f" and {more} more" if more > 0 else "")
@@ -194,24 +195,24 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _refuse_folder(error: OSError) -> NoReturn:
-    raise ConfigError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def _check_opens(source: Source) -> None:
     """Read the first byte: what is no file, or in another compression, shows before hours of work."""
     try:
         if not Path(source.name).is_file():
-            raise ConfigError(f"{source.name}: not a regular file")
+            raise DataError(f"{source.name}: not a regular file")
         with source.open() as file:
             file.read(1)
     except BROKEN_FILE as error:
         raise broken(source, error) from error
 
 
-def broken(source: Source, error: BaseException, place: str = "") -> ConfigError:
+def broken(source: Source, error: BaseException, place: str = "") -> DataError:
     """Return the error for a file that cannot be read, or not past some place."""
     past = f" past {place}" if place else ""
-    return ConfigError(f"{source.name}: cannot be read{past}: {_reason(error)}; copy it or make it again")
+    return DataError(f"{source.name}: cannot be read{past}: {_reason(error)}; copy it or make it again")
 
 
 def _reason(error: BaseException) -> str:

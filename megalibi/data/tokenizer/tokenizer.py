@@ -15,7 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megalibi.data.text.cutting import cut_at_spaces
 from megalibi.data.tokenizer.words import SUFFIX, WordTokenizer
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 _SPACE = "\u2581"  # how sentencepiece writes a space within a piece
 _SPACE_BYTES = ("<0xE2>", "<0x96>", "<0x81>")
@@ -30,13 +30,13 @@ class Tokenizer:
         path: The ``.model`` file.
 
     Raises:
-        ConfigError: If the file is missing, is no sentencepiece model, or has no end-of-document (eos) token.
+        DataError: If the file is missing, is no sentencepiece model, or has no end-of-document (eos) token.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         if not Path(path).is_file():
-            raise ConfigError(f"{self.path}: no such tokenizer; train one with tools/train_tokenizer.py")
+            raise DataError(f"{self.path}: no such tokenizer; train one with tools/train_tokenizer.py")
         model = Path(path).read_bytes()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -45,15 +45,15 @@ class Tokenizer:
         except (RuntimeError, UnicodeDecodeError):  # the second of an entry that is not UTF-8
             loaded = False
         if not loaded:
-            raise ConfigError(f"{self.path}: not a sentencepiece model; train one with tools/train_tokenizer.py")
+            raise DataError(f"{self.path}: not a sentencepiece model; train one with tools/train_tokenizer.py")
         self.vocab_size: int = self._processor.vocab_size()
         self.end_of_document_id: int = self._processor.eos_id()
         if self.end_of_document_id < 0:
-            raise ConfigError(f"{self.path}: the model has no eos token, which ends documents; train one that has")
+            raise DataError(f"{self.path}: the model has no eos token, which ends documents; train one that has")
         try:
             pieces = [self._processor.id_to_piece(token) for token in range(self.vocab_size)]
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{self.path}: damaged, an entry is not UTF-8 text; copy it or train it again") from error
+            raise DataError(f"{self.path}: damaged, an entry is not UTF-8 text; copy it or train it again") from error
         self.text_bytes: npt.NDArray[np.int64] = np.array([self._count_bytes(i, p) for i, p in enumerate(pieces)])
         """Bytes of UTF-8 text that each id stands for, [vocab_size]; control tokens stand for none."""
         probe = "  a b\n\n c "
@@ -158,6 +158,6 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | WordTokenizer:
     """Return the word-level vocabulary of a ``.words`` file, or the sentencepiece model of any other.
 
     Raises:
-        ConfigError: If the file is missing or is not what its name says.
+        DataError: If the file is missing or is not what its name says.
     """
     return WordTokenizer(path) if os.fspath(path).endswith(SUFFIX) else Tokenizer(path)

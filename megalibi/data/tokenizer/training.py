@@ -12,7 +12,7 @@ import sentencepiece
 
 from megalibi.data.text.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.tokenizer.words import write_vocabulary
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError
 
 _SENTENCE_CHARACTERS = 1_000
 _LONGEST_SENTENCE_CHARACTERS = 2_048  # of text without spaces; sentencepiece would leave out those of a megabyte
@@ -25,17 +25,17 @@ _RESERVED = "\u2585"  # sentencepiece's sign for what it does not know: it leave
 
 
 class TrainingText(NamedTuple):
-    """What a tokenizer learned from."""
+    """How much text a tokenizer learned from."""
 
     sentences: int
-    """Sentences of the text."""
+    """The number of sentences in the text."""
     used: int
-    """Sentences that were drawn from them."""
+    """The number of sentences that were drawn and learned from."""
     reserved: int
-    """Signs U+2585, which sentencepiece keeps for itself; the text is cut there."""
+    """The number of signs U+2585, which sentencepiece keeps for itself; the text is cut there."""
 
     def describe(self) -> str:
-        """Return it in a line: what was used and what was left out."""
+        """Return one line that says what was used and what was left out."""
         drawn = f"{self.used:,} of {self.sentences:,} sentences, drawn at random (--max-sentences)"
         used = f"all {self.sentences:,} sentences" if self.used == self.sentences else drawn
         reserved = f"; left out {self.reserved:,} signs U+2585, which sentencepiece keeps for itself"
@@ -67,15 +67,15 @@ def train_tokenizer(
         How much of the text it learned from.
 
     Raises:
-        ConfigError: If there is no text, or too little or too much of it for the vocabulary; or an argument is out of
-            its range.
+        ConfigError: If an argument is out of its range, or the text is too short for the vocabulary.
+        DataError: If there is no text.
     """
     _check_training(vocab_size, character_coverage, max_sentences)
     sample = _Sample(max_sentences)
     for text in texts:
         sample.add(text)
     if not sample.drawn:
-        raise ConfigError("there is no text to train a tokenizer on")
+        raise DataError("there is no text to train a tokenizer on")
     model = io.BytesIO()
     # Text with few spaces or none, as Chinese, would leave them without an id, and decoding would not give them back.
     num_spaces = sum(sentence.count(" ") for sentence in sample.drawn)
@@ -105,7 +105,9 @@ def train_tokenizer(
         )
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or str(error)
-        raise ConfigError(f"vocab_size={vocab_size} cannot be trained on this text: {reason}") from error
+        raise ConfigError(
+            f"vocab_size={vocab_size}: must fit the text, and sentencepiece says of it: {reason}"
+        ) from error
     write_vocabulary(output, model.getvalue())
     return TrainingText(sentences=sample.num_sentences, used=len(sample.drawn), reserved=sample.num_reserved)
 
@@ -113,15 +115,13 @@ def train_tokenizer(
 def _check_training(vocab_size: int, character_coverage: float, max_sentences: int) -> None:
     if not _FIXED_IDS < vocab_size <= _MAX_IDS:
         raise ConfigError(
-            f"vocab_size={vocab_size} is not allowed: more than {_FIXED_IDS} is, those of 256 bytes, <unk> and </s>, "
-            f"up to {_MAX_IDS}"
+            f"vocab_size={vocab_size}: must be above {_FIXED_IDS}, the ids of 256 bytes, <unk> and </s>, "
+            f"and at most {_MAX_IDS}"
         )
     if not _MIN_COVERAGE <= character_coverage <= 1.0:
-        raise ConfigError(
-            f"character_coverage={character_coverage} is not allowed: a share from {_MIN_COVERAGE} to 1 is"
-        )
+        raise ConfigError(f"character_coverage={character_coverage}: must be a share from {_MIN_COVERAGE} to 1")
     if max_sentences < 1:
-        raise ConfigError(f"max_sentences={max_sentences} is not allowed: 1 or more is")
+        raise ConfigError(f"max_sentences={max_sentences}: must be at least 1")
 
 
 class _Sample:

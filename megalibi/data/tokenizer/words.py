@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megalibi.data.text.cutting import cut_at_spaces
 from megalibi.data.text.documents import Piece
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError, FileError
 from megalibi.files import make_folder, write_aside
 
 SUFFIX = ".words"
@@ -39,23 +39,27 @@ class WordTokenizer:
         path: The ``.words`` file.
 
     Raises:
-        ConfigError: If the file is missing or is no such vocabulary.
+        DataError: If the file is missing or is no such vocabulary.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         if not Path(path).is_file():
-            raise ConfigError(f"{self.path}: no such vocabulary; make one with tools/train_tokenizer.py")
+            raise DataError(f"{self.path}: no such vocabulary; make one with tools/train_tokenizer.py")
         content = Path(path).read_bytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()
         try:
             lines = content.decode().removesuffix("\n").split("\n")
             self._words = [word for word, count in (line.split(" ") for line in lines) if int(count) >= 0]
         except ValueError as error:
-            raise ConfigError(f"{self.path}: no vocabulary, a word and its count a line: {error}") from error
+            raise DataError(
+                f"{self.path}: not a vocabulary, which has a word and its count in each line: {error}"
+            ) from error
         self._ids = {word: token for token, word in enumerate(self._words)}
         if tuple(self._words[: len(_SPECIAL)]) != _SPECIAL or len(self._ids) < len(self._words):
-            raise ConfigError(f"{self.path}: no vocabulary that begins with {' '.join(_SPECIAL)} and repeats no word")
+            raise DataError(
+                f"{self.path}: not a vocabulary, which begins with {' '.join(_SPECIAL)} and repeats no word"
+            )
         self.vocab_size = len(self._words)
         self.end_of_document_id = _LINE_END
         self.is_exact = False
@@ -105,7 +109,9 @@ def count_words(pieces: Iterable[Piece], output: str | os.PathLike[str], *, voca
         vocab_size: Number of ids, the special ones included; None: all words, and unused ids up to a multiple of 8.
 
     Raises:
-        ConfigError: If there is no text, or fewer words than ``vocab_size``, or the file cannot be written.
+        ConfigError: If there are fewer words than ``vocab_size``.
+        DataError: If there is no text.
+        FileError: If the file cannot be written.
     """
     counts: Counter[str] = Counter()
     for piece in pieces:
@@ -113,11 +119,11 @@ def count_words(pieces: Iterable[Piece], output: str | os.PathLike[str], *, voca
         counts["</s>"] += piece.text.count("\n") + (piece.ends_document and not piece.text.endswith("\n"))
     special = [(word, counts.pop(word, 0)) for word in _SPECIAL]
     if not counts:
-        raise ConfigError("there are no words in this text")
+        raise DataError("there are no words in the text")
     num_all = len(special) + len(counts)
     size = vocab_size or math.ceil(num_all / _MULTIPLE) * _MULTIPLE
     if vocab_size is not None and not len(special) < vocab_size <= num_all:
-        raise ConfigError(f"vocab_size={vocab_size} is not allowed: {len(special) + 1} to {num_all} are, for this text")
+        raise ConfigError(f"vocab_size={vocab_size}: must be from {len(special) + 1} to {num_all} for this text")
     words = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[: size - len(special)]
     unused = [(word, 0) for word in itertools.islice(_made_up(dict(words)), size - len(special) - len(words))]
     write_vocabulary(output, "".join(f"{word} {count}\n" for word, count in (*special, *words, *unused)))
@@ -132,7 +138,7 @@ def write_vocabulary(output: str | os.PathLike[str], content: bytes | str) -> No
     """Write a tokenizer's file, aside and then renamed; its folder is made if it does not exist.
 
     Raises:
-        ConfigError: If it cannot be written there; if it can be among the temporary files, the error names that place,
+        FileError: If it cannot be written there; if it can be among the temporary files, the error names that place,
             for it took long to make.
     """
     try:
@@ -146,4 +152,4 @@ def write_vocabulary(output: str | os.PathLike[str], content: bytes | str) -> No
             where = ""
         else:
             where = f"; what was made is kept as {rescued}"
-        raise ConfigError(f"{os.fspath(output)} cannot be written: {error.strerror}{where}") from error
+        raise FileError(f"{os.fspath(output)} cannot be written: {error.strerror}{where}") from error

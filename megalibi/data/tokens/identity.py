@@ -18,13 +18,13 @@ class Identity:
     """What tells a token file from others: another text or tokenizer gives another one, another path does not."""
 
     tokens: int
-    """Tokens of all documents."""
+    """The number of tokens in all documents."""
     documents: int
-    """Documents."""
+    """The number of documents."""
     idx_sha256: str
-    """Of the index: of all of it up to 64 MiB, of 256 places spread evenly over a larger one."""
+    """The checksum of the index: of all of it up to 64 MiB, of 256 places spread evenly over a larger one."""
     bin_sha256: str
-    """Of the tokens, likewise."""
+    """The checksum of the .bin file, taken as that of the index is."""
 
 
 def sampled_sha256(path: Path) -> str:
@@ -47,14 +47,14 @@ class DataIdentity:
     """What a run learns from, wherever it stands; a checkpoint remembers it."""
 
     tokenizer_sha256: str | None
-    """Of the tokenizer that made all of it; None: not known."""
+    """The checksum of the tokenizer that made all of it; None where that is not known."""
     train: tuple[Identity, ...]
-    """Of the token files of data.train, in their order."""
+    """The identities of the token files of data.train, in their order."""
     valid: tuple[Identity, ...]
-    """The same of data.valid."""
+    """The identities of the token files of data.valid, in their order."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the identity as a manifest has it."""
         return {
             "tokenizer_sha256": self.tokenizer_sha256,
             "train": [dataclasses.asdict(identity) for identity in self.train],

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from megalibi.data.tokens.identity import Identity, sampled_sha256
 from megalibi.data.tokens.token_index import IndexReader
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 from megalibi.files import AsideFile, sync_folder
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -53,7 +53,7 @@ class TokenFile:
         prefix: Path without ``.bin`` and ``.idx``.
 
     Raises:
-        ConfigError: If a file is missing, truncated, damaged, or not in this format.
+        DataError: If a file is missing, truncated, damaged, or not in this format.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
@@ -62,7 +62,7 @@ class TokenFile:
         self.idx_path = Path(f"{self.prefix}.idx")
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise ConfigError(f"{path}: no such token file; write it with tools/preprocess_data.py")
+                raise DataError(f"{path}: no such token file; write it with tools/preprocess_data.py")
         with self.idx_path.open("rb") as file:
             index = _map(file)
             num_sequences, num_boundaries = self._read_header(index)
@@ -70,7 +70,7 @@ class TokenFile:
             pointers_end = pointers_start + 8 * num_sequences
             self._check_size(self.idx_path, len(index), pointers_end + 8 * num_boundaries)
             num_bytes = self._check_index(file, num_sequences, num_boundaries)
-        # Not aligned in the file, so numpy's own binary search would copy them whole; memoryviews do not mind.
+        # Not aligned in the file, so numpy's own binary search would copy them whole; memoryviews need no alignment.
         self._pointers = memoryview(index)[pointers_start:pointers_end].cast("q")
         self._boundaries = memoryview(index)[pointers_end:].cast("q")
         self.num_documents = num_boundaries - 1
@@ -108,15 +108,15 @@ class TokenFile:
 
     def _read_header(self, index: mmap.mmap | bytes) -> tuple[int, int]:
         if len(index) < _HEADER.size:
-            raise ConfigError(f"{self.idx_path}: truncated, {len(index)} bytes; write it again or copy it again")
+            raise DataError(f"{self.idx_path}: truncated, {len(index)} bytes; write it again or copy it again")
         magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(index[: _HEADER.size])
         if magic != _MAGIC:
-            raise ConfigError(f"{self.idx_path}: not a Megatron-LM index; write one with tools/preprocess_data.py")
+            raise DataError(f"{self.idx_path}: not a Megatron-LM index; write one with tools/preprocess_data.py")
         if version != _VERSION:
-            raise ConfigError(f"{self.idx_path}: index version {version}; only version {_VERSION} can be read")
+            raise DataError(f"{self.idx_path}: index version {version}; only version {_VERSION} can be read")
         name = _DTYPES.get(code, f"unknown code {code}")
         if "int" not in name:
-            raise ConfigError(f"{self.idx_path}: token type is {name}; tokens must be integers")
+            raise DataError(f"{self.idx_path}: token type is {name}; tokens must be integers")
         self.dtype = np.dtype(name).newbyteorder("<")
         return num_sequences, num_boundaries
 
@@ -136,12 +136,12 @@ class TokenFile:
 
     def _check_size(self, path: Path, actual: int, expected: int) -> None:
         if actual < expected:
-            raise ConfigError(
+            raise DataError(
                 f"{path}: truncated, {actual} bytes of the {expected} that {self.idx_path} promises; copy or write "
                 "both again"
             )
         if actual > expected:
-            raise ConfigError(
+            raise DataError(
                 f"{path}: {actual} bytes, but {self.idx_path} promises {expected}; .bin and .idx must come from one "
                 "run, and multimodal files are not supported"
             )
@@ -160,7 +160,7 @@ def check_token_ids(token_file: TokenFile, vocab_size: int, *, num_probes: int =
     when a batch holds it.
 
     Raises:
-        ConfigError: If an id is not in [0, vocab_size).
+        DataError: If an id is not in [0, vocab_size).
     """
     last_start = max(token_file.num_tokens - probe_tokens, 0)
     for start in sorted({last_start * probe // max(num_probes - 1, 1) for probe in range(num_probes)}):
@@ -171,11 +171,11 @@ def check_ids(tokens: IntegerArray, vocab_size: int, token_file: TokenFile, star
     """Check tokens that were read from ``start`` on.
 
     Raises:
-        ConfigError: If an id is not in [0, vocab_size); names the file, the position and the id.
+        DataError: If an id is not in [0, vocab_size); names the file, the position and the id.
     """
     bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
     if bad.size:
-        raise ConfigError(
+        raise DataError(
             f"{token_file.bin_path}: token {start + int(bad[0])} is id {int(tokens[bad[0]])}, past "
             f"vocab_size={vocab_size}; the file was made with another tokenizer, or model.vocab_size is too small"
         )

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 _BLOCK_ENTRIES = 1 << 14  # few enough for a processor's cache: twice as fast as eight times as many
 _MAX_BYTES = 2**62  # of a .bin; far below the end of int64, so that a block more does not pass it
@@ -59,7 +59,7 @@ class IndexReader:
             The bytes of all sequences.
 
         Raises:
-            ConfigError: At the first sequence for which that does not hold.
+            DataError: At the first sequence for which that does not hold.
         """
         end = 0
         for first, lengths in self._blocks(self._lengths, "<i4", self._num_sequences):
@@ -84,7 +84,7 @@ class IndexReader:
         """Check that the document indices rise from 0 to the number of sequences; empty documents repeat one.
 
         Raises:
-            ConfigError: They do not, or one of them is off (see the module).
+            DataError: They do not, or one of them is off (see the module).
         """
         last, num_long, long_document = 0, 0, 0
         for first, boundaries in self._blocks(self._boundaries, "<i8", self._num_boundaries):
@@ -127,4 +127,4 @@ class IndexReader:
         return np.frombuffer(data, dtype)
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise ConfigError(f"{self._path}: {reason}; the index is damaged: copy it or write it again")
+        raise DataError(f"{self._path}: {reason}; the index is damaged: copy it or write it again")

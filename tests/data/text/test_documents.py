@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import megalibi.data.text.documents as text_module
 from megalibi.data.text.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.text.documents import DocumentReader
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 DOCUMENTS = ["first one\n\nof two  lines\n", "zweites\tmit ß und 日本", "third"]
 
@@ -172,12 +172,12 @@ def test_another_column(tmp_path):
 @pytest.mark.parametrize("write", [write_parquet, write_json_lines])
 def test_missing_column(tmp_path, write):
     path = write(tmp_path / ("a.parquet" if write is write_parquet else "a.jsonl"), key="body")
-    with pytest.raises(ConfigError, match=r"a\.\w+: no column 'text'; choose one of id, body with --text-key"):
+    with pytest.raises(DataError, match=r"a\.\w+: no column 'text'; choose one of id, body with --text-key"):
         read_documents(path)
 
 
 def test_a_column_that_is_no_text(tmp_path):
-    with pytest.raises(ConfigError, match="column 'id' holds int64, not text"):
+    with pytest.raises(DataError, match="column 'id' holds int64, not text"):
         read_documents(write_parquet(tmp_path / "a.parquet"), text_key="id")
 
 
@@ -186,7 +186,7 @@ def test_a_column_that_is_no_text(tmp_path):
     [
         ("none.jsonl", None, "no such file"),
         ("folder/none.txt", None, "no such file"),
-        ("a.pdf", b"x", "format not known from its name; .txt, .tokens, .json, .jsonl"),
+        ("a.pdf", b"x", "its name ends in no known format; .txt, .tokens, .json, .jsonl"),
         ("a.txt", b"ab\xff\xfe", "not UTF-8 text"),
         ("a.txt.gz", b"no gzip", "cannot be read"),
         ("a.txt.xz", b"no xz", "cannot be read"),
@@ -199,6 +199,6 @@ def test_bad_inputs(tmp_path, monkeypatch, name, content, message):
     monkeypatch.chdir(tmp_path)
     if content is not None:
         Path(name).write_bytes(content)
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         read_documents(name)
     assert str(error.value).startswith(name)

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from megalibi.data.text.estimate import estimate_text_bytes
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 # What tells the time left may be off by a half, not by a multiple.
 TOLERANCE = 0.5
@@ -44,5 +44,5 @@ def test_unreadable_files_are_left_to_the_reader(tmp_path):
 
 
 def test_missing_files_are_found_at_once(tmp_path):
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(DataError, match="no such file"):
         estimate_text_bytes([str(tmp_path / "a.jsonl")])

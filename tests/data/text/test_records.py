@@ -27,7 +27,7 @@ from megalibi.data.text.documents import DocumentReader
 from megalibi.data.text.records import BadRecord, read_records
 from megalibi.data.text.records.json_text import _JsonStream
 from megalibi.data.text.sources import Source, find_format
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 EXAMPLES = 60
 
@@ -88,7 +88,7 @@ def assert_read(path: Path, values: list[Any]) -> None:
     expected = expected_of(values)
     fields = [value for value in values if isinstance(value, dict)]
     if any(fields) and not any("text" in value for value in fields):
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(DataError) as error:
             read(path)
         assert str(error.value).startswith(f"{path}: no column 'text'; choose one of ")
     else:
@@ -196,9 +196,11 @@ JSON_LINES = b'{"text": "one"}\n\n{"text": %s}\n{"text": "three"}\n'
 def test_a_bad_line_is_named_or_skipped(tmp_path, value, reason):
     """The blank line before it counts as a line."""
     path = write(tmp_path / "a.jsonl", JSON_LINES.replace(b"%s", value))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(DataError) as error:
         list(DocumentReader([str(path)]))
-    assert str(error.value) == f"{path}, line 3: {reason}; mend it, or leave such records out with --skip-bad-records"
+    assert (
+        str(error.value) == f"{path}, line 3: {reason}; correct it, or leave such records out with --skip-bad-records"
+    )
     reader = DocumentReader([str(path)], skip_bad_records=True)
     assert [piece.text for piece in reader] == ["one", "three"]
     assert reader.counts[0].bad_records == [f"line 3: {reason}"]
@@ -277,7 +279,7 @@ def test_a_bad_row_of_csv(tmp_path):
 )  # fmt: skip
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
     path = write(tmp_path / name, content)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(DataError) as error:
         list(DocumentReader([str(path)], skip_bad_records=True))
     assert str(error.value).startswith(f"{path}{message}")
     assert "\n" not in str(error.value)
@@ -297,7 +299,7 @@ def test_truncated_and_damaged_files(tmp_path, name, compression):
     damaged = [bytes(flipped), whole[: len(whole) // 2], whole[:-5], b"nothing of the kind"]
     for content in damaged[compression == ".zst" :]:  # pyarrow writes no checksum into it
         path.write_bytes(content)
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(DataError) as error:
             list(DocumentReader([str(path)], text_unit="line", skip_bad_records=True))
         assert str(error.value).startswith(f"{path}" if content == flipped else f"{path}: cannot be read")
 
@@ -312,7 +314,7 @@ def test_flips_in_compressed_text_name_the_file(tmp_path, compression):
         flipped = bytearray(whole)
         flipped[place] ^= 0x08
         path.write_bytes(flipped)
-        with pytest.raises(ConfigError) as error:
+        with pytest.raises(DataError) as error:
             list(DocumentReader([str(path)]))
         assert str(error.value).startswith(f"{path}: cannot be read"), place
 
@@ -333,7 +335,7 @@ def test_every_member_of_a_compressed_file_is_read_or_refused(tmp_path, name, co
         b"".join(members[:2]) + members[2][:8],
     ):
         path.write_bytes(damaged)
-        with pytest.raises(ConfigError, match="cannot be read"):
+        with pytest.raises(DataError, match="cannot be read"):
             list(DocumentReader([str(path)]))
 
 
@@ -346,7 +348,7 @@ def test_an_xz_file_may_be_padded(tmp_path):
 FLIPS = """
 import sys
 from pathlib import Path
-from megalibi.errors import ConfigError
+from megalibi.errors import UserError
 from megalibi.data.text.records import read_records
 from megalibi.data.text.saved_datasets import read_dataset
 from megalibi.data.text.sources import Source
@@ -398,7 +400,7 @@ def test_a_field_may_be_long(tmp_path):
 
 def test_the_place_of_a_bad_byte_across_what_is_read_at_once(tmp_path):
     content = b"x" * ((1 << 20) - 1) + "\u65e5".encode()[:1]
-    with pytest.raises(ConfigError, match=rf"line 1, byte {(1 << 20) - 1} of the file"):
+    with pytest.raises(DataError, match=rf"line 1, byte {(1 << 20) - 1} of the file"):
         list(DocumentReader([str(write(tmp_path / "a.txt", content + b"yy"))]))
 
 
@@ -427,14 +429,14 @@ def test_a_table_without_rows_holds_nothing(tmp_path):
 )
 def test_a_column_of_another_type(tmp_path, column, message):
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(DataError, match=message):
         read(tmp_path / "a.parquet")
 
 
 def test_two_columns_of_one_name(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match="2 columns are called 'text'"):
+    with pytest.raises(DataError, match="2 columns are called 'text'"):
         read(tmp_path / "a.parquet")
 
 

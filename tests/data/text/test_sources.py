@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megalibi.data.preprocess import preprocess
 from megalibi.data.text.documents import DocumentReader
 from megalibi.data.text.sources import find_format, find_sources
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError, UserError
 
 
 def write(path: Path, text: str) -> Path:
@@ -48,7 +48,7 @@ def test_the_named_folder_and_no_other_is_read(tmp_path, name):
 @pytest.mark.parametrize("name", ["a[1].jsonl", "a*.jsonl", "a?.txt"])
 def test_a_pattern_that_is_no_file_is_refused(tmp_path, name):
     write(tmp_path / "a1.jsonl", "another")
-    with pytest.raises(ConfigError, match="no such file") as error:
+    with pytest.raises(DataError, match="no such file") as error:
         find_sources([str(tmp_path / name)])
     assert ("patterns are the shell's" in str(error.value)) == ("*" in name)
 
@@ -56,12 +56,12 @@ def test_a_pattern_that_is_no_file_is_refused(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("", "--input '' is empty: the name of a file"),
+        ("", "--input='': must be the name of a file"),
         ("a" * 300 + ".jsonl", "a" * 100 + "...: cannot be read: File name too long"),
         ("a\0b.txt", "a\0b.txt: no such file"),
         ("none.jsonl.zst", "none.jsonl.zst: no such file"),
-        ("a.parquet.gz", "a.parquet.gz: format not known from its name"),
-        ("a.gz", "a.gz: format not known from its name"),
+        ("a.parquet.gz", "a.parquet.gz: its name ends in no known format"),
+        ("a.gz", "a.gz: its name ends in no known format"),
         ("pipe.txt", "pipe.txt: not a regular file"),
         ("no good : name", "no good : name: neither a file, nor a folder, nor a hub name"),
     ],
@@ -71,7 +71,7 @@ def test_names_of_nothing(tmp_path, monkeypatch, name, message):
     os.mkfifo("pipe.txt")
     for existing in ("a.parquet.gz", "a.gz"):
         Path(existing).touch()
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         find_sources([name])
     assert str(error.value).startswith(message)
 
@@ -96,7 +96,7 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path, caplog):
         assert read(tmp_path) == ["a.jsonl"]
     assert "of texts: 0.md, 1.md, 2.md, 3.md, 4.md and 2 more\n" in caplog.text
     (tmp_path / "a.jsonl").unlink()
-    with pytest.raises(ConfigError, match="no file in this folder is in a known format"):
+    with pytest.raises(DataError, match="no file in this folder is in a known format"):
         find_sources([str(tmp_path)])
 
 
@@ -162,14 +162,14 @@ def test_folders_that_datasets_saved(tmp_path):
     assert read(tmp_path / "splits") == ["one", "two"]
     assert read(tmp_path / "splits" / "test") == ["one"]
     datasets.DatasetDict({"test": saved}).save_to_disk(tmp_path / "no_train")
-    with pytest.raises(ConfigError, match="there is no split train; give the folder of one of test"):
+    with pytest.raises(DataError, match="there is no split train; give the folder of one of test"):
         read(tmp_path / "no_train")
-    with pytest.raises(ConfigError, match="column 'id' holds int64, not text"):
+    with pytest.raises(DataError, match="column 'id' holds int64, not text"):
         read(tmp_path / "one", text_key="id")
-    with pytest.raises(ConfigError, match="no column 'body'; choose one of id, text with --text-key"):
+    with pytest.raises(DataError, match="no column 'body'; choose one of id, text with --text-key"):
         read(tmp_path / "one", text_key="body")
     next((tmp_path / "one").glob("*.arrow")).write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match="one: cannot be read: "):
+    with pytest.raises(DataError, match="one: cannot be read: "):
         read(tmp_path / "one")
 
 

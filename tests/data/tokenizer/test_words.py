@@ -15,7 +15,7 @@ from megalibi.data.text.documents import DocumentReader, Piece
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer, count_words
 from megalibi.data.tokens.token_file import TokenFile
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError, FileError
 
 # As WikiText-103: lines of words between spaces, blank lines, <unk> in place.
 TEXT = " \n = Lobster = \n \n The lobster is a <unk> . The lobster , the \n sea 3 @.@ 5 – a \n"
@@ -127,10 +127,10 @@ def test_a_smaller_vocabulary_leaves_the_rare_words_unknown(folder: Path, tmp_pa
     assert few.vocab_size == 7
     assert few.encode("= The a lobster") == [4, 5, 6, 3]
     for size in (4, 19):
-        with pytest.raises(ConfigError, match=f"vocab_size={size} is not allowed: 5 to 18 are, for this text"):
+        with pytest.raises(ConfigError, match=f"vocab_size={size}: must be from 5 to 18 for this text"):
             count_words(pieces, tmp_path / "other.words", vocab_size=size)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.words"]
-    with pytest.raises(ConfigError, match="there are no words"):
+    with pytest.raises(DataError, match="there are no words"):
         count_words([], tmp_path / "none.words")
 
 
@@ -204,12 +204,12 @@ def test_a_vocabulary_that_cannot_be_written_is_kept_among_the_temporary_files(
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     expected = r"file/below/a\.words cannot be written: Not a directory; what was made is kept as (\S+a\.words)$"
-    with pytest.raises(ConfigError, match=expected) as error:
+    with pytest.raises(FileError, match=expected) as error:
         count_words(DocumentReader([str(folder / "wiki.tokens")]), tmp_path / "file" / "below" / "a.words")
     count_words(DocumentReader([str(folder / "wiki.tokens")]), tmp_path / "again.words")
     assert Path(str(error.value).split()[-1]).read_bytes() == (tmp_path / "again.words").read_bytes()
     (tmp_path / "temporary").rename(tmp_path / "gone")
-    with pytest.raises(ConfigError, match=r"a\.words cannot be written: Not a directory$"):
+    with pytest.raises(FileError, match=r"a\.words cannot be written: Not a directory$"):
         count_words(DocumentReader([str(folder / "wiki.tokens")]), tmp_path / "file" / "below" / "a.words")
 
 
@@ -222,17 +222,17 @@ def test_the_suffix_tells_the_kind(folder: Path, tokenizer_path: Path) -> None:
     ("content", "message"),
     [
         (None, "no such vocabulary; make one with tools/train_tokenizer.py"),
-        ("", "no vocabulary, a word and its count a line"),
-        ("a 1\nb\n", "no vocabulary, a word and its count a line"),
-        ("a one\n", "no vocabulary, a word and its count a line"),
-        ("a 1\nb 2\n", "no vocabulary that begins with <s> <pad> </s> <unk>"),
+        ("", "not a vocabulary, which has a word and its count in each line"),
+        ("a 1\nb\n", "not a vocabulary, which has a word and its count in each line"),
+        ("a one\n", "not a vocabulary, which has a word and its count in each line"),
+        ("a 1\nb 2\n", "not a vocabulary, which begins with <s> <pad> </s> <unk>"),
         ("<s> 0\n<pad> 0\n</s> 0\n<unk> 0\na 1\na 2\n", "repeats no word"),
     ],
 )
 def test_what_is_no_vocabulary_is_refused_in_one_line(tmp_path: Path, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / "a.words").write_text(content)
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         WordTokenizer(tmp_path / "a.words")
     assert "\n" not in str(error.value)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import megalibi.data.tokens.token_file as token_file_module
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter, check_token_ids
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 from megalibi.files import FileInUseError, open_aside
 
 CODES = {"B": 1, "b": 2, "h": 3, "i": 4, "q": 5, "d": 6, "f": 7, "H": 8}
@@ -154,7 +154,7 @@ def test_opening_does_not_depend_on_the_size(tmp_path):
 def test_missing_file(write_tokens, suffix):
     prefix = write_tokens([[1, 2, 3]])
     os.unlink(prefix + suffix)
-    with pytest.raises(ConfigError, match=rf"set\{suffix}: no such token file; write it with"):
+    with pytest.raises(DataError, match=rf"set\{suffix}: no such token file; write it with"):
         TokenFile(prefix)
 
 
@@ -163,7 +163,7 @@ def test_missing_file(write_tokens, suffix):
 def test_truncated_file(write_tokens, suffix, kept):
     prefix = write_tokens([list(range(5))] * 4)
     os.truncate(prefix + suffix, kept)
-    with pytest.raises(ConfigError, match=rf"set\{suffix}: truncated, {kept} bytes"):
+    with pytest.raises(DataError, match=rf"set\{suffix}: truncated, {kept} bytes"):
         TokenFile(prefix)
 
 
@@ -173,7 +173,7 @@ def test_every_shorter_and_longer_file_is_refused(write_tokens, suffix):
     size = os.path.getsize(prefix + suffix)
     for kept in [*range(size), size + 1]:
         os.truncate(prefix + suffix, kept)
-        with pytest.raises(ConfigError, match=rf"set\{suffix}: "):
+        with pytest.raises(DataError, match=rf"set\{suffix}: "):
             TokenFile(prefix)
 
 
@@ -193,7 +193,7 @@ def test_foreign_index(write_tokens, offset, value, message):
     start = offset % len(index)
     index[start : start + len(value)] = value
     Path(prefix + ".idx").write_bytes(index)
-    with pytest.raises(ConfigError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         TokenFile(prefix)
     assert "\n" not in str(error.value)
     assert "set.idx" in str(error.value)
@@ -202,7 +202,7 @@ def test_foreign_index(write_tokens, offset, value, message):
 def test_ids_past_the_vocabulary_are_found_at_opening(write_tokens):
     prefix = write_tokens([[5] * 1000, [5, 5, 77, 5]])
     check_token_ids(TokenFile(prefix), 78)
-    with pytest.raises(ConfigError, match=r"set\.bin: token 1002 is id 77, past vocab_size=77; the file was made with"):
+    with pytest.raises(DataError, match=r"set\.bin: token 1002 is id 77, past vocab_size=77; the file was made with"):
         check_token_ids(TokenFile(prefix), 77)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import megalibi.data.tokens.token_index as token_index
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
-from megalibi.errors import ConfigError, UserError
+from megalibi.errors import DataError, UserError
 from tests.data.tokens.test_token_file import pack_token_file, write_packed
 
 Documents = list[list[list[int]]]
@@ -122,16 +122,16 @@ def test_each_broken_rule_is_named(
     message: str,
 ) -> None:
     monkeypatch.setattr(token_index, "_BLOCK_ENTRIES", block)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(DataError) as error:
         write_index(tmp_path, lengths, pointers, boundaries, 2 * sum(lengths))
     advice = "the index is damaged: copy it or write it again"
     assert str(error.value) == f"{tmp_path}/a.idx: {message}; {advice}"
 
 
 def test_lengths_that_do_not_add_up_to_the_tokens_name_both_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"a\.bin: truncated, 6 bytes of the 8 that .*a\.idx promises"):
+    with pytest.raises(DataError, match=r"a\.bin: truncated, 6 bytes of the 8 that .*a\.idx promises"):
         write_index(tmp_path, [2, 2], [0, 4], [0, 2], 6)
-    with pytest.raises(ConfigError, match=r"a\.bin: 10 bytes, but .*a\.idx promises 8"):
+    with pytest.raises(DataError, match=r"a\.bin: 10 bytes, but .*a\.idx promises 8"):
         write_index(tmp_path, [2, 2], [0, 4], [0, 2], 10)
 
 
@@ -147,7 +147,7 @@ def test_a_sum_past_every_file_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     """Before it overflows, as so many sequences would that no test can write them: the limit is lowered instead."""
     monkeypatch.setattr(token_index, "_MAX_BYTES", 2**33)
     longest = 2**31 - 1
-    with pytest.raises(ConfigError, match="its first 3 sequences have 12884901882 bytes; the index is damaged"):
+    with pytest.raises(DataError, match="its first 3 sequences have 12884901882 bytes; the index is damaged"):
         write_index(tmp_path, [longest] * 3, [2 * longest * n for n in range(3)], [0, 3], 0)
 
 

@@ -35,6 +35,6 @@ def read_records(source: Source, text_key: str) -> Iterator[Record]:
         text_key: The field that holds the text.
 
     Raises:
-        ConfigError: The file is damaged or in another format, or no record has such a field.
+        DataError: The file is damaged or in another format, or no record has such a field.
     """
     return _READERS[source.format](source, text_key)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from megalibi.data.text.sources import BROKEN_FILE, Source, broken
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 _FIELDS_SAID = 20
 _BLOCK_BYTES = 1 << 20
@@ -30,24 +30,24 @@ class BadTextError(ValueError):
     """A reason for a BadRecord."""
 
 
-def no_field(name: str, text_key: str, fields: Iterable[object]) -> ConfigError:
+def no_field(name: str, text_key: str, fields: Iterable[object]) -> DataError:
     """Return the error for a file whose records do not have the field."""
     names = [name if name == name.strip() and name.isprintable() else repr(name) for name in map(str, fields)]
     listed = ", ".join(names[:_FIELDS_SAID]) + (", ..." if len(names) > _FIELDS_SAID else "")
-    return ConfigError(f"{name}: no column {text_key!r}; choose one of {listed} with --text-key")
+    return DataError(f"{name}: no column {text_key!r}; choose one of {listed} with --text-key")
 
 
 def find_column(name: str, columns: Sequence[str], text_key: str) -> int:
     """Return the place of the column that holds the text.
 
     Raises:
-        ConfigError: There is none, or several.
+        DataError: There is no such column, or several.
     """
     count = columns.count(text_key)
     if count == 0:
         raise no_field(name, text_key, columns)
     if count > 1:
-        raise ConfigError(f"{name}: {count} columns are called {text_key!r}")
+        raise DataError(f"{name}: {count} columns are called {text_key!r}")
     return columns.index(text_key)
 
 
@@ -67,7 +67,7 @@ def check_encodes(text: str) -> str:
     return text
 
 
-def not_utf8(source: Source) -> ConfigError:
+def not_utf8(source: Source) -> DataError:
     """Return the error for a file that is not UTF-8, with the place at which it stops to be: it is read once more.
 
     A damaged compressed file gives bytes that are no text before it is found to be damaged: then that is the error.
@@ -78,7 +78,7 @@ def not_utf8(source: Source) -> ConfigError:
         return broken(source, error)
 
 
-def _find_not_utf8(source: Source) -> ConfigError:
+def _find_not_utf8(source: Source) -> DataError:
     decoder = codecs.getincrementaldecoder("utf-8")()
     num_read, line = 0, 1
     with source.open() as file:
@@ -100,10 +100,10 @@ def _find_not_utf8(source: Source) -> ConfigError:
     raise AssertionError(f"{source.name} was not UTF-8 a moment ago")
 
 
-def _not_utf8(source: Source, line: int, place: int, error: UnicodeDecodeError) -> ConfigError:
+def _not_utf8(source: Source, line: int, place: int, error: UnicodeDecodeError) -> DataError:
     is_utf16 = place == 0 and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     known = "; it begins as UTF-16 does" if is_utf16 else ""
-    return ConfigError(
+    return DataError(
         f"{source.name}, line {line}, byte {place} of the file: it is not UTF-8 text ({error.reason}){known}; convert "
         "it, for example with iconv"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from megalibi.data.text.records.common import BadRecord, Record, find_column, not_utf8
 from megalibi.data.text.sources import BROKEN_FILE, Source, broken
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 _MAX_FIELD_CHARACTERS = 2**31 - 1
 
@@ -34,7 +34,7 @@ def read_csv(source: Source, text_key: str) -> Iterator[Record]:
                     reason = f"it has {len(row)} fields, and the header has {len(header)}"
                     yield BadRecord(f"line {before + 1}", reason)
     except csv.Error as error:  # where the next row would begin is not known
-        raise ConfigError(f"{source.name}, line {rows.line_num}: it is not CSV: {error}") from error
+        raise DataError(f"{source.name}, line {rows.line_num}: it is not CSV: {error}") from error
     except UnicodeDecodeError as error:
         raise not_utf8(source) from error
     except BROKEN_FILE as error:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from megalibi.data.text.records.common import BadRecord, BadTextError, Record, check_encodes, no_field, not_utf8
 from megalibi.data.text.sources import BROKEN_FILE, Source, broken
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 _BLANKS = b" \t\r\n"
 _FIELDS_KEPT = 1_000
@@ -119,7 +119,7 @@ def _read_json_stream(source: Source, text_key: str) -> Iterator[Record]:
                     text = BadRecord(f"record {number}", str(error))
                 yield text
     except BadTextError as error:  # where the next record would begin is not known
-        raise ConfigError(f"{source.name}, record {number + 1}: {error}") from error
+        raise DataError(f"{source.name}, record {number + 1}: {error}") from error
     except UnicodeDecodeError as error:
         raise not_utf8(source) from error
     except BROKEN_FILE as error:

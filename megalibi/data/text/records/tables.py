@@ -7,7 +7,7 @@ from typing import Any
 
 from megalibi.data.text.records.common import BadRecord, Record, find_column
 from megalibi.data.text.sources import BROKEN_FILE, Source, broken
-from megalibi.errors import ConfigError
+from megalibi.errors import DataError
 
 _ROWS = 64  # that are decoded at a time
 
@@ -76,7 +76,7 @@ def check_column(name: str, schema: Any, text_key: str) -> int:
     """Return the place of the text's column.
 
     Raises:
-        ConfigError: There is none or several, or it holds something else.
+        DataError: There is no such column, there are several, or it holds something other than text.
     """
     import pyarrow.types as types
 
@@ -84,5 +84,5 @@ def check_column(name: str, schema: Any, text_key: str) -> int:
     kind = schema.field(index).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)):
-        raise ConfigError(f"{name}: column {text_key!r} holds {kind}, not text; choose with --text-key")
+        raise DataError(f"{name}: column {text_key!r} holds {kind}, not text; choose with --text-key")
     return index
