@@ -60,7 +60,7 @@ EXTENSIONS_DIR = 'os.environ.get("TORCH_EXTENSIONS_DIR")'
 
 def test_environment_is_read_in_one_place() -> None:
     runtime = ROOT / "megalibi" / "runtime"
-    native = ROOT / "kernels" / "alibi_attention" / "backends" / "native" / "native.py"
+    native = ROOT / "kernels" / "alibi_attention" / "backends" / "native" / "library.py"
     assert native.read_text(encoding="utf-8").count("environ") == native.read_text().count(EXTENSIONS_DIR) == 1
     for path in LIBRARY:
         if path == native or path.parent == runtime:

@@ -124,8 +124,8 @@ def _overview_lines(capability: Capability, device: str) -> Iterator[Sequence[st
     """Yield a line for each type; what does not depend on the type stands on the first alone."""
     name, devices = capability.name, ", ".join(capability.devices)
     head_dim = "any" if capability.max_head_dim is None else f"<= {capability.max_head_dim}"
-    rest = [head_dim, capability.dropout.partition(",")[0] or "no", capability.cu_seqlens]
-    rest.append("yes" if capability.horizon else "no")
+    can = {True: "yes", False: "no"}
+    rest = [head_dim, can[capability.dropout], capability.cu_seqlens, can[capability.horizon]]
     length = INTERPRETED_LENGTHS[0] if is_interpreted(capability, device) else _QUICK_LENGTH
     for dtype in capability.dtypes:
         error, ratio = "not here", ""

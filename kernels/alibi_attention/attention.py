@@ -1,4 +1,4 @@
-"""The one function, and the choice of the back end that does it."""
+"""The interface: one function that checks its arguments, chooses a back end and calls it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from functools import cache
 
 import torch
 
-from alibi_attention.backend import Backend, Call, Capability
-from alibi_attention.backends import flash, reference, sdpa, unfused
-from alibi_attention.backends.folded import folded
-from alibi_attention.backends.native import native
-from alibi_attention.backends.triton import attend as triton_kernel
+from alibi_attention.backend import AttentionInputs, Backend, Call, Capability
+from alibi_attention.backends import flash, meta, reference, sdpa, unfused
+from alibi_attention.backends.folded import attend as folded
+from alibi_attention.backends.native import attend as native
+from alibi_attention.backends.triton import attend as triton
 from alibi_attention.documents import PackedDocuments
 
 _LOGGER = logging.getLogger("alibi_attention")
 
-# In the order of "auto": the first that can do a call does it, and so never the last: what reference can do is all.
-_ORDER: tuple[Backend, ...] = (native, triton_kernel, flash, folded, sdpa, reference, unfused)
+# "auto" takes the first that can run a call. It never gets to unfused: reference and meta can run all that it can.
+_ORDER: tuple[Backend, ...] = (native, triton, flash, folded, sdpa, reference, meta, unfused)
 # Without a bias the GPU kernels that others have tuned come before ours.
-_ORDER_WITHOUT_BIAS: tuple[Backend, ...] = (native, flash, sdpa, triton_kernel, reference)
+_ORDER_WITHOUT_BIAS: tuple[Backend, ...] = (native, flash, sdpa, triton, reference, meta)
 _BACKENDS: dict[str, Backend] = {backend.NAME: backend for backend in _ORDER}
 
 
@@ -41,8 +41,8 @@ def attention(
 ) -> torch.Tensor:
     """Return softmax(softmax_scale * q k^T - slope * (i - j)) v, over the keys j <= i, in q's shape and type.
 
-    The bias is fp32 at least, whatever the type of q, also under autocast; neither ``softmax_scale`` nor any scale the
-    caller puts on q touches it. Differentiable in q, k and v.
+    The bias is formed in fp32 or wider, whatever the type of q, also under autocast. Neither ``softmax_scale`` nor a
+    scale that the caller puts on q multiplies it. The result is differentiable in q, k and v.
 
     Args:
         q_BSHK: Queries [batch, queries, heads, head dimension].
@@ -51,16 +51,15 @@ def attention(
         alibi_slopes: Slopes [heads], fp32, of the heads given here; None for attention without them.
         distance_bias: In place of slopes, what is added to the score of a query and the key d positions before it, as
             T5's learned bias: [heads, distances], fp32, for every d >= 0 that occurs. It may require a gradient.
-        causal: True is the only choice: ALiBi is defined for the past.
-        softmax_scale: Factor of q k^T; 1 / sqrt(head dimension) if None.
+        causal: Must be True: ALiBi's bias is defined for the past only.
+        softmax_scale: Factor of q k^T, above 0; 1 / sqrt(head dimension) if None.
         cu_seqlens: Document boundaries [N + 1], int32, over the flattened batch * queries tokens, from 0 to their
-            number; attention crosses none of them. Ends of rows are boundaries only if they are listed. Who calls this
-            for each layer of a model gives ``PackedDocuments``: a tensor is read back at each call, which waits for
-            the device.
+            number; attention crosses none of them. Ends of rows are boundaries only if they are listed. A model gives
+            all of its layers one ``PackedDocuments``: a tensor is read back at each call, which waits for the device.
         dropout_p: Probability with which an attention weight is dropped.
-        query_offset: Position of the first query, where the first key has position 0; if None, the last query stands
+        query_offset: Position of the first query, where the first key has position 0. If None, the last query stands
             at the last key.
-        horizon_eps: Back ends with a horizon leave out keys that are proven to hold, together, at most this share of a
+        horizon_eps: Back ends with a horizon leave out keys that provably hold, together, at most this share of a
             query's attention weights (horizon.py); 0 leaves out nothing. The default is half an fp32 rounding step.
         backend: "auto" or a name listed by ``backends()``.
 
@@ -69,56 +68,49 @@ def attention(
         RuntimeError: The named back end cannot do this call.
     """
     if not causal:
-        raise ValueError("causal=False: ALiBi's bias is defined for the past only, use causal=True")
+        raise ValueError("causal=False: must be True; ALiBi's bias is defined for the past only")
     _check_tensors(q_BSHK, k_BSHK, v_BSHK)
     _check_slopes(q_BSHK, alibi_slopes)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p={dropout_p}: must be in [0, 1)")
+    if softmax_scale is None:
+        softmax_scale = q_BSHK.shape[-1] ** -0.5
+    _check_numbers(softmax_scale, dropout_p, horizon_eps)
     documents = None if cu_seqlens is None else _find_documents(q_BSHK, k_BSHK, cu_seqlens, query_offset)
     if distance_bias is not None:
         _check_distance_bias(q_BSHK, k_BSHK, distance_bias, alibi_slopes, query_offset, documents)
+    num_keys = k_BSHK.shape[1]
     if query_offset is None:
-        query_offset = k_BSHK.shape[1] - q_BSHK.shape[1]
+        query_offset = num_keys - q_BSHK.shape[1]
     if query_offset < 0:
-        raise ValueError(f"query_offset={query_offset}: must be 0 or more, a query before the first key sees nothing")
-
-    if not 0.0 <= horizon_eps < 1.0:
-        raise ValueError(f"horizon_eps={horizon_eps}: must be in [0, 1)")
-
-    # From the last key on every query sees all keys, and only their distances from each other matter to its softmax: a
-    # large part that they have in common would cost digits.
-    query_offset = min(query_offset, k_BSHK.shape[1] - 1)
-    if softmax_scale is None:
-        softmax_scale = q_BSHK.shape[-1] ** -0.5
-    elif softmax_scale <= 0.0:
-        # Kernels take maxima before they scale, which needs a scale above 0. The sign goes to q, exact in every type.
-        q_BSHK = q_BSHK * (-1.0 if softmax_scale < 0.0 else 0.0)
-        softmax_scale = -softmax_scale or 1.0
+        raise ValueError(f"query_offset={query_offset}: must be 0 or more; a query before the first key sees nothing")
+    # From the last key on, every query sees all keys, and only their distances from each other matter to its softmax:
+    # a large distance common to all of them would cost digits.
+    query_offset = min(query_offset, num_keys - 1)
     call = Call(
-        device_type=q_BSHK.device.type,
-        dtype=q_BSHK.dtype,
-        head_dim=q_BSHK.shape[-1],
+        q_BSHK.device.type,
+        q_BSHK.dtype,
+        q_BSHK.shape[-1],
         dropout=dropout_p > 0.0,
         documents=documents is not None,
-        gap=query_offset + q_BSHK.shape[1] > k_BSHK.shape[1],
+        gap=query_offset + q_BSHK.shape[1] > num_keys,
         bias="distance" if distance_bias is not None else "no" if alibi_slopes is None else "alibi",
     )
-    name = _resolve(backend, call)
+    chosen = _BACKENDS[_resolve(backend, call)]
+    inputs = AttentionInputs(
+        q_BSHK,
+        k_BSHK,
+        v_BSHK,
+        alibi_slopes=alibi_slopes,
+        distance_bias=distance_bias,
+        softmax_scale=softmax_scale,
+        documents=documents,
+        dropout_p=dropout_p,
+        query_offset=query_offset,
+        horizon_eps=horizon_eps,
+    )
     # Autocast would cast the bias to 16 bits together with q, k and v. Switching it off takes as long as a kernel may.
     autocast = call.device_type != "meta" and torch.is_autocast_enabled(call.device_type)
     with torch.autocast(call.device_type, enabled=False) if autocast else nullcontext():
-        return _BACKENDS[name].attend(
-            q_BSHK,
-            k_BSHK,
-            v_BSHK,
-            alibi_slopes=alibi_slopes,
-            distance_bias=distance_bias,
-            softmax_scale=softmax_scale,
-            documents=documents,
-            dropout_p=dropout_p,
-            query_offset=query_offset,
-            horizon_eps=horizon_eps,
-        )
+        return chosen.attend(inputs)
 
 
 def backends() -> list[Capability]:
@@ -138,9 +130,18 @@ def resolve_backend(
 ) -> str:
     """Return the name of the back end that ``attention(..., backend=name)`` will use for such tensors.
 
+    Args:
+        name: "auto" or a name listed by ``backends()``.
+        device: Device of q, k and v.
+        dtype: Type of q, k and v.
+        head_dim: Head dimension of q, k and v.
+        dropout: Whether attention weights will be dropped.
+        documents: Whether ``cu_seqlens`` will be given.
+        bias: "alibi" for slopes, "distance" for a distance bias, or "no".
+
     Raises:
         ValueError: There is no back end of that name.
-        RuntimeError: It cannot do such a call; the message says why.
+        RuntimeError: The back end cannot run such a call; the message says why.
     """
     return _resolve(name, Call(torch.device(device).type, dtype, head_dim, dropout, documents, bias=bias))
 
@@ -194,6 +195,15 @@ def _check_slopes(q_BSHK: torch.Tensor, alibi_slopes: torch.Tensor | None) -> No
         raise ValueError(f"alibi_slopes: must be on {q_BSHK.device} as q_BSHK is, got {alibi_slopes.device}")
     if alibi_slopes.requires_grad:
         raise ValueError("alibi_slopes: must not require a gradient, slopes are constants")
+
+
+def _check_numbers(softmax_scale: float, dropout_p: float, horizon_eps: float) -> None:
+    if not softmax_scale > 0.0:  # kernels take maxima before they scale
+        raise ValueError(f"softmax_scale={softmax_scale}: must be above 0")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p={dropout_p}: must be in [0, 1)")
+    if not 0.0 <= horizon_eps < 1.0:
+        raise ValueError(f"horizon_eps={horizon_eps}: must be in [0, 1)")
 
 
 def _check_distance_bias(

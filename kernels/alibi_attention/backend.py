@@ -1,21 +1,52 @@
-"""What a back end is and what it says of itself."""
+"""What a back end is given, what it says of itself, and what it must offer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from alibi_attention.documents import PackedDocuments
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a back end has to know of a call to say whether it can do it."""
+# Both records that are made at every call are tuples: frozen dataclasses take three times as long to make and to hash,
+# which a GPU that waits for a short sequence would notice.
+class AttentionInputs(NamedTuple):
+    """The arguments of one call of attention, checked and with their defaults filled in: see ``attention``."""
+
+    q: torch.Tensor
+    """Queries [batch, queries, heads, head dimension]."""
+    k: torch.Tensor
+    """Keys [batch, keys, heads, head dimension]."""
+    v: torch.Tensor
+    """Values, of the keys' shape."""
+    alibi_slopes: torch.Tensor | None
+    """Slope of each head [heads], fp32, or None for no slopes."""
+    distance_bias: torch.Tensor | None
+    """Learned bias of each head at each distance [heads, distances], or None; never given together with slopes."""
+    softmax_scale: float
+    """Factor of q k^T, above 0."""
+    documents: PackedDocuments | None
+    """Documents that attention keeps apart, or None where every row of the batch is one document."""
+    dropout_p: float
+    """Probability with which an attention weight is dropped."""
+    query_offset: int
+    """Position of the first query, where the first key has position 0."""
+    horizon_eps: float
+    """Largest share of a query's attention weights that may be left out."""
+
+    @property
+    def qkv(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values."""
+        return self[:3]
+
+
+class Call(NamedTuple):
+    """What a back end must know of a call to say whether it can run it."""
 
     device_type: str
-    """``tensor.device.type``."""
+    """``tensor.device.type`` of q, k and v."""
     dtype: torch.dtype
     """Type of q, k and v."""
     head_dim: int
@@ -25,9 +56,9 @@ class Call:
     documents: bool = False
     """Whether ``cu_seqlens`` is given."""
     gap: bool = False
-    """Whether a query stands beyond the last key, so that no alignment of the ends gives its distances."""
+    """Whether a query stands beyond the last key, so that aligning the ends does not give its distances."""
     bias: str = "alibi"
-    """What is added to the scores: "alibi" slopes, a "distance" bias, or "no" bias."""
+    """What is added to the scores: "alibi" for slopes, "distance" for a learned bias, or "no"."""
 
     def __str__(self) -> str:
         said = f"{self.device_type}, {self.dtype}, head_dim {self.head_dim}"
@@ -44,30 +75,30 @@ class Capability:
     usable: bool
     """Whether what it needs is installed."""
     reason: str
-    """Why it is not usable, or not on one of the devices that it knows; empty if it is."""
+    """Why it is not usable, or not usable on one of its devices; empty otherwise."""
     exactness: str
-    """In which precision bias, softmax and sums are formed."""
+    """The precision in which bias, softmax and sums are formed, and how memory grows."""
     devices: tuple[str, ...]
     """Device types it runs on."""
     dtypes: tuple[torch.dtype, ...]
     """Types of q, k and v it takes."""
-    dropout: str
-    """How it does attention dropout; empty if it cannot."""
+    dropout: bool
+    """Whether it can drop attention weights."""
     cu_seqlens: str
-    """How it keeps documents apart."""
+    """How it keeps packed documents apart."""
     horizon: bool = False
     """Whether it skips the keys past the horizon (horizon.py)."""
     gap: bool = True
     """Whether queries may stand beyond the last key."""
     distance_bias: bool = False
-    """Whether it takes a bias that is a table over distances, and gives its gradient."""
+    """Whether it takes a table of biases by distance, and returns its gradient."""
     max_head_dim: int | None = None
-    """Largest head dimension, None for any."""
+    """Largest head dimension it takes, or None for any."""
     auto: bool = True
-    """Whether "auto" may choose it; what runs in Triton's interpreter here is chosen by name alone, for tests."""
+    """Whether "auto" may choose it. What Triton's interpreter runs here is for tests, and is chosen by name only."""
 
     def find_refusal(self, call: Call) -> str | None:
-        """Return why this back end cannot do such a call, or None if it can."""
+        """Return why this back end cannot run such a call, or None if it can."""
         if not self.usable:
             return self.reason
         if call.device_type not in self.devices:
@@ -87,25 +118,12 @@ class Capability:
 
 
 class Backend(Protocol):
-    """A back end is a module with a NAME and these two functions, and one line in dispatch.py."""
+    """A back end is a module with a NAME and these two functions, and is listed once, in attention.py."""
 
     NAME: str
 
     def capability(self) -> Capability:
         """Return what it can do here."""
 
-    def attend(
-        self,
-        q_BSHK: torch.Tensor,
-        k_BSHK: torch.Tensor,
-        v_BSHK: torch.Tensor,
-        *,
-        alibi_slopes: torch.Tensor | None,
-        distance_bias: torch.Tensor | None,
-        softmax_scale: float,
-        documents: PackedDocuments | None,
-        dropout_p: float,
-        query_offset: int,
-        horizon_eps: float,
-    ) -> torch.Tensor:
-        """Attend causally; dispatch.py has checked the arguments and filled in the defaults."""
+    def attend(self, inputs: AttentionInputs) -> torch.Tensor:
+        """Return causal attention [batch, queries, heads, head dimension] in the type of q."""

@@ -69,9 +69,14 @@ def attend_per_document(
     q_BSHK: torch.Tensor,
     k_BSHK: torch.Tensor,
     v_BSHK: torch.Tensor,
-    documents: PackedDocuments,
+    documents: PackedDocuments | None,
 ) -> torch.Tensor:
-    """Call ``attend`` for every document, once for all documents of one length, and put the results back in order."""
+    """Call ``attend`` once for all documents of one length, and put the results back in order.
+
+    Without documents the rows of the batch are what it is called for.
+    """
+    if documents is None:
+        return attend(q_BSHK, k_BSHK, v_BSHK)
     batch, seq_length = q_BSHK.shape[:2]
     # Tensor.split, not slices: its backward is one concatenation, not one zero-filled batch for each document.
     documents_q, documents_k, documents_v = (x.flatten(0, 1).split(documents.lengths) for x in (q_BSHK, k_BSHK, v_BSHK))

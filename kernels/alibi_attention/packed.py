@@ -54,11 +54,11 @@ def _find_whole(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor
     batch, seq_length, num_heads, head_dim = q_BSHK.shape
     size = num_heads * head_dim
     strides = (seq_length * _PARTS * size, _PARTS * size, head_dim, 1)
-    storage = q_BSHK.untyped_storage().data_ptr()
+    storage = q_BSHK.untyped_storage()._cdata  # not its address, which is 0 for all tensors of the meta device
     for number, x in enumerate((q_BSHK, k_BSHK, v_BSHK)):
         if (x.shape, x.dtype, x.stride()) != (q_BSHK.shape, q_BSHK.dtype, strides):
             return None
-        if x.untyped_storage().data_ptr() != storage or x.storage_offset() != q_BSHK.storage_offset() + number * size:
+        if x.untyped_storage()._cdata != storage or x.storage_offset() != q_BSHK.storage_offset() + number * size:
             return None
     shape, offset = (batch, seq_length, _PARTS, num_heads, head_dim), q_BSHK.storage_offset()
     return q_BSHK.as_strided(shape, (*strides[:2], size, head_dim, 1), offset)

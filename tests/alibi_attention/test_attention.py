@@ -9,7 +9,7 @@ import alibi_attention
 from alibi_attention import PackedDocuments, alibi_slopes, attention, backends, resolve_backend
 from alibi_attention.attention import _resolve
 
-ORDER = ["native", "triton", "flash", "folded", "sdpa", "reference", "unfused"]
+ORDER = ["native", "triton", "flash", "folded", "sdpa", "reference", "meta", "unfused"]
 
 
 def test_the_package_exports_its_promises():
@@ -75,7 +75,7 @@ def test_trap_2_slopes_that_were_cast_are_refused(make_inputs):
 
 
 BAD_ARGUMENTS = {
-    "causal=False: ALiBi's bias": {"causal": False},
+    "causal=False: must be True; ALiBi's bias": {"causal": False},
     r"q_BSHK: must be \[batch, queries, heads": {"q_BSHK": torch.zeros(3, 2, 4)},
     r"q_BSHK: must be .* got \(2, 0, 2, 4\)": {"q_BSHK": torch.zeros(2, 0, 2, 4)},
     r"k_BSHK: must be \[2, keys, 2, 4\] .* got \(2, 3, 1, 4\)": {"k_BSHK": torch.zeros(2, 3, 1, 4)},
@@ -85,6 +85,9 @@ BAD_ARGUMENTS = {
     r"alibi_slopes: must be \[2\], one for each head": {"alibi_slopes": alibi_slopes(4)},
     "alibi_slopes: must be on cpu": {"alibi_slopes": torch.zeros(2, device="meta")},
     "alibi_slopes: must not require a gradient": {"alibi_slopes": torch.zeros(2, requires_grad=True)},
+    r"softmax_scale=0\.0: must be above 0": {"softmax_scale": 0.0},
+    r"softmax_scale=-0\.5: must be above 0": {"softmax_scale": -0.5},
+    r"softmax_scale=nan: must be above 0": {"softmax_scale": float("nan")},
     r"dropout_p=1\.0: must be in \[0, 1\)": {"dropout_p": 1.0},
     r"horizon_eps=1\.0: must be in \[0, 1\)": {"horizon_eps": 1.0},
     "query_offset=-1: must be 0 or more": {"query_offset": -1},

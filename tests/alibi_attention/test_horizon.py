@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from alibi_attention import alibi_slopes
 from alibi_attention.horizon import MAX_HEAD_DIM_FP32, find_horizons, log_key_count
-from tests.alibi_attention.horizon_inputs import FP64_SUM_ERROR, INPUTS, SLOPES, Call, far_key, largest_loss
+from tests.alibi_attention.every_backend.horizon_inputs import (
+    FP64_SUM_ERROR,
+    INPUTS,
+    SLOPES,
+    Call,
+    far_key,
+    largest_loss,
+)
 
 
 def assert_promise(q, k, slopes, *, eps, softmax_scale=0.25, query_offset=0):

@@ -46,10 +46,10 @@ def test_the_contract_is_printed_and_written_between_the_markers(capsys, monkeyp
 
 
 def test_a_back_end_that_refuses_when_it_is_run_is_said_and_the_others_are_measured(capsys, caplog, monkeypatch):
-    def attend(q, *arguments, **named):
-        if q.dtype == torch.bfloat16:
+    def attend(inputs):
+        if inputs.q.dtype == torch.bfloat16:
             raise RuntimeError("this build has no bf16.\nException raised from somewhere")
-        return reference.attend(q, *arguments, **named)
+        return reference.attend(inputs)
 
     monkeypatch.setattr(sdpa, "attend", attend)
     assert __main__.main(["--contract", *QUICK]) == 0

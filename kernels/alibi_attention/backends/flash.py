@@ -1,7 +1,7 @@
 """flash-attn 2's own ALiBi path: its kernels take the slopes and form the bias in fp32, in registers.
 
 Its causal CUDA kernel adds slope * column instead of -slope * distance. That shifts every row as a whole: the softmax
-is the same, but the log-sum-exp is shifted too, and whoever merges chunks by it must put it right first. Nothing here
+is the same, but the log-sum-exp is shifted too, and must be corrected before chunks are merged by it. Nothing here
 returns it.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension, T all tokens of the batch, N documents.
@@ -13,8 +13,7 @@ import re
 
 import torch
 
-from alibi_attention.backend import Capability
-from alibi_attention.documents import PackedDocuments
+from alibi_attention.backend import AttentionInputs, Capability
 
 try:
     from flash_attn import __version__ as _VERSION
@@ -27,14 +26,14 @@ else:
 NAME = "flash"
 
 _MAX_HEAD_DIM = 256
-# Its dispatcher name; versions before 2.7 have none and run on CUDA alone.
+# The operator's name in PyTorch's dispatcher. Versions before 2.7 have none, and run on CUDA only.
 _FORWARD_OPERATOR = "flash_attn::_flash_attn_forward"
 
 
 def capability() -> Capability:
-    """Return what this back end can do. What a build of flash-attn lacks, it says itself, by a RuntimeError."""
+    """Return what this back end can do; a build of flash-attn that lacks a type or head dimension raises later."""
     fault = _IMPORT_FAULT or find_version_fault(_VERSION)
-    # No release has kernels for the CPU, but its operators take them: then they are somebody's interpreter, for tests.
+    # No release has kernels for the CPU. Where its operators have some, they are an interpreter's, for tests.
     on_cpu = not fault and _has_cpu_kernel()
     return Capability(
         name=NAME,
@@ -43,7 +42,7 @@ def capability() -> Capability:
         exactness="bias, softmax and sums in fp32, weights rounded to 16 bits; memory linear in S",
         devices=("cuda", "cpu") if on_cpu else ("cuda",),
         dtypes=(torch.bfloat16, torch.float16),
-        dropout="yes",
+        dropout=True,
         cu_seqlens="native",
         gap=False,
         max_head_dim=_MAX_HEAD_DIM,
@@ -60,32 +59,21 @@ def find_version_fault(version: str) -> str:
     return f"flash-attn {version} is installed: ALiBi slopes need 2.4 or a later 2.x"
 
 
-def attend(
-    q_BSHK: torch.Tensor,
-    k_BSHK: torch.Tensor,
-    v_BSHK: torch.Tensor,
-    *,
-    alibi_slopes: torch.Tensor | None,
-    distance_bias: torch.Tensor | None,
-    softmax_scale: float,
-    documents: PackedDocuments | None,
-    dropout_p: float,
-    query_offset: int,
-    horizon_eps: float,
-) -> torch.Tensor:
-    """Attend causally to all keys, through flash-attn. See ``alibi_attention.attention`` for the arguments."""
+def attend(inputs: AttentionInputs) -> torch.Tensor:
+    """Attend causally to all keys, through flash-attn."""
+    alibi_slopes, documents = inputs.alibi_slopes, inputs.documents
     arguments = {
-        "dropout_p": dropout_p,
-        "softmax_scale": softmax_scale,
+        "dropout_p": inputs.dropout_p,
+        "softmax_scale": inputs.softmax_scale,
         "causal": True,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     # Its backward allocates dq, dk and dv with the strides of q, k and v, and its kernels want the last one to be 1.
-    q_BSHK, k_BSHK, v_BSHK = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_BSHK, k_BSHK, v_BSHK))
+    q_BSHK, k_BSHK, v_BSHK = (x if x.stride(-1) == 1 else x.contiguous() for x in inputs.qkv)
     batch, num_queries = q_BSHK.shape[:2]
     if documents is None:
         # It lets the last query stand at the last key: the keys after that are the future of all queries.
-        visible_keys = query_offset + num_queries
+        visible_keys = inputs.query_offset + num_queries
         k_BSHK, v_BSHK = k_BSHK[:, :visible_keys], v_BSHK[:, :visible_keys]
         slopes_BH = _repeat(alibi_slopes, batch)
         return _align_gradient(flash_attn_func(q_BSHK, k_BSHK, v_BSHK, alibi_slopes=slopes_BH, **arguments))

@@ -1,9 +1,9 @@
 """Attention as it was before fused kernels: scores and weights of all pairs of tokens, products in the type of q.
 
-What the paper's code computed (fairseq's multi-head attention: both products in 16 bits, the softmax in fp32 and its
-weights back in 16 bits), but for the bias, which is fp32 here as everywhere. It is what fused attention is compared
-with, for time and memory; for exact numbers there is reference.py. The bias is formed anew in each call, where
-fairseq's model keeps it: that costs ALiBi some time here that it did not cost there.
+This is what the paper's code computed (fairseq's multi-head attention: both products in 16 bits, the softmax in fp32
+and its weights rounded to 16 bits), except that the bias is fp32 here as everywhere. Fused attention is compared with
+it for time and memory; for exact numbers there is reference.py. The bias is formed anew in each call, while fairseq's
+model keeps it, so that ALiBi takes somewhat longer here than it did there.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries, T keys.
 """
@@ -13,55 +13,41 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from alibi_attention.backend import Capability
-from alibi_attention.documents import PackedDocuments, attend_per_document
+from alibi_attention.backend import AttentionInputs, Capability
+from alibi_attention.documents import attend_per_document
 
 NAME = "unfused"
 
 
 def capability() -> Capability:
-    """Return what this back end can do: everything, with S x S memory."""
+    """Return what this back end can do: everything, but with S x S memory."""
     return Capability(
         name=NAME,
         usable=True,
         reason="",
         exactness="products rounded to the type of q, bias and softmax in fp32 (fp64 for fp64 inputs); S x S memory",
-        devices=("cpu", "cuda", "meta"),  # meta: to plan a run's memory
+        devices=("cpu", "cuda", "meta"),  # on meta it plans the memory of what it does elsewhere
         dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
-        dropout="yes",
+        dropout=True,
         cu_seqlens="loop over document lengths",
         distance_bias=True,
     )
 
 
-def attend(
-    q_BSHK: torch.Tensor,
-    k_BSHK: torch.Tensor,
-    v_BSHK: torch.Tensor,
-    *,
-    alibi_slopes: torch.Tensor | None,
-    distance_bias: torch.Tensor | None,
-    softmax_scale: float,
-    documents: PackedDocuments | None,
-    dropout_p: float,
-    query_offset: int,
-    horizon_eps: float,
-) -> torch.Tensor:
-    """Attend causally to all keys, written out. See ``alibi_attention.attention`` for the arguments."""
+def attend(inputs: AttentionInputs) -> torch.Tensor:
+    """Attend causally to all keys, with scores and weights written out."""
 
     def attend_rows(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Tensor) -> torch.Tensor:
         softmax_dtype = torch.promote_types(q_BSHK.dtype, torch.float32)
         q_BHQK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
-        scores_BHQT = (softmax_scale * q_BHQK) @ k_BHTK.mT
-        position_Q = query_offset + torch.arange(q_BHQK.shape[2], device=q_BSHK.device)
+        scores_BHQT = (inputs.softmax_scale * q_BHQK) @ k_BHTK.mT
+        position_Q = inputs.query_offset + torch.arange(q_BHQK.shape[2], device=q_BSHK.device)
         distance_QT = position_Q[:, None] - torch.arange(k_BHTK.shape[2], device=q_BSHK.device)
-        bias_HQT = _bias_of(distance_QT, alibi_slopes, distance_bias, softmax_dtype)
+        bias_HQT = _bias_of(distance_QT, inputs.alibi_slopes, inputs.distance_bias, softmax_dtype)
         weights_BHQT = (scores_BHQT + bias_HQT).softmax(dim=-1).to(q_BSHK.dtype)
-        return (F.dropout(weights_BHQT, dropout_p) @ v_BHTK).transpose(1, 2)
+        return (F.dropout(weights_BHQT, inputs.dropout_p) @ v_BHTK).transpose(1, 2)
 
-    if documents is None:
-        return attend_rows(q_BSHK, k_BSHK, v_BSHK)
-    return attend_per_document(attend_rows, q_BSHK, k_BSHK, v_BSHK, documents)
+    return attend_per_document(attend_rows, *inputs.qkv, inputs.documents)
 
 
 def _bias_of(

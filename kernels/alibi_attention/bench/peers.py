@@ -18,7 +18,7 @@ from inspect import signature
 import torch
 import torch.nn.functional as F
 
-from alibi_attention.backends.folded.folded import attend_with_extra_dims
+from alibi_attention.backends.folded.extra_dims import attend_with_extra_dims
 
 _BIAS_ROWS = 64
 _PRUNED_SHARE = 2.0**-24  # of a row, as our horizon leaves out

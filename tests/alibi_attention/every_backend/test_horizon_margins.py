@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from alibi_attention import attention, horizon
-from alibi_attention.backends.native import native
-from alibi_attention.backends.native.native import _BLOCK
+from alibi_attention.backends.native import library as native_library
+from alibi_attention.backends.native.attend import _BLOCK
 from alibi_attention.backends.triton import attend as triton_kernel
 from alibi_attention.backends.triton import forward as triton_forward
 from alibi_attention.backends.triton import tiles as triton_tiles
 from alibi_attention.backends.triton.geometry import make_geometry
-from tests.alibi_attention.horizon_inputs import (
+from tests.alibi_attention.every_backend.horizon_inputs import (
     EPS,
     FP64_SUM_ERROR,
     INPUTS,
@@ -164,13 +164,15 @@ MARGINS = {
 
 @pytest.mark.parametrize(("written", "weaker", "inputs"), MARGINS["native"])
 def test_every_margin_of_the_native_kernel_is_needed(monkeypatch, tmp_path, written, weaker, inputs):
-    source, header = (path.read_text() for path in native._SOURCES)
-    assert source.count(written) == 1
-    (tmp_path / native._SOURCES[0].name).write_text(source.replace(written, weaker))
-    (tmp_path / native._SOURCES[1].name).write_text(header)
+    text, header = (path.read_text() for path in native_library._SOURCES)
+    assert text.count(written) == 1
+    (tmp_path / native_library._SOURCES[0].name).write_text(text.replace(written, weaker))
+    (tmp_path / native_library._SOURCES[1].name).write_text(header)
     library = tmp_path / "native.so"
-    subprocess.run(["c++", *native._FLAGS, "-fPIC", "-shared", tmp_path / "native.cpp", "-o", library], check=True)
-    monkeypatch.setattr(native, "_load", lambda: (ctypes.CDLL(str(library)), ""))
+    subprocess.run(
+        ["c++", *native_library._FLAGS, "-fPIC", "-shared", tmp_path / "native.cpp", "-o", library], check=True
+    )
+    monkeypatch.setattr(native_library, "load", lambda: (ctypes.CDLL(str(library)), ""))
     assert_broken("native", inputs)
 
 

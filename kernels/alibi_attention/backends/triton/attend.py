@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from alibi_attention.backend import Capability
+from alibi_attention.backend import AttentionInputs, Capability
 from alibi_attention.backends.triton.geometry import Documents, Geometry, make_geometry
 from alibi_attention.backends.triton.launch import Launch
 from alibi_attention.documents import PackedDocuments
@@ -49,7 +49,7 @@ def capability() -> Capability:
         exactness="bias, softmax and sums in fp32, weights rounded to the type of v; memory linear in S",
         devices=("cuda", "cpu") if interpreted else ("cuda",),
         dtypes=(torch.float32, torch.bfloat16, torch.float16),
-        dropout="",
+        dropout=False,
         cu_seqlens="native",
         horizon=True,
         max_head_dim=_MAX_HEAD_DIM,
@@ -57,24 +57,13 @@ def capability() -> Capability:
     )
 
 
-def attend(
-    q_BSHK: torch.Tensor,
-    k_BSHK: torch.Tensor,
-    v_BSHK: torch.Tensor,
-    *,
-    alibi_slopes: torch.Tensor | None,
-    distance_bias: torch.Tensor | None,
-    softmax_scale: float,
-    documents: PackedDocuments | None,
-    dropout_p: float,
-    query_offset: int,
-    horizon_eps: float,
-) -> torch.Tensor:
-    """Attend causally up to the horizon. See ``alibi_attention.attention`` for the arguments."""
+def attend(inputs: AttentionInputs) -> torch.Tensor:
+    """Attend causally, to the keys within each head's horizon."""
+    documents, constants = inputs.documents, (inputs.softmax_scale, inputs.query_offset, inputs.horizon_eps)
     if documents is None:
-        return _Attention.apply(q_BSHK, k_BSHK, v_BSHK, alibi_slopes, None, softmax_scale, query_offset, horizon_eps)
-    qkv = (x.flatten(0, 1).unsqueeze(0) for x in (q_BSHK, k_BSHK, v_BSHK))
-    return _Attention.apply(*qkv, alibi_slopes, documents, softmax_scale, 0, horizon_eps).view_as(q_BSHK)
+        return _Attention.apply(*inputs.qkv, inputs.alibi_slopes, None, *constants)
+    qkv = (x.flatten(0, 1).unsqueeze(0) for x in inputs.qkv)
+    return _Attention.apply(*qkv, inputs.alibi_slopes, documents, *constants).view_as(inputs.q)
 
 
 class _Attention(torch.autograd.Function):

@@ -76,7 +76,8 @@ def _compile(call: Call, target: Target) -> float:
     """Compile what a call needs, in a process that is for that alone; return the seconds it took."""
     _replace_driver(target)
     from alibi_attention import PackedDocuments, alibi_slopes
-    from alibi_attention.backends.triton import attend as triton_kernel
+    from alibi_attention.backend import AttentionInputs
+    from alibi_attention.backends.triton.attend import attend
 
     began = time.monotonic()
     documents = None
@@ -86,7 +87,7 @@ def _compile(call: Call, target: Target) -> float:
     shape, dtype = (1, call.length, _HEADS, call.head_dim), getattr(torch, call.dtype)
     q, k, v, upstream = (torch.zeros(shape, dtype=dtype) for _ in range(4))
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out = triton_kernel.attend(
+    inputs = AttentionInputs(
         q,
         k,
         v,
@@ -98,6 +99,7 @@ def _compile(call: Call, target: Target) -> float:
         query_offset=0,
         horizon_eps=2.0**-24,
     )
+    out = attend(inputs)
     torch.autograd.grad(out, (q, k, v), upstream)
     return time.monotonic() - began
 
