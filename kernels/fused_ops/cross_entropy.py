@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_ops.availability import FAULT
+from fused_ops.availability import CROSS_ENTROPY, FAULT, note_launch
 
 if not FAULT:
     from fused_ops import cross_entropy_kernels as kernels
@@ -32,6 +32,9 @@ def reduce_rows(
     logits_NV, labels_N = _with_dense_rows(logits_NV), labels_N.contiguous()
     num_rows, padded_columns = logits_NV.shape
     largest_N, sum_N, label_logit_N = (torch.empty(num_rows, device=logits_NV.device) for _ in range(3))
+    if logits_NV.is_meta:
+        note_launch(CROSS_ENTROPY, (logits_NV, labels_N), (largest_N, sum_N, label_logit_N))
+        return largest_N, sum_N, label_logit_N
     with torch.cuda.device_of(logits_NV):  # Triton launches on the current device
         kernels.cross_entropy_reduce_kernel[(num_rows,)](
             logits_NV, labels_N, largest_N, sum_N, label_logit_N, logits_NV.stride(0), padded_columns, num_columns,
@@ -65,6 +68,9 @@ def find_gradient(
     """
     rows_NV = _with_dense_rows(logits_NV)
     grad_NV = rows_NV.detach() if overwrite else torch.empty_like(rows_NV, memory_format=torch.contiguous_format)
+    if rows_NV.is_meta:
+        note_launch(CROSS_ENTROPY, (rows_NV, labels_N, largest_N, sum_N, grad_loss_N), (grad_NV,))
+        return grad_NV
     num_rows, padded_columns = rows_NV.shape
     with torch.cuda.device_of(rows_NV):
         kernels.cross_entropy_gradient_kernel[(num_rows,)](

@@ -10,8 +10,6 @@ import triton.language as tl
 
 from fused_ops.triton_common import INTERPRETED, round_to
 
-MAX_WIDTH = 8192
-"""A row stays in registers: of a wider one the backward pass would spill."""
 _MIN_WIDTH_OF_WARP = 512
 """16 numbers a thread."""
 WARPS_OF_PROCESSOR = 16

@@ -53,6 +53,7 @@ class SelfAttention(nn.Module):
         self.group = group
         # The method alone: as a module of each layer its parameters would be listed once a layer.
         self.apply_to_query_key = positions.apply_to_query_key
+        self.attend = attention  # an attribute, so that a trace can tell where attention begins and ends
         hidden_size = model.hidden_size
         # q, k and v of this rank's heads in one matrix product: three parts, each cut over the group.
         self.qkv = ColumnParallelLinear(
@@ -76,7 +77,7 @@ class SelfAttention(nn.Module):
             key = dropout_key(micro_batch_key, layer=self.layer, site="attention", shard_rank=self.group.rank)
             dropout_p, random = self.dropout_p, fork_rng(key, x_BSH.device)
         with random:
-            y_BSAK = attention(
+            y_BSAK = self.attend(
                 q_BSAK,
                 k_BSAK,
                 v_BSAK,

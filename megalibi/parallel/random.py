@@ -94,10 +94,12 @@ class _KeyedDropout(Function):
 
 
 def _drop(x: Tensor, p: float, key: int) -> Tensor:
-    generator = torch.Generator(x.device)
-    generator.manual_seed(key)
     # Not empty_like: it follows the strides of x, which the gradient need not have, and would place the zeros by them.
-    drop = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(p, generator=generator)
+    drop = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+    if not x.is_meta:  # which has no generators, and no numbers to draw: a plan asks only what the mask holds
+        generator = torch.Generator(x.device)
+        generator.manual_seed(key)
+        drop.bernoulli_(p, generator=generator)
     return (x / (1.0 - p)).masked_fill_(drop, 0.0)
 
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from fused_ops import LAYER_NORM
 from megalibi.config import Config, Derived, derive
-from megalibi.engine.build import DTYPES
 from megalibi.errors import ConfigError
-from megalibi.model import GPT, model_flops_per_token
+from megalibi.model import model_flops_per_token
 from megalibi.plan.communication import make_group
 from megalibi.plan.gpus import Gpu
-from megalibi.plan.memory import stand_ins
+from megalibi.plan.memory import build_on_meta, planning_for
 from megalibi.plan.run_plan import RunPlan
 from megalibi.plan.work_trace import ATTENTION, Work, WorkTrace, counting_by_part
 
@@ -141,20 +141,15 @@ def trace_work(config: Config, derived: Derived, *, attention: str = "fused") ->
         derived: What follows from it.
         attention: As for plan_memory.
     """
-    dtype = DTYPES[config.train.precision]
+    group = make_group(config.parallel.tensor_parallel_size)
+    model = build_on_meta(config, derived, attention=attention, group=group)
     with torch.device("meta"):
-        model = GPT(
-            config.model,
-            padded_vocab_size=derived.padded_vocab_size,
-            group=make_group(config.parallel.tensor_parallel_size),
-            sequence_parallel=config.parallel.sequence_parallel,
-            compute_dtype=dtype,
-        ).to(torch.float32 if config.zero.stage == 0 else dtype)
         tokens_BS, labels_BS = (
             torch.empty(config.train.micro_batch_size, config.data.seq_length, dtype=torch.int64) for _ in range(2)
         )
     trace = WorkTrace()
-    with stand_ins(config.model, attention, "cuda"), counting_by_part(trace, model, kernel=attention == "fused"), trace:
+    counting = counting_by_part(trace, model, kernel=attention == "fused")
+    with planning_for(config.model, "cuda", LAYER_NORM), counting, trace:
         model(tokens_BS, labels_BS, micro_batch_key=0).sum().backward()
     return trace.parts
 

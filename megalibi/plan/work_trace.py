@@ -2,8 +2,8 @@
 
 An operation's bytes are those of the tensors that it reads and writes, each once: what a kernel reads again from a
 cache is not counted. Its part is that of the module that runs it; in the backward pass that of the module whose
-forward pass made the autograd node, which remembers it. Of the kernels of alibi_attention and fused_ops the meta device
-sees nothing: stand-ins count the same tensors.
+forward pass made the autograd node, which remembers it. A kernel of fused_ops is one operator there, which names what
+it reads and writes. A kernel of attention is counted by a formula, from its shape.
 """
 
 from __future__ import annotations
@@ -12,21 +12,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fused_ops import CROSS_ENTROPY as CROSS_ENTROPY_KERNEL
+from fused_ops import LAYER_NORM as LAYER_NORM_KERNEL
 from megalibi.model import GPT
-from megalibi.model import attention as model_attention
-from megalibi.model import block as model_block
 from megalibi.model.attention import SelfAttention
 from megalibi.model.block import MLP, Block, LayerNorm
-from megalibi.parallel import cross_entropy as parallel_cross_entropy
 
 QKV, PROJECTION, UP, DOWN, LOGITS = "qkv", "projection", "up", "down", "logits"
 ATTENTION, SCORE_PRODUCTS, SCORES = "attention", "products of scores", "scores, softmax"
@@ -50,8 +47,8 @@ PARTS = {
 PRODUCTS = (QKV, PROJECTION, UP, DOWN, LOGITS, SCORE_PRODUCTS)
 """The parts that are matrix products."""
 
-WIDEST_FUSED_NORM = 8192
-"""Of a wider one fused_ops has no kernel. Tests hold it to theirs."""
+_KERNEL_PARTS = {CROSS_ENTROPY_KERNEL: CROSS_ENTROPY, LAYER_NORM_KERNEL: NORM}
+"""The part that a kernel of fused_ops belongs to, by its name there."""
 
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
@@ -87,6 +84,10 @@ class WorkTrace(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count it."""
         result = function(*args, **(kwargs or {}))
+        if function.namespace == "fused_ops":
+            kernel, read, written = args
+            self.add(_KERNEL_PARTS[kernel], 0.0, float(sum(map(_size, read + written))))
+            return result
         flops, moved = count_operation(function, args, kwargs or {}, result)
         if moved:
             self.add(PARTS[self._scope_of(function)][0 if flops else 1], flops, moved)
@@ -107,10 +108,6 @@ class WorkTrace(TorchDispatchMode):
         work = self.parts.setdefault(part, Work())
         work.flops += flops
         work.bytes += moved
-
-    def add_kernel(self, part: str, *tensors: Tensor | None) -> None:
-        """Add a kernel that reads or writes each of the tensors once; those that are None it has not."""
-        self.add(part, 0.0, float(sum(_size(tensor) for tensor in tensors if tensor is not None)))
 
     def enter(self, scope: str, inputs: Any) -> None:
         """Begin a scope; what made its inputs belongs to the one around it."""
@@ -178,28 +175,22 @@ def _size(tensor: Tensor) -> int:
 
 @contextmanager
 def counting_by_part(trace: WorkTrace, model: GPT, *, kernel: bool) -> Iterator[None]:
-    """Tell the trace, through hooks, which part of the model runs, and through stand-ins, what fused kernels do.
+    """Tell the trace, through hooks, which part of the model runs.
 
     Args:
-        trace: It counts; enter it inside.
-        model: It gets hooks, and loses them at the end.
-        kernel: Attention is a fused kernel, which is counted by count_kernel.
+        trace: What counts; it is entered inside of this context.
+        model: The model, which gets hooks and loses them at the end.
+        kernel: Whether attention is a fused kernel, which is counted by count_kernel.
     """
-    stand_ins = [
-        (model_attention, "attention", _counted(model_attention.attention, trace, kernel)),
-        (model_block, "can_fuse_layer_norm", lambda x: x.shape[-1] <= WIDEST_FUSED_NORM),
-        (model_block, "add_layer_norm", lambda *tensors_epsilon: _AddLayerNorm.apply(trace, *tensors_epsilon[:-1])),
-        *((parallel_cross_entropy, name, _counted_rows(getattr(parallel_cross_entropy, name), trace))
-          for name in ("reduce_rows", "find_gradient")),
-    ]  # fmt: skip
     with ExitStack() as stack:
         for module, scope in _scopes_of(model):
             before = module.register_forward_pre_hook(lambda _, inputs, scope=scope: trace.enter(scope, inputs))
             after = module.register_forward_hook(lambda _, inputs, outputs: trace.leave(outputs))
             stack.callback(before.remove)
             stack.callback(after.remove)
-        for place, name, stand_in in stand_ins:
-            stack.enter_context(patch.object(place, name, stand_in))
+            if isinstance(module, SelfAttention) and scope == "attention":
+                stack.callback(setattr, module, "attend", module.attend)
+                module.attend = _counted(module.attend, trace, kernel)
         yield
 
 
@@ -248,44 +239,3 @@ def count_kernel(q_BSAK: Tensor) -> tuple[Work, Work]:
     product = 2.0 * batch * heads * head_dim * length * (length + 1) / 2
     tensor, rows = q_BSAK.numel() * q_BSAK.element_size(), 4 * batch * length * heads
     return Work(2 * product, 4 * tensor + rows), Work(5 * product, 8 * tensor + rows)
-
-
-def _counted_rows(kernel: Callable[..., Any], trace: WorkTrace) -> Callable[..., Any]:
-    """Return a kernel of the cross entropy, of which plan_memory.py has the form alone, that is counted."""
-
-    def counted(*tensors: Tensor, **arguments: Any) -> Any:
-        made = kernel(*tensors, **arguments)
-        trace.add_kernel(CROSS_ENTROPY, *tensors, *_tensors_in(made))
-        return made
-
-    return counted
-
-
-class _AddLayerNorm(Function):
-    """Stands in for add_layer_norm of fused_ops, and counts its two kernels.
-
-    Not counted are the partial sums of the weight's gradient, a few hundred rows.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, trace: WorkTrace, x_BSH: Tensor, y_BSH: Tensor | None, weight_H: Tensor, bias_H: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.trace, ctx.has_y, ctx.has_bias = trace, y_BSH is not None, bias_H is not None
-        total_BSH = x_BSH if y_BSH is None else torch.empty_like(x_BSH)
-        norm_BSH = torch.empty_like(x_BSH)
-        mean_BS, rstd_BS = (torch.empty(x_BSH.shape[:-1], device=x_BSH.device) for _ in range(2))
-        sums = () if y_BSH is None else (y_BSH, total_BSH)
-        trace.add_kernel(NORM, x_BSH, *sums, norm_BSH, weight_H, bias_H, mean_BS, rstd_BS)
-        ctx.save_for_backward(total_BSH, weight_H, mean_BS, rstd_BS)
-        return total_BSH, norm_BSH
-
-    @staticmethod
-    def backward(ctx: Any, grad_total_BSH: Tensor | None, grad_norm_BSH: Tensor) -> tuple[Tensor | None, ...]:
-        total_BSH, weight_H, *_ = ctx.saved_tensors
-        grad_BSH, grad_weight_H = torch.empty_like(total_BSH), torch.empty_like(weight_H)
-        grad_bias_H = torch.empty_like(weight_H) if ctx.has_bias else None
-        made = (grad_BSH, grad_weight_H, grad_bias_H)
-        ctx.trace.add_kernel(NORM, grad_total_BSH, grad_norm_BSH, *ctx.saved_tensors, *made)
-        return None, grad_BSH, grad_BSH if ctx.has_y else None, grad_weight_H, grad_bias_H

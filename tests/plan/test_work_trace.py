@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fused_ops.layer_norm import MAX_WIDTH
 from megalibi.config import Config, derive
 from megalibi.model import model_flops_per_token, recomputed_flops_per_token
 from megalibi.plan.roofline import trace_work
-from megalibi.plan.work_trace import PRODUCTS, WIDEST_FUSED_NORM, Work, WorkTrace, count_kernel
+from megalibi.plan.work_trace import PRODUCTS, Work, WorkTrace, count_kernel
 from tests.support.steps import make_config
 
 LAYERS, HIDDEN, FFN, VOCABULARY, HEADS = 2, 256, 1024, 2048, 8  # of make_config
@@ -61,10 +62,6 @@ def test_fused_norms_and_residual_adds_by_hand(bias: bool, recompute: str) -> No
 
 
 def test_norms_too_wide_for_the_kernels_by_hand() -> None:
-    pytest.importorskip("triton", reason="the kernels' limit stands beside them")
-    from fused_ops.layer_norm_kernels import MAX_WIDTH
-
-    assert WIDEST_FUSED_NORM == MAX_WIDTH
     width = MAX_WIDTH + HEADS
     assert set(work_of(config(model={"hidden_size": MAX_WIDTH}))) == set(work_of(config()))
     parts = work_of(config(model={"hidden_size": width}))
