@@ -75,6 +75,18 @@ def test_keys() -> None:
     assert all(0 <= key < 2**63 for key in keys)
 
 
+def test_dropout_on_the_meta_device_has_the_form_of_that_on_a_cpu() -> None:
+    for device in ("meta", "cpu"):
+        x = torch.empty(2, 3, 5, dtype=torch.bfloat16, device=device).transpose(1, 2).requires_grad_()
+        y = keyed_dropout(x, 0.25, key=3)
+        (grad,) = torch.autograd.grad(y, x, torch.empty_like(y))
+        for result in (y, grad):
+            assert (result.shape, result.dtype, result.device.type) == (x.shape, x.dtype, device)
+    state = torch.get_rng_state()
+    keyed_dropout(torch.empty(2, 3, device="meta"), 0.25, key=3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_dropout_is_right_on_average_and_in_its_gradient() -> None:
     x = torch.ones(200, 300, requires_grad=True)
     y = keyed_dropout(x, 0.25, key=3)

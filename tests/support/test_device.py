@@ -28,18 +28,21 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 """
 FOR_A_GPU = (
-    "tests/alibi_attention/test_contract.py",
-    "tests/alibi_attention/test_every_backend.py",
+    "tests/alibi_attention/backends/triton/test_attend.py",
+    "tests/alibi_attention/bench/test_contract.py",
+    "tests/alibi_attention/every_backend/test_exact.py",
+    "tests/alibi_attention/every_backend/test_horizon.py",
+    "tests/alibi_attention/every_backend/test_horizon_margins.py",
+    "tests/alibi_attention/every_backend/test_placement.py",
     "tests/alibi_attention/test_packed.py",
-    "tests/alibi_attention/test_triton.py",
     "tests/engine/test_backends.py",
     "tests/engine/test_bf16_gradients.py",
     "tests/engine/test_build.py",
     "tests/engine/test_fused.py",
     "tests/engine/test_step.py",
     "tests/model/test_fused.py",
-    "tests/studies/test_plan_memory.py",
-    "tests/test_train.py",
+    "tests/plan/test_memory.py",
+    "tests/train/test_loop.py",
 )
 
 

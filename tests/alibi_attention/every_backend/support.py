@@ -26,7 +26,6 @@ INTERPRETED = {capability.name for capability in HERE if not capability.auto}
 # Kernels are compiled there for each type and head dimension: fp16 goes the way of bf16.
 DTYPES = (torch.bfloat16, torch.float32) if ON_GPU else tuple(BOUNDS)
 HEAD_DIM = 64 if ON_GPU else 16
-gpu = pytest.mark.gpu
 fails_on_gpu = pytest.mark.xfail(ON_GPU, reason="on a GPU its fp32 errors are 6e-6 (README, limits)", strict=False)
 every_backend = pytest.mark.parametrize("backend", HERE, ids=lambda backend: backend.name)
 every_backend_and_dtype = pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from tests.alibi_attention.every_backend.support import (
     best_dtype,
     every_backend,
     every_backend_and_dtype,
-    gpu,
     pick,
     skipping_what_its_build_lacks,
     slopes_of,
 )
 from tests.support.device import DEVICE
+
+gpu = pytest.mark.gpu  # named in each file: by it a GPU's run finds them
 
 TOTAL_VARIATION_EXACT = 1e-3
 TOTAL_VARIATION_UNFUSED_BF16 = 1.2e-3  # its scores are rounded to the type of q

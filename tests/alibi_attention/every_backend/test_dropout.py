@@ -11,13 +11,14 @@ from alibi_attention import attention
 from tests.alibi_attention.every_backend.support import (
     attend_ref,
     every_backend_and_dtype,
-    gpu,
     pick,
     skipping_what_its_build_lacks,
     slopes_of,
     with_and_without_slopes,
 )
 from tests.support.device import DEVICE
+
+gpu = pytest.mark.gpu  # named in each file: by it a GPU's run finds them
 
 DROPOUT_ROUNDING = 1e-5  # of a single attention weight, beside the rounding of its own type
 

@@ -19,13 +19,14 @@ from tests.alibi_attention.every_backend.support import (
     best_dtype,
     every_backend,
     every_backend_and_dtype,
-    gpu,
     pick,
     plain_sdpa,
     randn,
     slopes_of,
 )
 from tests.support.device import DEVICE, ON_GPU
+
+gpu = pytest.mark.gpu  # named in each file: by it a GPU's run finds them
 
 ERROR_FACTOR_UNFUSED = 3.0  # its scores are rounded to the type of q, as the paper's code did; 2.7 was seen
 HEAD_DIMS = (96, 128, 256) if ON_GPU else (80,)

@@ -17,13 +17,14 @@ from tests.alibi_attention.every_backend.support import (
     attend_ref,
     best_dtype,
     every_backend,
-    gpu,
     pick,
     plain_sdpa,
     randn,
     slopes_of,
 )
 from tests.support.device import DEVICE
+
+gpu = pytest.mark.gpu  # named in each file: by it a GPU's run finds them
 
 HORIZON_ROUNDING = 4e-6  # times max |v|: what fp32 itself may move an output by, beside the horizon's promise
 

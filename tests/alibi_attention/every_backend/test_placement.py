@@ -14,12 +14,13 @@ from tests.alibi_attention.every_backend.support import (
     best_dtype,
     every_backend,
     every_backend_and_dtype,
-    gpu,
     pick,
     slopes_of,
     with_and_without_slopes,
 )
 from tests.support.device import DEVICE
+
+gpu = pytest.mark.gpu  # named in each file: by it a GPU's run finds them
 
 
 @gpu
