@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         capabilities = _choose(options.backends)
         lengths = _parse_lengths(options.lengths)
         if options.write_readme and not (README.exists() and START in README.read_text(encoding="utf-8")):
-            raise ValueError(f"--write-readme: {README} has no place for the contract")
+            raise ValueError(f"--write-readme: {README} must have the line {START}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -95,7 +95,7 @@ def _choose(names: str | None) -> list[Capability]:
     chosen = names.split(",") if names else list(by_name)
     for name in chosen:
         if name not in by_name:
-            raise ValueError(f"--backends={names}: {name!r} is none of {', '.join(by_name)}")
+            raise ValueError(f"--backends={names}: each name must be one of {', '.join(by_name)}, got {name!r}")
     return [by_name[name] for name in chosen]
 
 
@@ -107,7 +107,7 @@ def _parse_lengths(text: str) -> list[int]:
 
 
 def _print_overview(capabilities: Sequence[Capability], device: str) -> None:
-    """Print one line for each back end and type with its measured error, then the back ends' own words."""
+    """Print one line for each back end and type with its measured error, then what each says of its exactness."""
     lines: list[Sequence[str]] = [_COLUMNS]
     for capability in capabilities:
         lines += _overview_lines(capability, device) if capability.usable else []
@@ -121,7 +121,7 @@ def _print_overview(capabilities: Sequence[Capability], device: str) -> None:
 
 
 def _overview_lines(capability: Capability, device: str) -> Iterator[Sequence[str]]:
-    """Yield a line for each type; what does not depend on the type stands on the first alone."""
+    """Yield a line for each type; what does not depend on the type stands on the first line only."""
     name, devices = capability.name, ", ".join(capability.devices)
     head_dim = "any" if capability.max_head_dim is None else f"<= {capability.max_head_dim}"
     can = {True: "yes", False: "no"}
@@ -138,7 +138,7 @@ def _overview_lines(capability: Capability, device: str) -> Iterator[Sequence[st
 
 
 def _describe_contract(capabilities: Sequence[Capability], lengths: Sequence[int], device: str) -> str:
-    """Measure, with progress on stderr, and return the table under what it depends on."""
+    """Measure, with progress on stderr, and return the table below a description of what it depends on."""
     rows: list[Row] = []
     start = time.monotonic()
     for row in measure(capabilities, lengths, device):

@@ -1,4 +1,4 @@
-"""Documents packed into one batch: boundaries, and the loop for back ends that know no documents themselves."""
+"""Documents packed into one batch: their boundaries, and a loop for back ends that have no documents of their own."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 
 
 class PackedDocuments:
-    """The documents of a batch: their boundaries, read once, and what the back ends make of them, made once.
+    """The documents of a batch: their boundaries, read once, and what the back ends derive from them, derived once.
 
-    A model makes it once for all of its layers. From boundaries on the host nothing waits for the device, in no layer.
-    It is not to be changed, nor are the boundaries that it was made of.
+    A model makes one for all of its layers. If the boundaries are on the host, no layer waits for the device. Neither
+    the object nor the boundaries that it was made of may be changed.
 
     Args:
         cu_seqlens: Boundaries [N + 1], int32, over the flattened tokens of the batch; documents may be empty. They are
-            best on the host: on a device they are read back, which waits for it.
-        num_tokens: Tokens of the batch, B * S.
-        device: Of q, k and v; None: that of ``cu_seqlens``.
+            best on the host: boundaries on a device are read back, which waits for it.
+        num_tokens: Number of tokens of the batch, B * S.
+        device: Device of q, k and v, or None for that of ``cu_seqlens``.
 
     Attributes:
-        cu_seqlens: The boundaries on the device.
-        lengths: Tokens of each document.
-        max_length: Tokens of the longest.
-        num_tokens: Tokens of all.
+        cu_seqlens: The boundaries, on the device of q, k and v.
+        lengths: Number of tokens of each document.
+        max_length: Number of tokens of the longest document.
+        num_tokens: Number of tokens of all documents.
 
     Raises:
         ValueError: The boundaries have another type, or do not rise from 0 to ``num_tokens``.
@@ -46,11 +46,14 @@ class PackedDocuments:
         self._blocks: dict[int, torch.Tensor] = {}
 
     def blocks(self, block: int) -> torch.Tensor:
-        """Return the blocks of so many tokens that the documents are cut into, the same tensor at each call.
+        """Return the blocks that the documents are cut into, the same tensor at each call.
+
+        Args:
+            block: Number of tokens of a block.
 
         Returns:
-            Of every block its document, its number in it, and the document's first block among all, int32 [3, blocks]
-            on the device; those with the most causal work come first.
+            For every block its document, its number within the document, and the document's first block among all
+            blocks: int32 [3, blocks] on the device. Blocks with the most causal work come first.
         """
         if block not in self._blocks:
             lengths = torch.tensor(self.lengths)
@@ -78,7 +81,7 @@ def attend_per_document(
     if documents is None:
         return attend(q_BSHK, k_BSHK, v_BSHK)
     batch, seq_length = q_BSHK.shape[:2]
-    # Tensor.split, not slices: its backward is one concatenation, not one zero-filled batch for each document.
+    # Tensor.split, not slices: its backward pass is one concatenation, not one zero-filled batch per document.
     documents_q, documents_k, documents_v = (x.flatten(0, 1).split(documents.lengths) for x in (q_BSHK, k_BSHK, v_BSHK))
     same_length: defaultdict[int, list[int]] = defaultdict(list)
     for document, length in enumerate(documents.lengths):

@@ -1,8 +1,8 @@
 """q, k and v that are parts of one tensor, as a model's one matrix product makes them, and their gradients likewise.
 
-The gradient of a tensor that was taken apart is a tensor put together: a copy of all three, unless a back end has
-written dq, dk and dv into one buffer from the beginning. ``empty_gradients`` makes that buffer, and the backward of
-``split_qkv`` knows it again.
+The gradient of a tensor that was split is put together from the gradients of its parts. That copies all three, unless
+a back end has written dq, dk and dv into one buffer from the beginning: ``empty_gradients`` allocates that buffer, and
+the backward pass of ``split_qkv`` recognises it.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension.
 """

@@ -28,8 +28,8 @@ def alibi_slopes(num_heads: int) -> torch.Tensor:
 def local_slopes(num_heads: int, start: int, count: int) -> torch.Tensor:
     """Return the slopes of the heads ``start`` ... ``start + count - 1`` of a model of ``num_heads`` heads.
 
-    A tensor-parallel rank that holds some of the heads asks by their global ids: ``alibi_slopes`` of its local count
-    would give every rank the same, wrong slopes.
+    A tensor-parallel rank that holds some of the heads asks by their global ids: ``alibi_slopes`` of its local number
+    of heads would give every rank the same, wrong slopes.
 
     Args:
         num_heads: Number of heads of the whole model.

@@ -1,7 +1,7 @@
-"""The model's row operations in one pass each way over their tensors, by Triton kernels: for CUDA.
+"""The model's row operations on CUDA, by Triton kernels that pass over their tensors once each way.
 
-Usable without megalibi. Everything takes plain tensors and numbers. ``can_fuse`` says whether a tensor can be given to
-the rest; where it cannot, the caller computes the same in PyTorch.
+The package can be used without megalibi: everything takes plain tensors and numbers. ``can_fuse`` says whether the
+kernels take a tensor; where they do not, the caller computes the same in PyTorch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The two passes over the logits of a cross entropy whose columns may be a part of the vocabulary.
 
-What stands between them, the combination of the parts, is the caller's: this file knows one part.
+The caller combines the parts between the two passes: this module handles one part.
 
 Shapes: N rows, V columns.
 """
@@ -21,12 +21,13 @@ def reduce_rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the largest logit of each row, the sum of exp(logit - largest), and the logit of its label; fp32 [N] each.
 
-    Without columns the largest is the lowest finite number, and the sum 0. A label that is no column here has logit 0.
+    If there are no columns, the largest logit is the lowest finite number and the sum is 0. A label that is not a
+    column here has logit 0.
 
     Args:
-        logits_NV: Rows may lie any number of elements apart.
-        labels_N: Ids, int64.
-        num_columns: Columns from here on are padding, and take no part.
+        logits_NV: Logits; rows may lie any number of elements apart.
+        labels_N: Ids of the labels, int64.
+        num_columns: Number of columns that are tokens; the columns after them are padding and take no part.
         first_column: The id of the first column.
     """
     logits_NV, labels_N = _with_dense_rows(logits_NV), labels_N.contiguous()
@@ -57,14 +58,15 @@ def find_gradient(
     """Return the gradient of the logits [N, V], in their type: (softmax - one_hot(label)) x the loss's gradient.
 
     Args:
-        logits_NV: As ``reduce_rows`` had them.
-        labels_N: Likewise.
-        largest_N: A row's largest logit, over the whole vocabulary.
-        sum_N: The sum of exp(logit - largest), likewise.
+        logits_NV: The logits that ``reduce_rows`` was given.
+        labels_N: The labels that ``reduce_rows`` was given.
+        largest_N: Largest logit of each row, over the whole vocabulary.
+        sum_N: Sum of exp(logit - largest) of each row, over the whole vocabulary.
         grad_loss_N: Gradient of each row's loss, fp32.
-        num_columns: As for ``reduce_rows``; the rest gets a gradient of 0.
+        num_columns: As for ``reduce_rows``; the columns after them get a gradient of 0.
         first_column: As for ``reduce_rows``.
-        overwrite: The gradient takes the place of the logits. Autograd is told, and refuses whoever reads them later.
+        overwrite: Whether the gradient takes the place of the logits. Autograd is told, and raises an error if they are
+            read later.
     """
     rows_NV = _with_dense_rows(logits_NV)
     grad_NV = rows_NV.detach() if overwrite else torch.empty_like(rows_NV, memory_format=torch.contiguous_format)

@@ -12,11 +12,11 @@ from fused_ops.triton_common import round_to
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp2 is one instruction, exp is two
 LOWEST = tl.constexpr(-2e38)
-"""Below any logit, and a number: its distance from one does not overflow."""
+"""A finite number below any logit: its distance from a logit does not overflow."""
 BLOCK, WARPS = 2048, 4
-"""Columns at once: 16 a thread, in bf16 two loads of 16 bytes."""
+"""Columns that a program handles at once, and its warps: 16 columns for each thread, in bf16 two loads of 16 bytes."""
 NOT_SPECIALIZED = ("num_columns", "first_column")
-"""A new number would be a new compilation."""
+"""Arguments that the kernels are not specialised for: each new number would be a new compilation."""
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

@@ -11,10 +11,11 @@ import triton.language as tl
 from fused_ops.triton_common import INTERPRETED, round_to
 
 _MIN_WIDTH_OF_WARP = 512
-"""16 numbers a thread."""
+"""Fewest columns that a warp is given: 16 for each thread."""
 WARPS_OF_PROCESSOR = 16
-"""Of the backward pass, on each multiprocessor: their registers leave no room for more."""
+"""Warps of the backward pass on each multiprocessor: their registers leave no room for more."""
 PROGRAMS_INTERPRETED = 3
+"""Programs of the backward pass in the interpreter."""
 
 
 def find_block(width: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What the kernels share. Importing it fails where Triton is missing or too old; ``availability`` alone minds that."""
+"""What the kernels share. Importing it fails where Triton is missing or too old, which ``availability`` handles."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def build_on_meta(config: Config, derived: Derived, *, attention: str, group: Gr
         attention: fused or unfused, whatever the run's own back end is.
         group: The tensor group.
     """
-    # Of tensors on the meta device "auto" makes a fused kernel's shapes.
+    # On the meta device "auto" has the shapes of a fused kernel.
     backend = "unfused" if attention == "unfused" else "auto"
     with torch.device("meta"):
         return GPT(
@@ -137,7 +137,7 @@ def planning_for(model: ModelConfig, device_type: str, *kernels: str) -> Iterato
     Args:
         model: The network.
         device_type: cpu or cuda.
-        kernels: Of fused_ops, which run on CUDA: layer norms count there only where they are named.
+        kernels: Names of kernels of fused_ops that run on CUDA beside that of cross entropy.
     """
     fused = (CROSS_ENTROPY, *kernels) if device_type == "cuda" else ()
     with standing_for(device_type), fusing_on_meta(*fused), _TokensOfBands(model):
@@ -145,7 +145,7 @@ def planning_for(model: ModelConfig, device_type: str, *kernels: str) -> Iterato
 
 
 class _TokensOfBands(TorchDispatchMode):
-    """Answers which tokens are of a later band of an adaptive softmax: as many as Zipf's law has there."""
+    """Says which tokens belong to a later band of an adaptive softmax: as many as Zipf's law puts there."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class _TokensOfBands(TorchDispatchMode):
         self._shares = cycle(shares or [1.0])
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer, or run the operation."""
+        """Return as many indices as Zipf's law asks for, or run the operation."""
         if function is torch.ops.aten.nonzero.default and args[0].device.type == "meta":
             count = math.ceil(next(self._shares) * args[0].numel())
             return torch.empty(count, args[0].dim(), dtype=torch.int64, device="meta")

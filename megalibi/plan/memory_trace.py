@@ -1,7 +1,7 @@
 """What one rank holds at the peak of a training step, by kind: from the life of every tensor's storage.
 
 A dispatch mode sees each storage when an operation makes it and again when it dies, on a CPU, on CUDA and on the meta
-device alike, so that plans (plan_memory.py) and measurements are made by the same accounting. What an operation holds
+device alike, so that plans (memory.py) and measurements are made by the same accounting. What an operation holds
 inside itself it does not see; on CUDA the allocator's own peak adds that.
 """
 
@@ -37,22 +37,25 @@ class MemoryByKind:
     optimizer_states: int
     """Moments, and the fp32 master weights where they are not the parameters themselves."""
     activations: int
-    """What the forward pass made and still holds for the backward pass, the logits but for attention's part."""
+    """What the forward pass has made and holds for the backward pass, logits included, except attention's workspace."""
     attention_workspace: int
-    """What attention holds beyond its inputs and its output: scores and weights, or a fused kernel's row sums."""
+    """What attention holds beyond its inputs and its output: scores and weights, or the row sums of a fused kernel."""
     other: int
-    """Temporaries of the backward pass (the logits' fp32 ones are the largest), reduction buckets, the batch."""
+    """Temporaries of the backward pass (the largest are the logits' in fp32), reduction buckets, and the batch."""
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Bytes of all kinds."""
         return sum(asdict(self).values())
 
 
 class MemoryTrace(TorchDispatchMode):
-    """Logs when storages come and go; a storage's kind may be told at any time of its life.
+    """Records when storages come and go, and of which kind they are.
 
-    A storage gets the kind of the scope it is made in, unless it is marked.
+    A storage gets the kind of the scope it is made in, unless it is marked with another at any time of its life.
+
+    Args:
+        parameters: Parameters of the model, whose storages are weights.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter] = ()) -> None:
@@ -65,7 +68,7 @@ class MemoryTrace(TorchDispatchMode):
         self._alive: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and meet the storages of what it takes and gives."""
+        """Run the operation, and register the storages of its arguments and results."""
         for tensor in _tensors_in((args, kwargs)):
             if id(tensor) in self._parameters:  # ZeRO 3 gives it another storage whenever it gathers it
                 self.mark(tensor, WEIGHTS)
@@ -94,14 +97,19 @@ class MemoryTrace(TorchDispatchMode):
             self._events.append(~number)
 
     def mark(self, tensors: Any, kind: str) -> None:
-        """Say what the storages of some tensors are; weights stay weights."""
+        """Set the kind of the storages of some tensors; weights stay weights.
+
+        Args:
+            tensors: A tensor, or any nesting of containers that has some.
+            kind: One of the fields of MemoryByKind.
+        """
         for tensor in _tensors_in(tensors):
             number = self._meet(tensor, kind)
             if self._kinds[number] != WEIGHTS:
                 self._kinds[number] = kind
 
     def enter(self, kind: str) -> None:
-        """Begin a scope."""
+        """Begin a scope: storages that are made in it are of this kind."""
         self._scopes.append(kind)
 
     def leave(self, *_: Any) -> None:
@@ -129,11 +137,11 @@ def _tensors_in(tree: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def tracing_model(trace: MemoryTrace, model: GPT) -> Iterator[None]:
-    """Tell the trace, through hooks, when the model is in its forward pass, in attention, and what a gradient is.
+    """Tell the trace, through hooks, when the model is in its forward pass or in attention, and what a gradient is.
 
     Args:
-        trace: Told of scopes and gradients.
-        model: It gets hooks, and loses them at the end.
+        trace: The trace that is told.
+        model: The model, which gets hooks and loses them at the end.
     """
     with ExitStack() as hooks:
 
@@ -180,7 +188,7 @@ def _trace_attention_backward(trace: MemoryTrace, attention: SelfAttention, on: 
 
 @contextmanager
 def _query_and_key_are_inputs(trace: MemoryTrace, attention: SelfAttention) -> Iterator[None]:
-    """What a position method makes of q and k goes into attention, and is none of its workspace."""
+    """Count what a position method makes of q and k as attention's inputs, not as its workspace."""
     apply = attention.apply_to_query_key
 
     def applied(q_BSAK: Tensor, k_BSAK: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,14 +208,14 @@ def _query_and_key_are_inputs(trace: MemoryTrace, attention: SelfAttention) -> I
 def measure_memory(engine: Any, run_step: Callable[[], object], device: torch.device) -> MemoryByKind:
     """Take one training step and return what this rank held when it held most.
 
-    Take a step or more before: the first one makes optimizer states, and leaves gradients that the next one meets. The
-    step is slow, so it is none to be timed.
+    Take at least one step before: the first step makes the optimizer states, and leaves gradients that the next one
+    finds. The traced step is slow, so do not time it.
 
     Args:
-        engine: From build_engine.
-        run_step: Takes the step, all its micro batches.
-        device: Where this rank computes. On CUDA the peak is the allocator's, and what the trace does not see of it is
-            in ``other``.
+        engine: The engine, from build_engine.
+        run_step: Takes one step with all its micro batches.
+        device: The device of this rank. On CUDA the peak is the allocator's, and the part of it that the trace does
+            not see is counted in ``other``.
     """
     model: GPT = engine.module
     parameters = list(model.parameters())
@@ -235,7 +243,7 @@ def measure_memory(engine: Any, run_step: Callable[[], object], device: torch.de
 
 
 def _mark_gradient(trace: MemoryTrace, optimizer: Any, parameter: nn.Parameter) -> None:
-    """Mark what ZeRO 1 and 2 have made of a gradient: some of it lives for a micro batch only."""
+    """Mark the tensors that ZeRO 1 and 2 make of a gradient, some of which live for one micro batch only."""
     trace.mark([getattr(parameter, "grad_accum", None), getattr(optimizer, "grads_in_partition", None)], GRADIENTS)
     _mark_buckets(trace, optimizer)  # where gradients go through
 

@@ -43,7 +43,7 @@ PARTS = {
     "model": (EMBEDDING, EMBEDDING),
     "outside": (OTHER, OTHER),
 }
-"""By scope: the part of its matrix products, and of all else."""
+"""By scope: the part that its matrix products belong to, and the part that everything else belongs to."""
 PRODUCTS = (QKV, PROJECTION, UP, DOWN, LOGITS, SCORE_PRODUCTS)
 """The parts that are matrix products."""
 
@@ -53,22 +53,22 @@ _KERNEL_PARTS = {CROSS_ENTROPY_KERNEL: CROSS_ENTROPY, LAYER_NORM_KERNEL: NORM}
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
 _LOOKUPS = {_aten.embedding, _aten.gather, _aten.index, _aten.index_select}
-"""Of the first tensor they read as much as they return."""
+"""Operations that read as much of their first tensor as they return."""
 _SCATTERS = {_aten.scatter_add_, _aten.index_add_, _aten.index_put_}
-"""Of the first tensor they change as much as the last one is."""
+"""Operations that change as much of their first tensor as their last one holds."""
 _OVERWRITES = {_aten.copy_, _aten.fill_, _aten.zero_}
-"""They do not read what they write."""
+"""Operations that do not read what they write."""
 _SCOPE = "megalibi scope"
 
 
 @dataclass
 class Work:
-    """What is done."""
+    """What a part of the model computes and moves."""
 
     flops: float = 0.0
-    """Of matrix products: all else is bound by memory."""
+    """Floating point operations of matrix products; everything else is bound by memory."""
     bytes: float = 0.0
-    """Read and written."""
+    """Bytes that are read and written."""
 
 
 @dataclass
@@ -76,6 +76,7 @@ class WorkTrace(TorchDispatchMode):
     """Counts every operation, and adds it to a part."""
 
     parts: dict[str, Work] = field(default_factory=dict)
+    """Work by the name of the part."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -98,8 +99,8 @@ class WorkTrace(TorchDispatchMode):
         if len(self._scopes) > 1 or node is None:
             return self._scopes[-1]
         scope: str = node.metadata.get(_SCOPE, "outside")
-        # The residual stream's gradient comes from two sides; where no kernel of the norm has added them up, autograd
-        # does when the norm's is there.
+        # The residual stream's gradient comes from two sides. Where no kernel of the norm has added them up, autograd
+        # does so as soon as that of the norm is there.
         is_sum = function.overloadpacket in (_aten.add, _aten.add_)
         return "block" if scope == "norm" and is_sum else scope
 
@@ -110,12 +111,12 @@ class WorkTrace(TorchDispatchMode):
         work.bytes += moved
 
     def enter(self, scope: str, inputs: Any) -> None:
-        """Begin a scope; what made its inputs belongs to the one around it."""
+        """Begin a scope. The autograd nodes of its inputs belong to the scope around it."""
         self._tag(inputs)
         self._scopes.append(scope)
 
     def leave(self, outputs: Any) -> None:
-        """End the innermost scope, and let the nodes that it made remember it."""
+        """End the innermost scope, and note it on the autograd nodes that were made in it."""
         self._tag(outputs)
         self._scopes.pop()
 
@@ -134,7 +135,7 @@ def count_operation(function: Any, args: Any, kwargs: Any, result: Any) -> tuple
     Args:
         function: The operator.
         args: What it was called with.
-        kwargs: The same.
+        kwargs: What it was called with by name.
         result: What it returned.
     """
     packet = function.overloadpacket
@@ -209,7 +210,7 @@ def _scopes_of(model: GPT) -> Iterable[tuple[nn.Module, str]]:
 
 
 def _counted(attend: Callable[..., Tensor], trace: WorkTrace, kernel: bool) -> Callable[..., Tensor]:
-    """Return attention in a scope of its own; a kernel is counted here, forward and, by a hook, backward."""
+    """Return attention in a scope of its own. A kernel is counted here, and its backward pass by a hook."""
 
     def counted(*qkv: Tensor, **arguments: Any) -> Tensor:
         trace.enter("kernel", qkv)

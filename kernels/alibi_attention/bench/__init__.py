@@ -1,1 +1,1 @@
-"""What measures attention: its time, its peers and the contract that every back end keeps."""
+"""Measurements of attention: its time, beside its peers, and the contract of exactness that every back end keeps."""

@@ -42,24 +42,24 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Row:
-    """The errors of one back end in one type at one length: of all head counts, each the largest."""
+    """The errors of one back end in one type at one length, each the largest over all head counts."""
 
     backend: str
-    """Its name."""
+    """Name of the back end."""
     dtype: str
     """Type of q, k and v, as torch writes it."""
     length: int
-    """Tokens."""
+    """Number of tokens."""
     heads: str
-    """Head counts, and how many of their heads were measured if not all."""
+    """Head counts of the models, and how many of their heads were measured if not all."""
     errors: tuple[float, ...]
     """||x - x64|| / ||x64|| of output, dq, dk and dv."""
     max_error: float
     """max |x - x64| / max |x64|, the largest of the four."""
     ratio: float
-    """Largest of the four errors, each divided by that of plain attention."""
+    """Largest of the four errors after each is divided by that of plain attention."""
     head_ratio: float
-    """The same of single heads: the largest."""
+    """Largest such ratio of a single head."""
     total_variation: float
     """Mean total variation between the last queries' attention rows and the exact ones."""
     interpreted: bool = False
@@ -70,9 +70,9 @@ def measure(capabilities: Iterable[Capability], lengths: Sequence[int], device: 
     """Measure every usable back end in every type it takes, and yield a row as soon as it is known.
 
     Args:
-        capabilities: Back ends, from ``backends()``.
-        lengths: Tokens; interpreted back ends are measured at ``INTERPRETED_LENGTHS`` instead.
-        device: Where.
+        capabilities: The back ends to measure, from ``backends()``.
+        lengths: Numbers of tokens; interpreted back ends are measured at ``INTERPRETED_LENGTHS`` instead.
+        device: Type of the device to measure on.
     """
     compiled = [capability for capability in capabilities if not is_interpreted(capability, device)]
     interpreted = [capability for capability in capabilities if is_interpreted(capability, device)]
@@ -86,7 +86,7 @@ def measure(capabilities: Iterable[Capability], lengths: Sequence[int], device: 
 
 
 def is_interpreted(capability: Capability, device: str) -> bool:
-    """Return whether this back end is a GPU's that an interpreter runs here: right, and a thousand times slower."""
+    """Return whether an interpreter runs this back end here in place of a GPU: correct, and a thousand times slower."""
     return device == "cpu" and capability.usable and "cpu" in capability.devices and not capability.auto
 
 
@@ -125,7 +125,7 @@ def exact_rows(
 
 
 def measured_rows(attend: Attend, q_BQHK: torch.Tensor, k_BSHK: torch.Tensor) -> torch.Tensor:
-    """Return the attention weights [H, Q, S] that a back end uses: what it makes of the columns of the identity."""
+    """Return the attention weights [H, Q, S] that a back end uses: its output for the columns of the identity as v."""
     (_, _, num_heads, head_dim), seq_length = q_BQHK.shape, k_BSHK.shape[1]
     piece_bytes = k_BSHK.element_size() * seq_length * head_dim * num_heads
     width = min(-(-seq_length // head_dim), max(1, _IDENTITY_BYTES // piece_bytes))  # pieces of the identity at once
@@ -174,9 +174,9 @@ def measure_type(
     device: str = "cpu",
     head_counts: Sequence[int] = HEAD_COUNTS,
 ) -> Iterator[Row]:
-    """Measure some back ends that take this type, on the same inputs, whose fp64 is computed once.
+    """Measure some back ends that take this type, on the same inputs, for which the fp64 results are computed once.
 
-    One that refuses when it is run is said in a warning, and has no row.
+    A back end that refuses when it is run is named in a warning and has no row.
     """
     some = length > _ALL_HEADS_UP_TO or any(is_interpreted(capability, device) for capability in able)
     by_backend: dict[str, list[tuple[list[float], float, float, float, float]]] = {c.name: [] for c in able}

@@ -31,21 +31,21 @@ class Peer:
     """Somebody else's attention."""
 
     name: str
-    """What it is called in a table."""
+    """Its name in a table."""
     what: str
     """What exactly is timed."""
     build: Callable[[torch.Tensor, torch.Tensor], Attend]
-    """From a q of the right shape, type and device, and the slopes [H], to the function that is timed."""
+    """Returns the function that is timed, for a q of the right shape, type and device, and the slopes [H]."""
     package: str = ""
-    """Package or module that it needs besides torch."""
+    """Package or module that it needs besides torch, or empty."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     """Device types it runs on."""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
     """Types of q, k and v."""
     bytes_per_score: int = 0
-    """About the most that it holds for each of the B x H x S x S scores."""
+    """About the most bytes that it holds for each of the B x H x S x S scores."""
     find_lack: Callable[[], str | None] = lambda: None
-    """Finds out why what is installed does not do; asked where the package is."""
+    """Returns why the installed package will not do, or None if it will; called only if the package is there."""
 
     def find_refusal(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Return why it cannot run here, or None."""
@@ -57,7 +57,7 @@ class Peer:
             if self.package and not _is_installed(self.package):
                 return f"{self.package} is not installed"
             return self.find_lack()
-        except Exception as error:  # anything may come of an import: a build for another torch lacks a symbol
+        except Exception as error:  # an import may raise anything: a build for another torch lacks a symbol
             return f"{self.package or 'torch'} cannot be used: {' '.join(str(error).split())}"
 
 

@@ -1,4 +1,4 @@
-"""Timing attention functions in turns, and their memory; tools/benchmark_attention.py of megalibi is its command.
+"""Timing of attention functions in turns, and their memory; megalibi's tools/benchmark_attention.py is the command.
 
 All contestants of a case are timed one after the other, again and again, so that the machine's other work hits them
 alike; ratios are taken turn by turn.
@@ -39,26 +39,26 @@ _CALLS_BEFORE_CAPTURE = 3
 
 @dataclass(frozen=True)
 class Case:
-    """What all contestants are given."""
+    """The problem that all contestants are given."""
 
     device: str
     """``cpu`` or ``cuda``."""
     dtype: str
     """Type of q, k and v, as torch writes it."""
     batch: int
-    """Rows."""
+    """Number of rows."""
     length: int
-    """Queries and keys."""
+    """Number of queries, and of keys."""
     num_heads: int
-    """Heads; their slopes are those of a model of so many."""
+    """Number of heads; their slopes are those of a model with this number of heads."""
     head_dim: int
-    """Numbers per head."""
+    """Head dimension."""
     mode: str
     """One of ``MODES``."""
     qk: str | None = None
-    """File with q and k of a trained model; None: standard normal."""
+    """File with q and k of a trained model, or None for standard normal inputs."""
     cuda_graph: bool = False
-    """Whether a captured graph is timed, which leaves out what the host does between the kernels."""
+    """Whether a captured CUDA graph is timed, which leaves out what the host does between the kernels."""
 
     @property
     def flop(self) -> float:
@@ -76,11 +76,11 @@ class Contestant:
     build: Callable[[torch.Tensor, torch.Tensor], Attend]
     """From a sample of q and the slopes to the function."""
     refusal: str | None = None
-    """Why it cannot run here."""
+    """Why it cannot run here, or None if it can."""
     bytes_per_score: int = 0
-    """About the most that it holds for each of its batch x heads x length^2 scores."""
+    """About the most bytes that it holds for each of its batch x heads x length^2 scores."""
     by_name_alone: bool = False
-    """Whether an interpreter runs it here: that takes hours."""
+    """Whether it takes part only where it is named, because an interpreter runs it here, which takes hours."""
 
 
 def find_contestants(device: str, dtype: str, head_dim: int) -> dict[str, Contestant]:
@@ -153,7 +153,7 @@ def measure_times(case: Case, names: Sequence[str], repeats: int) -> dict[str, d
 def measure_memory(case: Case, name: str) -> int | None:
     """Return the most bytes that a call holds beyond q, k, v and the upstream gradient: bias, output, gradients, all.
 
-    None if the process that was to find out did not live to say it.
+    None if the process that measures it died, as one does that the system ends for its memory.
     """
     if case.device == "cuda":
         return _peak_bytes(case, name)

@@ -1,4 +1,4 @@
-"""What is special to flash-attn, on a GPU where there is one; what every back end owes: test_every_backend.py."""
+"""What is special to flash-attn, on a GPU where there is one; what every back end owes: every_backend/."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from alibi_attention import alibi_slopes, attention
 from alibi_attention.bench.peers import PEERS, build_plain, find_forget_gate
 
-BOUNDS = {torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # as in test_every_backend.py
+BOUNDS = {torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # as in every_backend/support.py
 # What they do with the bias is theirs: Bloom rounds bias and weights to 16 bits, MPT the weights.
 BOUND_OF_16_BIT_BIAS = {"bloom": 0.05, "mpt": 0.01}
 OPTIONAL = ("transformers", "forgetting_transformer")

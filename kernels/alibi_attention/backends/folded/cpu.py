@@ -9,11 +9,11 @@ That kernel adds a mask to the scores and takes any strides for it, in its causa
   shown its own keys and the ``window`` keys before it, as overlapping views, under the exact bias, which is linear in
   memory too (sdpa.py: read backwards, the rows of queries are windows of one vector).
 
-Every query stands in exactly one call, so nothing is merged, and the kernel's backward, called with the same views,
-gives the gradients; those of keys that several calls saw are summed in fp32.
+Every query belongs to exactly one call, so nothing is merged, and the kernel's backward pass, called with the same
+views, gives the gradients. Gradients of keys that several calls saw are summed in fp32.
 
-folded.py alone imports this. Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries of a block,
-T keys it is shown; in front of them C is the batch of a call, G its heads.
+Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries of a block, T keys it is shown; in front of
+them C is the batch of a call, G its heads.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 
 from alibi_attention.backends.sdpa import reversed_bias
 
-# The operators behind scaled_dot_product_attention on a CPU. Its documentation forbids a mask in causal mode, and only
-# older versions of it refuse one (github.com/pytorch/pytorch/issues/187801): find_missing tries what the operators do.
+# The operators behind scaled_dot_product_attention on a CPU. Its documentation forbids a mask in causal mode, but only
+# older versions refuse one (github.com/pytorch/pytorch/issues/187801), so find_missing tries what the operators do.
 _forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
@@ -64,13 +64,15 @@ class Part:
     """One call of the kernel: blocks of queries, one after the other, each with its keys."""
 
     first_query: int
+    """First query of the first block."""
     queries: int
-    """Queries of a block."""
+    """Number of queries of each block."""
     first_key: int
-    """First key of the first block; those of the next are ``queries`` further on."""
+    """First key of the first block; each further block starts ``queries`` keys later."""
     keys: int
-    """Keys that a block is shown; of two neighbours they overlap."""
+    """Number of keys that each block is shown; those of neighbouring blocks overlap."""
     blocks: int = 1
+    """Number of blocks."""
     causal: bool = False
     """Whether queries and keys start at one position and the kernel leaves out the future."""
 
@@ -83,7 +85,7 @@ class Part:
 def plan_head(
     horizon: int, slope: float, num_queries: int, num_keys: int, query_offset: int, dtype: torch.dtype
 ) -> tuple[Part, ...]:
-    """Return the cheapest calls that show every query all keys within a distance of ``horizon``, or more."""
+    """Return the cheapest calls that show every query at least all keys within a distance of ``horizon``."""
     furthest = query_offset + num_queries - 1
     is_16_bit = dtype.itemsize == 2
     multiple = _BLOCK_MULTIPLE_16_BIT if is_16_bit else _BLOCK_MULTIPLE

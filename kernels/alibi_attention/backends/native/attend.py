@@ -49,7 +49,7 @@ def attend(inputs: AttentionInputs) -> torch.Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Saves the output, the largest score and the sum of each row, and how far left each block of queries went."""
+    """Saves the output, the largest score and the sum of each row, and the first key that each block of queries saw."""
 
     @staticmethod
     def forward(
@@ -133,7 +133,7 @@ class _Problem(ctypes.Structure):
 
 
 def _run(direction: str, tensors: dict[str, torch.Tensor], constants: dict[str, float]) -> None:
-    """Call the kernel; results are written into the tensors that forward and backward made for them."""
+    """Call the kernel, which writes its results into the tensors that forward and backward have made for them."""
     library, reason = native_library.load()
     assert library is not None, reason
     q_BSHK = tensors["q"]

@@ -4,7 +4,7 @@
 // that maxima, sums and the bias are plain vector arithmetic and nothing is ever reduced across lanes. All arithmetic is
 // fp32, whatever the type of the inputs; the bias is the fp32 slope times an integer distance, rounded once.
 //
-// Plain C++17 with the vector extensions of GCC and Clang, no header of PyTorch: it compiles in seconds (native.py does).
+// Plain C++17 with the vector extensions of GCC and Clang, no header of PyTorch: it compiles in seconds (library.py does).
 #include "native_tile.h"
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 #include <numeric>
 #include <vector>
 
-// What native.py passes, field for field. Strides and bases count elements.
+// What attend.py passes, field for field. Strides and bases count elements.
 struct Sequence {  // a row of the batch, or a document
   int64_t q_base, k_base, v_base;
   int64_t first_query, first_key, first_query_block;  // counted over all sequences

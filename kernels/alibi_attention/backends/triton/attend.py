@@ -1,7 +1,7 @@
 """Our Triton kernels: the bias from the fp32 slope in registers, and no visit to keys past a head's horizon.
 
-triton_forward.py has the horizon, triton_backward.py the gradients. Memory is linear in S. On a CPU the kernels run in
-Triton's interpreter, if the environment had TRITON_INTERPRET=1 when this was imported: for tests, by name alone.
+forward.py has the horizon, backward.py the gradients. Memory is linear in S. On a CPU the kernels run in Triton's
+interpreter if the environment had TRITON_INTERPRET=1 when this was imported: for tests, and by name only.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension, N blocks; G groups, the heads of all sequences of the
 batch, or the heads alone if documents are packed.
@@ -33,9 +33,9 @@ else:
 NAME = "triton"
 
 _MAX_HEAD_DIM = 256
-# Fewer blocks of keys have none to leave out: the block before the diagonal is always too near.
+# With fewer blocks of keys none can be left out: the block before the diagonal is always too near.
 _MIN_HORIZON_BLOCKS = 3
-# For which launches are kept. A training has a few, and a few dozen where documents are packed.
+# Number of shapes whose launches are kept. A training has a few, and a few dozen where documents are packed.
 _MAX_SHAPES = 512
 
 
@@ -174,7 +174,7 @@ def _forward_launches(
 ) -> tuple[Launch, Launch | None]:
     """Return the launches of the forward pass, and of the norms before it if there is a horizon.
 
-    Everything that Triton looks at in an argument has to be among those given here, if they are not all used.
+    The cache goes by the arguments: everything that Triton specialises a kernel for must be among them, used or not.
     """
     shape, groups = geometry.arguments(), geometry.num_groups
     programs = groups * geometry.num_query_blocks

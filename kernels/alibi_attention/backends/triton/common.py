@@ -4,8 +4,8 @@ A row is a sequence of the batch, or one of the documents packed into it. Its qu
 BLOCK tokens, and the horizon is a matter of such blocks: a kernel's own tiles divide them, so that all kernels mean the
 same pairs of query and key. A program computes one tile of one head of one row.
 
-triton_kernel.py alone imports this: it knows what to do without Triton. Shape suffixes of the kernels: M queries of a
-tile, N keys of a tile, K head dimension padded to a power of two.
+Importing this needs Triton; attend.py handles its absence. Shape suffixes of the kernels: M queries of a tile, N keys
+of a tile, K head dimension padded to a power of two.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the Triton kernels have to know of a call's shape: rows of one length, or packed documents.
+"""The shape of a call as the Triton kernels see it: rows of one length, or packed documents.
 
 A row is a sequence of the batch or a packed document. Its queries and its keys are cut into blocks, and programs are
-counted in blocks (triton_common.py). Needs no Triton.
+counted in blocks (common.py). This module needs no Triton.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension.
 """
@@ -18,40 +18,40 @@ _MIN_HEAD_DIM = 16  # of a matrix product
 
 
 class Documents(NamedTuple):
-    """Documents packed into a row, or rows of one length, which need neither."""
+    """The tensors that describe documents packed into a row; both are None for rows of one length."""
 
     cu_seqlens: torch.Tensor | None
-    """Their boundaries."""
+    """Boundaries of the documents [N + 1]."""
     tasks: torch.Tensor | None
-    """Of every block: its row, its number in it, the row's first block among all; ``PackedDocuments.blocks``."""
+    """Row, number within the row, and first block of the row, for every block: see ``PackedDocuments.blocks``."""
 
 
 NO_DOCUMENTS = Documents(None, None)
 
 
 class Geometry(NamedTuple):
-    """The shape of a call: numbers alone, by which what was made for a shape is found again."""
+    """The shape of a call: only numbers, so that it can key what is kept for a shape."""
 
     packed: bool
     """Whether the rows are packed documents."""
     num_groups: int
-    """Heads of all rows; heads, if documents are packed, since all of them share a block's number."""
+    """Number of heads of all rows; that of one row if documents are packed, which share the numbering of blocks."""
     num_heads: int
-    """Heads of a row."""
+    """Number of heads of a row."""
     num_query_blocks: int
-    """Blocks of queries in a row; in all documents, if they are packed."""
+    """Number of blocks of queries in a row, or in all documents if they are packed."""
     num_key_blocks: int
-    """Blocks of keys, likewise."""
+    """Number of blocks of keys in a row, or in all documents if they are packed."""
     num_queries: int
-    """Queries of a row; of all documents, if they are packed."""
+    """Number of queries of a row, or of all documents if they are packed."""
     num_keys: int
-    """Keys, likewise."""
+    """Number of keys of a row, or of all documents if they are packed."""
     query_offset: int
     """Position of a row's first query."""
     head_dim: int
-    """Head dimension."""
+    """Head dimension of q, k and v."""
     block: int
-    """Tokens of a block."""
+    """Number of tokens of a block."""
 
     def arguments(self) -> dict[str, Any]:
         """Return what every kernel is called with."""

@@ -1,8 +1,8 @@
-"""A Triton kernel launched many times at one shape: by way of its tuner once, and then without it.
+"""A Triton kernel launched many times at one shape: through its tuner once, and then directly.
 
 At every launch Triton builds the tuner's key, binds some forty arguments, asks each what the kernel may be specialised
-for, and asks the driver whose each address is. It takes longer than a GPU needs for a short sequence. For one device,
-type and shape all of it has one answer, but for the addresses. Needs no Triton of its own.
+for, and asks the driver which device each address belongs to. That takes longer than a GPU needs for a short sequence.
+For one device, type and shape only the addresses change. This module needs no Triton.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _ALIGNED_BYTES = 16
-"""What Triton specialises addresses for."""
+"""The alignment of addresses that Triton specialises kernels for."""
 
 
 class Launch:
@@ -23,9 +23,9 @@ class Launch:
         """Take what is the same at each launch.
 
         Args:
-            kernel: Of Triton, tuned or not. Its tensors come first.
-            count_programs: Gives their number for the arguments by name, a tile's sizes among them.
-            arguments: What follows the tensors, by name; a tuner adds the sizes of its tiles.
+            kernel: A kernel of Triton, tuned or not, whose tensors are its first arguments.
+            count_programs: Returns the number of programs for the arguments by name, a tile's sizes among them.
+            arguments: The arguments after the tensors, by name; a tuner adds the sizes of its tiles.
         """
         self._kernel, self._count_programs, self._arguments = kernel, count_programs, arguments
         self._launch_again: Callable[..., None] | None = None
@@ -35,10 +35,10 @@ class Launch:
         """Launch on the current device.
 
         Args:
-            tensors: In the kernel's order; of the same device, types and strides, and None in the same places, each
-                time.
+            tensors: The kernel's tensors in its order. Each time they must have the same device, types and strides,
+                and be None in the same places.
         """
-        # As numbers, and not as tensors: Triton would ask the driver about each, and they are known to be the device's.
+        # As numbers, not as tensors: Triton would ask the driver about each, and their device is known.
         addresses = [None if x is None else x.data_ptr() for x in tensors]
         for address in addresses:
             if address is not None and address % _ALIGNED_BYTES:

@@ -1,9 +1,9 @@
 """The tile sizes that the Triton kernels may take: small fixed ones in the interpreter, a short list to time on a GPU.
 
 triton.autotune times a list once for each kernel, type, padded head dimension and power of two of the length; under
-torch.use_deterministic_algorithms the first of a list that fits is taken (``with_fixed_tile``). The lists hold what
-compiles for sm_90 with few spilled registers or none and fits into its shared memory (results/kernels_compiled). An
-H200 has run them (results/gpu_h200); which of a list it took was not recorded.
+torch.use_deterministic_algorithms the first of a list that fits is taken (``with_fixed_tile``). The lists hold tiles
+that compile for sm_90 with few spilled registers or none and fit into its shared memory (results/kernels_compiled). An
+H200 has run them (results/gpu_h200); which tile of a list it took was not recorded.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ INTERPRETED = not isinstance(triton.jit(_sample), triton.JITFunction)
 
 
 def block_tokens(dtype: torch.dtype) -> int:
-    """Return the tokens of a block, of which every kernel's tile is a part."""
+    """Return the number of tokens of a block; every kernel's tile divides it."""
     if INTERPRETED:
         return 64  # a short test has several, and few enough: the interpreter is slow by the call, not by the number
     return 64 if dtype.itemsize == 4 else 128
 
 
 def scan_blocks() -> int:
-    """Return how many blocks are asked at once whether they lie past the horizon."""
+    """Return how many blocks are tested at once for lying past the horizon."""
     return 4 if INTERPRETED else 128
 
 
@@ -76,8 +76,8 @@ class Tiles:
 def with_fixed_tile(kernel: Any) -> Any:
     """Return a tuned kernel that takes the first candidate which the device has room for, and times nothing.
 
-    A tile decides the order of sums, and times differ from process to process. This choice is the same in each of them,
-    and knows nothing of what ``kernel`` itself has chosen.
+    A tile decides the order of sums, and times differ from process to process. This choice is the same in every
+    process, and does not depend on what ``kernel`` itself has chosen.
     """
     fixed = triton.autotune(
         kernel.configs,
@@ -90,8 +90,8 @@ def with_fixed_tile(kernel: Any) -> Any:
 
 
 def _run_untimed(call: Callable[[], None], quantiles: Sequence[float]) -> list[float]:
-    """Stand in for a benchmark: all that run are equally fast, and of equals the tuner takes the first."""
-    call()  # raises what tells the tuner that there is no room
+    """Take the place of a benchmark: all tiles are equally fast, and of equal ones the tuner takes the first."""
+    call()  # raises if the device has no room for the tile, which the tuner then passes over
     return [0.0] * len(quantiles)
 
 

@@ -1,8 +1,8 @@
 """Compile the Triton kernels on all cores, before a GPU waits for them one by one.
 
-Triton keeps what it has compiled on the disk (TRITON_CACHE_DIR). Here its driver is replaced by one that names the GPU
-and launches nothing, so that calls go their usual way, through tuner, specialisation and compiler, in processes that
-take nothing of the GPU; later processes find all of it.
+Triton keeps what it has compiled on disk (TRITON_CACHE_DIR). Here its driver is replaced by one that names the GPU and
+launches nothing. Calls then go their usual way through tuner, specialisation and compiler, in processes that do not use
+the GPU, and later processes find the compiled kernels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 _LENGTHS = (97, 1025)  # without a horizon and with one
 _HEADS = 2
 _DATA_CENTER_SHARED_BYTES = 232_448
-"""Of an H100, for --capability; a GPU that is here is asked."""
+"""Shared memory of a program on an H100, assumed where a capability is given; a GPU that is here is asked."""
 
 
 @dataclass(frozen=True)
@@ -28,43 +28,53 @@ class Target:
     """The GPU to compile for."""
 
     capability: int
+    """Compute capability, 90 for an H100."""
     shared_bytes: int
+    """Most shared memory that a program may have, in bytes."""
     multiprocessors: int
+    """Number of its multiprocessors."""
 
 
 @dataclass(frozen=True)
-class Call:
-    """A call of attention, forward and backward, that compiles what others like it need."""
+class SampleCall:
+    """A call of attention, forward and backward, that compiles the kernels which other calls like it need."""
 
     dtype: str
+    """Type of q, k and v, as torch writes it."""
     head_dim: int
+    """Head dimension of q, k and v."""
     length: int
+    """Number of tokens."""
     slopes: bool = True
+    """Whether there are slopes."""
     packed: bool = False
+    """Whether documents are packed."""
 
 
-def plan_calls() -> list[Call]:
+def plan_calls() -> list[SampleCall]:
     """Return the calls that models and tests make, the slow ones to compile first."""
     found = [
-        Call(dtype, head_dim, length, slopes)
+        SampleCall(dtype, head_dim, length, slopes)
         for dtype, head_dim, length, slopes in itertools.product(
             ("bfloat16", "float32", "float16"), (64, 128), _LENGTHS, (True, False)
         )
     ]
-    found += [Call("bfloat16", head_dim, _LENGTHS[1]) for head_dim in (32, 80, 96, 256)]
-    found += [Call("bfloat16", head_dim, 1024, packed=True) for head_dim in (64, 128)]
+    found += [SampleCall("bfloat16", head_dim, _LENGTHS[1]) for head_dim in (32, 80, 96, 256)]
+    found += [SampleCall("bfloat16", head_dim, 1024, packed=True) for head_dim in (64, 128)]
     return sorted(found, key=lambda call: -(call.dtype == "float32") * call.head_dim)
 
 
-def compile_calls(calls: Sequence[Call], target: Target, workers: int) -> Iterator[tuple[Call, float | str]]:
-    """Compile what calls need, some at once; yield for each the seconds it took, or what went wrong.
+def compile_calls(
+    calls: Sequence[SampleCall], target: Target, workers: int
+) -> Iterator[tuple[SampleCall, float | str]]:
+    """Compile the kernels of calls, several at once; yield for each the seconds it took, or what went wrong.
 
     TRITON_INTERPRET must not be set: Triton would compile nothing.
 
     Args:
-        calls: From plan_calls.
-        target: The GPU.
-        workers: Processes.
+        calls: What to compile for, from plan_calls.
+        target: The GPU to compile for.
+        workers: Number of processes.
     """
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for job, call in [(pool.submit(_compile, call, target), call) for call in calls]:
@@ -72,8 +82,8 @@ def compile_calls(calls: Sequence[Call], target: Target, workers: int) -> Iterat
             yield call, job.result() if fault is None else repr(fault)
 
 
-def _compile(call: Call, target: Target) -> float:
-    """Compile what a call needs, in a process that is for that alone; return the seconds it took."""
+def _compile(call: SampleCall, target: Target) -> float:
+    """Compile the kernels of a call, in a process of its own; return the seconds it took."""
     _replace_driver(target)
     from alibi_attention import PackedDocuments, alibi_slopes
     from alibi_attention.backend import AttentionInputs
@@ -135,16 +145,19 @@ def _replace_driver(target: Target) -> None:
 
 
 def _run_once(call: Any, quantiles: Any = None, **_: Any) -> list[float]:
-    """Stand for Triton's clock: every tile is compiled, none is timed."""
+    """Take the place of Triton's clock: every tile is compiled and none is timed."""
     call()
     return [1.0, 1.0, 1.0]
 
 
 def find_target(capability: int | None) -> Target:
-    """Return the GPU that is here, or one of a capability, as 90.
+    """Return the GPU to compile for.
+
+    Args:
+        capability: Compute capability, 90 for an H100, or None for the GPU that is here.
 
     Raises:
-        ValueError: Neither is given.
+        ValueError: No capability is given, and there is no GPU.
     """
     if capability is not None:
         return Target(capability, _DATA_CENTER_SHARED_BYTES, 132)
