@@ -19,9 +19,6 @@ from megalibi.data.hashing import hash_samples, sum_hashes
 from megalibi.errors import ConfigError
 from megalibi.parallel import IGNORED_LABEL
 
-IGNORE_INDEX = IGNORED_LABEL
-"""Label of a token that has no part in the loss, as in torch.nn.functional.cross_entropy."""
-
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -38,7 +35,7 @@ class Batch:
     """The token ids that the model reads, int64 [B, S]."""
 
     labels: torch.Tensor
-    """The id that follows each token, int64 [B, S]; IGNORE_INDEX where there is no loss."""
+    """The id that follows each token, int64 [B, S]; IGNORED_LABEL where there is no loss."""
 
     cu_seqlens: torch.Tensor | None
     """Document boundaries over the B * S flattened tokens, those of the rows included, int32; None without a document
@@ -126,7 +123,7 @@ class ValidationLoader:
     """The first samples of a dataset's order, once, split over the data-parallel ranks.
 
     All ranks get equally many batches of the same shape, for they meet in collectives. Rows past the last sample
-    repeat the first one with IGNORE_INDEX for labels: the sum of the losses over the count of the labels that are not
+    repeat the first one with IGNORED_LABEL for labels: the sum of the losses over the count of the labels that are not
     ignored, both summed over the ranks, is the exact mean.
 
     Args:
@@ -178,7 +175,7 @@ def _read_batches(
     hashes_N = hash_samples(ids_N2[:num_real], tokens_NT[:num_real])
     inputs_NS = torch.from_numpy(np.ascontiguousarray(tokens_NT[:, :-1]))
     labels_NS = torch.from_numpy(np.ascontiguousarray(tokens_NT[:, 1:]))
-    labels_NS[num_real:] = IGNORE_INDEX
+    labels_NS[num_real:] = IGNORED_LABEL
     batches = []
     for start in range(0, len(ids_N2), micro_batch_size):
         rows = slice(start, start + micro_batch_size)

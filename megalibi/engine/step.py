@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from megalibi.data.loader import IGNORE_INDEX, Batch
-from megalibi.parallel import ProcessGroups, all_reduce_raw, derive_key
+from megalibi.data.loader import Batch
+from megalibi.parallel import IGNORED_LABEL, ProcessGroups, all_reduce_raw, derive_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     # int64 sums wrap around, as sample hashes are meant to.
-    counts = torch.tensor([[int((b.labels != IGNORE_INDEX).sum()), b.sample_hash] for b in batches]).sum(0)
+    counts = torch.tensor([[int((b.labels != IGNORED_LABEL).sum()), b.sample_hash] for b in batches]).sum(0)
     if groups.data.size > 1:  # a rank alone knows them without waiting for the device
         counts = all_reduce_raw(counts.to(device), groups.data)
     tokens, sample_hash = counts.tolist()

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megalibi.data.loader import IGNORE_INDEX, Batch
+from megalibi.data.loader import Batch
 from megalibi.data.tokens.token_file import TokenFile
-from megalibi.parallel import ALONE, Group, ProcessGroups, all_reduce_raw
+from megalibi.parallel import ALONE, IGNORED_LABEL, Group, ProcessGroups, all_reduce_raw
 
 FORWARD_TOKENS = 8192
 """Windows that are alike are evaluated together up to this many tokens: short ones alone would leave a device idle."""
@@ -34,7 +34,7 @@ def validation_loss(
     for host_batch in batches:
         batch = host_batch.to(device)
         losses_BS = model(batch.tokens, batch.labels, cu_seqlens=batch.cu_seqlens)
-        total += torch.stack([losses_BS.double().sum(), (batch.labels != IGNORE_INDEX).sum().double()])
+        total += torch.stack([losses_BS.double().sum(), (batch.labels != IGNORED_LABEL).sum().double()])
     loss_sum, tokens = all_reduce_raw(total, groups.data).tolist()
     return loss_sum / tokens, int(tokens)
 
@@ -129,7 +129,7 @@ def _add_losses(sums_2S: Tensor, model: nn.Module, tokens: TokenFile, batch: lis
     stream_BS = torch.from_numpy(np.stack(rows).astype(np.int64)).to(sums_2S.device)
     labels_BS = stream_BS[:, 1:].clone()
     num_context = batch[0].scored_from - batch[0].start - 1  # predictions that an earlier window has scored
-    labels_BS[:, :num_context] = IGNORE_INDEX
+    labels_BS[:, :num_context] = IGNORED_LABEL
     losses_BS = model(stream_BS[:, :-1], labels_BS)
     scored = slice(num_context, labels_BS.shape[1])
     sums_2S[0, scored] += losses_BS[:, scored].double().sum(0)

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from megalibi.data.dataset import open_dataset
 from megalibi.data.hashing import format_sample_hash, hash_samples, sum_hashes
-from megalibi.data.loader import IGNORE_INDEX, Loader, ValidationLoader
+from megalibi.data.loader import Loader, ValidationLoader
 from megalibi.errors import ConfigError, DataError
+from megalibi.parallel import IGNORED_LABEL
 from tests.support.device import DEVICE
 from tests.support.ranks import run_on_ranks
 
@@ -128,7 +129,7 @@ def test_document_boundaries(spec):
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.cu_seqlens.tolist() == sorted(expected)
     assert len(expected) > 7
-    assert (batch.labels != IGNORE_INDEX).all()
+    assert (batch.labels != IGNORED_LABEL).all()
 
 
 def test_empty_documents_make_no_empty_segments(write_tokens):
@@ -185,7 +186,7 @@ def test_validation_reads_the_first_samples_once(spec, num_samples, micro_batch_
     expected = dataset.read(ids)
     assert tokens[:num_samples].tolist() == expected[:, :-1].tolist()
     assert labels[:num_samples].tolist() == expected[:, 1:].tolist()
-    assert (labels[num_samples:] == IGNORE_INDEX).all()
+    assert (labels[num_samples:] == IGNORED_LABEL).all()
     assert (tokens[num_samples:] >= 0).all()
     total = sum(batch.sample_hash for batch in batches)
     assert format_sample_hash(total) == format_sample_hash(sum_hashes(hash_samples(ids, expected)))
@@ -208,5 +209,5 @@ def test_validation_reads_every_set_of_a_blend_to_its_end(write_tokens, micro_ba
         loaders = open_validation(dataset, num_samples, micro_batch_size, data_size)
         assert {loader.num_samples for loader in loaders} == {len(expected)}
         batches = [batch for group in zip(*loaders, strict=True) for batch in group]
-        real = torch.cat([batch.tokens[batch.labels[:, 0] != IGNORE_INDEX] for batch in batches])
+        real = torch.cat([batch.tokens[batch.labels[:, 0] != IGNORED_LABEL] for batch in batches])
         assert real[:, 0].tolist() == expected

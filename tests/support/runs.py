@@ -17,7 +17,7 @@ from torch import nn
 from fused_ops import fusing
 from megalibi.config import Config, config_from_dict, derive, learning_rate_at
 from megalibi.data.dataset import open_dataset
-from megalibi.data.loader import IGNORE_INDEX, Batch, Loader
+from megalibi.data.loader import Batch, Loader
 from megalibi.data.provenance import identify_data
 from megalibi.data.tokenizer.tokenizer import load_tokenizer
 from megalibi.data.tokens.identity import DataIdentity
@@ -25,7 +25,7 @@ from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize
-from megalibi.parallel import ProcessGroups, build_process_groups, single_process_groups
+from megalibi.parallel import IGNORED_LABEL, ProcessGroups, build_process_groups, single_process_groups
 from tests.support.device import DEVICE
 
 VOCAB_SIZE = 509  # prime: padded on every tensor parallel size
@@ -102,7 +102,7 @@ def mask_by_content(batch: Batch) -> Batch:
     """Take the loss off some tokens: rows keep 33 to none of theirs, so that every rank and micro batch differs."""
     places = torch.arange(batch.tokens.shape[1])
     first_with_loss = batch.tokens[:, :1] % 50
-    return dataclasses.replace(batch, labels=batch.labels.masked_fill(places < first_with_loss, IGNORE_INDEX))
+    return dataclasses.replace(batch, labels=batch.labels.masked_fill(places < first_with_loss, IGNORED_LABEL))
 
 
 def iterate_ours(
@@ -194,7 +194,7 @@ def _run_plain(config: Config, steps: int, mask_labels: bool) -> Curve:
         batch = mask_by_content(batch) if mask_labels else batch
         cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(HERE)
         losses = model(batch.tokens.to(HERE), batch.labels.to(HERE), cu_seqlens=cu_seqlens)
-        loss = losses.double().sum() / (batch.labels != IGNORE_INDEX).sum()
+        loss = losses.double().sum() / (batch.labels != IGNORED_LABEL).sum()
         optimizer.zero_grad()
         loss.backward()
         norm = clip_in_fp64(list(model.parameters()), o.clip_grad_norm)
