@@ -1,4 +1,4 @@
-"""What ranks must have in common before they compute together, and how they fail together."""
+"""Checks that all ranks start with the same configuration, and errors that end all ranks together."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalibi.errors import ConfigError, UserError
+from megalibi.errors import ConfigError, FileError, UserError
 from megalibi.parallel.collectives import all_gather_tensor
 from megalibi.parallel.groups import Group
 
 
 def gather_objects(value: Any, world: Group) -> list[Any]:
-    """Return what every rank has, by rank: for words, at a start or an end, since it takes milliseconds."""
+    """Return the values of all ranks, in the order of the ranks.
+
+    It pickles, and takes milliseconds: use it for messages when a job starts or ends, and not in every step.
+    """
     values = [value] * world.size
     if world.size > 1:
         dist.all_gather_object(values, value, group=world.handle)
@@ -27,43 +30,47 @@ def gather_objects(value: Any, world: Group) -> list[Any]:
 
 @contextlib.contextmanager
 def refusing_together(world: Group, path: Path, advice: str = "") -> Iterator[None]:
-    """Let what one rank cannot use end all of them: in a collective the others would wait for it.
+    """Let an error that one rank meets end all of them: in a collective the others would wait for it for ever.
 
     Every rank must enter and leave.
 
     Args:
         world: All ranks.
-        path: What is read or written.
+        path: What is read or written; named if the error of the system names nothing.
         advice: What the user can do, put after what is wrong.
 
     Raises:
-        ConfigError: On every rank, if a rank met one or may not use a file; with the rank and its host.
+        UserError: On every rank, if a rank met one: the error of the lowest such rank, of the same kind, with the rank
+            and its host.
+        FileError: On every rank, if a rank could not use a file.
     """
-    problem = None
+    problem: tuple[type[UserError], str] | None = None
     try:
         yield
     except UserError as error:
-        problem = str(error)
+        problem = type(error), str(error)
     except OSError as error:
-        problem = describe_os_error(error, path)
+        problem = FileError, describe_os_error(error, path)
     for met, rank, host in gather_objects((problem, world.rank, socket.gethostname()), world):
         if met is not None:
-            raise ConfigError(met + (f" (rank {rank} on {host})" if world.size > 1 else "") + advice)
+            kind, message = met
+            raise kind(message + (f" (rank {rank} on {host})" if world.size > 1 else "") + advice)
 
 
 def describe_os_error(error: OSError, path: Path) -> str:
-    """Say what is wrong with a file, which the error of a failing disk does not name."""
+    """Return "FILE: what is wrong"; ``path`` is named if the error names no file, as that of a failing disk."""
     return f"{error.filename or path}: {error.strerror or error}"
 
 
 def check_same(facts: Mapping[str, str], device: torch.device) -> None:
-    """Compare facts of all ranks; every rank must call it, before it builds groups, for a group's size may differ.
+    """Check that all ranks have the same facts.
 
-    One all-gather of 32 bytes a rank where all agree. Where they do not, rank 0 tells all its facts, and every rank
-    what differs.
+    Every rank must call it, and before process groups are built, because a rank may have another size for them. Where
+    the ranks agree it costs one all-gather of 32 bytes a rank. Where they do not, rank 0 sends its facts to all ranks,
+    and each rank finds what differs from its own.
 
     Args:
-        facts: Values by name. What is told of a difference is the first name in the order of rank 0.
+        facts: Values by name, in the order in which a difference is looked for.
         device: Where this rank's collectives take tensors.
 
     Raises:
@@ -88,7 +95,7 @@ def check_same(facts: Mapping[str, str], device: torch.device) -> None:
 
 
 def _describe(theirs: dict[str, str], their_host: str, ranks: list[Any]) -> str:
-    """Return the line: of the rank that differs first, and how many others do."""
+    """Return the message, which is about the lowest rank that differs and counts the others."""
     rank, ((name, *names), value, host) = next((rank, found) for rank, found in enumerate(ranks) if found[0])
     others = sum(1 for found in ranks if found[0]) - 1
     more = (f", and {len(names)} more" if names else "") + (f"; {others} more ranks differ" if others else "")

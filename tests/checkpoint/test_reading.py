@@ -16,7 +16,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from megalibi.checkpoint import find_checkpoint, load_full_weights
 from megalibi.checkpoint.reading import _CHATTER, _without_chatter, open_states
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, FileError
 from megalibi.parallel import ALONE, refusing_together
 from tests.support.jobs import (
     Job,
@@ -95,7 +95,7 @@ def test_what_is_no_file_of_torch_is_one_line(tmp_path: Path, content: bytes) ->
 @pytest.mark.parametrize("name", ["step_00000002/a.pt", None])
 def test_a_disk_that_fails_is_one_line(tmp_path: Path, name: str | None) -> None:
     error = OSError(errno.EIO, "Input/output error", None if name is None else str(tmp_path / name))
-    with pytest.raises(ConfigError) as refusal, refusing_together(ALONE, tmp_path, "; go on"):
+    with pytest.raises(FileError) as refusal, refusing_together(ALONE, tmp_path, "; go on"):
         raise error
     assert str(refusal.value) == f"{tmp_path / (name or '')}: Input/output error; go on"
 
