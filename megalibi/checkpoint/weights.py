@@ -24,10 +24,9 @@ from torch import Tensor
 from megalibi.checkpoint.manifest import MANIFEST, Manifest, find_damage, read_manifest
 from megalibi.checkpoint.reading import open_states
 from megalibi.config import Config, config_from_dict, padded_vocab_size
-from megalibi.engine.build import DTYPES
 from megalibi.errors import ConfigError
-from megalibi.model import GPT
-from megalibi.parallel import ALONE, Group, get_shard_spec, shard, unshard
+from megalibi.model import DTYPES, GPT
+from megalibi.parallel import ALONE, Group, Layout, get_shard_spec, shard, unshard
 
 Pieces = dict[str, list[Tensor]]
 """The tensors of one tensor rank by name, each as the flat pieces it is cut into over the data ranks."""
@@ -50,7 +49,7 @@ def load_model(checkpoint: Path, device: torch.device, group: Group = ALONE) -> 
     dtype = DTYPES[config.train.precision]
     rows = model_config.vocab_size if group.size == 1 else padded_vocab_size(model_config.vocab_size, group.size)
     with device:
-        model = GPT(model_config, padded_vocab_size=rows, group=group, compute_dtype=dtype)
+        model = GPT(model_config, padded_vocab_size=rows, layout=Layout(group), compute_dtype=dtype)
     model.to(dtype).requires_grad_(False).eval()
     parameters = dict(model.named_parameters())
     for name, full in _full_weights(checkpoint):
@@ -91,7 +90,7 @@ def _tensor_rank_model(config: Config, manifest: Manifest) -> GPT:
     size = manifest.topology["tensor_parallel_size"]
     group = Group(rank=0, size=size, ranks=tuple(range(size)), handle=None)
     with torch.device("meta"):
-        return GPT(config.model, padded_vocab_size=manifest.derived["padded_vocab_size"], group=group)
+        return GPT(config.model, padded_vocab_size=manifest.derived["padded_vocab_size"], layout=Layout(group))
 
 
 def _make_whole(parameter: Tensor, pieces_by_rank: Sequence[list[Tensor]], dtype: torch.dtype) -> Tensor:

@@ -21,10 +21,8 @@ from megalibi.engine.bf16_gradients import add_without_cast
 from megalibi.engine.ds_config import deepspeed_config
 from megalibi.engine.optimizer import build_optimizer
 from megalibi.errors import ConfigError
-from megalibi.model import GPT, check_backend, initialize
-from megalibi.parallel import ProcessGroups
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megalibi.model import DTYPES, GPT, check_backend, initialize
+from megalibi.parallel import Layout, ProcessGroups
 
 
 class _Mpu:
@@ -67,22 +65,14 @@ def build_engine(config: Config, derived: Derived, groups: ProcessGroups, device
     Raises:
         ConfigError: DeepSpeed refuses fp16 on this device, or the attention back end cannot run.
     """
-    _quieten_deepspeed()
-    if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:
-        # Of the whole process: the back ends of attention ask for it too, and choose tiles and algorithms by it.
-        torch.use_deterministic_algorithms(config.train.deterministic)
-        # Or each new tensor is filled with NaN first. Nothing of ours reads what it has not written.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _use_deterministic_algorithms(config.train.deterministic)
     check_backend(config.model, device, DTYPES[config.train.precision])
     if config.train.precision == "fp16" and config.zero.stage > 0 and not get_accelerator().is_fp16_supported():
         raise ConfigError(
-            f"train.precision=fp16 with zero.stage={config.zero.stage} is not supported by this device: "
-            "bf16, fp32 or zero.stage=0 is allowed"
+            f"train.precision=fp16 with zero.stage={config.zero.stage}: must be bf16 or fp32, or zero.stage=0, because "
+            "DeepSpeed has no fp16 on this device"
         )
-    # On a CPU DeepSpeed would compile a shared-memory collective at first use (80 s), and a process killed meanwhile
-    # leaves a lock behind on which every later run waits without a word. gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    _start_deepspeed()
 
     ds_config = deepspeed_config(config, derived, overlap=device.type == "cuda")
     model = _build_model(config, derived, groups, device, ds_config)
@@ -114,12 +104,11 @@ def _build_model(
         model = GPT(
             config.model,
             padded_vocab_size=derived.padded_vocab_size,
-            group=groups.tensor,
-            sequence_parallel=config.parallel.sequence_parallel,
+            layout=Layout(groups.tensor, config.parallel.sequence_parallel),
             compute_dtype=dtype,
         )
     gather = _gather if config.zero.stage == 3 else None
-    initialize(model, config.model, seed=config.train.seed, group=groups.tensor, gather=gather)
+    initialize(model, seed=config.train.seed, group=groups.tensor, gather=gather)
     if config.zero.stage == 0:
         with torch.no_grad():
             for parameter in model.parameters():
@@ -131,8 +120,21 @@ def _gather(parameter: nn.Parameter) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
-def _quieten_deepspeed() -> None:
-    """Leave DeepSpeed's logger its warnings: its information is hundreds of lines before the first step."""
+def _use_deterministic_algorithms(wanted: bool) -> None:
+    """Switch them on or off in the whole process: attention's back ends too choose tiles and algorithms by this."""
+    if torch.are_deterministic_algorithms_enabled() != wanted:
+        torch.use_deterministic_algorithms(wanted)
+        # Torch would also fill each new tensor with NaN, to show what is read before it is written. We read no such
+        # memory, and the filling takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def _start_deepspeed() -> None:
+    # Warnings alone: DeepSpeed's information is hundreds of lines before the first step.
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that torch 2.13 replaced; the warning names no line of ours.
+    # DeepSpeed calls collectives by names that torch 2.13 replaced, and the warning names no line of ours.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # On a CPU DeepSpeed would compile a shared-memory collective at first use, for 80 s. A process killed meanwhile
+    # leaves a lock behind, on which every later run waits and says nothing. gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

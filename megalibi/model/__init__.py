@@ -1,11 +1,13 @@
 """The GPT, from token ids to the loss of each token."""
 
 from megalibi.model.attention import check_backend
+from megalibi.model.dtypes import DTYPES
 from megalibi.model.gpt import GPT
 from megalibi.model.init import initialize
 from megalibi.model.size import count_parameters, model_flops_per_token, recomputed_flops_per_token
 
 __all__ = [
+    "DTYPES",
     "GPT",
     "check_backend",
     "count_parameters",

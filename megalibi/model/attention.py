@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from alibi_attention import PackedDocuments, attention, resolve_backend, split_qkv
 from megalibi.config import ModelConfig
 from megalibi.errors import ConfigError
+from megalibi.model.dropout import Site
+from megalibi.model.init import residual_std, set_linear_init
 from megalibi.model.positions import METHODS, PositionMethod, ScoreBias
-from megalibi.parallel import ColumnParallelLinear, Group, RowParallelLinear, dropout_key, fork_rng
+from megalibi.parallel import ColumnParallelLinear, Layout, RowParallelLinear, dropout_key, fork_rng
 
 
 def check_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
@@ -38,30 +40,25 @@ class SelfAttention(nn.Module):
         model: The network.
         layer: Index of the block this stands in.
         positions: Acts on q and k.
-        group: The tensor group.
-        sequence_parallel: Activations outside are cut along the sequence.
+        layout: How the ranks share the heads, and the activations outside.
     """
 
-    def __init__(
-        self, model: ModelConfig, layer: int, positions: PositionMethod, *, group: Group, sequence_parallel: bool
-    ) -> None:
+    def __init__(self, model: ModelConfig, layer: int, positions: PositionMethod, *, layout: Layout) -> None:
         super().__init__()
         self.layer = layer
-        self.num_heads_local = model.num_attention_heads // group.size
+        self.shard_rank = layout.tensor.rank
+        self.num_heads_local = model.num_attention_heads // layout.tensor.size
         self.dropout_p = model.attention_dropout_probability
         self.backend = model.attention_backend
-        self.group = group
         # The method alone: as a module of each layer its parameters would be listed once a layer.
         self.apply_to_query_key = positions.apply_to_query_key
         self.attend = attention  # an attribute, so that a trace can tell where attention begins and ends
         hidden_size = model.hidden_size
         # q, k and v of this rank's heads in one matrix product: three parts, each cut over the group.
-        self.qkv = ColumnParallelLinear(
-            hidden_size, 3 * hidden_size, parts=3, bias=model.bias, group=group, sequence_parallel=sequence_parallel
-        )
-        self.proj = RowParallelLinear(
-            hidden_size, hidden_size, bias=model.bias, group=group, sequence_parallel=sequence_parallel
-        )
+        self.qkv = ColumnParallelLinear(hidden_size, 3 * hidden_size, parts=3, bias=model.bias, layout=layout)
+        self.proj = RowParallelLinear(hidden_size, hidden_size, bias=model.bias, layout=layout)
+        set_linear_init(self.qkv, model.init_std)
+        set_linear_init(self.proj, residual_std(model))
 
     def forward(
         self, x_BSH: Tensor, micro_batch_key: int | None, bias: ScoreBias, *, documents: PackedDocuments | None = None
@@ -74,7 +71,8 @@ class SelfAttention(nn.Module):
         random: AbstractContextManager[None] = nullcontext()
         if self.dropout_p > 0.0 and micro_batch_key is not None:
             # Inside the tensor-parallel region: each rank drops on its own heads.
-            key = dropout_key(micro_batch_key, layer=self.layer, site="attention", shard_rank=self.group.rank)
+            site = Site.ATTENTION_WEIGHTS
+            key = dropout_key(micro_batch_key, layer=self.layer, site=site, shard_rank=self.shard_rank)
             dropout_p, random = self.dropout_p, fork_rng(key, x_BSH.device)
         with random:
             y_BSAK = self.attend(

@@ -1,46 +1,86 @@
-"""Initial weights as a function of the seed and each parameter's name: the same on every number of ranks."""
+"""Initial weights as a function of the seed and each parameter's name: the same on every number of ranks.
+
+How a parameter starts is data on it, as its ShardSpec is: the module that makes a parameter says so, and ``initialize``
+reads it.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from megalibi.config import ModelConfig
-from megalibi.parallel import Group, init_normal_
+from megalibi.parallel import ColumnParallelLinear, Group, RowParallelLinear, init_normal_
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element starts with the same value."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Elements start as normal numbers around zero, with this standard deviation."""
+
+    std: float
+
+
+def set_init(parameter: nn.Parameter, init: Constant | Normal) -> None:
+    """Say how a parameter starts."""
+    parameter.init = init  # type: ignore[attr-defined]
+
+
+def set_linear_init(layer: ColumnParallelLinear | RowParallelLinear, std: float) -> None:
+    """Let a linear layer start with a normal weight, and a bias of zeros if it has one."""
+    set_init(layer.weight, Normal(std))
+    if layer.bias is not None:
+        set_init(layer.bias, Constant(0.0))
+
+
+def residual_std(model: ModelConfig) -> float:
+    """Return the standard deviation of the matrices that write to the residual stream.
+
+    It is smaller by sqrt(2 x layers), because 2 x layers of them are summed there (GPT-2, section 2.3).
+    """
+    return model.init_std / math.sqrt(2 * model.num_layers)
+
+
+def xavier_std(fan_in: int, fan_out: int) -> float:
+    """Return the standard deviation of Glorot and Bengio (2010)."""
+    return math.sqrt(2 / (fan_in + fan_out))
 
 
 def initialize(
     module: nn.Module,
-    model: ModelConfig,
     *,
     seed: int,
     group: Group,
     gather: Callable[[nn.Parameter], AbstractContextManager[object]] | None = None,
 ) -> None:
-    """Fill every parameter: norms with ones, biases with zeros, matrices from a normal distribution.
-
-    The matrices that write to the residual stream get a standard deviation smaller by sqrt(2 x layers), because
-    2 x layers of them are summed there (GPT-2, section 2.3).
+    """Fill every parameter as it says itself.
 
     Args:
         module: A GPT.
-        model: What it was built from.
         seed: Of the run.
         group: The tensor group.
-        gather: Makes a parameter whole while it is written, for ZeRO 3 has cut it already; None: it is whole.
+        gather: Makes a parameter whole while it is written, because ZeRO 3 has cut it already; None: it is whole.
+
+    Raises:
+        ValueError: A parameter does not say how it starts.
     """
-    residual_std = model.init_std / math.sqrt(2 * model.num_layers)
     for name, parameter in module.named_parameters():
+        init = getattr(parameter, "init", None)
+        if init is None:
+            raise ValueError(f"{name}: call set_init on this parameter where it is made")
         with gather(parameter) if gather else nullcontext(), torch.no_grad():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
+            if isinstance(init, Constant):
+                parameter.fill_(init.value)
             else:
-                std = residual_std if name.endswith(("proj.weight", "down.weight")) else model.init_std
-                std = getattr(parameter, "init_std", std)  # an adaptive layer's own, from its shape
-                init_normal_(parameter, seed=seed, name=name, std=std, rank=group.rank, size=group.size)
+                init_normal_(parameter, seed=seed, name=name, std=init.std, rank=group.rank, size=group.size)

@@ -17,6 +17,7 @@ from megalibi.parallel.layers import (
     VocabParallelEmbedding,
     parallel_lm_logits,
 )
+from megalibi.parallel.layout import WHOLE, Layout
 from megalibi.parallel.random import derive_key, dropout_key, fork_rng, init_normal_, keyed_dropout
 from megalibi.parallel.sequence import (
     gather_from_sequence,
@@ -29,8 +30,10 @@ from megalibi.parallel.sharding import ShardSpec, get_shard_spec, set_shard_spec
 __all__ = [
     "ALONE",
     "IGNORED_LABEL",
+    "WHOLE",
     "ColumnParallelLinear",
     "Group",
+    "Layout",
     "ProcessGroups",
     "RowParallelLinear",
     "ShardSpec",

@@ -31,6 +31,7 @@ from megalibi.parallel.collectives import (
     reduce_scatter_async,
 )
 from megalibi.parallel.groups import ALONE, Group
+from megalibi.parallel.layout import WHOLE, Layout
 from megalibi.parallel.sequence import SEQUENCE_DIM, reduce_scatter_to_sequence, use_replicated_param
 from megalibi.parallel.sharding import ShardSpec, set_shard_spec
 
@@ -50,38 +51,33 @@ class _LinearInTensorGroup(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        group: Group,
-        sequence_parallel: bool,
-        output_group: Group = ALONE,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout, output_group: Group = ALONE
     ) -> Tensor:
-        ctx.group, ctx.sequence_parallel = group, sequence_parallel
+        ctx.layout = layout
         ctx.bias_dtype = None if bias is None else bias.dtype
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.weight_dtype = weight.dtype
-        if sequence_parallel:
-            x = all_gather_raw(x, group, SEQUENCE_DIM)
+        if layout.sequence_parallel:
+            x = all_gather_raw(x, layout.tensor, SEQUENCE_DIM)
         y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return all_reduce_async_(y.contiguous(), output_group).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        layout: Layout = ctx.layout
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if needs_weight:
-            x_pending = all_gather_async(x, ctx.group, SEQUENCE_DIM) if ctx.sequence_parallel else Pending(x)
+            x_pending = all_gather_async(x, layout.tensor, SEQUENCE_DIM) if layout.sequence_parallel else Pending(x)
         if needs_x:
             grad_x_partial = grad @ weight.to(grad.dtype)
-            if ctx.sequence_parallel:
-                grad_x_pending = reduce_scatter_async(grad_x_partial, ctx.group, SEQUENCE_DIM)
+            if layout.sequence_parallel:
+                grad_x_pending = reduce_scatter_async(grad_x_partial, layout.tensor, SEQUENCE_DIM)
             else:
-                grad_x_pending = all_reduce_async_(grad_x_partial, ctx.group)
+                grad_x_pending = all_reduce_async_(grad_x_partial, layout.tensor)
         grad_rows = grad.reshape(-1, grad.shape[-1])
         if needs_weight:
             x = x_pending.wait()
@@ -90,7 +86,7 @@ class _LinearInTensorGroup(Function):
             grad_bias = grad_rows.sum(0).to(ctx.bias_dtype)
         if needs_x:
             grad_x = grad_x_pending.wait()
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class ColumnParallelLinear(nn.Module):
@@ -99,10 +95,10 @@ class ColumnParallelLinear(nn.Module):
     Args:
         in_features: I, whole.
         out_features: O, whole; the group divides each of its parts.
-        group: The tensor group.
+        layout: Under sequence parallelism the input is this rank's slice of the sequence; the output always has the
+            whole sequence.
         bias: Adds a bias, sharded like the output.
         gather_output: Returns all output features on every rank instead of this rank's.
-        sequence_parallel: The input is this rank's slice of the sequence; the output has the whole sequence.
         parts: Number of equal parts of the output that are sharded each on its own, 3 for a fused q, k, v.
         dtype: Of the parameters; None takes torch's default.
         device: Of the parameters.
@@ -116,21 +112,19 @@ class ColumnParallelLinear(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        group: Group,
+        layout: Layout,
         bias: bool = False,
         gather_output: bool = False,
-        sequence_parallel: bool = False,
         parts: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.group = group
+        self.layout = layout
         self.parts = parts
         self.gather_output = gather_output
-        self.sequence_parallel = sequence_parallel
         spec = ShardSpec(dim=0, full_size=out_features, parts=parts)
-        out_features_local = spec.local_size(group.size)
+        out_features_local = spec.local_size(layout.tensor.size)
         self.weight = nn.Parameter(torch.empty(out_features_local, in_features, dtype=dtype, device=device))
         set_shard_spec(self.weight, spec)
         self.bias: nn.Parameter | None = None
@@ -140,12 +134,12 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [.., O / size], or [.., O] with ``gather_output``, from [.., I]."""
-        y = _LinearInTensorGroup.apply(x, self.weight, self.bias, self.group, self.sequence_parallel)
+        y = _LinearInTensorGroup.apply(x, self.weight, self.bias, self.layout)
         if not self.gather_output:
             return y
-        y = gather_from_tensor_group(y, self.group)
+        y = gather_from_tensor_group(y, self.layout.tensor)
         # Gathered by rank, then part; the full tensor goes by part, then rank.
-        return y.unflatten(-1, (self.group.size, self.parts, -1)).transpose(-3, -2).flatten(-3)
+        return y.unflatten(-1, (self.layout.tensor.size, self.parts, -1)).transpose(-3, -2).flatten(-3)
 
 
 class RowParallelLinear(nn.Module):
@@ -154,9 +148,9 @@ class RowParallelLinear(nn.Module):
     Args:
         in_features: I, whole; the group divides it.
         out_features: O, whole.
-        group: The tensor group.
+        layout: Under sequence parallelism the output is this rank's slice of the sequence; the input always has the
+            whole sequence.
         bias: Adds a bias, once, after the sum; every rank holds all of it.
-        sequence_parallel: The output is this rank's slice of the sequence; the input has the whole sequence.
         dtype: Of the parameters; None takes torch's default.
         device: Of the parameters.
 
@@ -169,31 +163,29 @@ class RowParallelLinear(nn.Module):
         in_features: int,
         out_features: int,
         *,
-        group: Group,
+        layout: Layout,
         bias: bool = False,
-        sequence_parallel: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.group = group
-        self.sequence_parallel = sequence_parallel
+        self.layout = layout
         spec = ShardSpec(dim=1, full_size=in_features)
-        in_features_local = spec.local_size(group.size)
+        in_features_local = spec.local_size(layout.tensor.size)
         self.weight = nn.Parameter(torch.empty(out_features, in_features_local, dtype=dtype, device=device))
         set_shard_spec(self.weight, spec)
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [.., O] from [.., I / size]."""
-        # Alone: the input is already sharded, so nothing is to be summed in the backward.
-        output_group = ALONE if self.sequence_parallel else self.group
-        y = _LinearInTensorGroup.apply(x, self.weight, None, ALONE, False, output_group)
-        if self.sequence_parallel:
-            y = reduce_scatter_to_sequence(y, self.group)
+        sequence_parallel, group = self.layout.sequence_parallel, self.layout.tensor
+        # WHOLE: the input is already sharded, so the backward sums nothing over the group.
+        y = _LinearInTensorGroup.apply(x, self.weight, None, WHOLE, ALONE if sequence_parallel else group)
+        if sequence_parallel:
+            y = reduce_scatter_to_sequence(y, group)
         if self.bias is None:
             return y
-        bias = use_replicated_param(self.bias, self.group) if self.sequence_parallel else self.bias
+        bias = use_replicated_param(self.bias, group) if sequence_parallel else self.bias
         return y + bias.to(y.dtype)
 
 
@@ -204,8 +196,7 @@ class VocabParallelEmbedding(nn.Module):
         vocab_size: V, without padding.
         padded_vocab_size: V with padding, which the group divides.
         hidden_size: H.
-        group: The tensor group.
-        sequence_parallel: The output is this rank's slice of the sequence.
+        layout: Under sequence parallelism the output is this rank's slice of the sequence.
         dtype: Of the weight; None takes torch's default.
         device: Of the weight.
 
@@ -222,17 +213,15 @@ class VocabParallelEmbedding(nn.Module):
         padded_vocab_size: int,
         hidden_size: int,
         *,
-        group: Group,
-        sequence_parallel: bool = False,
+        layout: Layout,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.group = group
-        self.sequence_parallel = sequence_parallel
+        self.layout = layout
         spec = ShardSpec(dim=0, full_size=vocab_size, padding=padded_vocab_size - vocab_size)
-        self.vocab_size_local = spec.local_size(group.size)
-        self.vocab_start = group.rank * self.vocab_size_local
+        self.vocab_size_local = spec.local_size(layout.tensor.size)
+        self.vocab_start = layout.tensor.rank * self.vocab_size_local
         self.weight = nn.Parameter(torch.empty(self.vocab_size_local, hidden_size, dtype=dtype, device=device))
         set_shard_spec(self.weight, spec)
 
@@ -243,18 +232,17 @@ class VocabParallelEmbedding(nn.Module):
         x_BSH = F.embedding(ids_BS.masked_fill(elsewhere_BS, 0), self.weight)
         # Cast first: it halves the traffic, and is exact, for all ranks but one add zeros.
         x_BSH = x_BSH.to(dtype or x_BSH.dtype).masked_fill(elsewhere_BS.unsqueeze(-1), 0.0)
-        if self.sequence_parallel:
-            return reduce_scatter_to_sequence(x_BSH, self.group)
-        return reduce_from_tensor_group(x_BSH, self.group)
+        if self.layout.sequence_parallel:
+            return reduce_scatter_to_sequence(x_BSH, self.layout.tensor)
+        return reduce_from_tensor_group(x_BSH, self.layout.tensor)
 
 
-def parallel_lm_logits(x_BSH: Tensor, weight_VH: Tensor, *, group: Group, sequence_parallel: bool = False) -> Tensor:
+def parallel_lm_logits(x_BSH: Tensor, weight_VH: Tensor, *, layout: Layout) -> Tensor:
     """Return this rank's logits [B, S, V / size], column-parallel, with a weight that may be tied to the embedding.
 
     Args:
-        x_BSH: The last hidden states; with ``sequence_parallel`` this rank's slice of the sequence.
+        x_BSH: The last hidden states; under sequence parallelism this rank's slice of the sequence.
         weight_VH: This rank's rows of the output embedding.
-        group: The tensor group.
-        sequence_parallel: As for ColumnParallelLinear.
+        layout: As for ColumnParallelLinear.
     """
-    return _LinearInTensorGroup.apply(x_BSH, weight_VH, None, group, sequence_parallel)
+    return _LinearInTensorGroup.apply(x_BSH, weight_VH, None, layout)

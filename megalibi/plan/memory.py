@@ -21,10 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alibi_attention.backends.meta import standing_for
 from fused_ops import CROSS_ENTROPY, fusing_on_meta
 from megalibi.config import Config, Derived, ModelConfig, adaptive_bands
-from megalibi.engine.build import DTYPES
 from megalibi.errors import ConfigError
-from megalibi.model import GPT
-from megalibi.parallel import Group
+from megalibi.model import DTYPES, GPT
+from megalibi.parallel import Group, Layout
 from megalibi.plan.communication import Collective, CollectiveLog, make_group
 from megalibi.plan.deepspeed.stage_0 import Rank, Stage0, Stage1Bf16
 from megalibi.plan.deepspeed.stage_1_and_2 import Stage1Or2
@@ -90,8 +89,7 @@ def build_on_meta(config: Config, derived: Derived, *, attention: str, group: Gr
         return GPT(
             replace(config.model, attention_backend=backend),
             padded_vocab_size=derived.padded_vocab_size,
-            group=group,
-            sequence_parallel=config.parallel.sequence_parallel,
+            layout=Layout(group, config.parallel.sequence_parallel),
             compute_dtype=DTYPES[config.train.precision],
         ).to(_parameter_dtype(config))
 

@@ -23,7 +23,8 @@ from fused_ops import CROSS_ENTROPY as CROSS_ENTROPY_KERNEL
 from fused_ops import LAYER_NORM as LAYER_NORM_KERNEL
 from megalibi.model import GPT
 from megalibi.model.attention import SelfAttention
-from megalibi.model.block import MLP, Block, LayerNorm
+from megalibi.model.block import Block
+from megalibi.model.layers import MLP, LayerNorm
 
 QKV, PROJECTION, UP, DOWN, LOGITS = "qkv", "projection", "up", "down", "logits"
 ATTENTION, SCORE_PRODUCTS, SCORES = "attention", "products of scores", "scores, softmax"

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from megalibi.checkpoint import load_full_weights, load_model, save_checkpoint
 from megalibi.config import Config, derive
-from megalibi.engine.build import DTYPES
 from megalibi.errors import ConfigError
+from megalibi.model import DTYPES
 from megalibi.parallel import ShardSpec, get_shard_spec, shard, unshard
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import (

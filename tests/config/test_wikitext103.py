@@ -12,7 +12,7 @@ import torch
 from megalibi.config import adaptive_bands, derive, learning_rate_at, load_config
 from megalibi.engine.step import StepResult
 from megalibi.model import GPT, count_parameters
-from megalibi.parallel import ALONE
+from megalibi.parallel import WHOLE
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import run_ours, write_tokens
 
@@ -35,7 +35,7 @@ def test_it_has_the_papers_247_million_parameters() -> None:
     assert count_parameters(model) == 246_933_504
     assert round(count_parameters(model), -6) == PAPER_PARAMETERS
     with torch.device("meta"):
-        gpt = GPT(model, padded_vocab_size=model.vocab_size, group=ALONE)
+        gpt = GPT(model, padded_vocab_size=model.vocab_size, layout=WHOLE)
     assert sum(parameter.numel() for parameter in gpt.parameters()) == count_parameters(model)
 
 

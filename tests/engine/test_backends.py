@@ -9,8 +9,8 @@ import tests.support.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; t
 from alibi_attention import backends
 from megalibi.config import Config
 from megalibi.data.tokens.token_file import TokenFileWriter
-from megalibi.engine.build import DTYPES
 from megalibi.engine.step import StepResult
+from megalibi.model import DTYPES
 from tests.support.device import DEVICE, ON_GPU
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import VOCAB_SIZE, Curve, curve_of, largest_relative_difference, make_config, run_ours

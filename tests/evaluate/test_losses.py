@@ -12,7 +12,7 @@ from megalibi.data.loader import ValidationLoader
 from megalibi.data.tokens.token_file import TokenFile
 from megalibi.evaluate.losses import FORWARD_TOKENS, Window, batches_of_windows, stream_loss, validation_loss, windows
 from megalibi.model import GPT, initialize
-from megalibi.parallel import ALONE, Group, ProcessGroups
+from megalibi.parallel import ALONE, Group, Layout, ProcessGroups
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import CPU, VOCAB_SIZE, make_config, process_groups
 
@@ -80,8 +80,8 @@ def test_two_protocols_on_ten_tokens() -> None:
 
 def build_model(prefix: str, group: Group = ALONE) -> GPT:
     config = make_config(prefix)
-    model = GPT(config.model, padded_vocab_size=padded_vocab_size(VOCAB_SIZE, group.size), group=group)
-    initialize(model, config.model, seed=5, group=group)
+    model = GPT(config.model, padded_vocab_size=padded_vocab_size(VOCAB_SIZE, group.size), layout=Layout(group))
+    initialize(model, seed=5, group=group)
     return model
 
 

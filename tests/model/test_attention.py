@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megalibi.model.attention import SelfAttention
 from megalibi.model.positions import ScoreBias, build_position_method
-from megalibi.parallel import ALONE
+from megalibi.parallel import ALONE, WHOLE, Layout
 from tests.support.models import make_model
 from tests.support.ranks import run_on_ranks
 from tests.support.tensors import load_full, randn, tensor_group
@@ -33,7 +33,7 @@ def attend_slowly(x_SH: Tensor, qkv: Tensor, proj: Tensor, slopes: list[float]) 
 def test_attention_equals_the_definition() -> None:
     model = make_model(num_attention_heads=HEADS, hidden_size=HIDDEN)
     positions = build_position_method(model, ALONE)
-    attention = SelfAttention(model, 0, positions, group=ALONE, sequence_parallel=False)
+    attention = SelfAttention(model, 0, positions, layout=WHOLE)
     qkv, proj, x = randn(1, 3 * HIDDEN, HIDDEN), randn(2, HIDDEN, HIDDEN), randn(3, 2, 7, HIDDEN)
     load_full(attention.qkv.weight, qkv, ALONE)
     load_full(attention.proj.weight, proj, ALONE)
@@ -50,7 +50,7 @@ def _heads_output(micro_batch_key: int | None) -> Tensor:
     """What this rank's heads give, with the same weights on every rank, before the ranks are summed."""
     model = make_model(dropout=0.5, position_method="sinusoidal")  # no slopes, which differ between ranks
     group = tensor_group()
-    attention = SelfAttention(model, 0, build_position_method(model, group), group=group, sequence_parallel=False)
+    attention = SelfAttention(model, 0, build_position_method(model, group), layout=Layout(group))
     captured: list[Tensor] = []
     attention.proj.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     with torch.no_grad():

@@ -13,6 +13,7 @@ from alibi_attention import PackedDocuments, backends
 from alibi_attention.backend import Capability
 from megalibi.model.attention import SelfAttention
 from megalibi.model.positions import build_position_method
+from megalibi.parallel import Layout
 from tests.support.models import make_model
 from tests.support.ranks import run_on_ranks
 from tests.support.tensors import assert_close, full_grad, load_full, randn, tensor_group
@@ -34,7 +35,7 @@ def _attend(backend: str, num_heads: int, dtype: torch.dtype) -> dict[str, Tenso
     hidden_size = num_heads * HEAD_DIM
     model = make_model(num_attention_heads=num_heads, hidden_size=hidden_size, attention_backend=backend)
     positions = build_position_method(model, group)
-    attention = SelfAttention(model, 0, positions, group=group, sequence_parallel=False).to(dtype)
+    attention = SelfAttention(model, 0, positions, layout=Layout(group)).to(dtype)
     results = {}
     for kind, documents in (
         ("row", None),

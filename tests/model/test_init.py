@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megalibi.model import GPT
-from megalibi.parallel import get_shard_spec, unshard
+from megalibi.model import GPT, initialize
+from megalibi.model.init import Normal, set_init
+from megalibi.parallel import ALONE, get_shard_spec, unshard
 from tests.support.models import VOCAB_SIZE, build_gpt, make_model
 from tests.support.tensors import fake_group
 
@@ -63,3 +65,29 @@ def test_trap_9_padded_rows_are_zero(size: int) -> None:
         assert len(rows) == {1: 384, 2: 512, 4: 512}[size]
         assert rows[VOCAB_SIZE:].count_nonzero() == 0
         assert rows[:VOCAB_SIZE].count_nonzero(dim=1).min() > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": True, "tie_embeddings": False},
+        {"position_method": "learned", "max_position_embeddings": 8},
+        {"position_method": "t5_bias"},
+        {"adaptive_cutoffs": (41, 122), "tie_embeddings": False},
+    ],
+)
+def test_a_parameter_says_itself_how_it_starts_whatever_its_name(fields: dict[str, Any]) -> None:
+    gpt = build_gpt(make_model(**fields))
+    for parameter in gpt.parameters():
+        set_init(parameter, Normal(0.5))
+    initialize(gpt, seed=1, group=ALONE)
+    for name, parameter in gpt.named_parameters():
+        assert 0.2 < parameter[parameter != 0].std() < 0.8, name
+
+
+def test_a_parameter_that_does_not_say_how_it_starts_is_named() -> None:
+    gpt = build_gpt(make_model())
+    del gpt.blocks[1].mlp.up.weight.init
+    message = r"^blocks\.1\.mlp\.up\.weight: call set_init on this parameter where it is made$"
+    with pytest.raises(ValueError, match=message):
+        initialize(gpt, seed=1, group=ALONE)

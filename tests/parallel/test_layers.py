@@ -1,25 +1,23 @@
 from __future__ import annotations
 
 import itertools
-import time
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalibi.parallel.collectives import reduce_from_tensor_group
-from megalibi.parallel.groups import ALONE, Group
+from megalibi.parallel.groups import Group
 from megalibi.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     parallel_lm_logits,
 )
+from megalibi.parallel.layout import WHOLE, Layout
 from megalibi.parallel.sequence import scatter_to_sequence, use_replicated_param
 from megalibi.parallel.sharding import ShardSpec, get_shard_spec, shard
 from tests.support.ranks import run_on_ranks
@@ -37,7 +35,6 @@ from tests.support.tensors import (
 WORLD_SIZES = [2, 4]
 BATCH = 3
 IN_FEATURES = 37
-SECONDS_LATE = 1.0
 
 
 def _bound(dtype: torch.dtype) -> float:
@@ -62,10 +59,9 @@ def _check_column(bias: bool, gather: bool, sequence_parallel: bool, parts: int,
     layer = ColumnParallelLinear(
         IN_FEATURES,
         out_features,
-        group=group,
+        layout=Layout(group, sequence_parallel),
         bias=bias,
         gather_output=gather,
-        sequence_parallel=sequence_parallel,
         parts=parts,
     )
     spec = ShardSpec(dim=2, full_size=out_features, parts=parts)
@@ -115,7 +111,7 @@ def _check_row(bias: bool, sequence_parallel: bool, dtype: torch.dtype) -> None:
     y_full = F.linear(x_full, weight_full, bias_full)
     y_full.backward(grad_full)
 
-    layer = RowParallelLinear(in_features, out_features, group=group, bias=bias, sequence_parallel=sequence_parallel)
+    layer = RowParallelLinear(in_features, out_features, layout=Layout(group, sequence_parallel), bias=bias)
     own_tokens = (lambda full: _sequence_slice(full, group)) if sequence_parallel else (lambda full: full)
     load_full(layer.weight, weight_full.detach(), group)
     if layer.bias is not None and bias_full is not None:
@@ -165,7 +161,7 @@ class _Copies(TorchDispatchMode):
 def _count_copies() -> tuple[int, int]:
     """Copies in the forward pass of a row-parallel layer, and in a reduction of somebody else's tensor."""
     group = tensor_group()
-    layer = RowParallelLinear(group.size * 9, 11, group=group)
+    layer = RowParallelLinear(group.size * 9, 11, layout=Layout(group))
     load_full(layer.weight, randn(1, 11, group.size * 9), group)
     with _Copies() as own:
         y = layer(randn(0, BATCH, 3, 9))
@@ -193,12 +189,8 @@ def _check_embedding(tied: bool, sequence_parallel: bool, dtype: torch.dtype) ->
     logits_full = F.linear(x_full.sin(), fulls[1])
     logits_full.backward(grad_full)
 
-    layers = [
-        VocabParallelEmbedding(
-            vocab_size, padded_vocab_size, hidden_size, group=group, sequence_parallel=sequence_parallel
-        )
-        for _ in range(2)
-    ]
+    layout = Layout(group, sequence_parallel)
+    layers = [VocabParallelEmbedding(vocab_size, padded_vocab_size, hidden_size, layout=layout) for _ in range(2)]
     for layer, full in zip(layers, fulls, strict=True):
         load_full(layer.weight, full.detach(), group)
     if tied:
@@ -207,7 +199,7 @@ def _check_embedding(tied: bool, sequence_parallel: bool, dtype: torch.dtype) ->
     x = layers[0](ids_BS, dtype)
     own_tokens = (lambda full: _sequence_slice(full, group)) if sequence_parallel else (lambda full: full)
     assert torch.equal(x, own_tokens(x_full.detach()).to(dtype)), what
-    logits = parallel_lm_logits(x.sin(), layers[1].weight, group=group, sequence_parallel=sequence_parallel)
+    logits = parallel_lm_logits(x.sin(), layers[1].weight, layout=layout)
     spec = ShardSpec(dim=2, full_size=vocab_size, padding=padded_vocab_size - vocab_size)
     logits.backward(shard(grad_full, spec, group.rank, group.size).to(dtype))
     assert_close(logits, shard(logits_full.detach(), spec, group.rank, group.size), _bound(dtype), what)
@@ -230,24 +222,25 @@ def test_embedding_and_logits_equal_plain(world_size: int) -> None:
 class _Mlp(nn.Module):
     """Norm, column, GELU, row, residual: with a sequence-parallel residual stream or without."""
 
-    def __init__(self, hidden_size: int, ffn_hidden_size: int, *, group: Group, sequence_parallel: bool) -> None:
+    def __init__(self, hidden_size: int, ffn_hidden_size: int, layout: Layout) -> None:
         super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
+        self.layout = layout
         self.norm_weight = nn.Parameter(torch.empty(hidden_size))
-        shared: dict[str, Any] = {"group": group, "bias": True, "sequence_parallel": sequence_parallel}
-        self.up = ColumnParallelLinear(hidden_size, ffn_hidden_size, **shared)
-        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, **shared)
+        self.up = ColumnParallelLinear(hidden_size, ffn_hidden_size, bias=True, layout=layout)
+        self.down = RowParallelLinear(ffn_hidden_size, hidden_size, bias=True, layout=layout)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm_weight = use_replicated_param(self.norm_weight, self.group) if self.sequence_parallel else self.norm_weight
+        norm_weight = self.norm_weight
+        if self.layout.sequence_parallel:
+            norm_weight = use_replicated_param(norm_weight, self.layout.tensor)
         return x + self.down(F.gelu(self.up(F.layer_norm(x, x.shape[-1:], norm_weight))))
 
 
 def _check_mlp(sequence_parallel: bool) -> None:
     group = tensor_group()
     x_full, grad_full = randn(0, 2, 4 * group.size, 6), randn(1, 2, 4 * group.size, 6)
-    plain = _Mlp(6, 5 * group.size, group=ALONE, sequence_parallel=False)
-    sharded = _Mlp(6, 5 * group.size, group=group, sequence_parallel=sequence_parallel)
+    plain = _Mlp(6, 5 * group.size, WHOLE)
+    sharded = _Mlp(6, 5 * group.size, Layout(group, sequence_parallel))
     for seed, (param, full) in enumerate(zip(sharded.parameters(), plain.parameters(), strict=True)):
         full.data.copy_(randn(seed + 2, *full.shape))
         load_full(param, full.detach(), group)
@@ -277,77 +270,11 @@ def test_a_block_equals_plain_with_and_without_sequence_parallelism(world_size: 
     run_on_ranks(world_size, _check_mlps)
 
 
-class _MatmulTimes(TorchFunctionMode):
-    """When each matmul was called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seconds: list[float] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.matmul:
-            self.seconds.append(time.perf_counter())
-        return func(*args, **(kwargs or {}))
-
-
-def _backward_with_a_late_rank() -> tuple[float, float]:
-    group = tensor_group()
-    layer = ColumnParallelLinear(8, 8, group=group)
-    load_full(layer.weight, randn(0, 8, 8), group)
-    y = layer(randn(1, 2, 4, 8).requires_grad_())
-    grad = torch.ones_like(y)
-    dist.barrier()
-    if group.rank == 1:
-        time.sleep(SECONDS_LATE)
-    start = time.perf_counter()
-    with _MatmulTimes() as matmuls:
-        y.grad_fn.apply(grad)  # the layer's backward itself: the mode would see y.backward and nothing within it
-    end = time.perf_counter()
-    _input_gradient, weight_gradient = matmuls.seconds
-    return weight_gradient - start, end - start
-
-
-def test_the_weight_gradient_does_not_wait_for_the_all_reduce() -> None:
-    weight_gradient_seconds, total_seconds = run_on_ranks(2, _backward_with_a_late_rank)[0]
-    assert total_seconds > 0.5 * SECONDS_LATE, "rank 0 did not wait for rank 1 at all"
-    assert weight_gradient_seconds < 0.5 * SECONDS_LATE
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_read_again_in_the_backward(dtype: torch.dtype) -> None:
-    """As DeepSpeed ZeRO 3 needs it: parameters are emptied after the forward and filled before the backward."""
-    layer = ColumnParallelLinear(4, 3, group=ALONE, bias=True)
-    weight, other_weight = randn(0, 3, 4), randn(1, 3, 4)
-    layer.weight.data, layer.bias.data = weight, torch.zeros(3)
-    x = randn(2, 2, 5, 4, dtype=dtype).requires_grad_()
-    y = layer(x)
-    layer.weight.data = torch.empty(0)
-    layer.weight.data = other_weight  # another value shows which one is read
-    grad = randn(3, 2, 5, 3, dtype=dtype)
-    y.backward(grad)
-    assert x.grad is not None
-    assert torch.equal(x.grad, grad @ other_weight.to(dtype))
-    assert layer.weight.grad is not None
-    assert layer.weight.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
-def test_what_is_frozen_gets_no_gradient(frozen: str) -> None:
-    layer = ColumnParallelLinear(4, 3, group=ALONE, bias=True)
-    tensors = {"x": randn(0, 2, 4).requires_grad_(), "weight": layer.weight, "bias": layer.bias}
-    with torch.no_grad():
-        layer.weight.copy_(randn(1, 3, 4))
-        layer.bias.zero_()
-    tensors[frozen].requires_grad_(False)
-    layer(tensors["x"]).backward(randn(2, 2, 3))
-    assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
-
-
 def test_every_sharded_parameter_says_so() -> None:
-    group = fake_group(1, 2)
-    column = ColumnParallelLinear(4, 12, group=group, bias=True, parts=3)
-    row = RowParallelLinear(4, 6, group=group, bias=True)
-    embedding = VocabParallelEmbedding(5, 8, 4, group=group)
+    layout = Layout(fake_group(1, 2))
+    column = ColumnParallelLinear(4, 12, layout=layout, bias=True, parts=3)
+    row = RowParallelLinear(4, 6, layout=layout, bias=True)
+    embedding = VocabParallelEmbedding(5, 8, 4, layout=layout)
     assert get_shard_spec(column.weight) == get_shard_spec(column.bias) == ShardSpec(dim=0, full_size=12, parts=3)
     assert get_shard_spec(row.weight) == ShardSpec(dim=1, full_size=4)
     assert get_shard_spec(row.bias) is None
@@ -358,10 +285,10 @@ def test_every_sharded_parameter_says_so() -> None:
 
 
 def test_sizes_that_do_not_divide_are_refused() -> None:
-    group = fake_group(0, 4)
+    layout = Layout(fake_group(0, 4))
     with pytest.raises(ValueError, match="3 x 4 slices do not divide 18"):
-        ColumnParallelLinear(4, 18, group=group, parts=3)
+        ColumnParallelLinear(4, 18, layout=layout, parts=3)
     with pytest.raises(ValueError, match="do not divide 6"):
-        RowParallelLinear(6, 4, group=group)
+        RowParallelLinear(6, 4, layout=layout)
     with pytest.raises(ValueError, match="do not divide 10"):
-        VocabParallelEmbedding(9, 10, 4, group=group)
+        VocabParallelEmbedding(9, 10, 4, layout=layout)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalibi.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megalibi.parallel.layout import Layout
 from megalibi.parallel.random import ROWS_PER_BLOCK, derive_key, dropout_key, fork_rng, init_normal_, keyed_dropout
 from megalibi.parallel.sharding import get_shard_spec, unshard
 from tests.support.ranks import run_on_ranks
@@ -16,11 +17,11 @@ from tests.support.tensors import fake_group, tensor_group
 CPU = torch.device("cpu")
 ROWS = 4 * 3 * 65  # more than 3 blocks of rows; shards begin and end inside of blocks
 LAYERS = {
-    "column": lambda group: ColumnParallelLinear(5, ROWS, group=group),
-    "fused": lambda group: ColumnParallelLinear(5, ROWS, parts=3, group=group),
-    "row": lambda group: RowParallelLinear(20, ROWS, group=group),
-    "vocab": lambda group: VocabParallelEmbedding(ROWS - 17, ROWS + 4 * 300, 6, group=group),
-    "bf16": lambda group: ColumnParallelLinear(5, ROWS, group=group, dtype=torch.bfloat16),
+    "column": lambda group: ColumnParallelLinear(5, ROWS, layout=Layout(group)),
+    "fused": lambda group: ColumnParallelLinear(5, ROWS, parts=3, layout=Layout(group)),
+    "row": lambda group: RowParallelLinear(20, ROWS, layout=Layout(group)),
+    "vocab": lambda group: VocabParallelEmbedding(ROWS - 17, ROWS + 4 * 300, 6, layout=Layout(group)),
+    "bf16": lambda group: ColumnParallelLinear(5, ROWS, layout=Layout(group), dtype=torch.bfloat16),
 }
 
 

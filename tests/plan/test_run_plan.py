@@ -11,7 +11,7 @@ import torch
 from megalibi.config import Config, derive, load_config
 from megalibi.errors import ConfigError
 from megalibi.model import GPT, count_parameters, model_flops_per_token
-from megalibi.parallel import ALONE
+from megalibi.parallel import WHOLE
 from megalibi.plan.communication import Collective, sum_sent_bytes
 from megalibi.plan.gpus import GIB, GPUS, Gpu, get_gpu
 from megalibi.plan.run_plan import find_largest_micro_batch, plan_memory, plan_run
@@ -30,7 +30,7 @@ def make_gpu(memory_bytes: int) -> Gpu:
 def test_the_papers_model_has_1_3_billion_parameters_on_the_meta_device_too(path: Path) -> None:
     config = load_config(path)
     with torch.device("meta"):
-        model = GPT(config.model, padded_vocab_size=config.model.vocab_size, group=ALONE)
+        model = GPT(config.model, padded_vocab_size=config.model.vocab_size, layout=WHOLE)
     plan = plan_run(config, 8)
     assert plan.parameters == sum(p.numel() for p in model.parameters()) == pytest.approx(1.3e9, rel=0.05)
     # Rank for rank: a share of the matrices, all the norms.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megalibi.config import ModelConfig, padded_vocab_size
 from megalibi.model import GPT, initialize
-from megalibi.parallel import ALONE, Group, get_shard_spec, unshard
+from megalibi.parallel import ALONE, Group, Layout, get_shard_spec, unshard
 from tests.support.tensors import full_grad
 
 VOCAB_SIZE = 301
@@ -27,8 +27,8 @@ def make_model(**fields: Any) -> ModelConfig:
 
 def build_gpt(model: ModelConfig, group: Group = ALONE, *, sequence_parallel: bool = False, seed: int = 7) -> GPT:
     padded = padded_vocab_size(model.vocab_size, group.size)
-    gpt = GPT(model, padded_vocab_size=padded, group=group, sequence_parallel=sequence_parallel)
-    initialize(gpt, model, seed=seed, group=group)
+    gpt = GPT(model, padded_vocab_size=padded, layout=Layout(group, sequence_parallel))
+    initialize(gpt, seed=seed, group=group)
     if model.bias:  # zeros would hide a wrong bias
         with torch.no_grad():
             for name, parameter in gpt.named_parameters():
@@ -52,7 +52,7 @@ def losses_and_grads(gpt: GPT, **inputs: Any) -> dict[str, Tensor]:
     losses = gpt(tokens, labels, **inputs)
     upstream = torch.randn(losses.shape, generator=torch.Generator().manual_seed(1))
     losses.backward(upstream.to(device))
-    grads = {name: _full_grad(parameter, gpt.group).clone() for name, parameter in gpt.named_parameters()}
+    grads = {name: _full_grad(parameter, gpt.layout.tensor).clone() for name, parameter in gpt.named_parameters()}
     return {"losses": losses.detach(), **grads}
 
 

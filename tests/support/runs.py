@@ -25,7 +25,7 @@ from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize
-from megalibi.parallel import IGNORED_LABEL, ProcessGroups, build_process_groups, single_process_groups
+from megalibi.parallel import IGNORED_LABEL, WHOLE, ProcessGroups, build_process_groups
 from tests.support.device import DEVICE
 
 VOCAB_SIZE = 509  # prime: padded on every tensor parallel size
@@ -174,10 +174,8 @@ def run_plain(config: Config, steps: int, *, mask_labels: bool = False, with_ker
 def _run_plain(config: Config, steps: int, mask_labels: bool) -> Curve:
     torch.set_num_threads(1)
     with HERE:
-        model = GPT(
-            config.model, padded_vocab_size=derive(config, 1).padded_vocab_size, group=single_process_groups().tensor
-        )
-    initialize(model, config.model, seed=config.train.seed, group=single_process_groups().tensor)
+        model = GPT(config.model, padded_vocab_size=derive(config, 1).padded_vocab_size, layout=WHOLE)
+    initialize(model, seed=config.train.seed, group=WHOLE.tensor)
     o = config.optimizer
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]

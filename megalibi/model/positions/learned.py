@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from megalibi.config import ModelConfig
 from megalibi.errors import ConfigError
+from megalibi.model.init import Normal, set_init
 from megalibi.model.positions.base import PositionMethod
 from megalibi.parallel import Group
 
@@ -20,7 +21,7 @@ class Learned(PositionMethod):
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__(model, group)
-        self.table = PositionTable(model.max_position_embeddings, model.hidden_size)
+        self.table = PositionTable(model)
 
     def add_to_embedding(self, x_BSH: Tensor) -> Tensor:
         """Add the table to every row.
@@ -34,9 +35,10 @@ class Learned(PositionMethod):
 class PositionTable(nn.Module):
     """The learned rows, [positions, H], whole on every rank of the tensor group."""
 
-    def __init__(self, max_positions: int, hidden_size: int) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(max_positions, hidden_size))
+        self.weight = nn.Parameter(torch.empty(model.max_position_embeddings, model.hidden_size))
+        set_init(self.weight, Normal(model.init_std))
 
     def forward(self, seq_length: int) -> Tensor:
         """Return the first rows, [S, H]."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megalibi.config import ModelConfig
+from megalibi.model.init import Normal, set_init
 from megalibi.model.positions.base import PositionMethod, ScoreBias
 from megalibi.parallel import Group, ShardSpec, set_shard_spec
 
@@ -35,6 +36,7 @@ class BucketTable(nn.Module):
         spec = ShardSpec(dim=0, full_size=model.num_attention_heads)
         self.weight = nn.Parameter(torch.empty(spec.local_size(group.size), self.num_buckets))
         set_shard_spec(self.weight, spec)
+        set_init(self.weight, Normal(model.init_std))
 
     def forward(self, num_distances: int) -> Tensor:
         """Return the bias of the distances 0, 1, 2, ..., fp32 [A, D]."""

@@ -27,12 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalibi.config import AdaptiveBand, ModelConfig, adaptive_bands
-from megalibi.model.block import ResidualDropout
+from megalibi.model.dropout import OUTSIDE_BLOCKS, ResidualDropout, Site
+from megalibi.model.init import Normal, set_init, xavier_std
 from megalibi.model.vocabulary.loss import in_chunks
 from megalibi.parallel import (
-    ALONE,
     IGNORED_LABEL,
+    WHOLE,
     Group,
+    Layout,
     ShardSpec,
     VocabParallelEmbedding,
     all_gather_raw,
@@ -80,9 +82,9 @@ class BandEmbedding(nn.Module):
     def __init__(self, band: AdaptiveBand, hidden_size: int, *, group: Group) -> None:
         super().__init__()
         self.band = band
-        self.table = VocabParallelEmbedding(band.size, band.padded_size(group.size), band.width, group=group)
+        self.table = VocabParallelEmbedding(band.size, band.padded_size(group.size), band.width, layout=Layout(group))
         self.projection = Projection(band.width, hidden_size)
-        _set_init_std(self.table.weight, band.width**-0.5)
+        set_init(self.table.weight, Normal(band.width**-0.5))
 
     def forward(self, ids_BS: Tensor, dtype: torch.dtype | None) -> Tensor:
         """Return [B, S, H]."""
@@ -97,7 +99,7 @@ class Projection(nn.Module):
     def __init__(self, width: int, hidden_size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(hidden_size, width))
-        _set_init_std(self.weight, _xavier_std(width, hidden_size))
+        set_init(self.weight, Normal(xavier_std(width, hidden_size)))
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return [B, S, H]."""
@@ -113,19 +115,14 @@ class AdaptiveSoftmax(nn.Module):
     Args:
         model: The network, with cutoffs.
         embedding: Its embedding, whose tables and projections are used here too if the model ties them.
-        group: The tensor group.
-        sequence_parallel: Hidden states are cut along the sequence.
+        layout: How the ranks share the tables and the hidden states.
     """
 
-    def __init__(
-        self, model: ModelConfig, embedding: AdaptiveEmbedding, *, group: Group, sequence_parallel: bool
-    ) -> None:
+    def __init__(self, model: ModelConfig, embedding: AdaptiveEmbedding, *, layout: Layout) -> None:
         super().__init__()
-        self.group = group
-        self.sequence_parallel = sequence_parallel
-        self.dropout = ResidualDropout(
-            model.adaptive_softmax_dropout, -1, group=group, sequence_parallel=sequence_parallel
-        )
+        self.layout = layout
+        group = layout.tensor
+        self.dropout = ResidualDropout(model.adaptive_softmax_dropout, OUTSIDE_BLOCKS, layout=layout)
         first, *others = adaptive_bands(model)
         tied: list[Any] = list(embedding.bands) if model.tie_embeddings else [None] * (1 + len(others))
         self.head = Head(first, len(others), tied[0], group=group)
@@ -138,10 +135,10 @@ class AdaptiveSoftmax(nn.Module):
 
         Args:
             x_BSH: Last hidden states; cut along S under sequence parallelism.
-            labels_BS: The next tokens, whole on every rank; -100 where there is no loss.
+            labels_BS: The next tokens, whole on every rank; IGNORED_LABEL where there is no loss.
             micro_batch_key: Keys dropout; None: no dropout.
         """
-        x_NH = self._enter(self.dropout(x_BSH, "adaptive softmax", micro_batch_key)).flatten(0, 1)
+        x_NH = self._enter(self.dropout(x_BSH, Site.ADAPTIVE_SOFTMAX, micro_batch_key)).flatten(0, 1)
         labels_N = labels_BS.flatten()
         losses_N = self.head(x_NH, self._head_labels(labels_N))
         for tail in self._tails:
@@ -159,12 +156,12 @@ class AdaptiveSoftmax(nn.Module):
         """Return the log-probability of every token of the vocabulary, fp32 [B, S, V], the same on every rank."""
         x_NH = self._enter(x_BSH).flatten(0, 1)
         num_tokens = self.head.band.size
-        logits = torch.cat([_whole(self.head.token_logits(x_NH), self.head.band, self.group),
+        logits = torch.cat([_whole(self.head.token_logits(x_NH), self.head.band, self.layout.tensor),
                             self.head.band_logits(x_NH)], dim=1)  # fmt: skip
         head = _log_softmax(logits)
         parts = [head[:, :num_tokens]]
         for number, tail in enumerate(self._tails):
-            logits = _whole(tail.logits(tail.narrow(x_NH, None)), tail.band, self.group)
+            logits = _whole(tail.logits(tail.narrow(x_NH, None)), tail.band, self.layout.tensor)
             parts.append(_log_softmax(logits) + head[:, num_tokens + number, None])
         return torch.cat(parts, dim=1).unflatten(0, (x_BSH.shape[0], -1))
 
@@ -174,9 +171,9 @@ class AdaptiveSoftmax(nn.Module):
 
     def _enter(self, x_BSH: Tensor) -> Tensor:
         """Enter the tensor-parallel region: the whole sequence on every rank, its gradients summed over them."""
-        if self.sequence_parallel:
-            return gather_from_sequence(x_BSH, self.group)
-        return copy_to_tensor_group(x_BSH, self.group)
+        if self.layout.sequence_parallel:
+            return gather_from_sequence(x_BSH, self.layout.tensor)
+        return copy_to_tensor_group(x_BSH, self.layout.tensor)
 
     def _head_labels(self, labels_N: Tensor) -> Tensor:
         """Return the columns of the head: bands first, tokens behind them; what is no token stays none."""
@@ -196,7 +193,7 @@ class Head(nn.Module):
         self.group = group
         self.weight = _tied_or_new_table(band, tied, group)
         self.band_weight = nn.Parameter(torch.empty(num_tails, band.width))
-        _set_init_std(self.band_weight, _xavier_std(band.width, num_tails))
+        set_init(self.band_weight, Normal(xavier_std(band.width, num_tails)))
 
     def forward(self, x_NH: Tensor, columns_N: Tensor) -> Tensor:
         """Return the loss of each column, fp32 [N]."""
@@ -218,7 +215,7 @@ class Head(nn.Module):
 
     def token_logits(self, x_NH: Tensor) -> Tensor:
         """Return the logits of this rank's tokens, [N, V]."""
-        return parallel_lm_logits(x_NH, self.weight, group=ALONE)
+        return parallel_lm_logits(x_NH, self.weight, layout=WHOLE)
 
     def band_logits(self, x_NH: Tensor) -> Tensor:
         """Return the logits of the later bands, [N, T]."""
@@ -234,13 +231,13 @@ class Tail(nn.Module):
         super().__init__()
         self.band = band
         self.group = group
-        self.site = f"adaptive softmax, band {number}"
+        self.site = Site.of_band(number)
         # Inside the tensor-parallel region, but before the table is cut: all ranks hold the same numbers.
-        self.dropout = ResidualDropout(model.adaptive_softmax_dropout, -1, group=group, sequence_parallel=False)
+        self.dropout = ResidualDropout(model.adaptive_softmax_dropout, OUTSIDE_BLOCKS, layout=Layout(group))
         self.weight = _tied_or_new_table(band, tied, group)
         if tied is None:
             self.projection = nn.Parameter(torch.empty(model.hidden_size, band.width))
-            _set_init_std(self.projection, _xavier_std(band.width, model.hidden_size))
+            set_init(self.projection, Normal(xavier_std(band.width, model.hidden_size)))
         else:
             self.projection = tied.projection.weight
 
@@ -259,7 +256,7 @@ class Tail(nn.Module):
 
     def logits(self, x_MD: Tensor) -> Tensor:
         """Return the logits of this rank's tokens, [M, V]."""
-        return parallel_lm_logits(x_MD, self.weight, group=ALONE)
+        return parallel_lm_logits(x_MD, self.weight, layout=WHOLE)
 
     def _losses(self, x_MD: Tensor, labels_M: Tensor) -> Tensor:
         return vocab_parallel_cross_entropy(
@@ -278,7 +275,7 @@ def _tied_or_new_table(band: AdaptiveBand, tied: BandEmbedding | None, group: Gr
     spec = ShardSpec(dim=0, full_size=band.size, padding=band.padded_size(group.size) - band.size)
     weight = nn.Parameter(torch.empty(spec.local_size(group.size), band.width))
     set_shard_spec(weight, spec)
-    _set_init_std(weight, _xavier_std(band.width, band.size))
+    set_init(weight, Normal(xavier_std(band.width, band.size)))
     return weight
 
 
@@ -288,12 +285,3 @@ def _whole(logits_NV: Tensor, band: AdaptiveBand, group: Group) -> Tensor:
 
 def _log_softmax(logits_NV: Tensor) -> Tensor:
     return logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)).log_softmax(dim=1)
-
-
-def _set_init_std(parameter: nn.Parameter, std: float) -> None:
-    parameter.init_std = std  # type: ignore[attr-defined]
-
-
-def _xavier_std(fan_in: int, fan_out: int) -> float:
-    """Return the standard deviation of Glorot and Bengio (2010), which fairseq gives these layers."""
-    return math.sqrt(2 / (fan_in + fan_out))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megalibi.parallel import Group, parallel_lm_logits, vocab_parallel_cross_entropy
+from megalibi.parallel import Layout, parallel_lm_logits, vocab_parallel_cross_entropy
 
 LOSS_CHUNK_TOKENS = 2048
 """Tokens whose logits exist at once in evaluation; training keeps all for the backward pass."""
@@ -21,35 +21,33 @@ def token_losses(
     weight_VH: Tensor,
     labels_BS: Tensor,
     *,
-    group: Group,
+    layout: Layout,
     vocab_size: int,
     vocab_start: int,
-    sequence_parallel: bool,
 ) -> Tensor:
-    """Return the cross entropy of each token in nats, fp32 [B, S]; 0 where the label is -100.
+    """Return the cross entropy of each token in nats, fp32 [B, S]; 0 where the label is IGNORED_LABEL.
 
     Args:
         x_BSH: Last hidden states; cut along S under sequence parallelism.
         weight_VH: This rank's rows of the output table.
         labels_BS: The next tokens, whole on every rank.
-        group: The tensor group.
+        layout: How the ranks share the table and the hidden states.
         vocab_size: Ids from here on are padding and get no probability.
         vocab_start: Id of this rank's first row.
-        sequence_parallel: x is cut along S.
     """
 
     def losses_of(x_BSH: Tensor, labels_BS: Tensor) -> Tensor:
-        logits_BSV = parallel_lm_logits(x_BSH, weight_VH, group=group, sequence_parallel=sequence_parallel)
+        logits_BSV = parallel_lm_logits(x_BSH, weight_VH, layout=layout)
         return vocab_parallel_cross_entropy(
             logits_BSV,
             labels_BS,
-            group=group,
+            group=layout.tensor,
             vocab_size=vocab_size,
             vocab_start=vocab_start,
             overwrite_logits=True,  # a linear layer does not keep its output
         )
 
-    if torch.is_grad_enabled() or sequence_parallel:
+    if torch.is_grad_enabled() or layout.sequence_parallel:
         return losses_of(x_BSH, labels_BS)
     return in_chunks(losses_of, x_BSH.flatten(0, 1), labels_BS.flatten()).view_as(labels_BS)
 

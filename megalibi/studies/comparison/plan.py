@@ -9,7 +9,7 @@ import torch
 from megalibi.config import Config, derive
 from megalibi.errors import ConfigError
 from megalibi.model import GPT
-from megalibi.parallel import ALONE
+from megalibi.parallel import WHOLE
 from megalibi.plan.gpus import GIB, USABLE
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.plan.run_plan import plan_memory
@@ -55,7 +55,7 @@ def find_shapes(base: Config) -> dict[str, tuple[int, ...]]:
     """Return the shape of every weight of the whole model, by name; the methods compared have the same ones."""
     padded = derive(base, base.parallel.tensor_parallel_size).padded_vocab_size
     with torch.device("meta"):
-        model = GPT(base.model, padded_vocab_size=padded, group=ALONE)
+        model = GPT(base.model, padded_vocab_size=padded, layout=WHOLE)
     return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
 
 

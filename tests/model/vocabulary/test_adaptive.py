@@ -14,7 +14,7 @@ from megalibi.errors import ConfigError
 from megalibi.model import GPT
 from megalibi.model.vocabulary.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from megalibi.model.vocabulary.loss import LOSS_CHUNK_TOKENS
-from megalibi.parallel import ALONE, get_shard_spec
+from megalibi.parallel import WHOLE, get_shard_spec
 from tests.support.models import FP32_RELATIVE_ERROR, VOCAB_SIZE, build_gpt, losses_and_grads, make_model, random_tokens
 from tests.support.ranks import run_on_ranks
 from tests.support.tensors import assert_close, fake_group, randn, tensor_group
@@ -114,7 +114,7 @@ def _run_variants(sequence_parallel: bool) -> list[dict[str, Tensor]]:
         with torch.no_grad():
             x = randn(5, 2, 12, 48)
             runs[-1]["log_probs"] = gpt.output.log_probs(
-                x.chunk(group.size, dim=1)[group.rank] if gpt.sequence_parallel else x
+                x.chunk(group.size, dim=1)[group.rank] if gpt.layout.sequence_parallel else x
             )
     return runs
 
@@ -213,5 +213,5 @@ def test_what_is_no_adaptive_model_is_refused(fields: dict[str, Any], message: s
 
 def test_meta_device_takes_no_memory() -> None:
     with torch.device("meta"):
-        gpt = GPT(adaptive_model(), padded_vocab_size=VOCAB_SIZE, group=ALONE)
+        gpt = GPT(adaptive_model(), padded_vocab_size=VOCAB_SIZE, layout=WHOLE)
     assert all(parameter.is_meta for parameter in gpt.parameters())

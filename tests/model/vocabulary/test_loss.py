@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalibi.model.vocabulary.loss import LOSS_CHUNK_TOKENS, token_losses
-from megalibi.parallel import ALONE, ShardSpec, shard
+from megalibi.parallel import WHOLE, Layout, ShardSpec, shard
 from tests.support.ranks import run_on_ranks
 from tests.support.tensors import randn, tensor_group
 
@@ -33,10 +33,9 @@ def _losses(with_grad: bool, sequence_parallel: bool) -> Tensor:
             x,
             local,
             labels,
-            group=group,
+            layout=Layout(group, sequence_parallel),
             vocab_size=VOCAB_SIZE,
             vocab_start=group.rank * len(local),
-            sequence_parallel=sequence_parallel,
         )
 
 
@@ -68,5 +67,5 @@ class _LogitsTokens(TorchDispatchMode):
 def test_evaluation_holds_the_logits_of_one_chunk_at_a_time(with_grad: bool, most_tokens: int) -> None:
     x, weight, labels = inputs()
     with _LogitsTokens() as noted, torch.set_grad_enabled(with_grad):
-        token_losses(x, weight, labels, group=ALONE, vocab_size=VOCAB_SIZE, vocab_start=0, sequence_parallel=False)
+        token_losses(x, weight, labels, layout=WHOLE, vocab_size=VOCAB_SIZE, vocab_start=0)
     assert max(noted.token_counts) == most_tokens
