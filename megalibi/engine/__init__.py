@@ -1,1 +1,1 @@
-"""DeepSpeed around the GPT: configuration, optimizer, step and evaluation."""
+"""DeepSpeed around the GPT: its configuration, the optimizer, the engine and one training step."""

@@ -26,7 +26,7 @@ from megalibi.parallel import Layout, ProcessGroups
 
 
 class _Mpu:
-    """Our groups under the names by which DeepSpeed asks for them."""
+    """Our groups, under the names by which DeepSpeed asks for them."""
 
     def __init__(self, groups: ProcessGroups) -> None:
         self._tensor, self._data = groups.tensor, groups.data
@@ -53,13 +53,13 @@ class _Mpu:
 def build_engine(config: Config, derived: Derived, groups: ProcessGroups, device: torch.device) -> DeepSpeedEngine:
     """Return a DeepSpeed engine with an initialised model and optimizer; every rank must call it.
 
-    torch.distributed must be initialised. Weights are a function of ``train.seed``, on any number of ranks, and start
-    rounded to the precision of the run at every ZeRO stage.
+    torch.distributed must be initialised. Initial weights depend on ``train.seed`` and not on the number of ranks. They
+    are rounded to the precision of the run at every ZeRO stage.
 
     Args:
-        config: The run.
-        derived: What follows from it on this world.
-        groups: Of this process.
+        config: The configuration of the run.
+        derived: What follows from it for this number of ranks.
+        groups: The groups of this process.
         device: Where this rank computes.
 
     Raises:

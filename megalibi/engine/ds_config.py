@@ -11,8 +11,8 @@ NEVER = 10**12
 
 INITIAL_LOSS_SCALE_POWER = 16
 LOSS_SCALE_WINDOW = 1000
-"""fp16: the loss scale starts at 2^16, halves when a gradient overflows and doubles after 1000 steps without
-(the values of arXiv:1710.03740's implementations)."""
+"""In fp16 the loss scale starts at 2^16, halves when a gradient overflows and doubles after 1000 steps without an
+overflow (the values of arXiv:1710.03740's implementations)."""
 
 
 def deepspeed_config(config: Config, derived: Derived, *, overlap: bool) -> dict[str, Any]:
@@ -23,13 +23,13 @@ def deepspeed_config(config: Config, derived: Derived, *, overlap: bool) -> dict
     clipping and loss scaling are those of engine/optimizer.py.
 
     Args:
-        config: The run.
-        derived: What follows from it on this world.
-        overlap: Reduce gradients beside the backward pass; wants a device with streams.
+        config: The configuration of the run.
+        derived: What follows from it for this number of ranks.
+        overlap: Reduce gradients during the backward pass; it needs a device with streams.
     """
     stage = config.zero.stage
     precision = config.train.precision if stage > 0 else "fp32"
-    # It refuses an odd number where it gathers: with 16 bits, every other element is aligned to 4 bytes.
+    # DeepSpeed refuses an odd number of 16-bit elements where it gathers, because parts must be aligned to 4 bytes.
     bucket_elements = config.zero.bucket_elements + config.zero.bucket_elements % 2
     return {
         "train_batch_size": config.train.global_batch_size,
@@ -42,10 +42,10 @@ def deepspeed_config(config: Config, derived: Derived, *, overlap: bool) -> dict
             "allgather_bucket_size": bucket_elements,
             "overlap_comm": overlap,
             "contiguous_gradients": True,
-            "memory_efficient_linear": False,  # it replaces torch.nn.functional.linear in the whole process
+            "memory_efficient_linear": False,  # True replaces torch.nn.functional.linear in the whole process
         },
         "zero_allow_untested_optimizer": True,  # torch's AdamW(fused=True)
-        # A gradient is added to the fp32 ones as soon as it is there, and not kept beside them: ZeRO 1 alone asks.
+        # Add each gradient to the fp32 ones at once, and do not keep it beside them; ZeRO 1 alone reads this.
         "bf16": {"enabled": precision == "bf16", "immediate_grad_update": True},
         "fp16": {
             "enabled": precision == "fp16",
@@ -57,5 +57,5 @@ def deepspeed_config(config: Config, derived: Derived, *, overlap: bool) -> dict
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": NEVER,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice in each micro batch
+        "timers": {"throughput": {"enabled": False}},  # the timer waits for the device twice in a micro batch
     }

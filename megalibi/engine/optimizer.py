@@ -1,4 +1,7 @@
-"""AdamW and Nesterov, and for ZeRO 0 what DeepSpeed leaves undone there: the global norm, clipping, the loss scale."""
+"""The optimizers that DeepSpeed is given: AdamW and Nesterov.
+
+At ZeRO 0 they also do what DeepSpeed does not do there: the global norm, the clipping and the loss scale.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER, LOSS_SCALE_WINDO
 from megalibi.parallel import Group, all_reduce_raw, get_shard_spec
 
 NORM_CHUNK_ELEMENTS = 2**18
-"""Elements of a gradient that are cast to fp64 at once, for its norm: 2 MiB, which stay in a processor's cache."""
+"""Number of elements of a gradient that are cast to fp64 at once, for its norm: 2 MiB, which a cache can hold."""
 
 
 def build_optimizer(
@@ -25,11 +28,11 @@ def build_optimizer(
     torch's fused step runs on the CPU too, needs nothing compiled and is as fast as DeepSpeed's CPU Adam.
 
     Args:
-        parameters: Of the model; under ZeRO 3 already cut.
-        optimizer: Kind, rates, betas, decay.
-        zero_stage: 0 adds the norm, the clipping and the loss scale.
+        parameters: The model's parameters; under ZeRO 3 they are cut already.
+        optimizer: The optimizer's kind, rates, betas and decay.
+        zero_stage: At 0 the optimizer takes the norm, clips and owns the loss scale.
         tensor: The tensor group, over which the norm is summed.
-        fp16: ZeRO 0 only: scale the loss dynamically.
+        fp16: Scale the loss dynamically; it matters at ZeRO 0 only.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -57,15 +60,15 @@ def build_optimizer(
 class Nesterov(torch.optim.SGD):
     """Nesterov's momentum, the same as fairseq's nag, with which the paper trained on WikiText-103.
 
-    nag keeps the learning rate in its momentum and corrects it when the rate changes: with v = -buffer / rate its steps
-    are v = momentum v + gradient, weight -= rate (gradient + momentum v), which are torch's. Its weight decay is
-    decoupled, as AdamW's, where torch's SGD adds it to the gradient (fairseq/optim/nag.py).
+    nag keeps the learning rate in its momentum and corrects it when the rate changes. With v = -buffer / rate its steps
+    are v = momentum v + gradient, weight -= rate (gradient + momentum v), and these are torch's steps. Its weight decay
+    is decoupled, as AdamW's is, while torch's SGD adds it to the gradient (fairseq/optim/nag.py).
 
     Args:
         groups: Parameter groups with ``decoupled_weight_decay``.
-        lr: Learning rate.
-        momentum: Decay of the momentum.
-        fused: torch's one kernel for a step.
+        lr: The learning rate.
+        momentum: The factor by which the momentum decays in each step.
+        fused: Take torch's fused kernel for a step.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float, fused: bool) -> None:
@@ -76,7 +79,7 @@ class Nesterov(torch.optim.SGD):
         assert closure is None
         for group in self.param_groups:
             weights = [parameter.data for parameter in group["params"] if parameter.grad is not None]
-            if group["decoupled_weight_decay"] > 0.0 and weights:  # ZeRO 3 steps one group after the other
+            if group["decoupled_weight_decay"] > 0.0 and weights:  # ZeRO 3 steps group by group
                 torch._foreach_mul_(weights, 1.0 - group["lr"] * group["decoupled_weight_decay"])
         super().step()
 
@@ -84,15 +87,15 @@ class Nesterov(torch.optim.SGD):
 class _Clipped(torch.optim.Optimizer):
     """An optimizer that clips by the global norm over the tensor group and, for fp16, owns a dynamic loss scale.
 
-    It works on reduced gradients, so it serves ZeRO 0 only. The attribute names are those by which the DeepSpeed engine
-    finds the norm (``_global_grad_norm``) and a skipped step (``overflow``).
+    It needs whole gradients that are reduced over the data ranks, so it serves ZeRO 0 only. The DeepSpeed engine finds
+    the norm and a skipped step by the names of these attributes, ``_global_grad_norm`` and ``overflow``.
 
     Args:
         groups: Parameter groups.
-        clip_grad_norm: Scale gradients down to this norm; 0: never.
+        clip_grad_norm: Gradients of a larger norm are scaled down to this one; 0: never.
         tensor: The tensor group.
         dynamic_loss_scale: Divide gradients by a scale that halves on overflow and doubles after 1000 good steps.
-        options: Of the optimizer itself.
+        options: Further options of the optimizer that is clipped.
     """
 
     def __init__(
@@ -160,9 +163,9 @@ class _Clipped(torch.optim.Optimizer):
 def sum_of_squares(gradient: Tensor) -> Tensor:
     """Return the sum of the squares of all elements, a number in fp64 on the gradient's device.
 
-    torch's ``norm()`` on a CPU adds the squares in fp32 as they come: a norm of 4 M elements is off by 8e-5, one of
-    100 M by 1.1%. DeepSpeed takes its norms, of ZeRO 1 to 3, in fp64 too. An fp64 norm casts its whole argument first,
-    to twice the bytes of the gradient: hence in chunks.
+    torch's ``norm()`` on a CPU adds the squares in fp32, one after the other: a norm of 4 M elements is off by 8e-5,
+    one of 100 M by 1.1%. DeepSpeed takes the norms of ZeRO 1 to 3 in fp64 too. An fp64 norm first casts its whole
+    argument, to twice the bytes of the gradient, so it is taken in chunks.
     """
     chunks = gradient.flatten().split(NORM_CHUNK_ELEMENTS)
     return torch.stack([torch.linalg.vector_norm(chunk, dtype=torch.float64) for chunk in chunks]).square().sum()

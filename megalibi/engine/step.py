@@ -1,4 +1,4 @@
-"""One optimizer step: micro batches in, weights changed, numbers out."""
+"""One optimizer step: it takes micro batches, changes the weights, and returns what the step was."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from megalibi.parallel import IGNORED_LABEL, ProcessGroups, all_reduce_raw, deri
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step was, the same on every rank."""
+    """What a step was; all fields are the same on every rank."""
 
     loss: float
-    """Mean over the tokens of the global batch, nats."""
+    """Mean loss over the tokens of the global batch, in nats."""
     grad_norm: float
-    """Global norm before clipping."""
+    """Norm of the gradient of all parameters, over all ranks, before clipping."""
     tokens: int
-    """Tokens of the global batch that have a loss."""
+    """Number of tokens of the global batch that have a loss."""
     sample_hash: int
-    """Of the samples that all ranks read, modulo 2^64 as a signed number."""
+    """Sum of the hashes of all samples of the global batch, modulo 2^64, as a signed number."""
     loss_scale: float
-    """What the loss was multiplied with; 1 unless the precision is fp16."""
+    """The factor by which the loss was multiplied; 1 unless the precision is fp16."""
     skipped: bool
-    """fp16: a gradient overflowed and the weights were left alone."""
+    """Whether a gradient was not finite, so that the step left the weights as they were."""
 
 
 def train_step(
@@ -49,23 +49,23 @@ def train_step(
     Args:
         engine: From build_engine.
         batches: This rank's micro batches.
-        groups: Of this process.
+        groups: The groups of this process.
         device: Where this rank computes.
-        learning_rate: Of this step.
-        seed: Of the run.
-        samples_consumed: Position in the data before this step; with the seed it keys dropout, so that a resumed run
-            drops what the run would have dropped.
+        learning_rate: The learning rate of this step.
+        seed: The seed of the run.
+        samples_consumed: Position in the data before this step. With the seed it keys dropout, so that a resumed run
+            drops what it would have dropped without the interruption.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    # int64 sums wrap around, as sample hashes are meant to.
+    # A sum of int64 wraps around at 2^64, which is how sample hashes are added.
     counts = torch.tensor([[int((b.labels != IGNORED_LABEL).sum()), b.sample_hash] for b in batches]).sum(0)
     if groups.data.size > 1:  # a rank alone knows them without waiting for the device
         counts = all_reduce_raw(counts.to(device), groups.data)
     tokens, sample_hash = counts.tolist()
     loss_scale = find_loss_scale(engine)
     if hasattr(engine.optimizer, "loss_scaler"):  # a checkpoint may have brought another one
-        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # that such a step was skipped is ours to say
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # StepResult says that the step was skipped
     # ZeRO 1 to 3 multiply by the loss scale themselves.
     factor = groups.data.size / tokens * (loss_scale if engine.zero_optimization_stage() == 0 else 1.0)
 
@@ -95,5 +95,5 @@ def train_step(
 
 
 def find_loss_scale(engine: DeepSpeedEngine) -> float:
-    """Return what the optimizer multiplies the loss with, or expects it to be multiplied with; 1 if nothing."""
+    """Return the factor by which the optimizer multiplies the loss, or expects it to be multiplied; 1 if by none."""
     return float(getattr(engine.optimizer, "loss_scale", 1.0))

@@ -43,8 +43,8 @@ class Block(nn.Module):
             x_BSH: The residual stream.
             micro_batch_key: Keys dropout; None: no dropout.
             bias: What is added to the attention scores.
-            documents: Attention does not cross their boundaries; None: it sees the whole row. It is given by name,
-                because ZeRO 3 looks for tensors in what is given by position, and warns of a type that it does not know.
+            documents: Attention does not cross their boundaries; None: it sees the whole row. It is given by name:
+                ZeRO 3 looks for tensors in what is given by position, and warns of a type that it does not know.
         """
         x_BSH, normed_BSH = self.attention_norm(x_BSH)
         y_BSH = self.attention(normed_BSH, micro_batch_key, bias, documents=documents)

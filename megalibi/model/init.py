@@ -64,11 +64,11 @@ def initialize(
     group: Group,
     gather: Callable[[nn.Parameter], AbstractContextManager[object]] | None = None,
 ) -> None:
-    """Fill every parameter as it says itself.
+    """Fill every parameter as its ``set_init`` says.
 
     Args:
         module: A GPT.
-        seed: Of the run.
+        seed: The seed of the run.
         group: The tensor group.
         gather: Makes a parameter whole while it is written, because ZeRO 3 has cut it already; None: it is whole.
 

@@ -31,9 +31,9 @@ class Pending:
     """A collective on its way: work on something else, then ``wait`` for its result.
 
     Attributes:
-        buffer: What the collective fills; not to be touched before ``wait``.
-        work: torch's handle; None if nothing is on its way.
-        arrange: Makes the result of the filled buffer.
+        buffer: The tensor that the collective fills; nobody may touch it before ``wait``.
+        work: The handle of torch; None if nothing is on its way.
+        arrange: Makes the result from the filled buffer; None if the buffer is the result.
     """
 
     buffer: Tensor
@@ -97,7 +97,7 @@ def reduce_scatter_raw(x: Tensor, group: Group, dim: int) -> Tensor:
 
 
 def slice_raw(x: Tensor, group: Group, dim: int) -> Tensor:
-    """Return a view of this rank's slice of a dimension (0 or more): what is left when all ranks hold the same tensor.
+    """Return a view of this rank's slice of a dimension (0 or more) of a tensor that all ranks hold.
 
     Raises:
         ValueError: The group does not divide the dimension.
@@ -118,7 +118,7 @@ def reduce_from_tensor_group(x: Tensor, group: Group) -> Tensor:
 def gather_from_tensor_group(x: Tensor, group: Group) -> Tensor:
     """Leave a tensor-parallel region with its last dimension whole. Forward all-gather, backward this rank's slice.
 
-    What follows must be the same on every rank, as all that stands outside a tensor-parallel region.
+    What follows must compute the same on every rank, as everything outside a tensor-parallel region does.
     """
     return x if group.size == 1 else _GatherFromTensorGroup.apply(x, group)
 

@@ -40,8 +40,8 @@ def vocab_parallel_cross_entropy(
     the logits themselves, in their dtype, and two numbers per token are kept: the backward computes the softmax again,
     which is cheap beside the matmul that made the logits, and it communicates nothing.
 
-    Padded logits take no part: they get neither probability nor gradient. A label outside the vocabulary makes its
-    loss NaN: checking it here would cost a wait for the GPU, and passing over it would be silent.
+    Padded logits get neither probability nor gradient. A label outside the vocabulary makes its loss NaN, because an
+    error would have to wait for the GPU, and a number would hide the mistake.
 
     Args:
         logits_BSV_local: This rank's columns of the logits, [B, S, V_local].
@@ -49,8 +49,9 @@ def vocab_parallel_cross_entropy(
         group: The tensor group.
         vocab_size: V, without padding.
         vocab_start: The token of this rank's first column.
-        overwrite_logits: Nobody else reads the logits, neither the caller nor the backward of what made them: the fused
-            kernels then put the gradient in their place. Autograd refuses a second backward pass over them.
+        overwrite_logits: Let the fused kernels put the gradient in the place of the logits. Nobody else may read the
+            logits then, neither the caller nor the backward pass of what made them, and autograd refuses a second
+            backward pass over them.
     """
     if can_fuse(logits_BSV_local):
         return _FusedCrossEntropy.apply(logits_BSV_local, labels_BS, group, vocab_size, vocab_start, overwrite_logits)
@@ -91,7 +92,7 @@ class _VocabParallelCrossEntropy(Function):
 
 
 class _FusedCrossEntropy(Function):
-    """The same by the kernels of fused_ops."""
+    """The same losses and gradients, by the kernels of fused_ops."""
 
     @staticmethod
     def forward(
@@ -131,7 +132,7 @@ class _FusedCrossEntropy(Function):
 
 
 def _count_tokens(logits_BSV_local: Tensor, vocab_size: int, vocab_start: int) -> int:
-    """Return how many of this rank's columns are no padding."""
+    """Return how many of this rank's columns are tokens and not padding."""
     return min(max(vocab_size - vocab_start, 0), logits_BSV_local.shape[-1])
 
 

@@ -72,7 +72,7 @@ def build_process_groups(tensor_parallel_size: int, timeout: timedelta | None = 
     initialized = dist.is_available() and dist.is_initialized()
     world_size = dist.get_world_size() if initialized else 1
     if tensor_parallel_size < 1 or world_size % tensor_parallel_size != 0:
-        raise ValueError(f"tensor_parallel_size={tensor_parallel_size} does not divide the {world_size} ranks")
+        raise ValueError(f"tensor_parallel_size={tensor_parallel_size}: must divide the number of ranks={world_size}")
     if not initialized:
         return single_process_groups()
     everyone = range(world_size)

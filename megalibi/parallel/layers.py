@@ -7,8 +7,8 @@ Shapes: B batch, S sequence (with sequence parallelism this rank's slice of it, 
 O output features, V vocabulary, H hidden. Features may follow any leading dimensions; sequence parallelism wants
 [B, S, features].
 
-Parameters are allocated, and not initialised: the model knows their standard deviations (random.init_normal_). They
-keep their own dtype, the matmul takes the activation's.
+Parameters are allocated here and not initialised: the model says how each of them starts. They keep their own dtype,
+and are cast to the activation's for the matmul.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from megalibi.parallel.sharding import ShardSpec, set_shard_spec
 class _LinearInTensorGroup(Function):
     """``x @ weight.T + bias`` behind f (or g of arXiv:2205.05198), with communication and matmul overlapped.
 
-    In the backward the collective that sums the input's gradient over the group runs while the weight's gradient is
-    computed. With sequence parallelism the gathered input is not kept but gathered again, behind the first matmul.
+    In the backward pass the collective that sums the input's gradient over the group runs while the weight's gradient
+    is computed. Under sequence parallelism the gathered input is not kept but gathered again, during the first matmul.
 
-    A row-parallel layer's sum over ``output_group`` (g) is part of it, because the product is its own tensor, which the
-    sum may replace; outside, the sum would have to begin with a copy.
+    A row-parallel layer's sum over ``output_group`` (g) is part of this function, because the product is a tensor of
+    its own, which the sum may overwrite. Outside of it, the sum would have to begin with a copy.
 
-    What is saved is the parameter itself and not its cast: DeepSpeed ZeRO 3 empties ``weight.data`` after the forward
-    and fills it again before the backward, which a saved copy would keep alive.
+    The parameter itself is saved and not its cast: DeepSpeed ZeRO 3 empties ``weight.data`` after the forward pass and
+    fills it again before the backward pass, and a saved cast would keep the memory.
     """
 
     @staticmethod
@@ -230,7 +230,7 @@ class VocabParallelEmbedding(nn.Module):
         ids_BS = ids_BS - self.vocab_start
         elsewhere_BS = (ids_BS < 0) | (ids_BS >= self.vocab_size_local)
         x_BSH = F.embedding(ids_BS.masked_fill(elsewhere_BS, 0), self.weight)
-        # Cast first: it halves the traffic, and is exact, for all ranks but one add zeros.
+        # Cast before the sum: it halves the traffic, and is exact because all ranks but one add zeros.
         x_BSH = x_BSH.to(dtype or x_BSH.dtype).masked_fill(elsewhere_BS.unsqueeze(-1), 0.0)
         if self.layout.sequence_parallel:
             return reduce_scatter_to_sequence(x_BSH, self.layout.tensor)

@@ -77,7 +77,7 @@ def keyed_dropout(x: Tensor, p: float, key: int) -> Tensor:
         ValueError: ``p`` is not in [0, 1).
     """
     if not 0.0 <= p < 1.0:
-        raise ValueError(f"dropout probability p={p} is not in [0, 1)")
+        raise ValueError(f"p={p}: must be at least 0 and below 1, as a probability of dropping")
     return x if p == 0.0 else _KeyedDropout.apply(x, p, key)
 
 
@@ -127,13 +127,13 @@ def fork_rng(key: int, device: torch.device) -> Iterator[None]:
 def init_normal_(param: Tensor, *, seed: int, name: str, std: float, rank: int, size: int) -> None:
     """Fill a parameter, or this rank's shard of it, with normal numbers that depend on seed, name and position alone.
 
-    The full tensor is the same, bit for bit, for every tensor parallel size; padding is zero. It is drawn on the CPU
-    in fp32, block of rows by block of rows, and no rank holds more than a block of it; of a tensor that is cut along
+    The full tensor is the same, bit for bit, for every tensor parallel size; padding is zero. It is drawn on the CPU in
+    fp32, block of rows by block of rows, so that no rank holds more than a block of it. Of a tensor that is cut along
     dimension 0 a rank draws only the blocks that it needs. No global random state is read or changed.
 
     Args:
         param: The whole local tensor (under ZeRO 3: gathered); its ShardSpec says what part of the full one it is.
-        seed: Seed of the run.
+        seed: The seed of the run.
         name: The parameter's name in the model, the same on every rank.
         std: Standard deviation.
         rank: Rank in the tensor group.

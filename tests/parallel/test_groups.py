@@ -48,7 +48,7 @@ def _build_wrongly() -> str:
 
 
 def test_a_size_that_does_not_divide_is_refused() -> None:
-    message = "tensor_parallel_size=3 does not divide the 2 ranks"
+    message = "tensor_parallel_size=3: must divide the number of ranks=2"
     assert run_on_ranks(2, _build_wrongly) == [message] * 2
 
 

@@ -16,7 +16,7 @@ from megalibi.parallel import Group
 class Learned(PositionMethod):
     """Add the row of the position to the embedded token; ``model.max_position_embeddings`` is the number of rows.
 
-    The table is a matrix, and so decays as the token embedding does.
+    The table is a matrix, so weight decay acts on it as on the token embedding.
     """
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
@@ -44,7 +44,7 @@ class PositionTable(nn.Module):
         """Return the first rows, [S, H]."""
         if seq_length > len(self.weight):
             raise ConfigError(
-                f"{seq_length} tokens at once are more than model.max_position_embeddings={len(self.weight)}: "
-                "model.position_method=learned has no embedding for a later position"
+                f"model.max_position_embeddings={len(self.weight)}: must be at least {seq_length}, the length of the "
+                "sequence, because model.position_method=learned has no embedding for a later position"
             )
         return F.embedding(torch.arange(seq_length, device=self.weight.device), self.weight)

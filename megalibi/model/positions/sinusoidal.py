@@ -18,9 +18,9 @@ class Sinusoidal(PositionMethod):
     The first half of the hidden dimensions are sines, the second half cosines, as in fairseq (the paper's code), with
     frequencies 10000^(-i / (hidden_size / 2 - 1)). The table is no state: it is computed for the length at hand.
 
-    There and in the source, token embeddings start with a standard deviation of 1. Ours start with ``init_std`` unless
-    they are adaptive, and the table is scaled by as much: beside tokens 50 times smaller it would drown them, and the
-    model learns next to nothing for hundreds of steps.
+    In fairseq and in the paper, token embeddings start with a standard deviation of 1. Ours start with ``init_std``
+    unless they are adaptive, and the table is scaled to match. Without that scale it would be 50 times larger than the
+    token embeddings, and the model would learn next to nothing for hundreds of steps.
     """
 
     def __init__(self, model: ModelConfig, group: Group) -> None:

@@ -28,7 +28,7 @@ class T5Bias(PositionMethod):
 
 
 class BucketTable(nn.Module):
-    """The learned numbers, [A, buckets]: a matrix, which weight decay takes in as it does all matrices."""
+    """The learned numbers, [A, buckets]: a matrix, so weight decay acts on it as on all matrices."""
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ def distance_buckets(num_distances: int, num_buckets: int, max_distance: int) ->
     last one holds everything beyond.
 
     Args:
-        num_distances: Distances 0, 1, 2, ...
-        num_buckets: Buckets.
+        num_distances: How many distances, from 0 on.
+        num_buckets: How many buckets.
         max_distance: From here on all distances share the last bucket.
     """
     exact = num_buckets // 2

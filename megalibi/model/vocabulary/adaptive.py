@@ -176,7 +176,7 @@ class AdaptiveSoftmax(nn.Module):
         return copy_to_tensor_group(x_BSH, self.layout.tensor)
 
     def _head_labels(self, labels_N: Tensor) -> Tensor:
-        """Return the columns of the head: bands first, tokens behind them; what is no token stays none."""
+        """Return each label's column of the head: bands first, tokens behind them; an ignored label stays as it is."""
         columns_N = torch.where(labels_N >= 0, labels_N + len(self.tails), labels_N)
         for number, tail in enumerate(self._tails):
             columns_N = columns_N.masked_fill(tail.contains(labels_N), number)
