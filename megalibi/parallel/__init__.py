@@ -1,4 +1,4 @@
-"""Tensor parallelism over torch.distributed: groups, layouts, collectives, sharded layers, loss and keyed randomness."""
+"""Tensor parallelism over torch.distributed: groups, layout, collectives, sharded layers, loss, keyed randomness."""
 
 from megalibi.parallel.agreement import check_same, describe_os_error, gather_objects, refusing_together
 from megalibi.parallel.collectives import (
