@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megalibi.errors import ConfigError
+from megalibi.errors import FileError
 
 ASIDE_SUFFIX = ".tmp"
-"""Of a file that is being written, or that a killed process left."""
+"""The end of the name of a file that is being written, or that a killed process left."""
 # NFS without a lock daemon, Lustre mounted without flock, and file systems in user space that have none.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
@@ -34,15 +34,17 @@ class AsideFile:
 
     Args:
         path: The file to write; its folder must exist.
+        replace_link: Replace a symbolic link whatever it leads to. Without it, only a link to a file is replaced.
 
     Raises:
         FileInUseError: Another process is writing it.
         OSError: It cannot be written, or its name is that of a device, a pipe or the like.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, replace_link: bool = False) -> None:
         self.path = Path(path)
-        if self.path.exists() and not self.path.is_file():  # a rename would replace /dev/null for everybody
+        is_link = replace_link and self.path.is_symlink()
+        if not is_link and self.path.exists() and not self.path.is_file():  # else /dev/null would go for everybody
             raise OSError(errno.EINVAL, "its name is that of something that is no file", os.fspath(path))
         self._aside = self.path.with_name(self.path.name + ASIDE_SUFFIX)
         self.file: BinaryIO = _open_locked(self._aside, self.path)
@@ -55,12 +57,11 @@ class AsideFile:
     def commit(self) -> None:
         """Sync, put the file in place, and wait until its name is on the disk."""
         self.sync()
-        os.replace(self._aside, self.path)
-        sync_folder(self.path.parent)
+        rename_synced(self._aside, self.path)
         self.file.close()  # last, because it ends the lock
 
     def discard(self) -> None:
-        """Remove what was written; nothing after ``commit``."""
+        """Remove what was written; after ``commit`` there is nothing to remove."""
         if self.file.closed:
             return
         # After a commit that failed half-way the name may be another process's.
@@ -71,16 +72,17 @@ class AsideFile:
 
 
 @contextlib.contextmanager
-def open_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def open_aside(path: str | os.PathLike[str], *, replace_link: bool = False) -> Iterator[BinaryIO]:
     """Give a binary file to write to; leaving normally puts it in place, leaving by an exception removes it.
 
     Args:
         path: The file to write; its folder must exist.
+        replace_link: Replace a symbolic link whatever it leads to.
 
     Raises:
-        OSError: As AsideFile.
+        OSError: In the cases in which AsideFile raises it.
     """
-    aside = AsideFile(path)
+    aside = AsideFile(path, replace_link=replace_link)
     try:
         yield aside.file
         aside.commit()
@@ -88,17 +90,18 @@ def open_aside(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         aside.discard()
 
 
-def write_aside(path: str | os.PathLike[str], content: bytes | str) -> None:
+def write_aside(path: str | os.PathLike[str], content: bytes | str, *, replace_link: bool = False) -> None:
     """Write a whole file aside and put it in place.
 
     Args:
         path: The file to write; its folder must exist.
         content: Text is written as UTF-8, with the line ends that it has.
+        replace_link: Replace a symbolic link whatever it leads to.
 
     Raises:
-        OSError: As AsideFile.
+        OSError: In the cases in which AsideFile raises it.
     """
-    with open_aside(path) as file:
+    with open_aside(path, replace_link=replace_link) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
@@ -125,6 +128,20 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def rename_synced(path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+    """Rename a file or a folder within its folder, and wait until the new name is on the disk.
+
+    Args:
+        path: What to rename; all that is in it must be synced before.
+        new_path: Its new name. A file of that name is replaced; a folder of that name must be empty.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    os.replace(path, new_path)
+    sync_folder(Path(new_path).parent)
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:
@@ -155,22 +172,22 @@ def lock_file(descriptor: int, path: Path) -> bool:
     """Lock an open file for this process, until it is closed or the process ends.
 
     Args:
-        descriptor: Of the file.
-        path: What an error names.
+        descriptor: The open file's descriptor.
+        path: The name of the file in the error message.
 
     Returns:
-        Whether it is locked; there are file systems without locks.
+        Whether the file is locked: some file systems have no locks.
 
     Raises:
-        FileInUseError: Another process has it.
+        FileInUseError: Another process has locked it.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise FileInUseError(errno.EAGAIN, f"another process is writing {path}", os.fspath(path)) from None
     except OSError as error:
-        # Where there are no locks, two writers of one file are not seen. To refuse every file on such a disk would harm
-        # those who write once, which is nearly everybody.
+        # Where there are no locks, two writers of one file are not noticed. Refusing every file on such a disk would
+        # harm those who write once, which is nearly everybody.
         if error.errno not in _NO_LOCKS:
             raise
         return False
@@ -178,7 +195,7 @@ def lock_file(descriptor: int, path: Path) -> bool:
 
 
 def _names(path: Path, descriptor: int) -> bool:
-    """Tell whether a path names the file that is open."""
+    """Return whether a path is a name of the file that is open."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -189,12 +206,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the fields of a JSON file.
 
     Raises:
-        ConfigError: It cannot be read, or is no object.
+        FileError: It cannot be read, or is no object.
     """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+        raise FileError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: a JSON object is expected")
+        raise FileError(f"{path}: must be a JSON object")
     return fields

@@ -71,15 +71,15 @@ def main() -> None:
     arguments = parse_arguments()
     check_outputs({"--output": arguments.output})
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which the reader imports, warns of no GPU
-    from megalibi.checkpoint import get_checkpoint, load_model, read_manifest
+    from megalibi.checkpoint import Checkpoint
 
-    checkpoint = get_checkpoint(arguments.checkpoint)
-    config = read_manifest(checkpoint).config["model"]
-    layer = config["num_layers"] // 2 if arguments.layer is None else arguments.layer
-    if not 0 <= layer < config["num_layers"]:
-        raise ConfigError(f"--layer={layer}: the model has 0 to {config['num_layers'] - 1}")
-    tokens = read_tokens(arguments.data, arguments.length, config["vocab_size"])
-    captured = capture(load_model(checkpoint, torch.device("cpu")), layer, tokens)
+    checkpoint = Checkpoint.open(arguments.checkpoint)
+    model = checkpoint.config.model
+    layer = model.num_layers // 2 if arguments.layer is None else arguments.layer
+    if not 0 <= layer < model.num_layers:
+        raise ConfigError(f"--layer={layer}: the model has 0 to {model.num_layers - 1}")
+    tokens = read_tokens(arguments.data, arguments.length, model.vocab_size)
+    captured = capture(checkpoint.load_model(torch.device("cpu")), layer, tokens)
     with open_aside(arguments.output) as file:
         torch.save(captured, file)
     _, length, num_heads, head_dim = captured["q"].shape

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalibi import log
-from megalibi.config import Config, config_from_dict
+from megalibi.config import Config
 from megalibi.config.checks import check_option
 from megalibi.data.provenance import say_unrecorded
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -229,22 +229,18 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     check_picture(arguments.picture, "--picture")
     device = set_up_device(place)
     # After the device: it imports DeepSpeed.
-    from megalibi.checkpoint import get_checkpoint, load_model, read_manifest
-    from megalibi.parallel import refusing_together
+    from megalibi.checkpoint import Checkpoint
 
-    checkpoint = get_checkpoint(arguments.checkpoint)
-    manifest = read_manifest(checkpoint)
-    config = config_from_dict(manifest.config)
+    checkpoint = Checkpoint.open(arguments.checkpoint)
+    config, manifest = checkpoint.config, checkpoint.manifest
     check_lengths(config, lengths)
     check_tensor_parallel_size(config, arguments.tensor_parallel_size, place.world_size)
     tokenizer = open_tokenizer(arguments.tokenizer, config.data.tokenizer)
     check_same_tokenizer(manifest.data, text, tokenizer)
     num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, byte_counter(tokenizer))
     groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
-    with refusing_together(groups.world, checkpoint):
-        model = load_model(checkpoint, device, groups.tensor)
     evaluation = Evaluation(
-        model=model,
+        model=checkpoint.load_model(device, groups),
         text=text,
         num_tokens=num_tokens,
         num_bytes=num_bytes,
@@ -262,7 +258,7 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
         for row in results:
             row["by_position"] = to_columns(sums[row["length"]])
     fields = {
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(checkpoint.path),
         "step": manifest.step,
         "train_seq_length": config.data.seq_length,
         "protocol": arguments.protocol,

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from megalibi import log
-from megalibi.config import config_from_dict
 from megalibi.config.checks import check_option
 from megalibi.data.tokenizer.tokenizer import load_tokenizer
 from megalibi.errors import ConfigError
@@ -66,12 +65,11 @@ def check_model(arguments: argparse.Namespace) -> tuple[Callable[[], Any], dict[
     """Return what loads the checkpoint as a model of the harness, and what the output says of it."""
     place = find_place({})  # alone: the harness is not told of other ranks
     device = set_up_device(place)
-    from megalibi.checkpoint import get_checkpoint, load_model, read_manifest  # after the device: it imports DeepSpeed
+    from megalibi.checkpoint import Checkpoint  # after the device: it imports DeepSpeed
     from megalibi.evaluate.lm_harness import HarnessModel
 
-    checkpoint = get_checkpoint(arguments.checkpoint)
-    manifest = read_manifest(checkpoint)
-    config = config_from_dict(manifest.config)
+    checkpoint = Checkpoint.open(arguments.checkpoint)
+    config, manifest = checkpoint.config, checkpoint.manifest
     max_length = config.data.seq_length if arguments.max_length is None else arguments.max_length
     check_lengths(config, [max_length])
     path = arguments.tokenizer or config.data.tokenizer
@@ -86,9 +84,9 @@ def check_model(arguments: argparse.Namespace) -> tuple[Callable[[], Any], dict[
     check_same_tokenizer(manifest.data, None, tokenizer)
 
     def load() -> HarnessModel:
-        return HarnessModel(load_model(checkpoint, device), tokenizer, max_length=max_length, device=device)
+        return HarnessModel(checkpoint.load_model(device), tokenizer, max_length=max_length, device=device)
 
-    facts = {"checkpoint": str(checkpoint), "step": manifest.step, "train_seq_length": config.data.seq_length}
+    facts = {"checkpoint": str(checkpoint.path), "step": manifest.step, "train_seq_length": config.data.seq_length}
     return load, {**facts, "max_length": max_length, "tokenizer": path}
 
 

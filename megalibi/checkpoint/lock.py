@@ -3,7 +3,7 @@
 The file ``run.lock`` is locked while a run writes into the folder, and says which host and process that is. The lock
 ends with its process, so that a crash leaves none. NFS and most other shared file systems pass locks on to other hosts;
 after the crash of a host some hold its lock for a minute or two. Where there are no locks, or they do not reach other
-hosts, the signs of life that the file shows decide, and they are watched for a while.
+hosts, the file's signs of life decide: a run rewrites it every few seconds, and another run watches it for a while.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, FileError
 from megalibi.files import FileInUseError, lock_file, make_folder
 from megalibi.log import get_logger
 
 LOCK_FILE = "run.lock"
 SIGN_SECONDS = 10.0
-"""How often a run gives a sign of life."""
+"""The time from one sign of life to the next."""
 WATCH_SECONDS = 25.0
-"""How long the signs of another host's run are waited for: two of them, and the time until they show."""
+"""How long to wait for signs of another host's run: time for two of them to be given and to be seen here."""
 LEASE_SECONDS = 120.0
-"""How long a lock is waited for whose host gives no sign: NFS keeps those of a host that crashed for 90 seconds."""
+"""How long to wait for a lock whose host gives no sign of life: NFS keeps a crashed host's lock for 90 seconds."""
 _LOGGER = get_logger(__name__)
 
 
@@ -40,7 +40,7 @@ class RunLock:
         folder: train.output_dir; it is made if it does not exist.
         sign_seconds: How often to give a sign of life.
         watch_seconds: How long to wait for the signs of another host's run.
-        lease_seconds: How long to wait for a lock of another host's that gives none.
+        lease_seconds: How long to wait for a lock whose host gives no sign of life.
     """
 
     def __init__(
@@ -66,17 +66,18 @@ class RunLock:
         self._signs = threading.Thread(target=self._give_signs, daemon=True)
 
     def __enter__(self) -> RunLock:
-        """Take the folder.
+        """Take the folder for this run.
 
         Raises:
-            ConfigError: Another run has it, or the folder cannot be written.
+            ConfigError: Another run has it.
+            FileError: The folder cannot be written.
         """
         self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
         try:
             make_folder(self._folder)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
-            raise ConfigError(f"train.output_dir={self._folder} cannot be used: {error.strerror}") from error
+            raise FileError(f"train.output_dir={self._folder} cannot be used: {error.strerror}") from error
         try:
             self._take()
         except BaseException:
@@ -88,7 +89,7 @@ class RunLock:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give the folder back: an empty file says that nobody has it. Folders that were never used go again."""
+        """Give the folder back: an empty file says that nobody has it. Folders that were made and not used are removed."""
         self._ended.set()
         self._signs.join()  # or its last sign would follow the end
         with contextlib.suppress(OSError):
@@ -128,7 +129,7 @@ class RunLock:
                 self._watch(owner, self._watch_seconds)
 
     def _read(self) -> dict[str, Any] | None:
-        """Return what the file says, nothing in it if that cannot be read yet; None: nobody has the folder."""
+        """Return the fields in the file, or no fields if it cannot be read yet; None: nobody has the folder."""
         try:
             text = self._path.read_bytes()
         except OSError:
@@ -167,7 +168,7 @@ class RunLock:
                 self._give_sign(number)
 
     def _give_sign(self, number: int) -> None:
-        """Write who has the folder: in one write of one length, so that no reader finds a part of two."""
+        """Write who has the folder, in one write of a fixed length: no reader then finds parts of two signs."""
         text = json.dumps({**self._owner, "sign": f"{number:012d}"}).encode()
         os.pwrite(self._descriptor, text, 0)
         os.ftruncate(self._descriptor, len(text))

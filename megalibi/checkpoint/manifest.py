@@ -1,11 +1,7 @@
-"""What makes a folder a complete checkpoint: a manifest of its files with sizes and checksums.
+"""What a checkpoint says of itself: the run, every parameter, and its files with sizes and checksums.
 
-A checkpoint is written into ``step_00000100.partial``; its files are synced to the disk, then the manifest, and then
-the folder is renamed to ``step_00000100``. The rename is the moment at which it comes to exist: before it nothing reads
-the folder, after it every byte is on the disk. Last, ``latest`` is replaced. A crash at any moment leaves the
-checkpoint before, whole.
-
-The manifest has a checksum of its own, in a file beside it, so that a flipped byte in any file of a checkpoint shows.
+``manifest.json`` has a checksum of its own in ``manifest.sha256`` beside it, so that a flipped byte in any file of a
+checkpoint shows. docs/formats.md describes the fields for readers in other languages.
 """
 
 from __future__ import annotations
@@ -13,25 +9,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megalibi.errors import ConfigError
-from megalibi.files import ASIDE_SUFFIX, sync_folder, write_aside, write_synced
+from megalibi.checkpoint.parameters import ParameterEntry
+from megalibi.errors import CheckpointError, FileError
+from megalibi.files import write_synced
 
 MANIFEST = "manifest.json"
 MANIFEST_CHECKSUM = "manifest.sha256"
-LATEST = "latest"
-CHECKPOINTS = "checkpoints"
-PARTIAL_SUFFIX = ".partial"
-_DISCARDED_SUFFIX = ".discarded"
-_STEP_NAME = re.compile(r"step_(\d{8,})")
-_HASH_CHUNK_BYTES = 1 << 22
+FORMAT_VERSION = 2
+"""Format 2 describes the parameters; format 1 does not, and has no ``format_version``."""
+_ONE_LINE_EACH = ("files", "parameters")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,229 +29,102 @@ class FileEntry:
     """One file of a checkpoint."""
 
     size_bytes: int
+    """The file's size in bytes."""
     sha256: str
+    """The SHA-256 of its content, in hexadecimal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint is and which files it has."""
+    """What a checkpoint is, what it holds, and which files it has."""
 
+    format_version: int = FORMAT_VERSION
+    """The version of this description."""
     step: int
-    """Optimizer steps done."""
+    """The number of optimizer steps done."""
     samples_consumed: int
-    """Position in the data."""
+    """The position in the training data: samples that the steps have used."""
     topology: dict[str, int]
-    """World, tensor and data sizes and ZeRO stage that wrote it."""
+    """The number of ranks, the tensor parallel and data parallel sizes, and the ZeRO stage of the run that wrote it."""
     config: dict[str, Any]
-    """The run's configuration."""
+    """The run's configuration, by section."""
     derived: dict[str, Any]
-    """What followed from it."""
+    """What followed from the configuration on that number of ranks."""
     versions: dict[str, str]
-    """Of megalibi and of the packages that decide the format."""
+    """The versions of megalibi and of the packages that decide what the files look like."""
     files: dict[str, FileEntry]
-    """By path inside the checkpoint."""
+    """The files, by their path inside the checkpoint."""
     data: dict[str, Any] = field(default_factory=dict)
-    """What was learned from, a DataIdentity; empty in checkpoints that are older than this field."""
+    """The content of the training and validation text, a DataIdentity; empty in checkpoints older than this field."""
     run_id: str = ""
-    """Of the run that wrote it; empty in checkpoints that are older than this field."""
+    """The identity of the run that wrote it; empty in checkpoints older than this field."""
+    parameters: dict[str, ParameterEntry] = field(default_factory=dict)
+    """Every parameter by name, in the order of the model; empty in format 1."""
+    ties: dict[str, str] = field(default_factory=dict)
+    """Further names of parameters that have several: a tied output layer is that of the embedding."""
+
+    def to_json(self) -> str:
+        """Return the text of ``manifest.json``: a file and a parameter take a line each."""
+        parts = []
+        for name, value in dataclasses.asdict(self).items():
+            if name in _ONE_LINE_EACH and value:
+                lines = (f"  {json.dumps(key)}: {json.dumps(entry)}" for key, entry in value.items())
+                text = "{\n" + ",\n".join(lines) + "\n }"
+            else:
+                text = json.dumps(value, indent=1).replace("\n", "\n ")
+            parts.append(f" {json.dumps(name)}: {text}")
+        return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def checkpoint_name(step: int) -> str:
-    """Return the folder name of a step's checkpoint."""
-    return f"step_{step:08d}"
-
-
-def commit(partial: Path, manifest: Manifest) -> Path:
-    """Turn a folder with all files written and synced into a checkpoint, and let ``latest`` name it.
-
-    Args:
-        partial: The folder, ``step_00000100.partial``.
-        manifest: Of its files.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        OSError: The disk is full or fails; the checkpoints before are untouched.
-    """
-    text = json.dumps(dataclasses.asdict(manifest), indent=1)
-    write_synced(partial / MANIFEST, text.encode())
-    write_synced(partial / MANIFEST_CHECKSUM, hashlib.sha256(text.encode()).hexdigest().encode())
-    sync_folder(partial)
-    final = partial.with_name(partial.name.removesuffix(PARTIAL_SUFFIX))
-    old = None
-    if final.exists():  # a run went back to an earlier checkpoint and came here again
-        others = [checkpoint for checkpoint in list_checkpoints(final.parent) if checkpoint != final]
-        if others and _read_latest(final.parent) == final.name:  # a crash now must not leave it naming nothing
-            _replace_latest(others[-1])
-        old = _put_aside(final)
-    os.rename(partial, final)
-    sync_folder(final.parent)
-    _replace_latest(final)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
-
-
-def _replace_latest(checkpoint: Path) -> None:
-    latest = checkpoint.with_name(LATEST)
-    if latest.is_symlink():  # somebody's, to a folder, which write_aside takes for no file
-        aside = latest.with_name(f"{LATEST}{ASIDE_SUFFIX}")
-        write_synced(aside, f"{checkpoint.name}\n".encode())
-        os.replace(aside, latest)  # the link itself
-        sync_folder(latest.parent)
-    else:
-        write_aside(latest, f"{checkpoint.name}\n")
-
-
-def _read_latest(folder: Path) -> str | None:
-    """Return the name that ``latest`` holds, or that of the checkpoint it is a link to; None: there is none."""
-    latest = folder / LATEST
-    if latest.is_symlink() and not latest.is_file():
-        target = latest.resolve()
-        return target.name if target.parent == folder.resolve() else os.readlink(latest)
-    if latest.is_dir():
-        raise ConfigError(
-            f"{latest} is a folder: a file that holds the name of a checkpoint, or a link to one, is needed"
-        )
-    try:
-        return latest.read_bytes().decode(errors="replace").strip()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"{latest} cannot be read: {error.strerror}") from error
-
-
-def find_checkpoint(folder: Path) -> Path | None:
-    """Return the checkpoint that ``latest`` names, or the newest complete one if there is no ``latest``; None: none.
-
-    Args:
-        folder: A run's ``checkpoints``.
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a manifest and its checksum into a folder that is not yet a checkpoint, and wait for the disk.
 
     Raises:
-        ConfigError: ``latest`` names no checkpoint.
+        OSError: The disk is full or fails.
     """
-    complete = list_checkpoints(folder)
-    name = _read_latest(folder)
-    if name is None:
-        return complete[-1] if complete else None
-    if folder / name not in complete:
-        newest = complete[-1].name if complete else "none"
-        raise ConfigError(
-            f"{folder / LATEST} names {name!r}, which is no complete checkpoint; the newest one is {newest}"
-        )
-    return folder / name
-
-
-def get_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that a user names: a step's folder, or the latest of a run's folder or its ``checkpoints``.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    if (path / MANIFEST).is_file():
-        return path
-    found = find_checkpoint(path / CHECKPOINTS) or find_checkpoint(path)
-    if found is None:
-        raise ConfigError(
-            f"{path} is no checkpoint and has none: give a step's folder, a run's folder (its train.output_dir) or "
-            f"its {CHECKPOINTS}"
-        )
-    return found
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest step first."""
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    text = manifest.to_json().encode()
+    write_synced(folder / MANIFEST, text)
+    write_synced(folder / MANIFEST_CHECKSUM, hashlib.sha256(text).hexdigest().encode())
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
     """Read and check the manifest of a checkpoint, but not the files it lists.
 
+    Args:
+        checkpoint: A step's folder.
+
     Raises:
-        ConfigError: The folder is no checkpoint, or the manifest is damaged.
+        CheckpointError: The folder is no checkpoint, or its manifest is damaged or of a later version.
+        FileError: The manifest may not be read.
     """
     try:
         text = (checkpoint / MANIFEST).read_bytes()
         expected = (checkpoint / MANIFEST_CHECKSUM).read_bytes().decode(errors="replace")
-    except OSError as error:
-        raise ConfigError(
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(
             f"{checkpoint} is no complete checkpoint: {error.filename}: {error.strerror}; give the path of a folder "
             "named step_NNNNNNNN"
         ) from error
+    except OSError as error:
+        raise FileError(f"{error.filename or checkpoint / MANIFEST}: {error.strerror}") from error
     if hashlib.sha256(text).hexdigest() != expected:
-        raise ConfigError(
+        raise CheckpointError(
             f"{checkpoint / MANIFEST} is damaged: it does not match {MANIFEST_CHECKSUM}; resume from another checkpoint"
         )
     try:
-        fields = json.loads(text)
-        files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
-        return Manifest(**fields, files=files)
+        return _parse(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(
-            f"{checkpoint / MANIFEST} was not written by this version of megalibi: {error}; resume with the one "
-            "that wrote it, or from another checkpoint"
+        raise CheckpointError(
+            f"{checkpoint / MANIFEST} was not written by this version of megalibi: {error}; use the version that "
+            "wrote it, or another checkpoint"
         ) from error
 
 
-def find_damage(checkpoint: Path, manifest: Manifest, *, part: int = 0, parts: int = 1) -> Iterator[str]:
-    """Read files of a checkpoint and yield what is wrong, one line each; nothing if they are as they were written.
-
-    Args:
-        checkpoint: The folder.
-        manifest: Of the folder.
-        part: Which share of the files to read: ranks share the work.
-        parts: Number of shares.
-    """
-    for name in sorted(manifest.files)[part::parts]:
-        entry, path = manifest.files[name], checkpoint / name
-        if not path.is_file():
-            yield f"{path} is missing"
-        elif path.stat().st_size != entry.size_bytes:
-            yield f"{path} has {path.stat().st_size} bytes instead of {entry.size_bytes}"
-        elif hash_file(path) != entry.sha256:
-            yield f"{path} is damaged: its checksum is not the one in {MANIFEST}"
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def prune(folder: Path, keep: int, *, also_later: bool = True) -> None:
-    """Delete what crashes left behind and all but the newest checkpoints.
-
-    Args:
-        folder: A run's ``checkpoints``.
-        keep: How many to keep, always with the one that ``latest`` names; 0: all.
-        also_later: Whether those beyond the latest go: what a run left that went back.
-    """
-    for leftover in [*folder.glob(f"*{PARTIAL_SUFFIX}"), *folder.glob(f"*{_DISCARDED_SUFFIX}")]:
-        shutil.rmtree(leftover, ignore_errors=True)
-    latest, checkpoints = find_checkpoint(folder), list_checkpoints(folder)
-    if keep and latest is not None:
-        place = checkpoints.index(latest)
-        later = checkpoints[place + 1 :] if also_later else []
-        for checkpoint in later + checkpoints[: max(0, place + 1 - keep)]:
-            discard(checkpoint)
-
-
-def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint; it stops to be one at once, so that a crash meanwhile leaves no half of one."""
-    shutil.rmtree(_put_aside(checkpoint), ignore_errors=True)
-
-
-def _put_aside(checkpoint: Path) -> Path:
-    """Let a checkpoint be none any more, and return where its files are."""
-    aside = checkpoint.with_name(checkpoint.name + _DISCARDED_SUFFIX)
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(checkpoint, aside)
-    sync_folder(aside.parent)  # else, after a power failure, its files may be gone and its old name be there again
-    return aside
+def _parse(fields: dict[str, Any]) -> Manifest:
+    version = fields.pop("format_version", 1)
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(f"format_version={version}: must be from 1 to {FORMAT_VERSION}")
+    files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
+    described = fields.pop("parameters", {})
+    parameters = {name: ParameterEntry.from_fields(entry) for name, entry in described.items()}
+    return Manifest(**fields, format_version=version, files=files, parameters=parameters)

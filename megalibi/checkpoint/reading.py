@@ -22,26 +22,26 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from megalibi.errors import ConfigError
+from megalibi.errors import CheckpointError, FileError
 from megalibi.parallel import describe_os_error
 
 
 def _get_stage(kind: Any, name: str) -> Any:
-    """Stand for getattr, by which Python 3.11.0 to 3.11.4 pickle a member of an enumeration, and for nothing else."""
+    """Return a ZeRO stage by its name: Python 3.11.0 to 3.11.4 pickle an enumeration's member as a call of getattr."""
     if kind is not ZeroStageEnum:
         raise ValueError("GLOBAL getattr")  # as torch says it of what it does not know
     return kind[name]
 
 
 # All that DeepSpeed 0.19.8 pickles beside what torch allows, at any ZeRO stage: plain classes, whose attributes are set
-# without a call of anything.
+# without calling anything.
 _DEEPSPEED_TYPES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 _DEEPSPEED_TYPES += [(_get_stage, f"{builtins}.getattr") for builtins in ("builtins", "__builtin__")]
 # The one line that DeepSpeed's BF16 optimizer prints whenever it is loaded.
 _CHATTER = "_load_legacy_checkpoint current_rank_sd[BASE_OPTIMIZER_STATE]"
 
 MapLocation = Callable[[Any, str], Any] | torch.device | str | None
-"""As in ``torch.load``."""
+"""The forms in which ``torch.load`` takes where tensors go."""
 
 
 def open_states(path: Path, *, map_location: MapLocation = "cpu", mmap: bool = False) -> dict[str, Any]:
@@ -49,25 +49,26 @@ def open_states(path: Path, *, map_location: MapLocation = "cpu", mmap: bool = F
 
     Args:
         path: The file.
-        map_location: Where its tensors go, as in ``torch.load``.
-        mmap: Whether they stay in the file until they are used.
+        map_location: Where its tensors go, in the forms that ``torch.load`` takes.
+        mmap: Whether the tensors stay in the file until they are used.
 
     Raises:
-        ConfigError: It would run code, or cannot be read.
+        CheckpointError: It would run code, or is no file of torch.save.
+        FileError: It may not be read.
     """
     try:
         with torch.serialization.safe_globals(_DEEPSPEED_TYPES):
             states: dict[str, Any] = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except OSError as error:
-        raise ConfigError(describe_os_error(error, path)) from error
+        raise FileError(describe_os_error(error, path)) from error
     except Exception as error:  # a forged pickle can raise anything
         message = str(error)
         if named := re.search(r"GLOBAL (\S+)", message):
-            raise ConfigError(
+            raise CheckpointError(
                 f"{path} would run code when loaded, for it names {named[1]}; it is not a checkpoint of megalibi"
             ) from error
         first_line = message.splitlines()[0] if message else "no reason given"
-        raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {first_line}") from error
+        raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {first_line}") from error
     return states
 
 
@@ -75,7 +76,7 @@ class ReadingEngine(TorchCheckpointEngine):
     """Loads for DeepSpeed, and only files that were checked before.
 
     Args:
-        checked: Their paths.
+        checked: The paths of the files that were checked.
     """
 
     def __init__(self, checked: Set[Path]) -> None:
@@ -92,21 +93,21 @@ class ReadingEngine(TorchCheckpointEngine):
 def reading_only(engine: DeepSpeedEngine, model_files: list[Path], checked: Set[Path]) -> Iterator[None]:
     """Let DeepSpeed load nothing but checked files.
 
-    By itself it looks for them by a pattern made of their path: a ``[`` in a folder's name would hide them, and a copy
-    beside them would be taken for the state of another rank.
+    By itself DeepSpeed looks for files by a pattern made of their path: a ``[`` in a folder's name would hide them, and
+    a copy beside them would be taken for the state of another rank.
 
     Args:
-        engine: What loads.
+        engine: The engine that loads.
         model_files: The model states of each tensor rank.
-        checked: All that it may read.
+        checked: The paths of all files that it may read.
     """
-    ours, engine.checkpoint_engine = engine.checkpoint_engine, ReadingEngine(checked)
+    original, engine.checkpoint_engine = engine.checkpoint_engine, ReadingEngine(checked)
     engine._get_all_ckpt_names = lambda load_dir, tag: [str(path) for path in model_files]
     try:
         with _without_chatter():
             yield
     finally:
-        engine.checkpoint_engine = ours
+        engine.checkpoint_engine = original
         del engine._get_all_ckpt_names
 
 

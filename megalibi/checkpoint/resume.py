@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: what must be the same, and is refused in one line if it is not."""
+"""Going on from a checkpoint: what must be the same, and is refused in one line if it is not, and loading the state."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megalibi.checkpoint.manifest import Manifest, read_manifest
+from deepspeed.runtime.engine import DeepSpeedEngine
+
+from megalibi.checkpoint.checkpoint import Checkpoint
+from megalibi.checkpoint.folder import LATEST
+from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megalibi.checkpoint.reading import open_states, reading_only
 from megalibi.config import ON_RESUME, Config, OnResume, config_from_dict, find_changes, learning_rate_at
 from megalibi.data.tokens.identity import DataIdentity
-from megalibi.errors import ConfigError
+from megalibi.errors import CheckpointError, ConfigError
+from megalibi.parallel import ProcessGroups, refusing_together
 
 _SCHEDULE = ("learning_rate", "min_learning_rate", "warmup_steps", "warmup_init_learning_rate", "decay_steps")
 
@@ -18,28 +24,32 @@ def check_resumable(checkpoint: Path, config: Config, data: DataIdentity, world_
     """Check that a run can go on from a checkpoint, without reading its tensors.
 
     Args:
-        checkpoint: Its folder.
-        config: The run.
-        data: What it would learn from.
-        world_size: Ranks of the job.
+        checkpoint: The folder of its step.
+        config: The run's configuration.
+        data: The identity of the run's text.
+        world_size: The number of ranks of the job.
+
+    Returns:
+        The checkpoint's manifest.
 
     Raises:
-        ConfigError: It is damaged, holds another model, was trained on other data or in another order, or was written
-            by another number of ranks.
+        CheckpointError: The folder is no checkpoint, its manifest is damaged, or another number of ranks wrote it.
+        ConfigError: It holds another model, or was trained on other data or in another order.
+        FileError: Its manifest may not be read.
     """
     manifest = read_manifest(checkpoint)
     for name, (theirs, ours) in find_changes(_trained_config(manifest), config).items():
         if ON_RESUME[name] is OnResume.FIXED:
             raise ConfigError(
-                f"{name}={ours} does not fit the checkpoint {checkpoint}, which has {name}={theirs}: resume with that "
-                "value, or start anew in another train.output_dir"
+                f"{name}={ours}: must be {theirs}, the value in the checkpoint {checkpoint}; resume with it, or start "
+                "anew in another train.output_dir"
             )
     if manifest.data:
         _check_same_data(checkpoint, manifest, config, data)
     else:  # older than identities
         _check_same_paths(checkpoint, manifest, config)
     if manifest.topology["world_size"] != world_size:
-        raise ConfigError(
+        raise CheckpointError(
             f"{checkpoint} was written by {manifest.topology['world_size']} ranks, this run has {world_size}: "
             "resume on as many"
         )
@@ -47,12 +57,12 @@ def check_resumable(checkpoint: Path, config: Config, data: DataIdentity, world_
 
 
 def describe_changes(manifest: Manifest, config: Config, data: DataIdentity) -> Iterator[str]:
-    """Yield a line for each thing that is another one than when the checkpoint was written, and may be.
+    """Yield a line for each thing that differs from when the checkpoint was written, and is allowed to.
 
     Args:
-        manifest: Of a checkpoint that check_resumable let pass.
-        config: The run.
-        data: What it learns from.
+        manifest: The manifest of a checkpoint that check_resumable let pass.
+        config: The run's configuration.
+        data: The identity of the run's text.
     """
     trained_config = _trained_config(manifest)
     changes = find_changes(trained_config, config)
@@ -60,7 +70,7 @@ def describe_changes(manifest: Manifest, config: Config, data: DataIdentity) -> 
     if said:
         yield f"goes on with other values than before: {', '.join(said)}"
     if manifest.data and data.to_dict()["train"] != manifest.data["train"]:
-        yield "data.train is not what the checkpoint was trained on: from here on the samples may be other ones"
+        yield "data.train is not what the checkpoint was trained on: from here on the samples may be different ones"
     if manifest.data and data.to_dict()["valid"] != manifest.data["valid"]:
         yield "data.valid is not that of the checkpoint: validation losses before and after do not compare"
     step = manifest.step
@@ -71,6 +81,47 @@ def describe_changes(manifest: Manifest, config: Config, data: DataIdentity) -> 
             f"the learning rate was {last:.3g} in step {step} and is {rates[1]:.3g} in step {step + 1}, where the "
             f"checkpoint's schedule has {rates[0]:.3g}: {_keep_schedule(trained_config, config)} keeps that schedule"
         )
+
+
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> Manifest:
+    """Load weights, optimizer and loss scale; every rank must call it. Every file is verified first.
+
+    Args:
+        engine: The engine that build_engine returned for a configuration that check_resumable let pass.
+        checkpoint: The folder of its step.
+        groups: The groups of this process.
+
+    Returns:
+        The checkpoint's manifest.
+
+    Raises:
+        CheckpointError: On every rank, with the same line: a file is missing, damaged or would run code, and is named.
+        FileError: On every rank: a file may not be read.
+    """
+    advice = f"; to resume from another checkpoint write its name into {LATEST}"
+    with refusing_together(groups.world, checkpoint, advice):
+        manifest = read_manifest(checkpoint)
+    Checkpoint(checkpoint, manifest).verify(groups.world, advice)
+    model_files, needed = _find_files(engine, checkpoint, groups)
+    with refusing_together(groups.world, checkpoint, advice):
+        for path in sorted(needed):
+            if str(path.relative_to(checkpoint)) not in manifest.files:
+                raise CheckpointError(f"{path} is not in {MANIFEST}, which lists the files of the checkpoint")
+            open_states(path, mmap=True)  # its tensors stay in the file: DeepSpeed reads them below
+    with reading_only(engine, model_files, needed):
+        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    assert loaded is not None, checkpoint
+    return manifest
+
+
+def _find_files(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> tuple[list[Path], set[Path]]:
+    """Return the model states of each tensor rank, and all files that DeepSpeed will load on this rank."""
+    place = str(checkpoint.parent), checkpoint.name
+    model_files = [Path(engine._get_ckpt_name(*place, mp_placeholder=f"{r:02d}")) for r in range(groups.tensor.size)]
+    needed = {model_files[0], model_files[groups.tensor.rank]}  # the first tells it how many there are
+    if engine.zero_optimization():
+        needed.add(Path(engine._get_zero_ckpt_name(*place)))
+    return model_files, needed
 
 
 def _trained_config(manifest: Manifest) -> Config:
@@ -93,21 +144,22 @@ def _check_same_data(checkpoint: Path, manifest: Manifest, config: Config, data:
     weights, trained_weights = ([d.weight for d in c.data.train] for c in (config, trained_config))
     if weights != trained_weights:
         raise ConfigError(
-            f"data.train has the weights {weights}, and the checkpoint {checkpoint} was trained with "
-            f"{trained_weights}: resume with these, or start anew in another train.output_dir"
+            f"data.train has the weights {weights}: must be {trained_weights}, those in the checkpoint {checkpoint}; "
+            "resume with them, or start anew in another train.output_dir"
         )
     for dataset, identity, trained_identity in zip(config.data.train, ours["train"], trained["train"], strict=True):
         if identity != trained_identity and not config.checkpoint.accept_other_data:
             raise ConfigError(
-                f"data.train={dataset.prefix} ({_describe(identity)}) is not what the checkpoint {checkpoint} was "
-                f"trained on ({_describe(trained_identity)}): resume with the same token file, wherever it stands, "
-                "start anew in another train.output_dir, or, if it was mended, use checkpoint.accept_other_data=true"
+                f"data.train={dataset.prefix} ({_describe(identity)}): must be the text that the checkpoint "
+                f"{checkpoint} was trained on ({_describe(trained_identity)}); resume with the same token file, wherever "
+                "it stands, start anew in another train.output_dir, or, if it was mended, use "
+                "checkpoint.accept_other_data=true"
             )
     tokenizers = [identity["tokenizer_sha256"] for identity in (trained, ours)]
     if None not in tokenizers and tokenizers[0] != tokenizers[1]:
         raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer} is not that of the checkpoint {checkpoint}: resume with the one "
-            "that made the token files, wherever it stands"
+            f"data.tokenizer={config.data.tokenizer}: must be the tokenizer of the checkpoint {checkpoint}; resume with "
+            "the one that made the token files, wherever it stands"
         )
 
 
@@ -115,8 +167,8 @@ def _check_same_paths(checkpoint: Path, manifest: Manifest, config: Config) -> N
     theirs = _trained_config(manifest).data.train
     if config.data.train != theirs:
         raise ConfigError(
-            f"data.train={_name(config.data.train)} does not fit the checkpoint {checkpoint}, which has data.train="
-            f"{_name(theirs)}: resume with that value, or start anew in another train.output_dir"
+            f"data.train={_name(config.data.train)}: must be {_name(theirs)}, the value in the checkpoint {checkpoint}; "
+            "resume with it, or start anew in another train.output_dir"
         )
 
 

@@ -1,4 +1,4 @@
-"""Saving and loading a DeepSpeed engine's state so that a crash at any moment leaves the last checkpoint loadable."""
+"""Saving a DeepSpeed engine's state so that a crash at any moment leaves the last checkpoint loadable."""
 
 from __future__ import annotations
 
@@ -15,23 +15,79 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 import megalibi
-from megalibi.checkpoint.manifest import (
-    LATEST,
-    MANIFEST,
-    PARTIAL_SUFFIX,
-    FileEntry,
-    Manifest,
-    checkpoint_name,
-    commit,
-    find_damage,
-    read_manifest,
-)
-from megalibi.checkpoint.reading import open_states, reading_only
+from megalibi.checkpoint.folder import PARTIAL_SUFFIX, checkpoint_name, commit
+from megalibi.checkpoint.manifest import FileEntry, Manifest
+from megalibi.checkpoint.parameters import describe_parameters, find_ties
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.data.tokens.identity import DataIdentity
-from megalibi.errors import CheckpointError, ConfigError
+from megalibi.errors import FileError
 from megalibi.files import make_folder, sync_file
-from megalibi.parallel import ProcessGroups, gather_objects, refusing_together
+from megalibi.model import DTYPES
+from megalibi.parallel import ProcessGroups, gather_objects
+
+
+def save_checkpoint(
+    engine: DeepSpeedEngine,
+    config: Config,
+    derived: Derived,
+    data: DataIdentity,
+    groups: ProcessGroups,
+    *,
+    folder: Path,
+    step: int,
+    run_id: str,
+) -> Path:
+    """Write a checkpoint; every rank must call it, and all see the same file system. No other one is deleted.
+
+    Args:
+        engine: The engine that build_engine returned.
+        config: The run's configuration.
+        derived: What followed from it.
+        data: The identity of the run's text.
+        groups: The groups of this process.
+        folder: The run's ``checkpoints``.
+        step: The number of optimizer steps done.
+        run_id: The identity of the run.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        FileError: On every rank, if a rank could not write; the checkpoints before are whole.
+    """
+    partial = folder / (checkpoint_name(step) + PARTIAL_SUFFIX)
+    error = _prepare(partial) if groups.world.rank == 0 else None
+    _raise_together(error, groups, partial)
+    files, error = _write_states(engine, partial)
+    files_by_rank = gather_objects(files, groups.world)
+    _raise_together(error, groups, partial)
+    if groups.world.rank == 0:
+        manifest = Manifest(
+            step=step,
+            samples_consumed=step * config.train.global_batch_size,
+            topology=describe_topology(config, groups),
+            config=config_to_dict(config),
+            derived=dataclasses.asdict(derived),
+            versions={"megalibi": megalibi.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            files=dict(sorted(item for files in files_by_rank for item in files.items())),
+            data=data.to_dict(),
+            run_id=run_id,
+            parameters=describe_parameters(engine.module, DTYPES[config.train.precision]),
+            ties=find_ties(engine.module),
+        )
+        error = _try_commit(partial, manifest)
+    _raise_together(error, groups, partial)
+    return folder / checkpoint_name(step)
+
+
+def describe_topology(config: Config, groups: ProcessGroups) -> dict[str, int]:
+    """Return the sizes that decide which rank holds what."""
+    return {
+        "world_size": groups.world.size,
+        "tensor_parallel_size": groups.tensor.size,
+        "data_parallel_size": groups.data.size,
+        "zero_stage": config.zero.stage,
+    }
 
 
 class _RecordingEngine(TorchCheckpointEngine):
@@ -46,13 +102,14 @@ class _RecordingEngine(TorchCheckpointEngine):
         self.error: str | None = None
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
+        hashing = None
         try:
             with open(path, "wb") as file:
                 hashing = _HashingFile(file)
                 torch.save(state_dict, cast(BinaryIO, hashing))
                 sync_file(file)
         except (OSError, RuntimeError) as error:  # torch's zip writer turns an OSError into a RuntimeError
-            self.error = self.error or f"{path}: {hashing.error or error}"
+            self.error = self.error or f"{path}: {(hashing and hashing.error) or error}"
         else:
             self.files[Path(path)] = FileEntry(size_bytes=hashing.size_bytes, sha256=hashing.digest.hexdigest())
 
@@ -80,70 +137,8 @@ class _HashingFile(io.RawIOBase):
         return memoryview(data).nbytes
 
 
-def save_checkpoint(
-    engine: DeepSpeedEngine,
-    config: Config,
-    derived: Derived,
-    data: DataIdentity,
-    groups: ProcessGroups,
-    *,
-    folder: Path,
-    step: int,
-    run_id: str,
-) -> Path:
-    """Write a checkpoint; every rank must call it, and all see the same file system. No other one is deleted.
-
-    Args:
-        engine: From build_engine.
-        config: The run.
-        derived: What followed from it.
-        data: What it learns from.
-        groups: Of this process.
-        folder: The run's ``checkpoints``.
-        step: Optimizer steps done.
-        run_id: Of the run.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: On every rank, if a rank could not write; the checkpoints before are whole.
-    """
-    partial = folder / (checkpoint_name(step) + PARTIAL_SUFFIX)
-    recording = _RecordingEngine()
-    error = _prepare(partial) if groups.world.rank == 0 else None
-    _raise_together([error], groups, partial)
-    ours, engine.checkpoint_engine = engine.checkpoint_engine, recording
-    # It would leave scripts beside the checkpoints that know nothing of tensor parallelism, and raise on a full disk.
-    engine._copy_recovery_script = lambda save_path: None
-    try:
-        engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
-    finally:
-        engine.checkpoint_engine = ours
-
-    written = {str(path.relative_to(partial)): entry for path, entry in recording.files.items()}
-    files_by_rank = gather_objects(written, groups.world)
-    _raise_together([recording.error], groups, partial)
-    error = None
-    if groups.world.rank == 0:
-        files = {name: entry for files in files_by_rank for name, entry in files.items()}
-        manifest = Manifest(
-            step=step,
-            samples_consumed=step * config.train.global_batch_size,
-            topology=topology(config, groups),
-            config=config_to_dict(config),
-            derived=dataclasses.asdict(derived),
-            versions={"megalibi": megalibi.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
-            files=dict(sorted(files.items())),
-            data=data.to_dict(),
-            run_id=run_id,
-        )
-        error = _try_commit(partial, manifest)
-    _raise_together([error], groups, partial)
-    return folder / checkpoint_name(step)
-
-
 def _prepare(partial: Path) -> str | None:
+    """Make an empty folder to write into, and return what went wrong."""
     try:
         shutil.rmtree(partial, ignore_errors=True)
         make_folder(partial)
@@ -152,7 +147,22 @@ def _prepare(partial: Path) -> str | None:
     return None
 
 
+def _write_states(engine: DeepSpeedEngine, partial: Path) -> tuple[dict[str, FileEntry], str | None]:
+    """Let DeepSpeed write this rank's files; return them by their path in the folder, and what went wrong."""
+    recording = _RecordingEngine()
+    original, engine.checkpoint_engine = engine.checkpoint_engine, recording
+    # It would leave scripts beside the checkpoints that know nothing of tensor parallelism, and raise on a full disk.
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
+    finally:
+        engine.checkpoint_engine = original
+    files = {str(path.relative_to(partial)): entry for path, entry in recording.files.items()}
+    return files, recording.error
+
+
 def _try_commit(partial: Path, manifest: Manifest) -> str | None:
+    """Turn the folder into a checkpoint, and return what went wrong."""
     for name, entry in manifest.files.items():
         path = partial / name
         if not path.is_file() or path.stat().st_size != entry.size_bytes:
@@ -164,53 +174,10 @@ def _try_commit(partial: Path, manifest: Manifest) -> str | None:
     return None
 
 
-def _raise_together(errors: list[str | None], groups: ProcessGroups, partial: Path) -> None:
+def _raise_together(error: str | None, groups: ProcessGroups, partial: Path) -> None:
     """Raise on every rank what any rank met, and remove the half-written folder."""
-    met = [error for rank_errors in gather_objects(errors, groups.world) for error in rank_errors if error]
+    met = [met for met in gather_objects(error, groups.world) if met is not None]
     if met:
         if groups.world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"checkpoint not written, the one before it stays: {met[0]}")
-
-
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> Manifest:
-    """Load weights, optimizer and loss scale; every rank must call it. Every file is verified first.
-
-    Raises:
-        ConfigError: On every rank; a file is missing, damaged, may not be read or would run code, and is named.
-    """
-    advice = f"; to resume from another checkpoint write its name into {LATEST}"
-    with refusing_together(groups.world, checkpoint, advice):
-        manifest = read_manifest(checkpoint)
-        for damage in find_damage(checkpoint, manifest, part=groups.world.rank, parts=groups.world.size):
-            raise ConfigError(damage)
-    model_files, needed = _find_files(engine, checkpoint, groups)
-    with refusing_together(groups.world, checkpoint, advice):
-        for path in sorted(needed):
-            if str(path.relative_to(checkpoint)) not in manifest.files:
-                raise ConfigError(f"{path} is not in {MANIFEST}, which lists the files of the checkpoint")
-            open_states(path, mmap=True)  # its tensors stay in the file: DeepSpeed reads them below
-    with reading_only(engine, model_files, needed):
-        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    assert loaded is not None, checkpoint
-    return manifest
-
-
-def _find_files(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> tuple[list[Path], set[Path]]:
-    """Return the model states of each tensor rank, and all files that DeepSpeed will load on this rank."""
-    place = str(checkpoint.parent), checkpoint.name
-    model_files = [Path(engine._get_ckpt_name(*place, mp_placeholder=f"{r:02d}")) for r in range(groups.tensor.size)]
-    needed = {model_files[0], model_files[groups.tensor.rank]}  # the first tells it how many there are
-    if engine.zero_optimization():
-        needed.add(Path(engine._get_zero_ckpt_name(*place)))
-    return model_files, needed
-
-
-def topology(config: Config, groups: ProcessGroups) -> dict[str, int]:
-    """Return the sizes that decide which rank holds what."""
-    return {
-        "world_size": groups.world.size,
-        "tensor_parallel_size": groups.tensor.size,
-        "data_parallel_size": groups.data.size,
-        "zero_stage": config.zero.stage,
-    }
+        raise FileError(f"checkpoint not written, the one before it stays: {met[0]}")

@@ -15,7 +15,7 @@ from megalibi.data.hashing import format_sample_hash
 from megalibi.data.loader import Batch, Loader, ValidationLoader
 from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.step import StepResult, train_step
-from megalibi.errors import CheckpointError, UserError
+from megalibi.errors import UserError
 from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
 from megalibi.metrics.records import StepRecord, ValidationRecord, memory_bytes, memory_peak_bytes
@@ -129,7 +129,7 @@ class Loop:
         except DataError as error:
             try:
                 self.save()
-            except CheckpointError as unsaved:
+            except UserError as unsaved:
                 raise DataError(f"{error}; and {unsaved}") from error
             raise DataError(
                 f"{error}; stopped after step {self.done}, {self.describe_saved()} when the data is mended (other "

@@ -14,9 +14,9 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from megalibi.checkpoint import find_checkpoint, load_full_weights
+from megalibi.checkpoint import Checkpoint, find_checkpoint
 from megalibi.checkpoint.reading import _CHATTER, _without_chatter, open_states
-from megalibi.errors import ConfigError, FileError
+from megalibi.errors import CheckpointError, FileError
 from megalibi.parallel import ALONE, refusing_together
 from tests.support.jobs import (
     Job,
@@ -36,7 +36,7 @@ def test_no_code_of_a_file_runs(tmp_path: Path, name: str, as_zip: bool) -> None
     path = tmp_path / "mp_rank_00_model_states.pt"
     torch.save({"module": {"weight": torch.ones(3)}, "lr_scheduler": code}, path, _use_new_zipfile_serialization=as_zip)
     for mmap in (True, False):
-        with pytest.raises(ConfigError) as refusal:
+        with pytest.raises(CheckpointError) as refusal:
             open_states(path, mmap=mmap)
         assert "\n" not in str(refusal.value)
         if as_zip or not mmap:
@@ -80,14 +80,16 @@ def test_a_stage_is_read_whatever_python_wrote_it_and_getattr_gets_nothing_else(
     torch.save({"zero_stage": _ByName(ZeroStageEnum, "gradients")}, tmp_path / "a.pt")
     assert open_states(tmp_path / "a.pt") == {"zero_stage": ZeroStageEnum.gradients}
     torch.save({"zero_stage": _ByName(LossScaler, "__init__")}, tmp_path / "a.pt")
-    with pytest.raises(ConfigError, match="would run code when loaded, for it names getattr; it is not a checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="would run code when loaded, for it names getattr; it is not a checkpoint"
+    ):
         open_states(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04" + bytes(100)])
 def test_what_is_no_file_of_torch_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"a\.pt cannot be loaded: ") as refusal:
+    with pytest.raises(CheckpointError, match=r"a\.pt cannot be loaded: ") as refusal:
         open_states(tmp_path / "a.pt")
     assert "\n" not in str(refusal.value)
 
@@ -168,8 +170,8 @@ def test_no_tool_reads_code(config: Path, tmp_path: Path, ending: str) -> None:
         else:
             job.succeed()
     if is_read:
-        with pytest.raises(ConfigError, match="would run code when loaded"):
-            load_full_weights(checkpoint)
+        with pytest.raises(CheckpointError, match="would run code when loaded"):
+            dict(Checkpoint.open(checkpoint).read_weights())
     assert not (tmp_path / "made").exists()
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from megalibi.checkpoint import check_resumable, describe_changes
-from megalibi.checkpoint.manifest import Manifest, commit
+from megalibi.checkpoint.folder import commit
+from megalibi.checkpoint.manifest import Manifest
 from megalibi.config import ON_RESUME, Config, OnResume, config_to_dict
 from megalibi.config.identity import BY_CONTENT
 from megalibi.errors import ConfigError
@@ -127,7 +128,7 @@ def test_a_changed_field_is_refused_or_said_or_free_as_the_table_has_it(prefix: 
     if ON_RESUME[name] is OnResume.FIXED:
         with pytest.raises(ConfigError) as refused:
             check_resumable(checkpoint, after, identify(after), 1)
-        message = f"{name}={value} does not fit the checkpoint {checkpoint}, which has {name}={was}: resume with that"
+        message = f"{name}={value}: must be {was}, the value in the checkpoint {checkpoint}; resume with it, or start"
         assert str(refused.value).startswith(message)
         return
     check_resumable(checkpoint, after, identify(after), 1)

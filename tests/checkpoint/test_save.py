@@ -22,12 +22,12 @@ from megalibi.checkpoint import (
     save_checkpoint,
 )
 from megalibi.checkpoint.manifest import FileEntry
-from megalibi.checkpoint.store import _try_commit
+from megalibi.checkpoint.save import _try_commit
 from megalibi.config import Config, derive, learning_rate_at
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
 from megalibi.engine.build import DeepSpeedEngine
 from megalibi.engine.step import StepResult, train_step
-from megalibi.errors import ConfigError, UserError
+from megalibi.errors import CheckpointError, ConfigError, FileError
 from megalibi.parallel import ProcessGroups
 from tests.support.full_disk import FREE_BYTES
 from tests.support.ranks import run_on_ranks
@@ -143,7 +143,7 @@ def load_damaged(config: Config, folder: str) -> dict[str, str]:
             _on_rank_0(groups, path, data)
             try:
                 load_checkpoint(engine, checkpoint, groups)
-            except UserError as error:
+            except (CheckpointError, FileError) as error:
                 said[f"{path.name} {damage}"] = str(error)
             _on_rank_0(groups, path, whole)
     load_checkpoint(engine, checkpoint, groups)
@@ -219,13 +219,12 @@ def test_a_checkpoint_of_another_run_is_refused_by_the_field(
         check_resumable(checkpoint, config, identify(config), 1)
     message = str(refusal.value)
     ours = getattr(getattr(make_config(prefix), section), name)
-    assert message.startswith(f"{section}.{name}={value} does not fit the checkpoint {checkpoint}")
-    assert f"{section}.{name}={ours}:" in message
+    assert message.startswith(f"{section}.{name}={value}: must be {ours}, the value in the checkpoint {checkpoint};")
     assert "\n" not in message
 
 
 def test_another_number_of_ranks_is_refused(prefix: str, checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match="was written by 1 ranks, this run has 2: resume on as many"):
+    with pytest.raises(CheckpointError, match="was written by 1 ranks, this run has 2: resume on as many"):
         check_resumable(checkpoint, make_config(prefix), identify(make_config(prefix)), 2)
 
 
@@ -271,14 +270,16 @@ def test_data_that_moved_is_accepted_and_data_that_changed_is_refused(
         check_resumable(checkpoint, moved, identify(moved), 1)
     message = str(refusal.value)
     assert message.startswith(f"data.train={moved.data.train[0].prefix} (")
-    assert f"is not what the checkpoint {checkpoint} was trained on (40,000 tokens in 41 documents" in message
+    assert (
+        f"): must be the text that the checkpoint {checkpoint} was trained on (40,000 tokens in 41 documents" in message
+    )
     assert "\n" not in message
 
 
 def test_another_blend_is_refused(prefix: str, checkpoint: Path) -> None:
     blend = make_config(prefix, data={"train": [{"prefix": prefix, "weight": 0.5}, {"prefix": prefix, "weight": 0.5}]})
     with pytest.raises(
-        ConfigError, match=r"data\.train has the weights \[0\.5, 0\.5\], and the checkpoint .* \[1\.0\]"
+        ConfigError, match=r"data\.train has the weights \[0\.5, 0\.5\]: must be \[1\.0\], those in the checkpoint "
     ):
         check_resumable(checkpoint, blend, identify(blend), 1)
 

@@ -8,9 +8,9 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import GatheredParameters
 from torch import Tensor, nn
 
-from megalibi.checkpoint import load_full_weights, load_model, save_checkpoint
+from megalibi.checkpoint import Checkpoint, save_checkpoint
 from megalibi.config import Config, derive
-from megalibi.errors import ConfigError
+from megalibi.errors import CheckpointError
 from megalibi.model import DTYPES
 from megalibi.parallel import ShardSpec, get_shard_spec, shard, unshard
 from tests.support.ranks import run_on_ranks
@@ -88,12 +88,15 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def load_shares(checkpoints: list[Path]) -> list[float]:
     """Load each checkpoint's model on this rank and another; compare its slices, and return the losses on a batch."""
-    group, losses = process_groups(2).tensor, []
+    groups, losses = process_groups(2), []
     for checkpoint in checkpoints:
-        model, weights = load_model(checkpoint, CPU, group), load_full_weights(checkpoint)
+        opened = Checkpoint.open(checkpoint)
+        model, weights = opened.load_model(CPU, groups), dict(opened.read_weights())
         for name, parameter in model.named_parameters():
             spec = get_shard_spec(parameter)
-            assert torch.equal(parameter, weights[name] if spec is None else shard(weights[name], spec, group.rank, 2))
+            assert torch.equal(
+                parameter, weights[name] if spec is None else shard(weights[name], spec, groups.tensor.rank, 2)
+            )
         losses.append(evaluate(model))
     return losses
 
@@ -105,14 +108,15 @@ def test_weights_and_loss_are_the_engines(prefix: str, tmp_path: Path, tensor: i
     for config, loss_ref in zip(configs, losses_ref, strict=True):
         engine_files = [Path(config.train.output_dir) / f"engine{rank}.pt" for rank in range(tensor)]
         ranks: list[RankWeights] = [torch.load(file, weights_only=False) for file in engine_files]
-        weights = load_full_weights(checkpoint_of(config))
+        checkpoint = Checkpoint.open(checkpoint_of(config))
+        weights = dict(checkpoint.read_weights())
         assert list(weights) == list(ranks[0])
         for name, (local, spec) in ranks[0].items():
             full_ref = local if spec is None else unshard([rank[name][0] for rank in ranks], spec)
             assert weights[name].dtype == full_ref.dtype
             assert torch.equal(weights[name], full_ref), (config.zero.stage, name)
 
-        model = load_model(checkpoint_of(config), CPU)
+        model = checkpoint.load_model(CPU)
         assert (model.output.weight is model.embedding.weight) == config.model.tie_embeddings
         bound = LOSS_RELATIVE_BOUNDS[config.train.precision]
         assert evaluate(model) == pytest.approx(loss_ref, rel=bound, abs=0.0), config.zero.stage
@@ -127,10 +131,10 @@ def test_a_damaged_file_is_named(prefix: str, tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"{path} is damaged: .*; use another checkpoint"):
-        load_model(checkpoint_of(config), CPU)
+    with pytest.raises(CheckpointError, match=f"{path} is damaged: .*; use another checkpoint"):
+        Checkpoint.open(checkpoint_of(config)).load_model(CPU)
 
 
 def test_a_folder_that_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"{tmp_path} is no complete checkpoint"):
-        load_full_weights(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is no checkpoint and has none: give a step's folder, a"):
+        Checkpoint.open(tmp_path)

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megalibi.checkpoint import find_checkpoint, find_damage, read_manifest
+from megalibi.checkpoint import Checkpoint, find_checkpoint
 from tests.support.jobs import Job, exact_records, last_step, run_job, write_job
 
 FOREVER = 1_000_000
@@ -118,11 +118,9 @@ def _unfinished_save(run: Path, began: float) -> bool:
 
 
 def _verified_step(run: Path) -> int:
-    checkpoint = find_checkpoint(run / "checkpoints")
-    assert checkpoint is not None
-    manifest = read_manifest(checkpoint)
-    assert list(find_damage(checkpoint, manifest)) == []
-    return manifest.step
+    checkpoint = Checkpoint.open(run)
+    assert list(checkpoint.find_damage()) == []
+    return checkpoint.manifest.step
 
 
 def main() -> None:

@@ -133,8 +133,8 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work_by_one_rank(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.num_layers=3", "model.num_layers=3 does not fit the checkpoint"),
-        ("train.seed=5", "train.seed=5 does not fit the checkpoint"),
+        ("model.num_layers=3", "model.num_layers=3: must be 2, the value in the checkpoint"),
+        ("train.seed=5", "train.seed=5: must be 1234, the value in the checkpoint"),
         ("checkpoint.resume=none", "checkpoint.resume=none, but"),
     ],
 )

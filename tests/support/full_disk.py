@@ -1,4 +1,4 @@
-"""Trains on a disk that fills up; test_store.py mounts one for this process alone."""
+"""Trains on a disk that fills up; test_save.py mounts one for this process alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megalibi.checkpoint import find_damage, read_manifest
+from megalibi.checkpoint import Checkpoint
 from tests.support.jobs import Job, last_step, run_job, write_job
 
 FREE_BYTES = (0, 20_000, 100_000, 300_000, 500_000, 800_000)
@@ -44,7 +44,7 @@ def main() -> None:
                 "codes": codes,
                 "log": job.read_log(0),
                 "checkpoints": sorted(path.name for path in checkpoints.iterdir()),
-                "damage": list(find_damage(kept, read_manifest(kept))),
+                "damage": list(Checkpoint.open(kept).find_damage()),
             }
         )
         filler.unlink()

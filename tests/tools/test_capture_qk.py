@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megalibi.checkpoint import get_checkpoint, load_model
+from megalibi.checkpoint import Checkpoint
 from megalibi.data.tokens.token_file import TokenFileWriter
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import CPU, make_config
@@ -46,7 +46,7 @@ def test_what_is_saved_is_the_layers_q_and_k(run_dir):
     assert f"layer 0, {LENGTH} tokens; --heads 4 --head-dim " in done.stdout
     saved = torch.load(run_dir / "qk.pt", weights_only=True)
 
-    model = load_model(get_checkpoint(run_dir), CPU)
+    model = Checkpoint.open(run_dir).load_model(CPU)
     tokens = torch.randint(0, 509, (2000,), generator=torch.Generator().manual_seed(0))[:LENGTH]
     block = model.blocks[0]
     with torch.no_grad():

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalibi.checkpoint import load_model, save_checkpoint
+from megalibi.checkpoint import Checkpoint, save_checkpoint
 from megalibi.config import Config, derive
 from megalibi.data.preprocess import preprocess
 from megalibi.data.tokenizer.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def evaluate(run_dir: Path, **options: object) -> subprocess.CompletedProcess[st
 def losses_ref(run_dir: Path, num_tokens: int, length: int, stride: int) -> list[float]:
     """Return the loss of each token but the first, each from the window that the protocol gives it, one by one."""
     torch.set_num_threads(1)  # so small that threads only wait for each other
-    model = load_model(run_dir / "checkpoints" / f"step_{STEPS:08d}", CPU)
+    model = Checkpoint.open(run_dir / "checkpoints" / f"step_{STEPS:08d}").load_model(CPU)
     tokens = torch.from_numpy(TokenFile(run_dir / "text").read(0, num_tokens).astype("int64"))
     losses = []
     for place in range(1, num_tokens):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megalibi.checkpoint import find_checkpoint, read_manifest
+from megalibi.checkpoint import Checkpoint, find_checkpoint
 from megalibi.checkpoint.lock import LOCK_FILE
 from megalibi.config import config_to_dict
 from tests.support.in_process import Runner, load_tool, make_runner
@@ -100,7 +100,7 @@ def last_checkpoint(study: Path, method: str) -> Path:
 
 
 def last_step(study: Path, method: str) -> int:
-    return read_manifest(last_checkpoint(study, method)).step
+    return Checkpoint.open(last_checkpoint(study, method)).manifest.step
 
 
 def contents(folder: Path) -> dict[str, int]:

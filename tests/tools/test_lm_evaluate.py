@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalibi.checkpoint import load_model, save_checkpoint
+from megalibi.checkpoint import Checkpoint, save_checkpoint
 from megalibi.config import Config, derive
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
@@ -114,7 +114,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     run_on_ranks(1, train_and_save, config)
     torch.set_num_threads(1)  # so small that threads only wait for each other
     (folder / "tasks").mkdir()
-    trained = Trained(folder, load_model(folder / "checkpoints" / f"step_{STEPS:08d}", CPU), tokenizer)
+    model = Checkpoint.open(folder / "checkpoints" / f"step_{STEPS:08d}").load_model(CPU)
+    trained = Trained(folder, model, tokenizer)
     write_task(
         folder / "tasks",
         "our_choice",

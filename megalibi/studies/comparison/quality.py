@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megalibi.checkpoint import CHECKPOINTS, list_checkpoints, read_manifest
+from megalibi.checkpoint import CHECKPOINTS, Checkpoint, list_checkpoints
 from megalibi.config import Config
 from megalibi.errors import ConfigError
 from megalibi.metrics.records import read_metrics
@@ -101,7 +101,7 @@ def plan_scorings(base: Config, study: CompareStudy, machine: Machine) -> dict[M
             table |= {2 * study.lengths[-1], study.longest_evaluation}
         plan[model] = {}
         for checkpoint in list_checkpoints(Path(config.train.output_dir) / CHECKPOINTS):
-            updates = read_manifest(checkpoint).step
+            updates = Checkpoint.open(checkpoint).manifest.step
             lengths = of_pairs | table if updates == config.train.steps else of_pairs
             if lengths and updates <= config.train.steps:
                 plan[model][updates] = Scoring(

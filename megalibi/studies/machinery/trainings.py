@@ -16,9 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
-from megalibi.checkpoint import CHECKPOINTS, LATEST, find_checkpoint, find_damage, get_checkpoint, read_manifest
+from megalibi.checkpoint import CHECKPOINTS, LATEST, Checkpoint, find_checkpoint
 from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, config_from_dict, flatten_config, save_config
 from megalibi.errors import ConfigError, UserError
+from megalibi.files import rename_synced
 from megalibi.log import get_logger
 from megalibi.metrics.records import METRICS_FILE, StepRecord, parse_line
 from megalibi.studies.machinery.jobs import JobProgress, run_jobs
@@ -82,7 +83,7 @@ class Training:
     def finish(self, exit_code: int) -> str | None:
         """Return what is wrong, judged by the last step's checkpoint: launchers have exit codes of their own."""
         checkpoint = find_checkpoint(self.folder / CHECKPOINTS)
-        if checkpoint is not None and read_manifest(checkpoint).step >= self.config.train.steps:
+        if checkpoint is not None and Checkpoint.open(checkpoint).manifest.step >= self.config.train.steps:
             return None
         return f"failed with exit code {exit_code}" if exit_code else "was stopped before its last step"
 
@@ -96,13 +97,13 @@ class Training:
         """
         while (checkpoint := find_checkpoint(self.folder / CHECKPOINTS)) is not None:
             try:
-                manifest = read_manifest(checkpoint)
-                damage = next(find_damage(checkpoint, manifest), None)
+                opened = Checkpoint.open(checkpoint)
+                damage = next(opened.find_damage(), None)
             except UserError as error:
                 damage = str(error)
             if damage is None:
-                self._check_same(manifest.config)
-                return checkpoint if manifest.step >= self.config.train.steps else None
+                self._check_same(opened.manifest.config)
+                return checkpoint if opened.manifest.step >= self.config.train.steps else None
             _LOGGER.warning("%s; put aside as %s", damage, _put_aside(checkpoint))
         return None
 
@@ -124,7 +125,7 @@ def _put_aside(checkpoint: Path) -> Path:
     """Rename a checkpoint so that it is none any more, and forget ``latest``: then the newest that is left counts."""
     aside = checkpoint.with_name(checkpoint.name + ".damaged")
     shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
+    rename_synced(checkpoint, aside)
     checkpoint.with_name(LATEST).unlink(missing_ok=True)
     return aside
 
@@ -165,4 +166,4 @@ def run_trainings(trainings: Sequence[Training], console: Console) -> dict[str, 
         console.print(f"trained already: {', '.join(known)}", highlight=False, soft_wrap=True)
     if missing:
         run_jobs(missing, at_once=missing[0].machine.jobs, console=console)
-    return {training.name: get_checkpoint(training.folder) for training in trainings}
+    return {training.name: Checkpoint.open(training.folder).path for training in trainings}

@@ -18,9 +18,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from megalibi.data.token_file import TokenFileWriter  # where that commit had it
 
 import megalibi
-from megalibi.data.token_file import TokenFileWriter  # where that commit had it
 
 HERE = Path(__file__).resolve().parent
 SAVED_STEP, STEPS = 3, 6

@@ -1,0 +1,176 @@
+"""A checkpoint as one object, which every reader opens: its manifest, its configuration, and its verified weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megalibi.checkpoint.folder import get_checkpoint
+from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from megalibi.checkpoint.parameters import ParameterEntry, build_without_memory, describe_parameters
+from megalibi.checkpoint.weights import read_weights
+from megalibi.config import Config, config_from_dict, padded_vocab_size
+from megalibi.errors import CheckpointError
+from megalibi.model import DTYPES, GPT
+from megalibi.parallel import (
+    ALONE,
+    Group,
+    Layout,
+    ProcessGroups,
+    get_shard_spec,
+    refusing_together,
+    shard,
+    single_process_groups,
+)
+
+USE_ANOTHER = "; use another checkpoint"
+_HASH_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, of a run on any topology. Its manifest is read; its files are not, until they are asked for.
+
+    Attributes:
+        path: The folder of its step.
+        manifest: What it says of itself.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Open what a user names: a step's folder, or the latest checkpoint of a run's folder or its ``checkpoints``.
+
+        Raises:
+            CheckpointError: There is none, or its manifest is damaged or of a later version.
+            FileError: Its manifest may not be read.
+        """
+        folder = get_checkpoint(path)
+        return cls(folder, read_manifest(folder))
+
+    @cached_property
+    def config(self) -> Config:
+        """The configuration of the run that wrote it; a field that is newer than the checkpoint has its default."""
+        return config_from_dict(self.manifest.config)
+
+    @cached_property
+    def parameters(self) -> dict[str, ParameterEntry]:
+        """Every parameter by name, in the order of the model."""
+        if self.manifest.format_version > 1:
+            return self.manifest.parameters
+        model = build_without_memory(
+            self.config,
+            padded_vocab_size=self.manifest.derived["padded_vocab_size"],
+            tensor_parallel_size=self.manifest.topology["tensor_parallel_size"],
+        )
+        return describe_parameters(model, DTYPES[self.config.train.precision])
+
+    def verify(self, world: Group = ALONE, advice: str = USE_ANOTHER) -> None:
+        """Compare every file with the manifest. The ranks share the work: each file is read once, by one of them.
+
+        Every rank must call it. Where each host has a copy of its own, a file is read on one host only.
+
+        Args:
+            world: All ranks.
+            advice: What the user can do, put after what is wrong.
+
+        Raises:
+            CheckpointError: On every rank, with the same line: a file is missing or damaged, and named with the host.
+            FileError: On every rank: a file may not be read.
+        """
+        with refusing_together(world, self.path, advice):
+            for damage in self.find_damage(part=world.rank, parts=world.size):
+                raise CheckpointError(damage)
+
+    def find_damage(self, *, part: int = 0, parts: int = 1) -> Iterator[str]:
+        """Read files and yield what is wrong, one line each; nothing if they are as they were written.
+
+        Args:
+            part: Which share of the files to read.
+            parts: The number of shares; they are of about equal size.
+        """
+        for name in _share_files(self.manifest, parts)[part]:
+            entry, path = self.manifest.files[name], self.path / name
+            if not path.is_file():
+                yield f"{path} is missing"
+            elif path.stat().st_size != entry.size_bytes:
+                yield f"{path} has {path.stat().st_size} bytes instead of {entry.size_bytes}"
+            elif hash_file(path) != entry.sha256:
+                yield f"{path} is damaged: its checksum is not the one in {MANIFEST}"
+
+    def read_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Verify every file; then yield every parameter with its name, one after the other.
+
+        A parameter is whole, without padding, on the CPU, and in the precision in which the model computes. One with
+        several names has the first of them: a tied output layer is ``embedding.weight``.
+
+        Raises:
+            CheckpointError: A file is missing, damaged, would run code, or does not hold what the manifest says.
+            FileError: A file may not be read.
+        """
+        self.verify()
+        yield from read_weights(self.path, self.manifest, self.parameters)
+
+    def load_model(self, device: torch.device, groups: ProcessGroups | None = None) -> GPT:
+        """Verify every file, and return the model, in the precision of its run, ready to be evaluated.
+
+        Args:
+            device: Where the model will compute.
+            groups: The ranks that load it together, every one of which must call it: those of ``groups.tensor`` share
+                the layers, and those of ``groups.world`` the verification. None: this process is alone.
+
+        Raises:
+            CheckpointError: On every rank, with the same line: a file is missing, damaged, would run code, or does not
+                hold what the manifest says.
+            FileError: On every rank: a file may not be read.
+        """
+        groups = groups or single_process_groups()
+        self.verify(groups.world)
+        with refusing_together(groups.world, self.path):
+            return self._fill_model(device, groups.tensor)
+
+    def _fill_model(self, device: torch.device, group: Group) -> GPT:
+        # Which kernels can run is a matter of this machine, not of the one that trained.
+        model_config = dataclasses.replace(self.config.model, attention_backend="auto")
+        dtype = DTYPES[self.config.train.precision]
+        rows = model_config.vocab_size if group.size == 1 else padded_vocab_size(model_config.vocab_size, group.size)
+        with device:
+            model = GPT(model_config, padded_vocab_size=rows, layout=Layout(group), compute_dtype=dtype)
+        model.to(dtype).requires_grad_(False).eval()
+        needed = {name: entry.shape for name, entry in describe_parameters(model, dtype).items()}
+        if needed != {name: entry.shape for name, entry in self.parameters.items()}:
+            raise CheckpointError(f"{self.path / MANIFEST} has parameters that are not those of its configuration")
+        parameters = dict(model.named_parameters())
+        for name, full in read_weights(self.path, self.manifest, self.parameters):
+            spec = get_shard_spec(parameters[name])
+            parameters[name].copy_(full if spec is None else shard(full, spec, group.rank, group.size))
+        return model
+
+
+def _share_files(manifest: Manifest, parts: int) -> list[list[str]]:
+    """Return the names of the files in shares of about equal size: the largest first, each to the smallest share."""
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    sizes = [0] * parts
+    for name, entry in sorted(manifest.files.items(), key=lambda item: (-item[1].size_bytes, item[0])):
+        smallest = sizes.index(min(sizes))
+        shares[smallest].append(name)
+        sizes[smallest] += entry.size_bytes
+    return shares
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
