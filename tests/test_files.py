@@ -17,6 +17,7 @@ from megalibi.files import (
     FileInUseError,
     make_folder,
     open_aside,
+    rename_synced,
     sync_folder,
     write_aside,
     write_synced,
@@ -197,3 +198,35 @@ def test_a_file_system_that_syncs_no_folder_is_no_error() -> None:
     sync_folder("/proc")
     with pytest.raises(NotADirectoryError):
         sync_folder(__file__)
+
+
+def test_a_link_is_replaced_when_that_is_asked_for(tmp_path: Path) -> None:
+    """And what it led to stays; otherwise a link to a folder or a device is refused, as those are."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "old").write_text("old")
+    for target in ("folder", "old", "/dev/null", "nowhere"):
+        link = tmp_path / "link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(target)
+        if target in ("folder", "/dev/null"):
+            with pytest.raises(OSError, match="something that is no file"):
+                write_aside(link, "new")
+            assert link.is_symlink()
+        write_aside(link, "new", replace_link=True)
+        assert not link.is_symlink()
+        assert link.read_text() == "new"
+    assert names(tmp_path) == ["folder", "link", "old"]
+    assert (tmp_path / "old").read_text() == "old"
+    with pytest.raises(OSError, match="something that is no file"):
+        write_aside(tmp_path / "folder", "new", replace_link=True)
+
+
+def test_a_folder_is_renamed_and_takes_no_full_ones_place(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").write_text("x")
+    rename_synced(tmp_path / "new", tmp_path / "final")
+    assert names(tmp_path) == ["final"]
+    (tmp_path / "new").mkdir()
+    with pytest.raises(OSError, match="not empty"):
+        rename_synced(tmp_path / "new", tmp_path / "final")
+    assert names(tmp_path) == ["final", "new"]

@@ -36,15 +36,12 @@ _HASH_CHUNK_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint, of a run on any topology. Its manifest is read; its files are not, until they are asked for.
-
-    Attributes:
-        path: The folder of its step.
-        manifest: What it says of itself.
-    """
+    """A complete checkpoint, of a run on any topology. Its files are read when their content is asked for."""
 
     path: Path
+    """The folder of its step."""
     manifest: Manifest
+    """What it says of itself."""
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:

@@ -89,7 +89,7 @@ class RunLock:
     def __exit__(
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Give the folder back: an empty file says that nobody has it. Folders that were made and not used are removed."""
+        """Give the folder back: an empty file says that nobody has it. A new folder that was not used is removed."""
         self._ended.set()
         self._signs.join()  # or its last sign would follow the end
         with contextlib.suppress(OSError):

@@ -123,7 +123,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def _parse(fields: dict[str, Any]) -> Manifest:
     version = fields.pop("format_version", 1)
     if version not in range(1, FORMAT_VERSION + 1):
-        raise ValueError(f"format_version={version}: must be from 1 to {FORMAT_VERSION}")
+        raise ValueError(f"format_version={version!r}: must be from 1 to {FORMAT_VERSION}")
     files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
     described = fields.pop("parameters", {})
     parameters = {name: ParameterEntry.from_fields(entry) for name, entry in described.items()}

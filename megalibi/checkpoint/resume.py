@@ -151,15 +151,15 @@ def _check_same_data(checkpoint: Path, manifest: Manifest, config: Config, data:
         if identity != trained_identity and not config.checkpoint.accept_other_data:
             raise ConfigError(
                 f"data.train={dataset.prefix} ({_describe(identity)}): must be the text that the checkpoint "
-                f"{checkpoint} was trained on ({_describe(trained_identity)}); resume with the same token file, wherever "
-                "it stands, start anew in another train.output_dir, or, if it was mended, use "
+                f"{checkpoint} was trained on ({_describe(trained_identity)}); resume with the same token file, "
+                "wherever it stands, start anew in another train.output_dir, or, if it was mended, use "
                 "checkpoint.accept_other_data=true"
             )
     tokenizers = [identity["tokenizer_sha256"] for identity in (trained, ours)]
     if None not in tokenizers and tokenizers[0] != tokenizers[1]:
         raise ConfigError(
-            f"data.tokenizer={config.data.tokenizer}: must be the tokenizer of the checkpoint {checkpoint}; resume with "
-            "the one that made the token files, wherever it stands"
+            f"data.tokenizer={config.data.tokenizer}: must be the tokenizer of the checkpoint {checkpoint}; resume "
+            "with the one that made the token files, wherever it stands"
         )
 
 
@@ -167,8 +167,8 @@ def _check_same_paths(checkpoint: Path, manifest: Manifest, config: Config) -> N
     theirs = _trained_config(manifest).data.train
     if config.data.train != theirs:
         raise ConfigError(
-            f"data.train={_name(config.data.train)}: must be {_name(theirs)}, the value in the checkpoint {checkpoint}; "
-            "resume with it, or start anew in another train.output_dir"
+            f"data.train={_name(config.data.train)}: must be {_name(theirs)}, the value in the checkpoint "
+            f"{checkpoint}; resume with it, or start anew in another train.output_dir"
         )
 
 

@@ -51,13 +51,16 @@ def read_weights(
             shape = entry.local_shape(size)
             shards = [_join(pieces[name], shape) for pieces in ranks]
             full = shards[0] if entry.shard is None else unshard(shards, entry.shard)
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError) as error:
             raise CheckpointError(f"{folder} does not hold {name} as {MANIFEST} describes it: {error}") from error
         yield name, full.to(entry.torch_dtype, copy=True)
 
 
 def _join(pieces: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     flat = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    padding = flat.numel() - math.prod(shape)  # so that the pieces are of equal size
+    if not 0 <= padding < len(pieces):
+        raise ValueError(f"{flat.numel()} elements cannot be of shape {shape}")
     return flat[: math.prod(shape)].view(shape)
 
 

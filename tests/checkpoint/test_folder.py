@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import random
 import shutil
 import sys
@@ -12,46 +11,13 @@ from typing import Any
 
 import pytest
 
-from megalibi.checkpoint.manifest import (
-    FileEntry,
-    Manifest,
-    checkpoint_name,
-    commit,
-    discard,
-    find_checkpoint,
-    find_damage,
-    list_checkpoints,
-    prune,
-    read_manifest,
-)
-from megalibi.errors import ConfigError, UserError
-from megalibi.files import make_folder, write_synced
+from megalibi.checkpoint.folder import discard, find_checkpoint, list_checkpoints
+from megalibi.checkpoint.manifest import read_manifest
+from megalibi.errors import CheckpointError
+from tests.support.checkpoints import assert_whole, save_files
 from tests.support.jobs import CONTEXT
 
 KILLS = 12
-
-
-def save(folder: Path, step: int, content: str = "", keep: int = 0) -> Path:
-    """Write a checkpoint of two files, as store.py does."""
-    partial = folder / f"{checkpoint_name(step)}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
-    files = {}
-    for name in ("a.pt", "b.pt"):
-        data = f"{name} of step {step} {content}".encode()
-        write_synced(partial / name, data)
-        files[name] = FileEntry(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    manifest = Manifest(step=step, samples_consumed=0, topology={}, config={}, derived={}, versions={}, files=files)
-    final = commit(partial, manifest)
-    prune(folder, keep)
-    return final
-
-
-def assert_whole(checkpoint: Path | None) -> int:
-    assert checkpoint is not None
-    manifest = read_manifest(checkpoint)
-    assert list(find_damage(checkpoint, manifest)) == []
-    return manifest.step
 
 
 def names(folder: Path) -> list[str]:
@@ -61,8 +27,8 @@ def names(folder: Path) -> list[str]:
 def test_the_latest_of_several_checkpoints_is_found_whole(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / "none") is None
     assert list_checkpoints(tmp_path / "none") == []
-    save(tmp_path, 9)
-    final = save(tmp_path, 10)
+    save_files(tmp_path, 9)
+    final = save_files(tmp_path, 10)
     assert find_checkpoint(tmp_path) == final == tmp_path / "step_00000010"
     assert assert_whole(final) == 10
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000009", "step_00000010"]
@@ -70,48 +36,43 @@ def test_the_latest_of_several_checkpoints_is_found_whole(tmp_path: Path) -> Non
 
 def test_without_latest_the_newest_step_is_found_by_number(tmp_path: Path) -> None:
     for step in (10**8, 99_999_999):
-        save(tmp_path, step)
+        save_files(tmp_path, step)
     (tmp_path / "latest").unlink()
     assert find_checkpoint(tmp_path) == tmp_path / "step_100000000"
 
 
 def test_a_latest_that_names_nothing_is_an_error_that_names_the_newest(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    shutil.rmtree(save(tmp_path, 2))
-    with pytest.raises(ConfigError, match=r"latest names 'step_00000002', .* the newest one is step_00000001"):
+    save_files(tmp_path, 1)
+    shutil.rmtree(save_files(tmp_path, 2))
+    with pytest.raises(CheckpointError, match=r"latest names 'step_00000002', .* the newest one is step_00000001"):
         find_checkpoint(tmp_path)
-
-
-def test_a_manifest_of_another_version_is_one_line(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, 1)
-    for text in ('{"step": 1}', "[]", '{"files": {"a.pt": {"size": 1}}}', "no JSON"):
-        (checkpoint / "manifest.json").write_text(text)
-        (checkpoint / "manifest.sha256").write_text(hashlib.sha256(text.encode()).hexdigest())
-        with pytest.raises(ConfigError, match=r"manifest\.json was not written by this version of megalibi: "):
-            read_manifest(checkpoint)
 
 
 def test_latest_may_be_a_link_to_a_checkpoint_and_to_nothing_else(tmp_path: Path) -> None:
     for step in (1, 2):
-        save(tmp_path / "checkpoints", step)
+        save_files(tmp_path / "checkpoints", step)
     folder = tmp_path / "checkpoints"
     latest = folder / "latest"
     for target in ("step_00000001", str(folder / "step_00000001")):
         latest.unlink()
         latest.symlink_to(target)
         assert find_checkpoint(folder) == folder / "step_00000001"
-    save(folder, 3)
+    save_files(folder, 3)
     assert not latest.is_symlink()
     assert find_checkpoint(folder) == folder / "step_00000003"
-    save(tmp_path / "other", 1)
+    save_files(tmp_path / "other", 1)
     for target in (str(tmp_path / "other" / "step_00000001"), "step_00000009"):
         latest.unlink()
         latest.symlink_to(target)
-        with pytest.raises(ConfigError, match=r"latest names '.*', which is no complete checkpoint; the newest one is"):
+        with pytest.raises(
+            CheckpointError, match=r"latest names '.*', which is no complete checkpoint; the newest one is"
+        ):
             find_checkpoint(folder)
     latest.unlink()
     latest.mkdir()
-    with pytest.raises(ConfigError, match=r"latest is a folder: a file that holds the name of a checkpoint, or a link"):
+    with pytest.raises(
+        CheckpointError, match=r"latest is a folder: must be a file with the name of a checkpoint, or a link"
+    ):
         find_checkpoint(folder)
 
 
@@ -119,21 +80,23 @@ def test_folders_without_a_manifest_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "step_00000007").mkdir()
     (tmp_path / "step_00000008.partial").mkdir()
     assert find_checkpoint(tmp_path) is None
-    with pytest.raises(ConfigError, match=r"step_00000007 is no complete checkpoint: .*manifest\.json: No such file"):
+    with pytest.raises(
+        CheckpointError, match=r"step_00000007 is no complete checkpoint: .*manifest\.json: No such file"
+    ):
         read_manifest(tmp_path / "step_00000007")
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(0, [1, 2, 3, 4]), (1, [4]), (2, [3, 4]), (9, [1, 2, 3, 4])])
 def test_prune_keeps_the_newest(tmp_path: Path, keep: int, kept: list[int]) -> None:
     for step in (1, 2, 3, 4):
-        save(tmp_path, step, keep=keep)
+        save_files(tmp_path, step, keep=keep)
     assert [assert_whole(path) for path in list_checkpoints(tmp_path)] == kept
 
 
 def test_prune_never_deletes_what_latest_names(tmp_path: Path) -> None:
-    save(tmp_path, 20)
-    save(tmp_path, 30)
-    save(tmp_path, 12, keep=1)  # the run went back to step 10
+    save_files(tmp_path, 20)
+    save_files(tmp_path, 30)
+    save_files(tmp_path, 12, keep=1)  # the run went back to step 10
     assert names(tmp_path) == ["latest", "step_00000012"]
 
 
@@ -142,60 +105,21 @@ def test_prune_deletes_what_crashes_left(tmp_path: Path) -> None:
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "file").write_text("x")
     (tmp_path / "latest.tmp").write_text("x")
-    save(tmp_path, 3)
+    save_files(tmp_path, 3)
     assert names(tmp_path) == ["latest", "step_00000003"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
-    save(tmp_path, 5, "first")
-    final = save(tmp_path, 5, "second")
+    save_files(tmp_path, 5, "first")
+    final = save_files(tmp_path, 5, "second")
     assert (final / "a.pt").read_text() == "a.pt of step 5 second"
     assert assert_whole(find_checkpoint(tmp_path)) == 5
     assert names(tmp_path) == ["latest", "step_00000005"]
 
 
 def test_a_discarded_checkpoint_is_gone(tmp_path: Path) -> None:
-    discard(save(tmp_path, 5))
+    discard(save_files(tmp_path, 5))
     assert list_checkpoints(tmp_path) == []
-
-
-def test_one_flipped_byte_anywhere_in_any_file_is_found_and_named(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, 5)
-    for path in sorted(checkpoint.iterdir()):
-        data = path.read_bytes()
-        for place in range(len(data)):
-            path.write_bytes(data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :])
-            assert path.stem in find_first_damage(checkpoint)
-        path.write_bytes(data)
-    assert assert_whole(checkpoint) == 5
-
-
-def test_truncated_and_missing_files_are_found_and_named(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, 5)
-    for path in sorted(checkpoint.iterdir()):
-        data = path.read_bytes()
-        path.write_bytes(data[:-1])
-        assert path.stem in find_first_damage(checkpoint)
-        path.unlink()
-        assert path.name in find_first_damage(checkpoint)
-        path.write_bytes(data)
-    assert assert_whole(checkpoint) == 5
-
-
-def find_first_damage(checkpoint: Path) -> str:
-    try:
-        return next(find_damage(checkpoint, read_manifest(checkpoint)))
-    except UserError as error:
-        return str(error)
-
-
-def test_shares_of_the_verification_cover_every_file(tmp_path: Path) -> None:
-    checkpoint = save(tmp_path, 5)
-    manifest = read_manifest(checkpoint)
-    for name in ("a.pt", "b.pt"):
-        (checkpoint / name).unlink()
-    shares = [list(find_damage(checkpoint, manifest, part=part, parts=3)) for part in range(3)]
-    assert sorted(len(share) for share in shares) == [0, 1, 1]
 
 
 class Crash(BaseException):
@@ -234,15 +158,15 @@ CRASH_POINT = CrashPoint()  # audit hooks cannot be removed: one for all
 
 @pytest.mark.parametrize(("step", "allowed"), [(30, {20, 30}), (20, {10, 20})], ids=["next", "again"])
 def test_trap_10_a_crash_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, step: int, allowed: set[int]) -> None:
-    save(tmp_path / "before", 10)
-    save(tmp_path / "before", 20)
+    save_files(tmp_path / "before", 10)
+    save_files(tmp_path / "before", 20)
     found = []
     for changes in range(1000):
         folder = tmp_path / f"after_{changes}"
         shutil.copytree(tmp_path / "before", folder)
-        crashed = CRASH_POINT.run(lambda folder=folder: save(folder, step, "anew", keep=2), changes)
+        crashed = CRASH_POINT.run(lambda folder=folder: save_files(folder, step, "anew", keep=2), changes)
         found.append(assert_whole(find_checkpoint(folder)))
-        save(folder, 40, keep=1)
+        save_files(folder, 40, keep=1)
         assert names(folder) == ["latest", "step_00000040"]
         if not crashed:
             break
@@ -254,7 +178,7 @@ def test_trap_10_a_crash_at_any_point_leaves_a_whole_checkpoint(tmp_path: Path, 
 
 def save_until_killed(folder: str, connection: Connection) -> None:
     for step in range(1, 10**6):
-        save(Path(folder), step, keep=2)
+        save_files(Path(folder), step, keep=2)
         connection.send(step)
 
 

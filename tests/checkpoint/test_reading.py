@@ -80,9 +80,7 @@ def test_a_stage_is_read_whatever_python_wrote_it_and_getattr_gets_nothing_else(
     torch.save({"zero_stage": _ByName(ZeroStageEnum, "gradients")}, tmp_path / "a.pt")
     assert open_states(tmp_path / "a.pt") == {"zero_stage": ZeroStageEnum.gradients}
     torch.save({"zero_stage": _ByName(LossScaler, "__init__")}, tmp_path / "a.pt")
-    with pytest.raises(
-        CheckpointError, match="would run code when loaded, for it names getattr; it is not a checkpoint"
-    ):
+    with pytest.raises(CheckpointError, match="would run code when loaded, for it names getattr; it is not a"):
         open_states(tmp_path / "a.pt")
 
 

@@ -18,7 +18,7 @@ from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.metrics.jsonl import JsonlWriter
 from megalibi.metrics.provenance import write_json
 from megalibi.report.plots import save_figure
-from tests.checkpoint.test_manifest import save
+from tests.support.checkpoints import save_files
 from tests.support.jobs import SCRIPT, write_job
 
 STEPS = 6
@@ -58,7 +58,7 @@ def main() -> None:
     lines.close()
     mark("set aside")
     for step in GOING_BACK:
-        save(disk / "back" / "checkpoints", step, keep=3)
+        save_files(disk / "back" / "checkpoints", step, keep=3)
         mark(f"saved {step}")
     (disk / "data").mkdir()
     for number in range(2):

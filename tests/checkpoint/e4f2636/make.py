@@ -3,8 +3,8 @@
     git clone . OLD && git -C OLD checkout e4f2636
     PYTHONPATH=OLD:OLD/kernels python tests/checkpoint/e4f2636/make.py OLD
 
-A small model is trained on two tensor-parallel ranks at ZeRO 1 without an interruption. Its checkpoint after step 3, the
-losses of the steps 4 to 6 and the loss of the checkpoint on the text, which tools/evaluate.py gave, are what stays.
+A small model is trained on two tensor-parallel ranks at ZeRO 1 without an interruption. What stays is its checkpoint
+after step 3, the losses of the steps 4 to 6, and the checkpoint's loss on the text by tools/evaluate.py.
 """
 
 from __future__ import annotations
