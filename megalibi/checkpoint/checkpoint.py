@@ -15,7 +15,7 @@ from torch import Tensor
 from megalibi.checkpoint.folder import get_checkpoint
 from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megalibi.checkpoint.parameters import ParameterEntry, build_without_memory, describe_parameters
-from megalibi.checkpoint.weights import read_weights
+from megalibi.checkpoint.weights import assemble_weights
 from megalibi.config import Config, config_from_dict, padded_vocab_size
 from megalibi.errors import CheckpointError
 from megalibi.model import DTYPES, GPT
@@ -115,7 +115,7 @@ class Checkpoint:
             FileError: A file may not be read.
         """
         self.verify()
-        yield from read_weights(self.path, self.manifest, self.parameters)
+        yield from assemble_weights(self.path, self.manifest, self.parameters)
 
     def load_model(self, device: torch.device, groups: ProcessGroups | None = None) -> GPT:
         """Verify every file, and return the model, in the precision of its run, ready to be evaluated.
@@ -147,7 +147,7 @@ class Checkpoint:
         if needed != {name: entry.shape for name, entry in self.parameters.items()}:
             raise CheckpointError(f"{self.path / MANIFEST} has parameters that are not those of its configuration")
         parameters = dict(model.named_parameters())
-        for name, full in read_weights(self.path, self.manifest, self.parameters):
+        for name, full in assemble_weights(self.path, self.manifest, self.parameters):
             spec = get_shard_spec(parameters[name])
             parameters[name].copy_(full if spec is None else shard(full, spec, group.rank, group.size))
         return model

@@ -30,7 +30,7 @@ Pieces = dict[str, list[Tensor]]
 """The tensors of one tensor rank by name, each as the flat pieces into which it is cut over the data ranks."""
 
 
-def read_weights(
+def assemble_weights(
     folder: Path, manifest: Manifest, parameters: Mapping[str, ParameterEntry]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter, one after the other: whole, without padding, on the CPU. Nothing is verified here.

@@ -1,6 +1,6 @@
 """How a parameter is cut over the tensor group, as data on the parameter.
 
-Initialisation, optimizer, checkpoint, resharding and export all read it; none guesses from names or shapes.
+Initialisation, the optimizer and checkpoints all read it; none of them guesses from names or shapes.
 """
 
 from __future__ import annotations
@@ -16,31 +16,29 @@ from torch import Tensor, nn
 class ShardSpec:
     """How the full tensor is cut along one dimension.
 
-    A rank's tensor is the concatenation of its slices of the parts. With 2 parts on 2 ranks, ``full`` is
+    A rank's tensor is the concatenation of its slices of the parts. With 2 parts on 2 ranks, the full tensor is
     ``a0 a1 b0 b1``, rank 0 holds ``a0 b0`` and rank 1 holds ``a1 b1``: so a fused query-key-value weight (3 parts)
-    gives every rank the queries, keys and values of the same heads.
-
-    Attributes:
-        dim: The dimension that is cut.
-        full_size: Its size in the full tensor, without padding: the same for every tensor parallel size.
-        parts: Number of equal parts of the full tensor, each of which is cut on its own.
-        padding: Zero rows appended to the full tensor so that it can be cut; the vocabulary's, for example.
+    gives every rank the queries, keys and values of the same heads. Checkpoints keep these fields in their manifest.
     """
 
     dim: int
+    """The dimension that is cut."""
     full_size: int
+    """The size of that dimension in the full tensor, without padding: the same for every tensor parallel size."""
     parts: int = 1
+    """The number of equal parts of the full tensor, each of which is cut on its own."""
     padding: int = 0
+    """Zero rows appended to the full tensor so that it can be cut, as to the table of a vocabulary."""
 
     def __post_init__(self) -> None:
         if self.dim < 0 or self.full_size < 1 or self.parts < 1 or self.padding < 0:
-            raise ValueError(f"{self}: dim and padding are 0 or more, full_size and parts 1 or more")
+            raise ValueError(f"{self}: dim and padding must be 0 or more, full_size and parts 1 or more")
         if self.parts > 1 and self.padding > 0:
             raise ValueError(f"{self}: a tensor of several parts cannot be padded")
 
     @property
     def padded_size(self) -> int:
-        """Size of the dimension with padding: what all ranks hold together."""
+        """The size of the dimension with padding: what all ranks hold together."""
         return self.full_size + self.padding
 
     def local_size(self, size: int) -> int:
@@ -54,7 +52,7 @@ class ShardSpec:
         return self.padded_size // size
 
     def local_ranges(self, rank: int, size: int) -> list[range]:
-        """Return which indices of the padded dimension a rank holds, in its own order: one range for each part."""
+        """Return the indices of the padded dimension that a rank holds, in its own order: one range for each part."""
         length = self.local_size(size) // self.parts
         starts = (part * size * length + rank * length for part in range(self.parts))
         return [range(start, start + length) for start in starts]

@@ -52,7 +52,7 @@ def test_what_does_not_divide_is_refused() -> None:
 
 @pytest.mark.parametrize("wrong", [{"dim": -1}, {"full_size": 0}, {"parts": 0}, {"padding": -1}])
 def test_a_spec_without_sense_is_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="dim and padding are 0 or more"):
+    with pytest.raises(ValueError, match="dim and padding must be 0 or more"):
         ShardSpec(**{"dim": 0, "full_size": 4, **wrong})
     with pytest.raises(ValueError, match="cannot be padded"):
         ShardSpec(dim=0, full_size=4, parts=2, padding=4)
