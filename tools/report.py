@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megalibi.metrics.outputs import check_folder, check_outputs
-from megalibi.report.html import PICTURES, REPORT_FILE, write_pictures, write_report
+from megalibi.report.page import PICTURES, REPORT_FILE, write_pictures, write_report
 from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """\

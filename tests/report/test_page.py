@@ -6,12 +6,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
 
-from megalibi.errors import ConfigError
-from megalibi.report.html import write_report
+from megalibi.errors import FileError
+from megalibi.report.page import write_report
 
 WriteRun = Callable[..., Path]
 
+ROOT = Path(__file__).parents[2]
 VOID_TAGS = {"meta", "br"}
 
 
@@ -146,5 +148,16 @@ def test_the_same_run_gives_the_same_page(write_run: WriteRun, tmp_path: Path) -
 
 def test_a_page_that_cannot_be_written_is_one_line(write_run: WriteRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"file/report\.html cannot be written"):
+    with pytest.raises(FileError, match=r"file/report\.html cannot be written"):
         write_report([write_run("unwritable")], tmp_path / "file" / "report.html")
+
+
+def test_template_and_style_sheet_are_installed_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    distribution = Distribution()
+    distribution.parse_config_files()
+    distribution.include_package_data = False  # what a manifest names comes on top; to look for it writes files
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    files = {f"{package}/{name}" for package, _, _, names in build.data_files for name in names}
+    assert files >= {"megalibi/report/report.css", "megalibi/report/report.html.j2"}
