@@ -25,7 +25,7 @@ from megalibi.data.tokens.token_file import TokenFile, check_ids
 from megalibi.errors import ConfigError
 from megalibi.evaluate.losses import stream_loss
 from megalibi.evaluate.result import EvaluationResult
-from megalibi.metrics.records import memory_peak_bytes
+from megalibi.metrics.memory import memory_peak_bytes
 from megalibi.parallel import ProcessGroups, all_reduce_raw
 
 _CHECK_TOKENS = 1 << 20

@@ -10,7 +10,7 @@ from pathlib import Path
 from megalibi.errors import ConfigError
 from megalibi.files import ASIDE_SUFFIX, make_folder
 from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE
-from megalibi.metrics.writers import TENSORBOARD_FOLDER
+from megalibi.metrics.tensorboard import TENSORBOARD_FOLDER
 
 PICTURE_SUFFIXES = (".eps", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp")
 """Formats of pictures that need nothing but matplotlib."""

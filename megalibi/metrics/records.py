@@ -1,4 +1,4 @@
-"""The record of a step and of a validation, as lines of metrics.jsonl, and the reader of a run's lines."""
+"""The record of a step and of a validation, which are the lines of metrics.jsonl, and the reader of a run's lines."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ import contextlib
 import dataclasses
 import json
 import math
-import resource
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import psutil
+from typing import Any, TypeVar
 
 from megalibi.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -161,34 +154,6 @@ def read_metrics(run_dir: Path | str) -> RunMetrics:
         steps=tuple(steps[step] for step in sorted(steps)),
         validations=tuple(validations[step] for step in sorted(validations)),
     )
-
-
-def memory_bytes(device: torch.device | str) -> int:
-    """Return the memory in use now: of CUDA's allocator on a CUDA device, else this process's resident set.
-
-    Args:
-        device: The device that this rank trains on.
-    """
-    if str(device).startswith("cuda"):
-        import torch  # here, so that reading a report does not wait for torch
-
-        return int(torch.cuda.memory_allocated(device))
-    return int(psutil.Process().memory_info().rss)
-
-
-def memory_peak_bytes(device: torch.device | str) -> int:
-    """Return the highest `memory_bytes` since the process began (on CUDA: since its peak was last reset).
-
-    Args:
-        device: The device that this rank trains on.
-    """
-    if str(device).startswith("cuda"):
-        import torch  # here, so that reading a report does not wait for torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes (getrusage(2) of each). The peak may lag the resident set by a few pages.
-    return max(peak if sys.platform == "darwin" else peak * 1024, memory_bytes(device))
 
 
 def _to_json(record: StepRecord | ValidationRecord) -> str:

@@ -18,7 +18,8 @@ from megalibi.engine.step import StepResult, train_step
 from megalibi.errors import UserError
 from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
-from megalibi.metrics.records import StepRecord, ValidationRecord, memory_bytes, memory_peak_bytes
+from megalibi.metrics.memory import memory_bytes, memory_peak_bytes
+from megalibi.metrics.records import StepRecord, ValidationRecord
 from megalibi.metrics.writers import Writers, build_writers
 from megalibi.model import model_flops_per_token
 from megalibi.parallel import describe_os_error, refusing_together

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from megalibi.evaluate.by_position import VALUES_MAX, bin_positions, format_table, to_columns
-from megalibi.report.plots import save_figure
-from megalibi.report.position_plot import position_curve
 
 
 def sums_of(length: int, first_scored: int = 0) -> NDArray[np.float64]:
@@ -58,16 +54,3 @@ def test_the_table_has_a_column_for_each_length() -> None:
         ["3", "to", "4", "2.5000", "2.5000"],
         ["5", "to", "6", "-", "4.5000"],
     ]
-
-
-def test_the_figure_has_a_line_for_each_length(tmp_path: Path) -> None:
-    figure = position_curve({4: sums_of(4), 64: sums_of(64)}, train_seq_length=4)
-    (axes,) = figure.axes
-    *curves, marker = axes.get_lines()
-    assert [curve.get_label() for curve in curves] == ["4 tokens at once", "64 tokens at once"]
-    assert list(marker.get_xdata()) == [4, 4]
-    for curve, length in zip(curves, (4, 64), strict=True):
-        bins = bin_positions(sums_of(length), per_doubling=2)
-        assert list(curve.get_ydata()) == [b.loss for b in bins]
-    save_figure(figure, tmp_path / "positions.png")
-    assert (tmp_path / "positions.png").stat().st_size > 1000

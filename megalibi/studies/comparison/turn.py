@@ -11,8 +11,8 @@ import torch
 from megalibi.config import config_to_dict
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult
+from megalibi.metrics.memory import memory_peak_bytes
 from megalibi.metrics.provenance import describe_run, write_json
-from megalibi.metrics.records import memory_peak_bytes
 from megalibi.plan.memory_trace import measure_memory
 from megalibi.train.job import Job, open_loader
 from megalibi.train.loop import check_finite, read_together, take_step

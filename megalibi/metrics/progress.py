@@ -1,0 +1,112 @@
+"""The progress of a run on the terminal, or as lines in a log."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from megalibi.metrics.records import StepRecord, ValidationRecord
+from megalibi.units import format_bytes, format_count, format_duration
+
+# The time left follows from the mean over so many steps: long enough to be steady, short enough to follow a change.
+_RECENT_STEPS = 50
+
+
+class ConsoleWriter:
+    """Shows progress: a bar on a terminal, a plain line every few steps elsewhere.
+
+    Args:
+        total_steps: The step the run ends at.
+        log_every_steps: Plain lines are printed at multiples of it, at the first step and at the last.
+        resumed_step: The step the run resumes from.
+        eval_samples: How many samples a validation shall read; a line says so if there were fewer.
+        console: Where to; standard output if None.
+    """
+
+    name = "the console"
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        log_every_steps: int,
+        resumed_step: int = 0,
+        eval_samples: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self._total_steps = total_steps
+        self._log_every_steps = log_every_steps
+        self._first_step = resumed_step + 1
+        self._eval_samples = eval_samples
+        self._recent_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._progress.add_task("first step ...", total=total_steps, completed=resumed_step)
+            self._progress.start()
+
+    def step(self, record: StepRecord) -> None:
+        """Move the bar, or print a line if the step is due one."""
+        self._recent_seconds.append(record.step_seconds)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record.step, description=self._brief(record))
+        elif record.step % self._log_every_steps == 0 or record.step in (self._first_step, self._total_steps):
+            self._print(self._line(record))
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Print a line; on a terminal it stays above the bar."""
+        samples, few = record.validation_samples, ""
+        if samples is not None and samples < self._eval_samples:
+            few = f" | {samples} samples, all of data.valid: train.eval_samples={self._eval_samples}"
+        self._print(
+            f"step {record.step}/{self._total_steps} | validation loss {record.validation_loss:.4f} | "
+            f"perplexity {record.validation_perplexity:.2f} | {format_count(record.validation_tokens)} tokens | "
+            f"{format_duration(record.validation_seconds)}{few}"
+        )
+
+    def sync(self) -> None:
+        """Do nothing: what was shown was shown."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was found."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _seconds_left(self, record: StepRecord) -> float:
+        mean_seconds = sum(self._recent_seconds) / len(self._recent_seconds)
+        return mean_seconds * (self._total_steps - record.step)
+
+    def _brief(self, record: StepRecord) -> str:
+        return (
+            f"{record.step}/{self._total_steps} | loss {record.loss:.4f} | "
+            f"{format_count(record.tokens_per_second)} tokens/s | {format_duration(self._seconds_left(record))} left"
+        )
+
+    def _line(self, record: StepRecord) -> str:
+        parts = [
+            f"step {record.step}/{self._total_steps}",
+            f"loss {record.loss:.4f}",
+            f"grad norm {record.grad_norm:.3f}",
+            f"lr {record.learning_rate:.2e}",
+            f"{format_count(record.tokens_per_second)} tokens/s",
+            f"{record.model_tflops_per_second:.2f} TFLOP/s",
+            format_bytes(record.memory_bytes),
+            f"{format_duration(self._seconds_left(record))} left",
+        ]
+        if record.loss_scale is not None:
+            parts.insert(4, f"loss scale {record.loss_scale:.0f}")
+        if record.skipped:
+            parts.insert(1, "skipped")
+        return " | ".join(parts)

@@ -1,0 +1,69 @@
+"""The records of a run as TensorBoard's scalars."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from megalibi.metrics.records import StepRecord, ValidationRecord
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class TensorBoardWriter:
+    """Writes scalars by step for TensorBoard.
+
+    Args:
+        folder: Where the event files go.
+        resumed_step: The step the run resumes from: TensorBoard hides what an earlier process wrote beyond it.
+    """
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path | str, *, resumed_step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here: it takes seconds to import, on one rank only
+
+        _silence_its_thread()
+        self._events = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def step(self, record: StepRecord) -> None:
+        """Write the scalars of one step."""
+        scalars = {
+            "train/loss": record.loss,
+            "train/grad_norm": record.grad_norm,
+            "train/learning_rate": record.learning_rate,
+            "train/loss_scale": record.loss_scale,
+            "speed/step_seconds": record.step_seconds,
+            "speed/tokens_per_second": record.tokens_per_second,
+            "speed/model_tflops_per_second": record.model_tflops_per_second,
+            "speed/model_tflops_per_second_causal": record.model_tflops_per_second_causal,
+            "memory/bytes": record.memory_bytes,
+            "memory/peak_bytes": record.memory_peak_bytes,
+        }
+        for tag, value in scalars.items():
+            if value is not None:
+                self._events.add_scalar(tag, value, record.step)
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Write the scalars of one validation."""
+        self._events.add_scalar("validation/loss", record.validation_loss, record.step)
+        self._events.add_scalar("validation/perplexity", record.validation_perplexity, record.step)
+
+    def sync(self) -> None:
+        """Write out what is buffered."""
+        self._events.flush()
+
+    def close(self) -> None:
+        """Write out what is buffered."""
+        self._events.close()
+
+
+def _silence_its_thread() -> None:
+    """Keep the traceback of TensorBoard's thread off the terminal: the next call raises the same error, and says it."""
+    say = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            say(failed)
+
+    threading.excepthook = hook
