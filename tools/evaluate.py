@@ -16,7 +16,6 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,10 +31,10 @@ from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.token_file import TokenFile
 from megalibi.errors import ConfigError
-from megalibi.evaluate.by_position import bin_positions, format_table, to_columns
-from megalibi.evaluate.result import EvaluationResult
+from megalibi.evaluate.by_position import bin_positions, format_positions, to_columns
+from megalibi.evaluate.result import Evaluation, EvaluationResult, write_evaluation
 from megalibi.evaluate.run import (
-    Evaluation,
+    EvaluationSetup,
     check_and_measure,
     check_lengths,
     check_same_tokenizer,
@@ -43,7 +42,7 @@ from megalibi.evaluate.run import (
     evaluate,
 )
 from megalibi.metrics.outputs import check_outputs, check_picture
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.parallel import ProcessGroups, build_process_groups
 from megalibi.report.plots import save_figure
 from megalibi.report.position_plot import position_curve
@@ -201,19 +200,19 @@ def join_ranks(place: Place, device: torch.device, config: Config, tensor_parall
 
 
 def evaluate_lengths(
-    evaluation: Evaluation, lengths: list[int]
-) -> tuple[list[dict[str, Any]], dict[int, NDArray[np.float64]]]:
+    setup: EvaluationSetup, lengths: list[int]
+) -> tuple[list[EvaluationResult], dict[int, NDArray[np.float64]]]:
     """Evaluate at each length; rank 0 prints what came of it.
 
     Returns:
         The results, and by length the sums by position, [2, S].
     """
-    results, sums, speaks = [], {}, evaluation.groups.world.rank == 0
+    results, sums, speaks = [], {}, setup.groups.world.rank == 0
     console = Console(file=sys.stderr, quiet=not speaks)
     for length in lengths:
-        with Display(length, evaluation.num_tokens - 1, console) as display:
-            result, sums[length] = evaluate(evaluation, length, display.update)
-        results.append(dataclasses.asdict(result))
+        with Display(length, setup.num_tokens - 1, console) as display:
+            result, sums[length] = evaluate(setup, length, display.update)
+        results.append(result)
         if speaks:
             print(describe(result), flush=True)
     return results, sums
@@ -239,7 +238,7 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     check_same_tokenizer(manifest.data, text, tokenizer)
     num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, byte_counter(tokenizer))
     groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
-    evaluation = Evaluation(
+    setup = EvaluationSetup(
         model=checkpoint.load_model(device, groups),
         text=text,
         num_tokens=num_tokens,
@@ -250,27 +249,26 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
     )
     if place.rank == 0:  # not before: what is wrong with the checkpoint is one line
         say_unrecorded([arguments.data])
-    results, sums = evaluate_lengths(evaluation, lengths)
+    results, sums = evaluate_lengths(setup, lengths)
     if place.rank > 0:
         return
     if arguments.by_position:
-        print(format_table({length: bin_positions(sums_2S) for length, sums_2S in sums.items()}))
-        for row in results:
-            row["by_position"] = to_columns(sums[row["length"]])
-    fields = {
-        "checkpoint": str(checkpoint.path),
-        "step": manifest.step,
-        "train_seq_length": config.data.seq_length,
-        "protocol": arguments.protocol,
-        "stride": stride,
-        "data": arguments.data,
-        "results": results,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "ranks": place.world_size,
-        "tensor_parallel_size": arguments.tensor_parallel_size,
+        print(format_positions({length: bin_positions(sums_2S) for length, sums_2S in sums.items()}))
+        results = [dataclasses.replace(row, by_position=to_columns(sums[row.length])) for row in results]
+    evaluation = Evaluation(
+        checkpoint=str(checkpoint.path),
+        step=manifest.step,
+        train_seq_length=config.data.seq_length,
+        protocol=arguments.protocol,
+        stride=stride,
+        data=arguments.data,
+        results=tuple(results),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        ranks=place.world_size,
+        tensor_parallel_size=arguments.tensor_parallel_size,
         **describe_run(str(device)),
-    }
-    write_json(fields, arguments.output)
+    )
+    write_evaluation(evaluation, arguments.output)
     if arguments.picture is not None:
         save_figure(position_curve(sums, train_seq_length=config.data.seq_length), arguments.picture)
 

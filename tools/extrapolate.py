@@ -156,7 +156,7 @@ def write_results(
         "seeds_per_method": 1,
         "trainings": trainings,
         "results": {
-            protocol: {method: [asdict(row) for row in rows.values()] for method, rows in of_protocol.items()}
+            protocol: {method: [row.to_dict() for row in rows.values()] for method, rows in of_protocol.items()}
             for protocol, of_protocol in results.items()
         },
         "findings": [asdict(finding) for finding in findings],

@@ -1,7 +1,8 @@
 """Loss against the position in the window: bins and a table.
 
-It tells apart the two reasons for which a longer window can score better: fewer of its tokens have little context, or
-tokens with much context are predicted better (arXiv:2108.12409, appendix B.2, "early token curse").
+A longer window can have a lower loss for two reasons: fewer of its tokens have little context, or tokens with much
+context are predicted better. The loss by position tells them apart (arXiv:2108.12409, appendix B.2, "early token
+curse").
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 VALUES_MAX = 4096
-"""Mean losses that are kept of a window."""
+"""Largest number of mean losses that are kept for one window length."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,21 +23,21 @@ class PositionBin:
     """The mean loss of the predictions that have seen from ``first`` to ``last`` tokens of their window."""
 
     first: int
-    """Fewest tokens seen, the one before the predicted token included; from 1 on."""
+    """Fewest tokens seen before a prediction of the bin; at least 1."""
     last: int
-    """Most tokens seen."""
+    """Most tokens seen before a prediction of the bin."""
     loss: float
-    """Mean cross entropy in nats per token."""
+    """Mean cross entropy of the predictions, in nats per token."""
     tokens: int
-    """Predictions that are scored."""
+    """Number of predictions that were scored."""
 
 
 def bin_positions(sums_2S: NDArray[np.float64], *, per_doubling: int = 1) -> list[PositionBin]:
-    """Return bins that grow with the tokens seen: 1, 2, 3 to 4, 5 to 8 and so on. Those without tokens are left out.
+    """Return bins that grow with the tokens seen: 1, 2, 3 to 4, 5 to 8 and so on. Empty bins are left out.
 
     Args:
-        sums_2S: Summed loss and scored tokens by position in the window.
-        per_doubling: Bins for each doubling of the tokens seen.
+        sums_2S: Summed loss and number of scored tokens by position in the window, [2, S].
+        per_doubling: Number of bins for each doubling of the tokens seen.
     """
     length = sums_2S.shape[1]
     steps = range(math.ceil(per_doubling * math.log2(length)) + 1)
@@ -53,10 +54,14 @@ def _cut(sums_2S: NDArray[np.float64], ends: Sequence[int]) -> list[PositionBin]
     return bins
 
 
-def to_columns(sums_2S: NDArray[np.float64]) -> dict[str, list[int] | list[float]]:
-    """Return the columns for a JSON file: tokens seen, mean loss and scored tokens, for every position with any.
+def to_columns(sums_2S: NDArray[np.float64]) -> dict[str, list[float]]:
+    """Return columns for a JSON file: tokens seen, mean loss and number of scored tokens.
 
-    Of a window longer than 4,096, neighbouring positions share a value, at the most tokens that they have seen.
+    Every position that was scored has a value. In windows of more than 4,096 tokens neighbouring positions share one,
+    which stands at the most tokens seen among them.
+
+    Args:
+        sums_2S: Summed loss and number of scored tokens by position in the window, [2, S].
     """
     length = sums_2S.shape[1]
     width = math.ceil(length / VALUES_MAX)
@@ -68,8 +73,12 @@ def to_columns(sums_2S: NDArray[np.float64]) -> dict[str, list[int] | list[float
     }
 
 
-def format_table(by_length: Mapping[int, Sequence[PositionBin]]) -> str:
-    """Return a plain table of mean losses: a row for the tokens seen, a column for each length."""
+def format_positions(by_length: Mapping[int, Sequence[PositionBin]]) -> str:
+    """Return a plain table of mean losses: a row for each range of tokens seen, a column for each length.
+
+    Args:
+        by_length: The bins of each evaluation length.
+    """
     longest = max(by_length)
     ranges = sorted({(2 ** (power - 1) + 1 if power else 1, 2**power) for power in range(longest.bit_length() + 1)})
     lines = [f"{'tokens seen':<18}" + "".join(f"{length:>12,}" for length in by_length)]

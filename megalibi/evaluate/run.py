@@ -1,4 +1,4 @@
-"""One checkpoint on one text: what is checked before, and the numbers at each length.
+"""The evaluation of one checkpoint on one text: the checks before it, and the numbers at each length.
 
 Shapes: S positions in the window.
 """
@@ -22,7 +22,7 @@ from megalibi.data.provenance import check_tokenizer
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.token_file import TokenFile, check_ids
-from megalibi.errors import ConfigError
+from megalibi.errors import CheckpointError, ConfigError, DataError
 from megalibi.evaluate.losses import stream_loss
 from megalibi.evaluate.result import EvaluationResult
 from megalibi.metrics.memory import memory_peak_bytes
@@ -32,27 +32,32 @@ _CHECK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """What stays the same from the first length to the last."""
+class EvaluationSetup:
+    """What stays the same from the first evaluation length to the last."""
 
     model: nn.Module
-    """Of the checkpoint; this rank's slices of it."""
+    """The model of the checkpoint, with this rank's slices of its parameters."""
     text: TokenFile
-    """What is scored."""
+    """The text that is scored."""
     num_tokens: int
-    """How much of it."""
+    """Number of tokens of the text that are used, from the first on."""
     num_bytes: int | None
-    """Bytes of text behind the scored tokens; None: not known."""
+    """Number of bytes of the text that the scored tokens stand for; None: it is not known."""
     stride: int | None
-    """Tokens between windows; None: they do not overlap."""
+    """Tokens between the starts of two windows; None: the windows do not overlap."""
     groups: ProcessGroups
-    """Of this process; the data ranks share the windows."""
+    """Process groups of this rank; the data ranks share the windows."""
     device: torch.device
-    """Where it computes."""
+    """Device that this rank computes on."""
 
 
-def check_lengths(config: Config, lengths: list[int]) -> None:
-    """Find out before the work whether the model can see so many tokens at once.
+def check_lengths(config: Config, lengths: list[int], option: str = "--lengths") -> None:
+    """Check before the work that the model can see so many tokens at once.
+
+    Args:
+        config: The configuration of the checkpoint.
+        lengths: The numbers of tokens.
+        option: The option that names them.
 
     Raises:
         ConfigError: A length is past the last position that the model has learned.
@@ -60,19 +65,24 @@ def check_lengths(config: Config, lengths: list[int]) -> None:
     cap = config.model.max_position_embeddings
     if cap and max(lengths) > cap:
         raise ConfigError(
-            f"--lengths={max(lengths)} is not allowed: the checkpoint has model.position_method="
-            f"{config.model.position_method} and model.max_position_embeddings={cap}, so at most {cap} is"
+            f"{option}={max(lengths)}: must be at most model.max_position_embeddings={cap} of the checkpoint, whose "
+            f"model.position_method={config.model.position_method} has learned no positions beyond"
         )
 
 
 def check_tensor_parallel_size(config: Config, size: int, world_size: int) -> None:
-    """Find out before the work whether so many ranks can share the model.
+    """Check before the work that so many ranks can share the model.
+
+    Args:
+        config: The configuration of the checkpoint.
+        size: The number of ranks that share one model.
+        world_size: The number of all ranks.
 
     Raises:
-        ConfigError: They do not divide the ranks, the heads or the feed-forward width.
+        ConfigError: The size does not divide the ranks, the heads or the feed-forward width.
     """
     if size < 1:
-        raise ConfigError(f"--tensor-parallel-size={size} is not allowed: 1 or more is")
+        raise ConfigError(f"--tensor-parallel-size={size}: must be at least 1")
     shared = {
         "the number of ranks": world_size,
         "model.num_attention_heads": config.model.num_attention_heads,
@@ -80,7 +90,7 @@ def check_tensor_parallel_size(config: Config, size: int, world_size: int) -> No
     }
     for name, value in shared.items():
         if value % size:
-            raise ConfigError(f"--tensor-parallel-size={size} does not divide {name}={value}")
+            raise ConfigError(f"--tensor-parallel-size={size}: must divide {name}={value}")
 
 
 def check_same_tokenizer(
@@ -89,31 +99,40 @@ def check_same_tokenizer(
     tokenizer: Tokenizer | WordTokenizer | None,
     option: str = "--tokenizer",
 ) -> None:
-    """Find out before the work whether text and model know the same ids: another vocabulary's would be scored as well.
+    """Check before the work that the text and the model were tokenized alike: the ids alone would not show it.
 
     Args:
-        trained: ``data`` of the checkpoint's manifest.
-        text: What would be scored, if it is a token file.
-        tokenizer: Of the text, if one is at hand.
-        option: What named the tokenizer.
+        trained: The field ``data`` of the checkpoint's manifest.
+        text: The token file to score; None if the text is no token file.
+        tokenizer: The tokenizer of the text; None if it is not known.
+        option: The option that names the tokenizer.
 
     Raises:
-        ConfigError: They do not.
+        DataError: The text and the model have different tokenizers.
     """
     sha256 = check_tokenizer([] if text is None else [text], tokenizer, option)
     if sha256 is not None and trained.get("tokenizer_sha256") not in (None, sha256):
         what = f"{option}={tokenizer.path}" if tokenizer is not None else f"the tokenizer of {text and text.prefix}"
-        raise ConfigError(
+        raise DataError(
             f"{what} (sha256 {sha256[:12]}) is not the tokenizer that the checkpoint was trained with (sha256 "
             f"{trained['tokenizer_sha256'][:12]}): tokenize the text with that one"
         )
 
 
 def check_and_measure(text: TokenFile, num_tokens: int, vocab_size: int, tokenizer: Tokenizer | None) -> int | None:
-    """Check every token that will be used, and return the bytes of text of those that are scored.
+    """Check every token that will be used, and return the number of bytes of text that the scored tokens stand for.
+
+    Args:
+        text: The text to score.
+        num_tokens: Number of its tokens to use, from the first on.
+        vocab_size: Number of ids that the model knows.
+        tokenizer: The tokenizer of the text; None if its bytes cannot be counted.
+
+    Returns:
+        The number of bytes; None without a tokenizer.
 
     Raises:
-        ConfigError: A token is past the vocabulary of the model or of the tokenizer.
+        UserError: A token is past the vocabulary of the model or of the tokenizer.
     """
     num_bytes = 0
     for start in range(0, num_tokens, _CHECK_TOKENS):
@@ -128,31 +147,31 @@ def check_and_measure(text: TokenFile, num_tokens: int, vocab_size: int, tokeniz
 
 
 def evaluate(
-    evaluation: Evaluation, length: int, show: Callable[[int, float], None]
+    setup: EvaluationSetup, length: int, show: Callable[[int, float], None]
 ) -> tuple[EvaluationResult, NDArray[np.float64]]:
-    """Score the text at one length; every rank gets the numbers of all ranks.
+    """Score the text at one length. Every rank gets the numbers of all ranks.
 
     Args:
-        evaluation: What is evaluated.
-        length: Tokens the model sees at once.
-        show: Called after each forward pass with the tokens scored so far and their mean loss.
+        setup: The model, the text and the ranks.
+        length: Number of tokens that the model sees at once.
+        show: Called after each forward pass with the number of tokens scored so far and their mean loss.
 
     Returns:
-        The result, and summed loss and scored tokens by position in the window, [2, S].
+        The result, and the summed loss and number of scored tokens by position in the window, [2, S].
 
     Raises:
-        ConfigError: The loss is no number.
+        CheckpointError: The loss is not finite.
     """
-    device, groups = evaluation.device, evaluation.groups
+    device, groups = setup.device, setup.groups
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     sums_2S, start = np.zeros((2, length)), time.perf_counter()
     for turn_2S in stream_loss(
-        evaluation.model,
-        evaluation.text,
+        setup.model,
+        setup.text,
         length,
-        evaluation.stride,
-        evaluation.num_tokens,
+        setup.stride,
+        setup.num_tokens,
         device=device,
         data=groups.data,
     ):
@@ -161,14 +180,14 @@ def evaluate(
         show(int(scored), loss_sum / scored)
     loss = loss_sum / scored
     if not math.isfinite(loss):
-        raise ConfigError(f"the loss at length {length} is {loss}: the checkpoint's model does not compute numbers")
+        raise CheckpointError(f"the loss at length {length} is {loss}: give a checkpoint from before the run diverged")
     seconds = time.perf_counter() - start
     peak = torch.tensor(memory_peak_bytes(device), device=device)
     result = EvaluationResult(
         length=length,
         loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),  # beyond, it is no floating point number
-        bits_per_byte=loss_sum / math.log(2) / evaluation.num_bytes if evaluation.num_bytes else None,
+        perplexity=math.exp(min(loss, 700.0)),  # beyond 700 it would overflow
+        bits_per_byte=loss_sum / math.log(2) / setup.num_bytes if setup.num_bytes else None,
         tokens=int(scored),
         tokens_per_second=scored / seconds,
         memory_bytes=int(all_reduce_raw(peak, groups.world, dist.ReduceOp.MAX)),

@@ -9,96 +9,111 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from megalibi.errors import ConfigError
+from megalibi.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 METRICS_FILE = "metrics.jsonl"
+"""File of a run's folder with a line for each step and each validation."""
 CONFIG_FILE = "config.yaml"
+"""File of a run's folder with the resolved configuration."""
 INFO_FILE = "run_info.json"
+"""File of a run's folder with its identity, its environment and its origin."""
 
 # JSON has no NaN and no infinity. As in protobuf's JSON they are strings, which float() reads back in any language.
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
-_KINDS: dict[str, tuple[type, ...]] = {"float": (float, int), "int": (int,), "str": (str,), "bool": (bool,)}
+_KINDS: dict[str, tuple[type, ...]] = {
+    "float": (float, int),  # a whole number is a float too; True is an int to Python, but its type is another one
+    "int": (int,),
+    "str": (str,),
+    "bool": (bool,),
+    "dict": (dict,),
+    "tuple": (tuple,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One optimizer step, as the writing rank saw it."""
+    """One optimizer step: a line of metrics.jsonl, written by rank 0."""
 
     step: int
-    """Optimizer steps done, this one included; the first step is 1."""
+    """Optimizer steps done, including this one; the first step is 1."""
     tokens: int
-    """Tokens consumed since the run began, this step included."""
+    """Training tokens consumed since the run began, including this step."""
     loss: float
     """Mean cross entropy over the tokens of the global batch, in nats per token."""
     grad_norm: float
     """Global L2 norm of the gradients before clipping."""
     learning_rate: float
-    """Learning rate this step was taken with."""
+    """Learning rate of this step."""
     step_seconds: float
-    """Wall time of the step."""
+    """Wall time of the step, in seconds."""
     tokens_per_second: float
-    """Tokens of the global batch by step_seconds, all ranks together."""
+    """Tokens of the global batch divided by step_seconds, all ranks together."""
     model_tflops_per_second: float
-    """Model TFLOP by step_seconds, all ranks together, attention counted in full (queries x keys)."""
+    """Model TFLOP divided by step_seconds, all ranks together; attention counts every query-key pair."""
     model_tflops_per_second_causal: float
-    """The same with the half of attention that the causal mask removes left out."""
+    """Model TFLOP divided by step_seconds, all ranks together; attention counts the pairs in the causal mask."""
     memory_bytes: int
-    """Memory in use at the end of the step; see `memory_bytes`."""
+    """Memory that rank 0 uses at the end of the step, in bytes, as `metrics.memory.memory_bytes` gives it."""
     memory_peak_bytes: int
-    """Highest memory in use so far; see `memory_peak_bytes`."""
+    """Highest memory that rank 0 has used so far, in bytes, as `metrics.memory.memory_peak_bytes` gives it."""
     sample_hash: str
-    """Hash of the sample ids of the global batch, 16 hex digits; the same on every topology."""
+    """Hash of the sample ids of the global batch, 16 hexadecimal digits; it is the same on every topology."""
     loss_scale: float | None = None
-    """Loss scale of the step, in fp16 only."""
+    """Loss scale of the step; only in fp16."""
     samples: int | None = None
-    """Samples consumed since the run began: the position in the data."""
+    """Samples consumed since the run began, which is the position in the data; early versions did not record it."""
     skipped: bool | None = None
-    """Whether the optimizer left the weights alone because the gradients overflowed, in fp16 only."""
+    """Whether the optimizer left the weights unchanged because the gradients overflowed; only in fp16."""
 
     def to_json(self) -> str:
-        """Return the record as one line of strict JSON without its newline; absent optional fields are left out."""
+        """Return the record as one line of strict JSON without its newline; fields that are None are left out."""
         return _to_json(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationRecord:
-    """One pass over the validation set."""
+    """One pass over the validation data: a line of metrics.jsonl, written by rank 0."""
 
     step: int
-    """Optimizer steps done when it was measured."""
+    """Optimizer steps done before the pass."""
     tokens: int
-    """Training tokens consumed when it was measured."""
+    """Training tokens consumed before the pass."""
     validation_loss: float
     """Mean cross entropy over the validation tokens, in nats per token."""
     validation_perplexity: float
     """exp(validation_loss)."""
     validation_tokens: int
-    """Tokens the loss is the mean of."""
+    """Number of tokens that validation_loss is the mean of."""
     validation_seconds: float
-    """Wall time of the pass."""
+    """Wall time of the pass, in seconds."""
     validation_samples: int | None = None
-    """Samples that were read: train.eval_samples, or all that data.valid has; not recorded by early versions."""
+    """Number of samples read: train.eval_samples, or all of data.valid; early versions did not record it."""
 
     def to_json(self) -> str:
-        """Return the record as one line of strict JSON without its newline; absent optional fields are left out."""
+        """Return the record as one line of strict JSON without its newline; fields that are None are left out."""
         return _to_json(self)
 
 
-Record = TypeVar("Record", StepRecord, ValidationRecord)
+Record = TypeVar("Record", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunMetrics:
-    """What a run recorded: each step once and each validation once, in the order of steps."""
+    """The records of a run: each step once and each validation once, in the order of steps."""
 
     steps: tuple[StepRecord, ...]
+    """The recorded steps."""
     validations: tuple[ValidationRecord, ...]
+    """The recorded validations."""
 
 
 def parse_line(line: str) -> StepRecord | ValidationRecord:
-    """Read one line of metrics.jsonl; fields that no record knows are ignored.
+    """Read one line of metrics.jsonl; unknown fields are ignored.
 
     Raises:
         ValueError: The line is no JSON object, lacks a field, or has one of another type.
@@ -107,32 +122,32 @@ def parse_line(line: str) -> StepRecord | ValidationRecord:
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     if "validation_loss" in fields:
-        return _from_fields(ValidationRecord, fields)
-    return _from_fields(StepRecord, fields)
+        return record_from_fields(ValidationRecord, fields)
+    return record_from_fields(StepRecord, fields)
 
 
 def read_records_of_step(path: Path | str, step: int) -> Iterator[StepRecord | ValidationRecord]:
-    """Yield the records of one step of a metrics.jsonl, in the order of its lines, as far as they can be read."""
+    """Yield the records of one step of a metrics.jsonl in the order of its lines; unreadable lines are passed over."""
     if not Path(path).exists():
         return
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            if f'"step": {step},' in line:  # to parse a million lines takes many seconds
+            if f'"step": {step},' in line:  # because parsing a million lines takes many seconds
                 with contextlib.suppress(ValueError):
                     yield parse_line(line)
 
 
 def read_metrics(run_dir: Path | str) -> RunMetrics:
-    """Read metrics.jsonl of a run, whatever a crash did to it.
+    """Read the metrics.jsonl of a run, whatever a crash did to it.
 
-    A torn last line is left out. Steps replayed after a crash stand twice in the file: the last record of a step wins.
-    A run that has not recorded anything yet, or has no file yet, gives no steps.
+    A torn last line is left out. If a step was replayed after a crash and stands in the file twice, its last record
+    counts. A run that has not recorded anything yet, or has no file yet, has no steps.
 
     Args:
         run_dir: The run's folder (train.output_dir).
 
     Raises:
-        ConfigError: A line other than the last cannot be read.
+        CheckpointError: A line other than the last cannot be read.
     """
     path = Path(run_dir) / METRICS_FILE
     steps: dict[int, StepRecord] = {}
@@ -145,7 +160,7 @@ def read_metrics(run_dir: Path | str) -> RunMetrics:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ConfigError(f"{path} line {number}: not a record of a step ({error}); remove the line") from error
+            raise CheckpointError(f"{path} line {number}: not a record of a step ({error}); remove the line") from error
         if isinstance(record, StepRecord):
             steps[record.step] = record
         else:
@@ -164,20 +179,29 @@ def _to_json(record: StepRecord | ValidationRecord) -> str:
     return json.dumps(fields, allow_nan=False)
 
 
-def _from_fields(record_type: type[Record], fields: Mapping[str, Any]) -> Record:
+def record_from_fields(record_type: type[Record], fields: Mapping[str, Any]) -> Record:
+    """Build a record from the fields of a JSON object; unknown fields are ignored.
+
+    Args:
+        record_type: A dataclass whose fields are numbers, texts, booleans, dictionaries or tuples.
+        fields: The values by name. Those with a default may be missing.
+
+    Raises:
+        ValueError: A field is missing or has a value of another type.
+    """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(record_type):
         if field.name in fields:
             value = fields[field.name]
-            # Annotations are strings here (PEP 563): "float" and "float | None" alike.
+            # Annotations are strings here (PEP 563): "float", "float | None" and "dict[str, str]".
             kind, _, optional = str(field.type).partition(" | ")
+            kind = kind.partition("[")[0]
             if kind == "float" and value in _NON_FINITE.values():
                 value = float(value)
-            # Whole numbers are floats too, and true and false are numbers only to Python.
             fits = type(value) in _KINDS[kind] or (value is None and bool(optional))
             if not fits:
-                raise ValueError(f"field {field.name} is {value!r}, which is no {kind}")
+                raise ValueError(f"{field.name}={value!r}: must be of type {field.type}")
             values[field.name] = float(value) if kind == "float" and value is not None else value
-        elif field.default is dataclasses.MISSING:
-            raise ValueError(f"field {field.name} is missing")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"the field {field.name} is missing")
     return record_type(**values)

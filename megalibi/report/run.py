@@ -1,4 +1,4 @@
-"""A run's folder as the report reads it: configuration, metrics and evaluations."""
+"""The folder of a run, read for its report: configuration, metrics and evaluations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.config.yaml_text import SavedLoader, parse_yaml, read_yaml
-from megalibi.errors import ConfigError
+from megalibi.errors import CheckpointError, ConfigError
 from megalibi.evaluate.result import EVALUATION_PATTERN, Evaluation, read_evaluation
 from megalibi.files import read_json_object
 from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE, RunMetrics, read_metrics
@@ -15,18 +15,18 @@ from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE, RunMe
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything a report says about one run."""
+    """Everything that a report says about one run."""
 
     name: str
-    """The folder's name."""
+    """Name of the run's folder."""
     config: dict[str, Any]
-    """config.yaml as nested plain values; empty if there is none."""
+    """Content of config.yaml as nested plain values; empty if there is no such file."""
     info: dict[str, Any]
-    """run_info.json: parameter count, environment; empty if there is none."""
+    """Content of run_info.json; empty if there is no such file."""
     metrics: RunMetrics
-    """The recorded steps and validations."""
+    """Recorded steps and validations."""
     evaluations: tuple[Evaluation, ...]
-    """The evaluation files of the folder, by name."""
+    """Evaluations of the folder, in the order of their file names."""
 
 
 def read_run(run_dir: Path | str) -> Run:
@@ -36,7 +36,9 @@ def read_run(run_dir: Path | str) -> Run:
         run_dir: The run's folder (train.output_dir).
 
     Raises:
-        ConfigError: The folder is missing or no run's, or a file in it cannot be read.
+        ConfigError: The folder is missing or is not that of a run, or config.yaml is not valid YAML.
+        CheckpointError: The content of a file in the folder is not what a run writes.
+        FileError: A file in the folder cannot be read.
     """
     folder = Path(run_dir)
     if not folder.is_dir():
@@ -57,8 +59,8 @@ def read_run(run_dir: Path | str) -> Run:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    # As save_config wrote it: the spelling of a text is no number's there.
+    # The loader of what save_config writes: a text that looks like a number stays a text.
     tree = parse_yaml(read_yaml(path), SavedLoader, f"{path} is not a valid configuration")
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} is not a configuration: a mapping of sections is expected")
+        raise CheckpointError(f"{path}: must be a mapping of sections, as a run writes it")
     return {str(section): fields for section, fields in tree.items()}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megalibi.evaluate.by_position import VALUES_MAX, bin_positions, format_table, to_columns
+from megalibi.evaluate.by_position import VALUES_MAX, bin_positions, format_positions, to_columns
 
 
 def sums_of(length: int, first_scored: int = 0) -> NDArray[np.float64]:
@@ -46,7 +46,7 @@ def test_columns_are_every_position_up_to_a_length_and_stretches_beyond() -> Non
 
 
 def test_the_table_has_a_column_for_each_length() -> None:
-    lines = format_table({4: bin_positions(sums_of(4)), 6: bin_positions(sums_of(6))}).splitlines()
+    lines = format_positions({4: bin_positions(sums_of(4)), 6: bin_positions(sums_of(6))}).splitlines()
     assert [line.split() for line in lines] == [
         ["tokens", "seen", "4", "6"],
         ["1", "0.0000", "0.0000"],

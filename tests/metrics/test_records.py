@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.errors import ConfigError
+from megalibi.errors import CheckpointError
 from megalibi.metrics.records import (
     StepRecord,
     ValidationRecord,
@@ -114,7 +114,7 @@ def test_fields_of_later_versions_are_ignored(tmp_path: Path, make_step: MakeSte
 @pytest.mark.parametrize("damage", ["{", "[]", '{"step": 2}', ""])
 def test_damage_before_the_last_line_is_named(tmp_path: Path, make_step: MakeStep, damage: str) -> None:
     write_lines(tmp_path, make_step(1).to_json(), damage, make_step(3).to_json())
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl line 2: not a record"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 2: not a record"):
         read_metrics(tmp_path)
 
 
@@ -139,5 +139,5 @@ def test_a_field_of_another_type_is_said_with_its_line(
 ) -> None:
     good = make_step(2).to_json()
     (tmp_path / "metrics.jsonl").write_text(re.sub(f'"{field}": [^,}}]+', f'"{field}": {value}', good) + f"\n{good}\n")
-    with pytest.raises(ConfigError, match=f"metrics.jsonl line 1: not a record of a step .field {field} is "):
+    with pytest.raises(CheckpointError, match=f"metrics.jsonl line 1: not a record of a step .{field}=.*: must be "):
         read_metrics(tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.errors import ConfigError
+from megalibi.errors import CheckpointError, ConfigError, FileError, UserError
 from megalibi.metrics.records import StepRecord
 from megalibi.report.run import read_run
 
@@ -30,21 +30,25 @@ def test_no_run_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("file", "content", "kind"),
     [
-        ("config.yaml", "model: [1"),
-        ("config.yaml", "- a\n- b\n"),
-        ("run_info.json", "{"),
-        ("evaluation.json", "[]"),
-        ("evaluation-sliding.json", '{"step": 1, "results": []}'),
-        ("evaluation.json", '{"step": 1, "train_seq_length": 8, "protocol": "sliding", "results": [{"length": 8}]}'),
+        ("config.yaml", "model: [1", ConfigError),
+        ("config.yaml", "- a\n- b\n", CheckpointError),
+        ("run_info.json", "{", FileError),
+        ("evaluation.json", "[]", FileError),
+        ("evaluation-sliding.json", '{"step": 1, "results": []}', CheckpointError),
+        (
+            "evaluation.json",
+            '{"step": 1, "train_seq_length": 8, "protocol": "sliding", "results": [{"length": 8}]}',
+            CheckpointError,
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_in_one_line(
-    write_run: Callable[..., Path], file: str, content: str
+    write_run: Callable[..., Path], file: str, content: str, kind: type[UserError]
 ) -> None:
     folder = write_run("broken")
     (folder / file).write_text(content)
-    with pytest.raises(ConfigError, match=file) as raised:
+    with pytest.raises(kind, match=file) as raised:
         read_run(folder)
     assert "\n" not in str(raised.value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from megalibi.checkpoint.manifest import MANIFEST_CHECKSUM
-from megalibi.metrics.provenance import write_json
+from megalibi.errors import UserError
+from megalibi.evaluate.result import EvaluationResult, read_evaluation, write_evaluation
 from megalibi.studies.machinery.jobs import JobProgress, run_jobs
 from megalibi.studies.machinery.machine import Machine
 
@@ -73,20 +74,18 @@ class Scoring:
         """Add the results to the output."""
         if exit_code or not self._part.is_file():
             return f"failed with exit code {exit_code}"
-        evaluation = json.loads(self._part.read_text(encoding="utf-8"))
-        known = {result["length"]: result for result in self._known_results()}
-        known |= {result["length"]: result for result in evaluation["results"]}
-        results = [known[length] for length in sorted(known)]
-        write_json(
-            {**evaluation, "results": results, "question": self._question(), "model": self._model()}, self.output
-        )
+        evaluation = read_evaluation(self._part)
+        known = {result.length: result for result in (*self._known_results(), *evaluation.results)}
+        results = tuple(known[length] for length in sorted(known))
+        question, model = self._question(), self._model()
+        write_evaluation(dataclasses.replace(evaluation, results=results, question=question, model=model), self.output)
         self._part.unlink()
         self.log.unlink()  # the output says it all
         return None
 
     def is_finished(self) -> bool:
         """Return whether the output has every length, of this checkpoint, text and protocol."""
-        return set(self.lengths) <= {result["length"] for result in self._known_results()}
+        return set(self.lengths) <= {result.length for result in self._known_results()}
 
     @property
     def _lengths(self) -> str:
@@ -104,13 +103,13 @@ class Scoring:
         """Return what only this very checkpoint has: the checksum of its files' checksums."""
         return (self.checkpoint / MANIFEST_CHECKSUM).read_text(encoding="utf-8")
 
-    def _known_results(self) -> list[dict[str, Any]]:
+    def _known_results(self) -> tuple[EvaluationResult, ...]:
         try:
-            old = json.loads(self.output.read_text(encoding="utf-8"))
-            same = old["question"] == self._question() and old["model"] == self._model()
-            return list(old["results"]) if same else []
-        except (OSError, ValueError, KeyError, TypeError):
-            return []
+            old = read_evaluation(self.output)
+            same = old.question == self._question() and old.model == self._model()
+            return old.results if same else ()
+        except (OSError, UserError):
+            return ()
 
 
 def run_scorings(scorings: Sequence[Scoring], console: Console) -> None:
