@@ -1,4 +1,4 @@
-"""What a measurement is kept with in its JSON file: command, commit, versions, hardware and date."""
+"""Where a run or a measurement comes from: command, commit, date, hardware and versions; and JSON files that say so."""
 
 from __future__ import annotations
 
@@ -17,16 +17,29 @@ from typing import Any
 import psutil
 
 import megalibi
-from megalibi.errors import ConfigError
+from megalibi.errors import FileError
 from megalibi.files import write_aside
+
+
+def describe_origin() -> dict[str, str]:
+    """Return where what a process writes comes from: its command, the commit of megalibi, and the date.
+
+    The commit ends in ``-dirty`` where tracked files differ from it, and is ``unknown`` where megalibi was installed
+    from a wheel. The date is that of the call, in UTC.
+    """
+    return {
+        "command": _describe_command(),
+        "commit": _describe_commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
 
 
 def describe_run(device: str, packages: Sequence[str] = ("torch",)) -> dict[str, Any]:
     """Return what a figure depends on besides the numbers that went in: command, commit, date, hardware, versions.
 
     Args:
-        device: What computed; of a CUDA device its name is told.
-        packages: Whose versions matter; those that are not installed are left out.
+        device: The device that computed, as torch names it; the name of a CUDA device is part of the hardware.
+        packages: The packages whose versions matter; those that are not installed are left out.
     """
     versions = {"megalibi": megalibi.__version__, "python": platform.python_version()}
     for package in packages:
@@ -34,38 +47,51 @@ def describe_run(device: str, packages: Sequence[str] = ("torch",)) -> dict[str,
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": _describe_commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "hardware": _describe_hardware(device),
-        "versions": versions,
-    }
+    return {**describe_origin(), "hardware": _describe_hardware(device), "versions": versions}
 
 
 def write_json(fields: Mapping[str, Any], output: Path) -> None:
     """Write a JSON file aside and rename it: an interruption leaves the old file or the new one, never a part.
 
-    A list of numbers stands on one line.
+    Args:
+        fields: The content. A list of numbers stands on one line of the file.
+        output: The file to write; its folder must exist.
 
     Raises:
-        ConfigError: It cannot be written.
+        FileError: The file cannot be written.
     """
     text = re.sub(r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(fields, indent=1))
     try:
         write_aside(output, text + "\n")
     except OSError as error:
-        raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
+        raise FileError(f"{output} cannot be written: {error.strerror}") from error
+
+
+def _describe_command() -> str:
+    """Return the command line of this process, as one would type it."""
+    program, *arguments = sys.argv
+    if Path(program).name == "__main__.py":  # Python puts the path of the module in the place of its name
+        return shlex.join(["python", "-m", Path(program).parent.name, *arguments])
+    if Path(program).suffix == ".py":
+        return shlex.join(["python", program, *arguments])
+    return shlex.join([Path(program).name, *arguments])  # a command that pip installed
 
 
 def _describe_commit() -> str:
-    folder = str(Path(megalibi.__file__).parent)
-    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
+    package = Path(megalibi.__file__)
+    # A virtual environment may stand inside of another project's repository, whose commit says nothing of megalibi.
+    if _ask_git("ls-files", package.name, folder=package.parent):
+        return _ask_git("describe", "--always", "--dirty", "--abbrev=12", folder=package.parent) or "unknown"
+    return "unknown"
+
+
+def _ask_git(*arguments: str, folder: Path) -> str:
+    """Return what git answers; empty if there is no repository, or no git."""
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""
 
 
 def _describe_hardware(device: str) -> dict[str, Any]:

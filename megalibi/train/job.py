@@ -38,6 +38,7 @@ from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 from megalibi.log import get_logger
 from megalibi.metrics.outputs import check_run_folder
+from megalibi.metrics.provenance import describe_origin
 from megalibi.metrics.records import (
     CONFIG_FILE,
     INFO_FILE,
@@ -306,6 +307,7 @@ def describe_run(job: Job, start: Start) -> None:
         "torch": version("torch"),
         "deepspeed": version("deepspeed"),
         "python": platform.python_version(),
+        **describe_origin(),
     }
     write_aside(folder / INFO_FILE, json.dumps(info, indent=1) + "\n")
     say_unrecorded(dataset.prefix for dataset in (*config.data.train, *config.data.valid))

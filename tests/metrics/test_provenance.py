@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megalibi.metrics.provenance import describe_run, write_json
+import megalibi
+from megalibi.errors import FileError
+from megalibi.metrics.provenance import describe_origin, describe_run, write_json
 
 
 def test_a_record_says_what_its_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,6 +22,52 @@ def test_a_record_says_what_its_figures_depend_on(monkeypatch: pytest.MonkeyPatc
     assert "gpu" not in record["hardware"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", record["commit"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (["launch/pretrain.py", "--config", "a.yaml"], "python launch/pretrain.py --config a.yaml"),
+        (["/env/lib/megalibi/__main__.py", "report", "a"], "python -m megalibi report a"),
+        (["/env/bin/megalibi", "report", "a"], "megalibi report a"),
+    ],
+)
+def test_the_command_is_what_one_would_type(monkeypatch: pytest.MonkeyPatch, argv: list[str], command: str) -> None:
+    monkeypatch.setattr(sys, "argv", argv)
+    assert describe_origin()["command"] == command
+
+
+def test_the_commit_is_that_of_megalibi_and_of_no_other_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        settings = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *settings, *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    package = tmp_path / "env" / "megalibi" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.touch()
+    monkeypatch.setattr(megalibi, "__file__", str(package))
+    assert describe_origin()["commit"] == "unknown"  # no repository
+    git("init", "--quiet")
+    (tmp_path / "other.txt").touch()
+    git("add", "other.txt")
+    git("commit", "--quiet", "--message", "other")
+    assert describe_origin()["commit"] == "unknown"  # installed into another project's repository
+    git("add", "env")
+    git("commit", "--quiet", "--message", "megalibi")
+    assert describe_origin()["commit"] == git("rev-parse", "--short=12", "HEAD")
+    package.write_text("changed")
+    assert describe_origin()["commit"] == f"{git('rev-parse', '--short=12', 'HEAD')}-dirty"
+
+
+def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileError, match=r"folder cannot be written: "):
+        write_json({}, tmp_path / "folder")
 
 
 def test_a_file_is_replaced_whole_and_numbers_stand_on_one_line(tmp_path: Path) -> None:

@@ -54,3 +54,17 @@ def test_the_environment_is_what_run_info_holds(write_run: Callable[..., Path]) 
     (folder / "run_info.json").write_text(json.dumps(info))
     facts = [(fact.label, fact.value) for fact in environment_facts(read_run(folder))]
     assert facts == [("world size", "2"), ("versions torch", "2.13.0"), ("command", "a b")]
+
+
+def test_a_run_of_an_earlier_version_lacks_what_run_info_holds_now(write_run: Callable[..., Path]) -> None:
+    folder = write_run("earlier")
+    info = {"run_id": "a", "num_parameters": 5, "device": "cpu", "host": "one", "deterministic": False,
+            "ranks": "1: tensor 1 x data 1", "megalibi": "0.1.0", "torch": "2.13.0", "deepspeed": "0.19.8",
+            "python": "3.11.7"}  # fmt: skip
+    (folder / "run_info.json").write_text(json.dumps(info))
+    facts = {fact.label: fact.value for fact in environment_facts(read_run(folder))}
+    assert (facts["host"], facts["torch"]) == ("one", "2.13.0")
+    assert facts.keys().isdisjoint({"commit", "command", "date"})
+    origin = {"command": "python launch/pretrain.py", "commit": "0123456789ab-dirty", "date": "2026-11-26T16:00:00"}
+    (folder / "run_info.json").write_text(json.dumps(info | origin))
+    assert {fact.label: fact.value for fact in environment_facts(read_run(folder))} == {**facts, **origin}

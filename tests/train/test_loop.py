@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tests.support.device import ON_GPU
 from tests.support.jobs import Job, exact_records, last_step, read_records, run_job, write_job
 from tests.support.runs import VOCAB_SIZE, make_config, write_tokens
 
+ROOT = Path(__file__).parents[2]
 FOREVER = "train.steps=1000000"
 STEPS = 20
 KILLED_AFTER_CHECKPOINT = 10
@@ -291,7 +294,15 @@ def test_a_run_says_what_it_is(tmp_path: Path) -> None:
     job = run_job(config)
     run = tmp_path / "run"
     assert "from the start" in job.read_log(0)
-    assert json.loads((run / "run_info.json").read_text())["ranks"] == "1: tensor 1 x data 1"
+    info = json.loads((run / "run_info.json").read_text())
+    assert info["ranks"] == "1: tensor 1 x data 1"
+    assert info["host"] == socket.gethostname()
+    assert "pretrain.py" in info["command"]
+    assert str(config) in info["command"]
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", info["commit"])
+    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(info["date"])) < timedelta(minutes=10)
+    described = (ROOT / "docs" / "formats.md").read_text()
+    assert [name for name in info if f"`{name}`" not in described] == []
     assert (run / "config.yaml").read_text() == config.read_text()
 
 
