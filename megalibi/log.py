@@ -1,6 +1,6 @@
 """A logger that knows its rank.
 
-Library code asks for ``get_logger(__name__)`` and logs; ``configure`` is called once, by launch/ or a tool.
+Library code asks for ``get_logger(__name__)`` and logs. ``configure`` is called once, by the command that runs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Looks standard error up at each message, so that messages stand above a progress bar that has replaced it."""
+    """Writes to the standard error of the moment: a progress bar replaces it, so that messages stand above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -37,8 +37,8 @@ class _StderrHandler(logging.StreamHandler):
 def configure(*, rank: int = 0, world_size: int = 1, level: int = logging.INFO) -> None:
     """Send megalibi's messages to standard error.
 
-    Rank 0 logs from ``level`` on; every other rank speaks only from WARNING on, and names itself and its host, so that
-    a message at 3 a.m. says where it comes from.
+    Rank 0 logs from ``level`` on, every other rank only from WARNING on. If there are several ranks, each message names
+    the rank and the host that it comes from.
 
     Args:
         rank: This process's rank in the job.
@@ -48,7 +48,7 @@ def configure(*, rank: int = 0, world_size: int = 1, level: int = logging.INFO) 
     where = f" [rank {rank}/{world_size} on {socket.gethostname()}]" if world_size > 1 else ""
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{where} %(message)s", datefmt="%H:%M:%S"))
-    for name in (_ROOT, "alibi_attention"):  # which says the back end it has chosen
+    for name in (_ROOT, "alibi_attention"):  # the latter logs which back end it has chosen
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
@@ -56,7 +56,7 @@ def configure(*, rank: int = 0, world_size: int = 1, level: int = logging.INFO) 
 
 
 class _LastingStream:
-    """A stream whose writes never fail: what cannot be written is dropped."""
+    """A stream whose writes never fail: text that cannot be written is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -79,23 +79,23 @@ class _LastingStream:
 
 
 def outlive_terminal() -> None:
-    """Let nothing depend on who reads the output: a pipe, a terminal or a log that is gone or full ends no work.
+    """Make the process go on when its output cannot be written: the pipe or terminal is gone, or the log's disk full.
 
-    Call it before any file is opened: where the shell closed a standard stream, its number is given to the null device,
-    for else the next file that is opened would get it, and messages of libraries would be written into that file.
+    Call it before any file is opened. If the shell has closed a standard stream, its number is given to the null
+    device. Otherwise the next file to be opened would get that number, and libraries would write messages into it.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
             null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, descriptor)  # children inherit it
+            os.dup2(null, descriptor)  # child processes inherit it
             if null != descriptor:
                 os.close(null)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # as Python leaves it where the shell closed it
+        if stream is None:  # because the shell has closed it
             stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may have letters that the terminal has not
+            stream.reconfigure(errors="backslashreplace")  # for paths with letters that the terminal does not have
         setattr(sys, name, cast(TextIO, _LastingStream(stream)))

@@ -71,7 +71,7 @@ def check_model(arguments: argparse.Namespace) -> tuple[Callable[[], Any], dict[
     checkpoint = Checkpoint.open(arguments.checkpoint)
     config, manifest = checkpoint.config, checkpoint.manifest
     max_length = config.data.seq_length if arguments.max_length is None else arguments.max_length
-    check_lengths(config, [max_length])
+    check_lengths(config, [max_length], "--max-length")
     path = arguments.tokenizer or config.data.tokenizer
     if path is None:
         raise ConfigError("the checkpoint names no tokenizer: give one, --tokenizer T.model")

@@ -1,1 +1,1 @@
-"""Evaluation of a checkpoint: losses by length and position, and the lm-evaluation-harness."""
+"""Evaluation of a checkpoint: losses by length and by position, and the tasks of lm-evaluation-harness."""

@@ -1,7 +1,7 @@
 """A checkpoint as a language model of lm-evaluation-harness (the package lm_eval).
 
 The harness asks three questions: how likely a continuation is, how likely a whole text is, and what the model would
-write. There is no cache of keys and values: each written token costs a forward pass over what stands before it.
+write. Keys and values are not cached: each written token costs a forward pass over all the text before it.
 
 Shapes: B batch, S sequence, V vocabulary.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError, UserError
 from megalibi.model import GPT
 
 try:
@@ -30,38 +30,41 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError as error:
-    raise ConfigError(f"lm-evaluation-harness is not installed ({error}): pip install 'megalibi[lm-eval]'") from error
+    raise UserError(f"lm-evaluation-harness is not installed ({error}): pip install 'megalibi[lm-eval]'") from error
 
 __all__ = ["ConfigurableTask", "HarnessModel", "TaskManager", "read_writing_options", "simple_evaluate"]
 
 BATCH_TOKENS = 2048
-"""Tokens of one forward pass, if there are several texts: their log-probabilities exist at once."""
+"""Most tokens of a forward pass over several texts, because their log-probabilities are in memory at once."""
 MAX_NEW_TOKENS = 256
-"""Written where a task does not say how many; the harness's own value."""
+"""Tokens to write where a task does not say how many; the value is the harness's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A text of which the last tokens are scored."""
+    """A text whose last tokens are scored."""
 
     tokens: list[int]
-    """All of it; the first token is only read."""
+    """Tokens of the text; the first one is only read."""
     num_scored: int
-    """Tokens at the end that are scored."""
+    """Number of tokens that are scored, at the end of the text."""
 
 
 def read_writing_options(options: Mapping[str, Any]) -> tuple[list[str], int]:
-    """Return the stop strings of a task's generation_kwargs, and the most tokens to write.
+    """Return the stop strings of a task's generation_kwargs, and the largest number of tokens to write.
+
+    Args:
+        options: The task's generation_kwargs.
 
     Raises:
-        ConfigError: The task wants tokens to be drawn at random, or options that cannot be read.
+        DataError: The task asks for tokens drawn at random, or the options cannot be read.
     """
     try:
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(options), MAX_NEW_TOKENS))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"generation_kwargs={options} is not allowed: {error}") from error
+        raise DataError(f"generation_kwargs={options}: {' '.join(str(error).split())}; mend the task file") from error
     if kwargs["do_sample"]:
-        raise ConfigError(f"generation_kwargs={options} draws at random: do_sample: false is allowed")
+        raise DataError(f"generation_kwargs={options}: must have do_sample: false, nothing is drawn at random here")
     return list(kwargs["until"]), kwargs["max_gen_toks"]
 
 
@@ -69,10 +72,10 @@ class HarnessModel(TemplateLM):
     """Answers the harness's questions with a GPT.
 
     Args:
-        model: On its device; alone in its tensor group, or the same calls are made on every rank of it.
-        tokenizer: Of the model.
-        max_length: Tokens the model sees at once; of a longer text it sees the last.
-        device: Of the model.
+        model: The model, on its device. If several ranks share it, every one of them must make the same calls.
+        tokenizer: The tokenizer of the model.
+        max_length: Number of tokens that the model sees at once; of a longer text it sees the last ones.
+        device: The device of the model.
     """
 
     def __init__(
@@ -81,12 +84,12 @@ class HarnessModel(TemplateLM):
         super().__init__()
         self.model = model
         self.max_length = max_length
-        self._tokens = tokenizer  # self.tokenizer would be asked for a chat template
+        self._tokens = tokenizer  # not self.tokenizer, which the harness would ask for a chat template
         self._device = device
 
     @property
     def eot_token_id(self) -> int:
-        """The end of a document, which also stands before a text without context."""
+        """The id of the end of a document, which also stands before a text without context."""
         return self._tokens.end_of_document_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -94,9 +97,9 @@ class HarnessModel(TemplateLM):
         return self._tokens.encode(string)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return for each context and continuation its log-likelihood, and whether it is what the model would write.
+        """Return the log-likelihood of each continuation after its context, and whether the model would write it.
 
-        Nothing is certain to follow anything, which the harness has no tokens for.
+        An empty continuation is certain; it is answered here, because the harness has no tokens for it.
         """
         asked = [bool(self.tok_encode(continuation)) for _, continuation in (request.args for request in requests)]
         some = [request for request, is_asked in zip(requests, asked, strict=True) if is_asked]
@@ -104,7 +107,7 @@ class HarnessModel(TemplateLM):
         return [next(answers) if is_asked else (0.0, True) for is_asked in asked]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-likelihood of each text, in windows that do not overlap but for a longer last one."""
+        """Return the log-likelihood of each text, in windows that do not overlap, except that the last one is full."""
         results = []
         for (text,) in tqdm([request.args for request in requests], "rolling", disable=disable_tqdm):
             windows = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.max_length, 1)
@@ -116,14 +119,19 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Return for each context and continuation its log-likelihood, and whether it is what the model would write."""
+        """Return the log-likelihood of each continuation after its context, and whether the model would write it.
+
+        Raises:
+            ConfigError: A continuation is longer than the model can see.
+        """
         scored = []
         for (_text, continuation), context_ids, ids in requests:
             if len(ids) > self.max_length:
                 raise ConfigError(
-                    f"--max-length={self.max_length} is below the {len(ids)} tokens of {continuation[:40]!r}..."
+                    f"--max-length={self.max_length}: must be at least the {len(ids)} tokens "
+                    f"of {continuation[:40]!r}..."
                 )
-            tokens = (context_ids or [self.eot_token_id]) + ids  # of spaces alone the harness leaves no context
+            tokens = (context_ids or [self.eot_token_id]) + ids  # the harness leaves nothing of a context of spaces
             scored.append(Scored(tokens=tokens[-self.max_length - 1 :], num_scored=len(ids)))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(scored)
         with tqdm(total=len(scored), desc="loglikelihood", disable=disable_tqdm) as progress:
@@ -136,10 +144,10 @@ class HarnessModel(TemplateLM):
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return what the model writes after each context: the likeliest token each time, up to a stop string.
+        """Return what the model writes after each context: always the likeliest token, up to a stop string.
 
         Raises:
-            ConfigError: The task wants tokens to be drawn at random.
+            DataError: The task asks for tokens drawn at random.
         """
         results = []
         for context, options in tqdm([request.args for request in requests], "writing", disable=disable_tqdm):
@@ -153,7 +161,7 @@ class HarnessModel(TemplateLM):
         while len(tokens) - start < max_new_tokens:
             seen = tokens[-self.max_length :]
             log_probs = self.model.log_probs(self._tensor([seen]), first=len(seen) - 1)
-            token = int(log_probs[0, -1, : self._tokens.vocab_size].argmax())  # an id past it stands for no text
+            token = int(log_probs[0, -1, : self._tokens.vocab_size].argmax())  # the ids past it stand for no text
             if token == self.eot_token_id:
                 break
             tokens.append(token)
@@ -163,17 +171,17 @@ class HarnessModel(TemplateLM):
         return postprocess_generated_text(text, stops, None)
 
     def _losses(self, texts: Sequence[Scored]) -> Iterator[Tensor]:
-        """Yield the losses of the scored tokens of each text, without the memory of log-probabilities."""
+        """Yield the losses of the scored tokens of each text, without holding log-probabilities in memory."""
         for text in texts:
             stream_BS = self._tensor([text.tokens])
-            with torch.no_grad():  # the harness does not say so
+            with torch.no_grad():  # which the harness does not set
                 losses_BS = self.model(stream_BS[:, :-1], stream_BS[:, 1:])
             yield losses_BS[0, -text.num_scored :]
 
     def _score(self, texts: Sequence[Scored]) -> Iterator[tuple[float, bool]]:
         """Yield the log-likelihood of each text, and whether every scored token is the likeliest; one forward pass."""
         longest = max(len(text.tokens) for text in texts)
-        # Padding stands behind a text, where no token of it looks.
+        # Padding stands behind a text, where no token of the text attends to it.
         stream_BS = self._tensor([text.tokens + [0] * (longest - len(text.tokens)) for text in texts])
         first = min(len(text.tokens) - 1 - text.num_scored for text in texts)
         log_probs_BSV = self.model.log_probs(stream_BS[:, :-1], first=first)
@@ -186,7 +194,7 @@ class HarnessModel(TemplateLM):
             yield likelihood, bool((written_S == targets_S).all())
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the indices of texts of about one length that fit into a forward pass; long ones first, alone."""
+        """Yield the indices of texts of similar length that share a forward pass; the longest texts come first."""
         batch: list[int] = []
         for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
             if batch and lengths[batch[0]] * (len(batch) + 1) > BATCH_TOKENS:

@@ -1,4 +1,4 @@
-"""The loss of a model on text: over validation batches in training, and over windows of any length after it."""
+"""The loss of a model on text: on validation batches during training, and in windows of any length afterwards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from megalibi.data.tokens.token_file import TokenFile
 from megalibi.parallel import ALONE, IGNORED_LABEL, Group, ProcessGroups, all_reduce_raw
 
 FORWARD_TOKENS = 8192
-"""Windows that are alike are evaluated together up to this many tokens: short ones alone would leave a device idle."""
+"""Most tokens of a forward pass over several windows; short windows one by one would leave the device idle."""
 
 
 @torch.no_grad()
 def validation_loss(
     model: nn.Module, batches: Iterable[Batch], *, groups: ProcessGroups, device: torch.device
 ) -> tuple[float, int]:
-    """Return the mean loss in nats over the tokens of all data ranks, and their number; every rank must call it.
+    """Return the mean loss in nats per token over the tokens of all data ranks, and their number.
+
+    Every rank must call it.
 
     Args:
         model: A GPT, or a DeepSpeed engine around one.
-        batches: This rank's share; every rank must have as many.
-        groups: Of this process.
-        device: Where this rank computes.
+        batches: This rank's share of the batches; all ranks must have the same number.
+        groups: The process groups of this rank.
+        device: The device that this rank computes on.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for host_batch in batches:
@@ -41,28 +43,31 @@ def validation_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Tokens a model sees at once, and which of its predictions count.
+    """A stretch of a token stream that a model sees at once, and which of its predictions are scored.
 
-    The model reads the tokens [start, stop) and predicts [start + 1, stop + 1); the predictions from ``scored_from`` on
-    count, as places in the stream.
+    The model reads the tokens [start, stop) and predicts the tokens [start + 1, stop + 1).
     """
 
     start: int
+    """Index of the first token that is read."""
     stop: int
+    """Index after the last token that is read; the token at this index is predicted last."""
     scored_from: int
+    """Index of the first predicted token that is scored."""
 
 
 def windows(num_tokens: int, length: int, stride: int | None = None) -> Iterator[Window]:
     """Cut a stream into windows so that every token but the first is scored exactly once.
 
-    Nonoverlapping (no stride): blocks of ``length``, the last one shorter; early tokens of a block have little context.
-    Sliding: after the first window each scores only its last ``stride`` predictions, which have seen at least
-    ``length - stride`` tokens (arXiv:2108.12409, appendix B). A stride of ``length`` is nonoverlapping evaluation.
+    Nonoverlapping windows (no stride) are blocks of ``length``, of which the last may be shorter; early tokens of a
+    block have little context. Sliding windows after the first score only their last ``stride`` predictions, which have
+    seen at least ``length - stride`` tokens (arXiv:2108.12409, appendix B). A stride of ``length`` gives nonoverlapping
+    windows.
 
     Args:
-        num_tokens: Tokens of the stream.
-        length: Tokens the model sees at once.
-        stride: Tokens between windows; None: ``length``.
+        num_tokens: Number of tokens of the stream.
+        length: Number of tokens that the model sees at once.
+        stride: Number of tokens between the starts of two windows; None: ``length``.
     """
     stride = stride or length
     assert 1 <= stride <= length, (stride, length)
@@ -76,12 +81,12 @@ def windows(num_tokens: int, length: int, stride: int | None = None) -> Iterator
 
 
 def batches_of_windows(num_tokens: int, length: int, stride: int | None = None) -> Iterator[list[Window]]:
-    """Group the windows of a stream, in their order, into those that one forward pass can take: at least one.
+    """Group the windows of a stream, in their order, into batches for one forward pass each.
 
     Args:
-        num_tokens: Tokens of the stream.
-        length: Tokens the model sees at once.
-        stride: As for ``windows``.
+        num_tokens: Number of tokens of the stream.
+        length: Number of tokens that the model sees at once.
+        stride: Number of tokens between the starts of two windows; None: ``length``.
     """
     batch_size = max(1, FORWARD_TOKENS // length)
     for _, alike in groupby(windows(num_tokens, length, stride), lambda w: (w.stop - w.start, w.scored_from - w.start)):
@@ -102,18 +107,18 @@ def stream_loss(
 ) -> Iterator[Tensor]:
     """Yield the summed loss in nats and the number of scored tokens by position in the window, [2, length] in fp64.
 
-    Position p has seen p + 1 tokens of its window. The data ranks take the forward passes in turns, and every rank
-    gets the sums of all of them: each must take all that is yielded. What is computed together does not depend on the
-    number of ranks, so that their results differ by the order of fp64 sums alone.
+    The prediction at position p has seen p + 1 tokens of its window. The data ranks take the forward passes in turns,
+    and every rank gets the sums of all ranks; each rank must take everything that is yielded. Which windows are in one
+    forward pass does not depend on the number of ranks, so that results differ only by the order of fp64 sums.
 
     Args:
-        model: A GPT; the ranks of its tensor group are at the same position of ``data``.
+        model: A GPT. All ranks of its tensor group must have the same rank in ``data``.
         tokens: The text.
-        length: Tokens the model sees at once.
-        stride: None for nonoverlapping windows.
-        num_tokens: How much of the text to use.
-        device: Where to compute.
-        data: The ranks that share the windows.
+        length: Number of tokens that the model sees at once.
+        stride: Number of tokens between the starts of two windows; None: the windows do not overlap.
+        num_tokens: Number of tokens of the text to use, from the first on.
+        device: The device to compute on.
+        data: The group of ranks that share the windows.
     """
     batches = batches_of_windows(num_tokens, length, stride)
     while turn := list(islice(batches, data.size)):
@@ -124,7 +129,7 @@ def stream_loss(
 
 
 def _add_losses(sums_2S: Tensor, model: nn.Module, tokens: TokenFile, batch: list[Window]) -> None:
-    """Add the losses of windows that are alike, and how many they are."""
+    """Add the losses of windows of the same shape, and the number of these windows, by position."""
     rows = [tokens.read(window.start, window.stop - window.start + 1) for window in batch]
     stream_BS = torch.from_numpy(np.stack(rows).astype(np.int64)).to(sums_2S.device)
     labels_BS = stream_BS[:, 1:].clone()

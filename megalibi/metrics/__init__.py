@@ -1,1 +1,1 @@
-"""What a run writes about itself: its steps, its validations, its memory and where it came from."""
+"""What a run writes about itself: its steps, its validations, its memory and where it comes from."""

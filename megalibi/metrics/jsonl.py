@@ -1,4 +1,4 @@
-"""metrics.jsonl as a run writes it: a line for every record, none lost by a crash, a full disk or going back."""
+"""The writer of metrics.jsonl: one line per record, and no line is lost by a crash, a full disk or a step back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from megalibi.errors import ConfigError
+from megalibi.errors import FileError
 from megalibi.files import make_folder, open_aside, sync_file, sync_folder
 from megalibi.log import get_logger
 from megalibi.metrics.records import StepRecord, ValidationRecord, parse_line
@@ -14,21 +14,22 @@ from megalibi.metrics.records import StepRecord, ValidationRecord, parse_line
 _LOGGER = get_logger(__name__)
 
 DROPPED_FILE = "metrics.dropped.jsonl"
-"""Lines of metrics.jsonl that a run set aside when it went back to a checkpoint."""
+"""File with the lines that were moved out of metrics.jsonl when the run went back to an earlier checkpoint."""
 
 
 class JsonlWriter:
     """Appends one line per record to metrics.jsonl.
 
-    Each line is flushed, so a killed process loses none. They are not synced to the disk one by one, but before each
-    checkpoint: after a power failure the run resumes from one, and `set_aside_after` moves away what lies beyond it.
+    Each line is handed to the system at once, so that a killed process loses none. Lines are synced to the disk only
+    before a checkpoint: after a power failure the run resumes from a checkpoint, and `set_aside_after` moves the lines
+    of later steps away.
 
-    A disk that is full does not end the run, for that would cost the steps since the last checkpoint: lines that cannot
-    be written are kept, and tried again with each record, before each checkpoint and at the end. If space is made in
-    the meantime nothing is lost; if not, the next checkpoint, which is larger, says so on all ranks.
+    A full disk does not end the run, because that would cost the steps since the last checkpoint. Lines that cannot be
+    written are kept in memory and tried again with each record, before each checkpoint and at the end. If somebody
+    makes room in time, nothing is lost. If not, the next checkpoint, which needs more room, fails on all ranks.
 
     Args:
-        path: The file; it and its folder are made if they do not exist.
+        path: The file to append to; it and its folder are made if they do not exist.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -40,11 +41,11 @@ class JsonlWriter:
         self._file = self.path.open("a", encoding="utf-8")
 
     def set_aside_after(self, step: int) -> int:
-        """Move the lines of later steps, and those that cannot be read, to metrics.dropped.jsonl.
+        """Move the lines of later steps, and lines that cannot be read, to metrics.dropped.jsonl.
 
-        So the file has each step once, and no line is lost. It is rewritten aside and renamed: a crash meanwhile leaves
-        the old file or the new one, never a part. Its name is on the disk then: every run begins with this, a new one
-        too, so that `sync` need not see to it.
+        Afterwards the file has each step once, and no line is lost. The file is written aside and renamed: a crash
+        leaves the old file or the new one, never a part of one. Every run begins with this call, which also puts the
+        name of the file on the disk; `sync` therefore syncs the lines alone.
 
         Args:
             step: The step the run resumes from; 0 empties the file.
@@ -88,13 +89,13 @@ class JsonlWriter:
         """Close the file.
 
         Raises:
-            ConfigError: Lines could not be written.
+            FileError: Lines could not be written.
         """
         self._write()
         self._file.close()
         if self._unwritten:
             num_lines = self._unwritten.count(b"\n")
-            raise ConfigError(
+            raise FileError(
                 f"the last {num_lines} lines of {self.path} could not be written and are lost; "
                 "checkpoints are not affected"
             )
@@ -104,7 +105,7 @@ class JsonlWriter:
         self._write()
 
     def _write(self, *, again: bool = False) -> None:
-        """Write what is not written yet; a line that was written in part goes on where it broke off."""
+        """Write what is not written yet, from the byte on at which an earlier attempt stopped."""
         descriptor = self._file.fileno()
         try:
             while self._unwritten:
@@ -120,7 +121,7 @@ class JsonlWriter:
     def _warn(self, error: OSError) -> None:
         self._is_failing = True
         _LOGGER.warning(
-            "%s cannot be written: %s; %d lines are kept in memory and tried again with each step, training goes on: "
+            "%s cannot be written: %s; training goes on, %d lines are kept in memory and tried again with each step: "
             "make room before the next checkpoint",
             self.path,
             error.strerror,
@@ -134,9 +135,9 @@ def _read_lines(path: Path) -> Iterator[bytes]:
 
 
 def _is_until(line: bytes, step: int) -> bool:
-    """Return whether a line is whole and of a step that is not later."""
+    """Return whether a line is complete and belongs to this step or an earlier one."""
     try:
-        # Without its newline a line is torn, even where what is left happens to be JSON.
+        # A line without its newline is torn, even if what is left of it happens to be valid JSON.
         return line.endswith(b"\n") and parse_line(line.decode()).step <= step
     except ValueError:
         return False

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def memory_bytes(device: torch.device | str) -> int:
-    """Return the memory in use now: of CUDA's allocator on a CUDA device, else this process's resident set.
+    """Return the memory in use now, in bytes: by CUDA's allocator on a CUDA device, else by the process (resident set).
 
     Args:
         device: The device that this rank trains on.
@@ -26,7 +26,7 @@ def memory_bytes(device: torch.device | str) -> int:
 
 
 def memory_peak_bytes(device: torch.device | str) -> int:
-    """Return the highest `memory_bytes` since the process began (on CUDA: since its peak was last reset).
+    """Return the highest memory in use so far, in bytes; on CUDA since its peak was last reset.
 
     Args:
         device: The device that this rank trains on.

@@ -1,4 +1,4 @@
-"""What a command will write, checked before its work: hours of it shall not end at a name that cannot be."""
+"""Checks of what a command will write, made before its work, so that no hours of work end at a bad file name."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, FileError
 from megalibi.files import ASIDE_SUFFIX, make_folder
 from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE
 from megalibi.metrics.tensorboard import TENSORBOARD_FOLDER
 
 PICTURE_SUFFIXES = (".eps", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp")
-"""Formats of pictures that need nothing but matplotlib."""
+"""Endings of the names of pictures that matplotlib can draw without other packages."""
 
 
 def check_outputs(outputs: Mapping[str, Path | None]) -> None:
-    """Make the folders of files, and find out whether the files can be written there.
+    """Check that files can be written, and make their folders.
 
     Args:
-        outputs: Each file by the option that names it; None: not asked for.
+        outputs: Each file by the option that names it; None: the file is not wanted.
 
     Raises:
-        ConfigError: One cannot be written, or two are the same; the message begins with the option.
+        ConfigError: A file is a folder, or two options name the same file; the message begins with the option.
+        FileError: A file cannot be written; the message begins with the option.
     """
     options: dict[Path, str] = {}
     for option, path in outputs.items():
@@ -35,35 +36,37 @@ def check_outputs(outputs: Mapping[str, Path | None]) -> None:
         try:
             make_folder(path.parent)
         except OSError as error:
-            raise ConfigError(f"{option}={path} cannot be written: {error.strerror}") from error
+            raise FileError(f"{option}={path} cannot be written: {error.strerror}") from error
         other = options.setdefault(path.resolve(), option)
         if other != option:
-            raise ConfigError(f"{option}={path} is not allowed: another file than that of {other} is")
+            raise ConfigError(f"{option}={path}: must be another file than that of {other}")
 
 
 def check_picture(path: Path | None, option: str) -> None:
-    """Find out whether a picture's name says a format that can be drawn.
+    """Check that the ending of a picture's name is a format that can be drawn.
+
+    Args:
+        path: The picture; None: none is wanted.
+        option: The option that names it.
 
     Raises:
-        ConfigError: It does not; the message begins with the option.
+        ConfigError: The format cannot be drawn; the message begins with the option.
     """
     if path is not None and path.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ConfigError(
-            f"{option}={path} is not allowed: a name that ends in one of {', '.join(PICTURE_SUFFIXES)} is"
-        )
+        raise ConfigError(f"{option}={path}: must end in one of {', '.join(PICTURE_SUFFIXES)}")
 
 
 def check_folder(folder: Path, name: str, *, files: Sequence[str] = (), folders: Sequence[str] = ()) -> None:
-    """Find out whether files can be written into a folder that need not exist yet; nothing is made.
+    """Check that files can be written into a folder, which need not exist yet. Nothing is made.
 
     Args:
-        folder: Where they will be.
-        name: What an error begins with: an option, a field.
-        files: The names of files that will be written there.
-        folders: The same of folders.
+        folder: The folder of the files.
+        name: The option or field that names the folder; the message of an error begins with it.
+        files: The names of the files that will be written there.
+        folders: The names of the folders that will be made there.
 
     Raises:
-        ConfigError: They cannot.
+        FileError: One of them cannot be written.
     """
     what = f"{name}={folder}"
     _check_place(folder, what, is_folder=True)
@@ -74,20 +77,27 @@ def check_folder(folder: Path, name: str, *, files: Sequence[str] = (), folders:
 
 
 def check_run_folder(folder: Path, name: str, *, folders: Sequence[str] = ()) -> None:
-    """Find out whether a run can write what a report reads, and some folders more.
+    """Check that a run can write its configuration, its metrics, its TensorBoard files and some more folders.
+
+    Args:
+        folder: The run's folder.
+        name: The option or field that names the folder.
+        folders: The names of more folders that the run will make there.
 
     Raises:
-        ConfigError: It cannot.
+        FileError: One of them cannot be written.
     """
     check_folder(folder, name, files=(CONFIG_FILE, INFO_FILE, METRICS_FILE), folders=(TENSORBOARD_FOLDER, *folders))
 
 
 def _check_place(path: Path, what: str, *, is_folder: bool) -> None:
-    """Find out whether a file or a folder can be written: itself if it exists, else where it will be made."""
+    """Check that a file or folder can be written: it itself if it exists, else the folder in which it will be made."""
     if not is_folder:
         aside = path.with_name(path.name + ASIDE_SUFFIX)
         if os.path.isdir(aside):
-            raise ConfigError(f"{what} cannot be written: {aside} is a folder, and is written first: move it away")
+            raise FileError(
+                f"{what} cannot be written: {aside} is a folder, but the file is written there first: move it away"
+            )
     while True:
         try:
             path.lstat()
@@ -95,26 +105,26 @@ def _check_place(path: Path, what: str, *, is_folder: bool) -> None:
         except (FileNotFoundError, NotADirectoryError):
             path, is_folder = path.parent, True
         except (OSError, ValueError) as error:  # such as a name that is too long
-            raise ConfigError(f"{what} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+            raise FileError(f"{what} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     if is_folder and not path.is_dir():
-        raise ConfigError(f"{what} cannot be written: {path} is no folder")
+        raise FileError(f"{what} cannot be written: {path} is no folder")
     if not is_folder and not path.is_file():
         kind = "a folder" if path.is_dir() else "no file"
-        raise ConfigError(f"{what} cannot be written: {path} is {kind}, the name of a file is needed")
+        raise FileError(f"{what} cannot be written: {path} is {kind}, the name of a file is needed")
     if not os.access(path, os.W_OK | os.X_OK if is_folder else os.W_OK):
-        raise ConfigError(f"{what} cannot be written: {path} is read-only")
+        raise FileError(f"{what} cannot be written: {path} is read-only")
     if is_folder:
         _try_folder(path, what)
-    if not is_folder:  # a new file is written beside it, and renamed
+    if not is_folder:  # the file is written beside the old one, and renamed
         _check_place(path.parent, what, is_folder=True)
 
 
 def _try_folder(folder: Path, what: str) -> None:
-    """Make a file without a name: permissions say little of root, of /proc, and of disks over a network."""
+    """Make a file without a name, because permissions say little about root, /proc and disks over a network."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise ConfigError(
+        raise FileError(
             f"{what} cannot be written: {folder} takes no file ({error.strerror}): give a folder on another disk, or "
             "make room there"
         ) from error

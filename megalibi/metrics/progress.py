@@ -19,10 +19,10 @@ class ConsoleWriter:
 
     Args:
         total_steps: The step the run ends at.
-        log_every_steps: Plain lines are printed at multiples of it, at the first step and at the last.
+        log_every_steps: Plain lines are printed at its multiples, at the first step and at the last.
         resumed_step: The step the run resumes from.
-        eval_samples: How many samples a validation shall read; a line says so if there were fewer.
-        console: Where to; standard output if None.
+        eval_samples: Number of samples that a validation is asked to read; its line says so if there were fewer.
+        console: The console to write to; None: standard output.
     """
 
     name = "the console"
@@ -55,7 +55,7 @@ class ConsoleWriter:
             self._progress.start()
 
     def step(self, record: StepRecord) -> None:
-        """Move the bar, or print a line if the step is due one."""
+        """Move the bar, or print a line if one is due at this step."""
         self._recent_seconds.append(record.step_seconds)
         if self._progress is not None:
             self._progress.update(self._task, completed=record.step, description=self._brief(record))
@@ -63,7 +63,7 @@ class ConsoleWriter:
             self._print(self._line(record))
 
     def validation(self, record: ValidationRecord) -> None:
-        """Print a line; on a terminal it stays above the bar."""
+        """Print a line, which stays above the bar on a terminal."""
         samples, few = record.validation_samples, ""
         if samples is not None and samples < self._eval_samples:
             few = f" | {samples} samples, all of data.valid: train.eval_samples={self._eval_samples}"
@@ -74,10 +74,10 @@ class ConsoleWriter:
         )
 
     def sync(self) -> None:
-        """Do nothing: what was shown was shown."""
+        """Do nothing: nothing is buffered."""
 
     def close(self) -> None:
-        """Leave the terminal as it was found."""
+        """Stop the bar and show the cursor again."""
         if self._progress is not None:
             self._progress.stop()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from megalibi.metrics.records import RunMetrics, StepRecord, ValidationRecord
 
-# The final training loss is a mean, over the last twentieth of the run but 100 steps at most: one batch is too noisy.
+# One batch is too noisy: the final training loss is the mean over the last twentieth of the run, at most 100 steps.
 _FINAL_FRACTION = 20
 _FINAL_STEPS_MAX = 100
 
@@ -19,8 +19,11 @@ class Quartiles:
     """The median of a measurement and its interquartile range."""
 
     low: float
+    """The first quartile."""
     median: float
+    """The median."""
     high: float
+    """The third quartile."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
@@ -34,31 +37,31 @@ class Summary:
     """The numbers one quotes of a run."""
 
     steps: int
-    """Last step."""
+    """The last recorded step."""
     tokens: int
-    """Training tokens consumed."""
+    """Training tokens consumed until the last step."""
     loss: float
-    """Mean training loss of the last `loss_steps` steps."""
+    """Mean training loss of the last `loss_steps` steps, in nats per token."""
     loss_steps: int
-    """How many steps that mean is of."""
+    """Number of steps that `loss` is the mean of."""
     validation: ValidationRecord | None
-    """The last validation, if there was any."""
+    """The last validation; None if there was none."""
     tokens_per_second: Quartiles
-    """Over all recorded steps."""
+    """Tokens per second over all recorded steps, all ranks together."""
     model_tflops_per_second: Quartiles
-    """Over all recorded steps, attention counted in full."""
+    """Model TFLOP per second over all recorded steps; attention counts every query-key pair."""
     model_tflops_per_second_causal: Quartiles
-    """Over all recorded steps, attention counted causally."""
+    """Model TFLOP per second over all recorded steps; attention counts the pairs that the causal mask leaves."""
     memory_peak_bytes: int
-    """Highest over the run."""
+    """Highest memory that rank 0 used in the run, in bytes."""
     train_seconds: float
-    """Sum of the steps' wall times; validation and saving are not in it."""
+    """Sum of the wall times of the steps, in seconds, without validation and saving."""
     skipped_steps: int
-    """Steps whose gradients overflowed in fp16."""
+    """Number of steps that were skipped because the gradients overflowed in fp16."""
 
 
 def summarize(metrics: RunMetrics) -> Summary | None:
-    """Sum a run's metrics up; None if no step is recorded."""
+    """Return the summary of a run's metrics; None if no step is recorded."""
     steps = metrics.steps
     if not steps:
         return None

@@ -8,20 +8,23 @@ from pathlib import Path
 from megalibi.metrics.records import StepRecord, ValidationRecord
 
 TENSORBOARD_FOLDER = "tensorboard"
+"""Folder of the event files inside a run's folder."""
 
 
 class TensorBoardWriter:
     """Writes scalars by step for TensorBoard.
 
     Args:
-        folder: Where the event files go.
-        resumed_step: The step the run resumes from: TensorBoard hides what an earlier process wrote beyond it.
+        folder: Folder of the event files.
+        resumed_step: The step the run resumes from; TensorBoard hides what an earlier process wrote for later steps.
     """
 
     name = "TensorBoard"
 
     def __init__(self, folder: Path | str, *, resumed_step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # here: it takes seconds to import, on one rank only
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # imported here, because it takes seconds and one rank needs it
 
         _silence_its_thread()
         self._events = SummaryWriter(str(folder), purge_step=resumed_step + 1)
@@ -50,16 +53,16 @@ class TensorBoardWriter:
         self._events.add_scalar("validation/perplexity", record.validation_perplexity, record.step)
 
     def sync(self) -> None:
-        """Write out what is buffered."""
+        """Write what is buffered to the event file."""
         self._events.flush()
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Write what is buffered and close the event file."""
         self._events.close()
 
 
 def _silence_its_thread() -> None:
-    """Keep the traceback of TensorBoard's thread off the terminal: the next call raises the same error, and says it."""
+    """Keep the traceback of TensorBoard's thread off the terminal, because the next call raises the same error."""
     say = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:

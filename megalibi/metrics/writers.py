@@ -18,11 +18,11 @@ _LOGGER = get_logger(__name__)
 
 
 class Writer(Protocol):
-    """Something that records go to."""
+    """A destination of records."""
 
     @property
     def name(self) -> str:
-        """How a warning names it."""
+        """The name of the writer in a warning."""
 
     def step(self, record: StepRecord) -> None:
         """Take the record of one step."""
@@ -31,19 +31,19 @@ class Writer(Protocol):
         """Take the record of one validation."""
 
     def sync(self) -> None:
-        """Put on the disk what was taken so far."""
+        """Put all records so far on the disk."""
 
     def close(self) -> None:
-        """Finish; the writer is not used afterwards."""
+        """Finish. The writer is not used afterwards."""
 
 
 class Writers:
-    """Several writers as one; closes them at the end of a ``with`` block.
+    """Several writers as one, which are closed at the end of a ``with`` block.
 
-    A record is not worth a run: a writer that fails is named in one warning, with the reason, and then left out.
+    A failing writer does not end the run: one warning names it with the reason, and it is left out from then on.
 
     Args:
-        writers: Who gets every record; none on ranks that only take part.
+        writers: The writers that get every record; ranks other than rank 0 have none.
     """
 
     def __init__(self, writers: Sequence[Writer] = ()) -> None:
@@ -58,14 +58,14 @@ class Writers:
         self._each(lambda writer: writer.validation(record))
 
     def sync(self) -> None:
-        """Have every writer put on the disk what it took."""
+        """Have every writer put its records on the disk."""
         self._each(lambda writer: writer.sync())
 
     def close(self) -> None:
         """Close every writer.
 
         Raises:
-            ConfigError: metrics.jsonl lacks lines.
+            FileError: Lines of metrics.jsonl could not be written.
         """
         lost: list[UserError] = []
 
@@ -83,7 +83,7 @@ class Writers:
         for writer in tuple(self._writers):
             try:
                 work(writer)
-            except Exception as error:  # whatever a library of theirs may raise
+            except Exception as error:  # the libraries behind the writers may raise anything
                 self._writers.remove(writer)
                 _warn_left_out(writer.name, error)
 
@@ -98,7 +98,7 @@ class Writers:
         except UserError as lost:
             if error is None:
                 raise
-            _LOGGER.warning("%s", lost)  # what ended the run is to be its error
+            _LOGGER.warning("%s", lost)  # the error that ended the run is the one to report
 
 
 def _warn_left_out(name: str, error: Exception) -> None:
@@ -121,16 +121,16 @@ def build_writers(
         run_dir: The run's folder (train.output_dir).
         rank: This process's rank in the job.
         total_steps: The step the run ends at.
-        log_every_steps: How often the console prints a line where there is no terminal.
-        resumed_step: The step the run resumes from; later records of an earlier process are set aside.
-        eval_samples: How many samples a validation shall read.
+        log_every_steps: Steps between two lines of progress where there is no terminal.
+        resumed_step: The step the run resumes from; records of later steps are set aside.
+        eval_samples: Number of samples that a validation is asked to read.
     """
     if rank != 0:
         return Writers()
     jsonl = JsonlWriter(Path(run_dir) / METRICS_FILE)
     if moved := jsonl.set_aside_after(resumed_step):
         _LOGGER.warning(
-            "%d lines of %s that are of later steps than %d, or cannot be read, are in %s now",
+            "%d lines of %s that belong to steps after %d or cannot be read were moved to %s",
             moved,
             jsonl.path,
             resumed_step,
@@ -139,7 +139,7 @@ def build_writers(
     writers: list[Writer] = [jsonl]
     try:
         writers.append(TensorBoardWriter(Path(run_dir) / TENSORBOARD_FOLDER, resumed_step=resumed_step))
-    except Exception as error:  # a disk, or an installation of TensorBoard that cannot be imported
+    except Exception as error:  # the disk fails, or TensorBoard cannot be imported
         _warn_left_out(TensorBoardWriter.name, error)
     writers.append(
         ConsoleWriter(

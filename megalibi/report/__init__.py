@@ -1,1 +1,1 @@
-"""A run as a page: facts, plots, HTML."""
+"""The report of a run: facts, figures and one HTML page."""

@@ -1,4 +1,4 @@
-"""What a report says of a run, as labelled facts: the results, the set-up, the environment."""
+"""What a report says about a run, as labelled facts: the results, the set-up and the environment."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Fact:
     """One row of a table of facts."""
 
     group: str
-    """Rows of one group stand together."""
+    """Name of the group; the rows of a group stand together."""
     label: str
-    """What it is."""
+    """Name of the fact."""
     value: str
-    """What it is for this run."""
+    """Value of the fact for one run."""
     note: str = ""
-    """Set smaller, after the value: a spread, a unit, where it was measured."""
+    """Remark in small print after the value: a spread, a unit, or where it was measured."""
 
 
 def describe(run: Run) -> str:
-    """Say in one sentence what a run trains."""
+    """Return one sentence on what a run trains."""
     if not run.config:
         return "A run without config.yaml."
     model, data, train = (_section(run, name) for name in ("model", "data", "train"))
@@ -50,7 +50,7 @@ def describe(run: Run) -> str:
 
 
 def result_facts(run: Run) -> list[Fact]:
-    """Return the numbers one quotes of a run; none if no step is recorded."""
+    """Return the numbers that one quotes of a run; none if no step is recorded."""
     summary = summarize(run.metrics)
     if summary is None:
         return []
@@ -79,7 +79,7 @@ def result_facts(run: Run) -> list[Fact]:
 
 
 def setup_facts(run: Run) -> list[Fact]:
-    """Return what config.yaml says of a run, by concern."""
+    """Return what config.yaml says about a run, by concern."""
     model, data, parallel, zero, optimizer, train = (
         _section(run, name) for name in ("model", "data", "parallel", "zero", "optimizer", "train")
     )
@@ -121,7 +121,10 @@ def setup_facts(run: Run) -> list[Fact]:
 
 
 def environment_facts(run: Run) -> list[Fact]:
-    """Return what run_info.json holds, nested keys joined to one label; the parameter count stands with the model."""
+    """Return the content of run_info.json with nested keys joined to one label, but without the number of parameters.
+
+    The number of parameters stands with the model, in the facts of the set-up.
+    """
     info = {key: value for key, value in run.info.items() if key not in _PARAMETER_KEYS}
     return [Fact("environment", label, value) for label, value in _flatten(info) if value]
 
@@ -162,7 +165,7 @@ def _switch(section: Mapping[str, Any], key: str, *, on: str = "on", off: str = 
 
 
 def _datasets(value: object) -> str:
-    """Write a blend: its prefixes, with their weights where there is more than one."""
+    """Return the prefixes of a blend, with their weights if there are several."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):

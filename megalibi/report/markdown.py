@@ -1,4 +1,4 @@
-"""Markdown, as pages of results are written in."""
+"""Markdown for pages of results."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ def format_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: i
     """Yield the lines of a Markdown table.
 
     Args:
-        heads: Of the columns.
-        rows: Of cells.
-        left: So many columns are flush left; the others are numbers.
+        heads: The heads of the columns.
+        rows: The cells of each row.
+        left: Number of columns that are flush left, from the first on; the others are numbers, flush right.
     """
     yield "| " + " | ".join(heads) + " |"
     yield "|" + "---|" * left + "--:|" * (len(heads) - left)

@@ -26,7 +26,9 @@ from megalibi.report.run import Run, read_run
 from megalibi.units import format_bytes, format_count
 
 REPORT_FILE = "report.html"
+"""File of the report in a run's folder."""
 PICTURES = ("loss.png", "speed.png", "extrapolation.png")
+"""Files that `write_pictures` writes."""
 
 _ABSENT = "–"
 
@@ -71,7 +73,8 @@ class EvaluationTable:
 def write_report(run_dirs: Sequence[Path | str], output: Path | str) -> Path:
     """Write one self-contained page about one run, or about several side by side.
 
-    What a run does not have (yet) is left out, and the page says so. The page is written aside and renamed.
+    What a run does not have, or does not have yet, is left out, and the page says so. The page is written aside and
+    renamed.
 
     Args:
         run_dirs: The runs' folders (train.output_dir).
@@ -81,9 +84,9 @@ def write_report(run_dirs: Sequence[Path | str], output: Path | str) -> Path:
         The path of the page.
 
     Raises:
-        ConfigError: A folder is not that of a run.
-        UserError: A file in a folder cannot be read.
-        FileError: The page cannot be written.
+        ConfigError: A folder is not that of a run, or its config.yaml is not valid YAML.
+        CheckpointError: The content of a file in a folder is not what a run writes.
+        FileError: A file cannot be read, or the page cannot be written.
     """
     page = render_report([read_run(run_dir) for run_dir in run_dirs])
     output = Path(output)
@@ -106,8 +109,9 @@ def write_pictures(run_dirs: Sequence[Path | str], folder: Path | str) -> list[P
         The paths of the pictures.
 
     Raises:
-        ConfigError: A folder is not that of a run.
-        UserError: A file in a folder cannot be read.
+        ConfigError: A folder is not that of a run, or its config.yaml is not valid YAML.
+        CheckpointError: The content of a file in a folder is not what a run writes.
+        FileError: A file cannot be read.
     """
     runs = [read_run(run_dir) for run_dir in run_dirs]
     metrics, evaluations = _metrics_by_name(runs), _name_evaluations(runs)

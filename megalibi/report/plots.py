@@ -1,4 +1,7 @@
-"""The figures of a report: loss, extrapolation, speed and memory. Figure objects only: pyplot keeps global state."""
+"""The figures of a report: loss, extrapolation, speed and memory.
+
+Figures are made without pyplot, which keeps global state.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,13 @@ from megalibi.units import format_count
 
 Floats = NDArray[np.float64]
 
-# Okabe and Ito's palette (https://jfly.uni-koeln.de/color/), told apart by every common kind of colour vision.
-# Yellow is left out: it cannot be read on white.
+# The palette of Okabe and Ito (https://jfly.uni-koeln.de/color/), whose colours can be told apart with every common
+# kind of colour vision. Yellow is left out, because it cannot be read on white.
 SERIES_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK, MUTED, GRID, PAPER = "#1f2430", "#667085", "#e4e7ec", "#ffffff"
 
-# Written into a page, these colours become CSS variables with the printed colour as their default: the page's dark
-# theme then changes the figures too.
+# In a page these colours become CSS variables with the printed colour as their default, so that the page's dark theme
+# changes the figures too.
 _CSS_NAMES = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper"} | {
     color: f"series-{number}" for number, color in enumerate(SERIES_COLORS)
 }
@@ -42,14 +45,14 @@ _LOG_SCALE_RATIO = 4.0
 
 
 def loss_curve(runs: Mapping[str, RunMetrics], *, against: Literal["steps", "tokens"] = "tokens") -> Figure:
-    """Draw training loss, as measured and smoothed, and validation loss of one or several runs.
+    """Draw the training loss, as measured and smoothed, and the validation loss of one or several runs.
 
-    The vertical axis begins at the highest loss after the first twentieth of the run: what lies above would flatten
-    the rest.
+    The vertical axis begins at the highest loss after the first twentieth of the run, because the losses before would
+    flatten the rest.
 
     Args:
-        runs: Metrics by the name to show.
-        against: The horizontal axis.
+        runs: The metrics of each run by the name to show.
+        against: What the horizontal axis counts.
     """
     figure, (axes,) = new_figure(height_inches=3.5)
     several = len(runs) > 1
@@ -86,7 +89,7 @@ def extrapolation_curve(evaluations: Mapping[str, Evaluation]) -> Figure:
     """Draw perplexity against evaluation length, with the training length marked.
 
     Args:
-        evaluations: Evaluations by the name to show.
+        evaluations: The evaluations by the name to show.
     """
     figure, (axes,) = new_figure(height_inches=3.3)
     lengths = sorted({result.length for evaluation in evaluations.values() for result in evaluation.results})
@@ -128,7 +131,7 @@ def speed_and_memory(runs: Mapping[str, RunMetrics]) -> Figure:
     """Draw tokens per second and memory by step, side by side.
 
     Args:
-        runs: Metrics by the name to show.
+        runs: The metrics of each run by the name to show.
     """
     figure, (speed, memory) = new_figure(height_inches=2.6, columns=2)
     several = len(runs) > 1
@@ -159,24 +162,29 @@ def speed_and_memory(runs: Mapping[str, RunMetrics]) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path | str) -> None:
-    """Write a figure to a file on white paper, at a size for a README; the ending of its name gives the format."""
+    """Write a figure to a file on white paper, at a size for a README.
+
+    Args:
+        figure: The figure.
+        path: The file to write; the ending of its name gives the format.
+    """
     with open_aside(path) as file:
         figure.savefig(file, format=Path(path).suffix.removeprefix(".") or None, dpi=200, facecolor=PAPER)
 
 
 def inline_svg(figure: Figure, *, key: str, title: str) -> str:
-    """Return a figure as an SVG element to be placed into a page.
+    """Return a figure as an SVG element for a page.
 
     Text stays text. Colours follow the CSS variables ``--ink``, ``--muted``, ``--grid``, ``--paper`` and
     ``--series-0`` ... of the page.
 
     Args:
         figure: The figure.
-        key: Put before every id of the element; different for each figure of a page.
-        title: What a screen reader says.
+        key: A prefix of every id of the element; it must differ between the figures of a page.
+        title: The text that a screen reader says.
     """
     buffer = io.StringIO()
-    # The salt makes ids, and so the page, the same in every run of the command.
+    # The salt makes the ids, and with them the page, the same whenever the command runs.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": key}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
@@ -196,7 +204,13 @@ def _field(against: Literal["steps", "tokens"]) -> str:
 
 
 def new_figure(*, height_inches: float, columns: int = 1, rows: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """Return an empty figure of the report's width and look, and its panels from left to right, row by row."""
+    """Return an empty figure of the report's width and look, and its panels from left to right, row by row.
+
+    Args:
+        height_inches: Height of the figure.
+        columns: Number of panels side by side.
+        rows: Number of rows of panels.
+    """
     figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
@@ -216,19 +230,24 @@ def _tick_label(value: float, _position: float) -> str:
 
 
 def place_legend(axes: Axes, *, loc: Literal["upper right", "lower right"]) -> None:
-    """Add a legend if any line has a label."""
+    """Add a legend if any line has a label.
+
+    Args:
+        axes: The panel.
+        loc: The corner of the legend.
+    """
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc=loc, frameon=False, fontsize=_FONT_POINTS, labelcolor=INK)
 
 
 def _draw_noisy(axes: Axes, x: Floats, y: Floats, *, color: str, label: str | None) -> None:
-    """Draw a measurement light and its moving mean over it."""
+    """Draw a measurement in a light line and its moving mean over it."""
     axes.plot(*_thin(x, y), color=color, linewidth=0.8, alpha=0.3)
     axes.plot(*_thin(x, _smooth(y)), color=color, linewidth=1.8, label=label)
 
 
 def _smooth(values: Floats) -> Floats:
-    """Return the centred moving mean over a fiftieth of the values; what is not finite is left out of the means."""
+    """Return the centred moving mean over a fiftieth of the values; values that are not finite are left out."""
     width = max(1, round(len(values) * _SMOOTHED_FRACTION)) | 1
     finite = np.isfinite(values)
     window = np.ones(width)
@@ -239,7 +258,7 @@ def _smooth(values: Floats) -> Floats:
 
 
 def _thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
-    """Thin a curve to what a page can show: of each stretch its lowest and its highest point, so that spikes stay."""
+    """Thin a curve to what a page can show: the lowest and the highest point of each stretch, so that spikes stay."""
     if len(x) <= _MAX_POINTS:
         return x, y
     finite = np.isfinite(y)
@@ -252,7 +271,7 @@ def _thin(x: Floats, y: Floats) -> tuple[Floats, Floats]:
 
 
 def _scale_perplexity(axes: Axes, perplexities: Sequence[float]) -> None:
-    """Make the axis logarithmic where a model that does not extrapolate would flatten the others."""
+    """Make the axis logarithmic if a model that does not extrapolate would flatten the curves of the others."""
     finite = [value for value in perplexities if np.isfinite(value)]
     if not finite or max(finite) < _LOG_SCALE_RATIO * min(finite):
         return

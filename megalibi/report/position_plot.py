@@ -1,4 +1,4 @@
-"""A figure of the loss against the position in the window."""
+"""The figure of the loss by position in the window."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _DRAWN_PER_DOUBLING = 2
 
 
 def position_curve(sums_by_length: Mapping[int, NDArray[np.float64]], *, train_seq_length: int) -> Figure:
-    """Draw mean loss against the tokens seen, one line for each length, with the training length marked.
+    """Draw the mean loss against the tokens seen, one line for each length, with the training length marked.
 
     Args:
-        sums_by_length: Summed loss and scored tokens by position, for each evaluation length.
-        train_seq_length: Tokens the model saw at once in training.
+        sums_by_length: Summed loss and number of scored tokens by position, [2, S], for each evaluation length.
+        train_seq_length: Length of the training samples, in tokens.
     """
     figure, (axes,) = new_figure(height_inches=3.3)
     for number, (length, sums_2S) in enumerate(sums_by_length.items()):

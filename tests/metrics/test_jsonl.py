@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.errors import ConfigError
+from megalibi.errors import FileError
 from megalibi.metrics.jsonl import DROPPED_FILE, JsonlWriter
 from megalibi.metrics.records import StepRecord, ValidationRecord, read_metrics
 from megalibi.metrics.writers import Writers
@@ -98,5 +98,5 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_it_does(tmp_path:
 
 
 def test_lines_that_no_disk_took_are_said_at_the_end(tmp_path: Path) -> None:
-    with CONTEXT.Pool(1) as pool, pytest.raises(ConfigError, match=r"the last 3 lines of .* could not be written"):
+    with CONTEXT.Pool(1) as pool, pytest.raises(FileError, match=r"the last 3 lines of .* could not be written"):
         pool.apply(write_to_a_full_disk, (str(tmp_path), 3, 0))

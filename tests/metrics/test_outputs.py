@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from megalibi.errors import ConfigError, UserError
+from megalibi.errors import ConfigError, FileError, UserError
 from megalibi.metrics.outputs import PICTURE_SUFFIXES, check_folder, check_outputs, check_picture, check_run_folder
 from megalibi.report.plots import save_figure
 
@@ -24,9 +24,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def assert_refused(message: str, check: object, *arguments: object, **named: object) -> None:
+def assert_refused(
+    message: str, check: object, *arguments: object, kind: type[UserError] = FileError, **named: object
+) -> None:
     assert callable(check)
-    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+    with pytest.raises(kind, match=re.escape(message)) as caught:
         check(*arguments, **named)
     assert "\n" not in str(caught.value)
 
@@ -49,13 +51,13 @@ def test_what_cannot_be_a_file_is_said_with_its_option(folder: Path) -> None:
         assert_refused(f"--output={path} cannot be written: ", check_outputs, {"--output": path})
         assert_refused(reason, check_outputs, {"--picture": None, "--output": path})
     message = f"--output={folder / 'folder'} is a folder: give the name of a file"
-    assert_refused(message, check_outputs, {"--output": folder / "folder"})
+    assert_refused(message, check_outputs, {"--output": folder / "folder"}, kind=ConfigError)
     assert_refused("/dev/null is no file", check_outputs, {"--output": Path("/dev/null")})
 
 
 def test_two_options_name_two_files(folder: Path) -> None:
     same = {"--output": folder / "a.png", "--picture": folder / "folder" / ".." / "a.png"}
-    assert_refused("a.png is not allowed: another file than that of --output is", check_outputs, same)
+    assert_refused("a.png: must be another file than that of --output", check_outputs, same, kind=ConfigError)
 
 
 def test_a_folder_can_be_there_or_be_made_and_nothing_is_made(folder: Path) -> None:
@@ -111,5 +113,5 @@ def test_a_picture_has_a_format_that_can_be_drawn(tmp_path: Path) -> None:
         assert (tmp_path / f"a{suffix}").stat().st_size > 0
     check_picture(None, "--picture")
     for name in ("a.xyz", "a", "a.json", ".png"):
-        message = f"--picture={name} is not allowed: a name that ends in one of .eps, .jpeg, .jpg, .pdf, .png, .svg"
-        assert_refused(message, check_picture, Path(name), "--picture")
+        message = f"--picture={name}: must end in one of .eps, .jpeg, .jpg, .pdf, .png, .svg"
+        assert_refused(message, check_picture, Path(name), "--picture", kind=ConfigError)

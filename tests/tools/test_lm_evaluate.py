@@ -18,7 +18,7 @@ from megalibi.config import Config, derive
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokens.token_file import TokenFileWriter
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, DataError
 from megalibi.evaluate.lm_harness import BATCH_TOKENS, HarnessModel, TaskManager, simple_evaluate
 from megalibi.evaluate.lm_tasks import open_tasks, prepare_tasks
 from megalibi.model import GPT
@@ -254,7 +254,8 @@ def test_many_requests_in_batches_are_each_as_alone_and_in_order(trained: Traine
 
 
 def test_a_continuation_longer_than_the_window_is_refused(trained: Trained) -> None:
-    with pytest.raises(ConfigError, match=f"--max-length={LENGTH} is below the [0-9]+ tokens of 'from __future__"):
+    message = f"--max-length={LENGTH}: must be at least the [0-9]+ tokens of 'from __future__"
+    with pytest.raises(ConfigError, match=message):
         trained.harness.loglikelihood(
             [Request(("x", TEXTS[1][TEXTS[1].index("from __future__") :]))], disable_tqdm=True
         )
@@ -262,7 +263,7 @@ def test_a_continuation_longer_than_the_window_is_refused(trained: Trained) -> N
 
 def test_drawing_at_random_is_refused(trained: Trained) -> None:
     options = {"until": ["\n"], "do_sample": True, "temperature": 0.7}
-    with pytest.raises(ConfigError, match="draws at random: do_sample: false is allowed"):
+    with pytest.raises(DataError, match="must have do_sample: false, nothing is drawn at random here"):
         trained.harness.generate_until([Request(("x", options))], disable_tqdm=True)
 
 
@@ -312,17 +313,17 @@ BROKEN_TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
     "label": (
         {**CHOICE, "doc_to_target": "nolabel"},
         ANSWERED,
-        "task CASE cannot be scored: the label of document 0 is 'nolabel', one of \\['a', 'b'\\]",
+        "task CASE cannot be scored: the label of document 0 is 'nolabel', but must be one of \\['a', 'b'\\] or ",
     ),
     "late_label": (
         CHOICE,
         [*ANSWERED, {**ANSWERED[0], "answer": 2}],
-        "task CASE cannot be scored: the label of document 4 is 2, one of",
+        "task CASE cannot be scored: the label of document 4 is 2, but must be one of",
     ),
     "hidden_label": (
         {**CHOICE, "doc_to_target": "answer"},
         [{**ANSWERED[0], "answer": -1}],
-        "task CASE cannot be scored: the label of document 0 is -1, one of",
+        "task CASE cannot be scored: the label of document 0 is -1, but must be one of",
     ),
     "empty_first_choice": (
         CHOICE,
@@ -337,7 +338,7 @@ BROKEN_TASKS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str]] = {
     "at_random": (
         {**WRITE, "generation_kwargs": {"until": ["."], "do_sample": True, "temperature": 1.0}},
         ANSWERED,
-        "draws at random: do_sample: false is allowed",
+        "must have do_sample: false, nothing is drawn at random here",
     ),
 }
 
@@ -365,7 +366,7 @@ def test_a_task_that_cannot_be_used_is_said_in_one_line_before_there_is_a_model(
     manager: TaskManager, case: str
 ) -> None:
     message = BROKEN_TASKS[case][2].replace("CASE", case)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         prepare_tasks(manager, [case], num_fewshot=None, limit=None)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
@@ -374,7 +375,7 @@ def test_a_task_that_cannot_be_used_is_said_in_one_line_before_there_is_a_model(
 def test_only_what_is_asked_is_checked_and_a_choice_by_its_text_is_a_label(manager: TaskManager) -> None:
     late, texts = prepare_tasks(manager, ["late", "texts"], num_fewshot=None, limit=4)
     assert (len(late.instances), len(texts.instances)) == (8, 11)
-    with pytest.raises(ConfigError, match="task numbers cannot be asked: it has too few examples for num_fewshot=6"):
+    with pytest.raises(DataError, match="task numbers cannot be asked: it has too few examples for num_fewshot=6"):
         prepare_tasks(manager, ["numbers"], num_fewshot=6, limit=4)
 
 
