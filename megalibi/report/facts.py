@@ -35,13 +35,14 @@ def describe(run: Run) -> str:
     model, data, train = (_section(run, name) for name in ("model", "data", "train"))
     parameters = _num_parameters(run)
     size = f" of {format_count(parameters)} parameters" if parameters is not None else ""
-    position = _POSITION_NAMES.get(model.get("position_method", ""), model.get("position_method", ""))
+    method = model.get("position_method", "")
+    positions = f" with {_POSITION_NAMES.get(method, method)} positions" if method else ""
     shape = ", ".join(
         f"{model[key]:,} {words}"
         for key, words in (("num_layers", "layers"), ("hidden_size", "wide"), ("num_attention_heads", "heads"))
         if key in model
     )
-    sentence = f"A GPT{size} with {position} positions: {shape}"
+    sentence = f"A GPT{size}{positions}: {shape}"
     if "seq_length" in data:
         sentence += f"; trained at {data['seq_length']:,} tokens"
     if "precision" in train:

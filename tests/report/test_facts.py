@@ -17,6 +17,11 @@ def test_a_run_is_described_in_one_sentence(write_run: Callable[..., Path]) -> N
     )
 
 
+def test_what_a_configuration_does_not_say_is_not_described(write_run: Callable[..., Path]) -> None:
+    run = dataclasses.replace(read_run(write_run("short")), config={"model": {"num_layers": 2}})
+    assert describe(run) == "A GPT: 2 layers."
+
+
 def test_results_are_the_summary_in_words(write_run: Callable[..., Path]) -> None:
     facts = {fact.label: (fact.value, fact.note) for fact in result_facts(read_run(write_run("results")))}
     assert facts["Training loss"] == ("3.1013", "mean of the last 2 steps")

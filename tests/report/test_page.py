@@ -53,6 +53,8 @@ def test_one_run_one_page(write_run: WriteRun) -> None:
     output = write_report([folder], folder / "report.html")
     assert output == folder / "report.html"
     page = Page(output)
+    assert page.source.startswith("<!DOCTYPE html>\n")
+    assert page.source.endswith("</html>\n")
     assert "<title>quickstart · megalibi</title>" in page.source
     assert page.source.count("<svg ") == 3
     for expected in (
