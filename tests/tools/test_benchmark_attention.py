@@ -114,7 +114,7 @@ def test_q_and_k_from_a_file(run, tmp_path):
         (["--peers", "torch"], "error: --peers=torch: 'torch' is none of"),
         (["--dtype", "int8"], "error: --dtype=int8: 'int8' is none of float32, bfloat16, float16"),
         (["--repeats", "0"], "error: --repeats=0: must be at least 1"),
-        (["--picture", "a.xyz"], "error: --picture=a.xyz : must end in one of .eps"),
+        (["--picture", "a.xyz"], "error: --picture=a.xyz: must end in one of .eps"),
         (["--picture", str(ROOT)], f"error: --picture={ROOT} is a folder: give the name of a file"),
         (["--output", str(ROOT)], f"error: --output={ROOT} is a folder: give the name of a file"),
         (["--output", str(TOOL / "a")], f"error: --output={TOOL / 'a'} cannot be written: {TOOL} is no folder"),

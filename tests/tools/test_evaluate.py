@@ -280,8 +280,8 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
         ({"tensor-parallel-size": 0}, "--tensor-parallel-size=0: must be at least 1"),
         ({"tensor-parallel-size": 2}, "--tensor-parallel-size=2: must divide the number of ranks=1"),
         ({"picture": "."}, "--picture=. is a folder: give the name of a file"),
-        ({"picture": "a.xyz"}, "--picture=a.xyz : must end in one of .eps"),
-        ({"picture": "new/a"}, "--picture=new/a : must end in one of .eps"),
+        ({"picture": "a.xyz"}, "--picture=a.xyz: must end in one of .eps"),
+        ({"picture": "new/a"}, "--picture=new/a: must end in one of .eps"),
         (
             {"picture": "a.png", "output": "./a.png"},
             "--picture=a.png: must be another file than that of",
