@@ -1,5 +1,6 @@
-"""What a run is: frozen dataclasses, their loading from YAML, and what follows from them. No torch here."""
+"""What a run is: frozen dataclasses, their loading from YAML, and what follows from them; nothing imports torch."""
 
+from megalibi.config.annotations import Decides, OnResume
 from megalibi.config.derive import (
     AdaptiveBand,
     Derived,
@@ -8,7 +9,15 @@ from megalibi.config.derive import (
     learning_rate_at,
     padded_vocab_size,
 )
-from megalibi.config.identity import BY_CONTENT, NO_WEIGHT_DEPENDS_ON, ON_RESUME, OnResume, find_changes, flatten_config
+from megalibi.config.identity import (
+    BY_CONTENT,
+    DECIDES,
+    NO_WEIGHT_DEPENDS_ON,
+    ON_RESUME,
+    find_changes,
+    find_weight_changes,
+    flatten_config,
+)
 from megalibi.config.load import config_from_dict, config_to_dict, load_config, save_config
 from megalibi.config.model import ModelConfig
 from megalibi.config.schema import (
@@ -24,6 +33,7 @@ from megalibi.config.schema import (
 
 __all__ = [
     "BY_CONTENT",
+    "DECIDES",
     "NO_WEIGHT_DEPENDS_ON",
     "ON_RESUME",
     "AdaptiveBand",
@@ -31,6 +41,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DatasetConfig",
+    "Decides",
     "Derived",
     "ModelConfig",
     "OnResume",
@@ -43,6 +54,7 @@ __all__ = [
     "config_to_dict",
     "derive",
     "find_changes",
+    "find_weight_changes",
     "flatten_config",
     "learning_rate_at",
     "load_config",

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+from megalibi.config.checks import refuse
 from megalibi.config.model import ModelConfig
 from megalibi.config.schema import Config, OptimizerConfig
-from megalibi.errors import ConfigError
 
 VOCAB_MULTIPLE_PER_RANK = 128
 """The embedding table's rows per tensor rank are a multiple of this: matrix units like it (Megatron-LM's value)."""
@@ -16,18 +16,18 @@ VOCAB_MULTIPLE_PER_RANK = 128
 
 @dataclass(frozen=True, kw_only=True)
 class Derived:
-    """Numbers that follow from a Config on a world of ranks."""
+    """The numbers that follow from a Config on a number of ranks."""
 
     world_size: int
-    """Ranks of the job."""
+    """The number of ranks of the job."""
     data_parallel_size: int
-    """Ranks that see different data."""
+    """The number of data-parallel ranks, which see different data."""
     accumulation_steps: int
-    """Micro batches per rank and optimizer step."""
+    """The number of micro batches of each rank in an optimizer step."""
     padded_vocab_size: int
-    """Rows of the whole embedding table, or of all adaptive bands' together."""
+    """The rows of the whole embedding table, or of the tables of all adaptive bands together."""
     batch_tokens: int
-    """Tokens per optimizer step."""
+    """The number of tokens of an optimizer step, over all ranks."""
 
 
 def derive(config: Config, world_size: int) -> Derived:
@@ -35,36 +35,36 @@ def derive(config: Config, world_size: int) -> Derived:
 
     Args:
         config: The run.
-        world_size: Ranks of the job.
+        world_size: The number of ranks of the job.
 
     Raises:
         ConfigError: The tensor group does not divide the ranks, the heads, the feed-forward width, the vocabulary or
-            (sequence parallel) the sequence; or the global batch is no multiple of micro batch x data ranks.
+            (sequence parallel) the sequence; or the global batch is not a multiple of micro batch x data ranks.
     """
-    tensor = config.parallel.tensor_parallel_size
-    _check_divides(tensor, "the number of ranks", world_size)
-    _check_divides(tensor, "model.num_attention_heads", config.model.num_attention_heads)
-    _check_divides(tensor, "model.ffn_hidden_size", config.model.ffn_hidden_size)
+    tensor, length = config.parallel.tensor_parallel_size, config.data.seq_length
+    heads, width = config.model.num_attention_heads, config.model.ffn_hidden_size
+    _check_divides(tensor, world_size, f"the job's {world_size} rank{'s' * (world_size > 1)}")
+    _check_divides(tensor, heads, f"model.num_attention_heads={heads}")
+    _check_divides(tensor, width, f"model.ffn_hidden_size={width}")
     if config.model.adaptive_cutoffs:
         padded = sum(band.padded_size(tensor) for band in adaptive_bands(config.model))
     else:
         padded = config.model.padded_vocab_size or padded_vocab_size(config.model.vocab_size, tensor)
-    _check_divides(tensor, "model.padded_vocab_size", padded)
+    _check_divides(tensor, padded, f"model.padded_vocab_size={padded}")
     if config.parallel.sequence_parallel:
-        _check_divides(tensor, "data.seq_length", config.data.seq_length, why=" (parallel.sequence_parallel)")
+        _check_divides(tensor, length, f"data.seq_length={length} with parallel.sequence_parallel=true")
     cap = config.model.max_position_embeddings
-    if cap and config.data.seq_length > cap:
-        raise ConfigError(
-            f"data.seq_length={config.data.seq_length} is above model.max_position_embeddings={cap}: at most {cap} is "
-            "allowed with model.position_method=learned"
-        )
+    if cap and length > cap:
+        limit = f"model.max_position_embeddings={cap} with model.position_method=learned"
+        refuse("data.seq_length", length, f"be at most {limit}")
     data = world_size // tensor
     per_micro_step = config.train.micro_batch_size * data
     if config.train.global_batch_size % per_micro_step:
-        raise ConfigError(
-            f"train.global_batch_size={config.train.global_batch_size} is no multiple of train.micro_batch_size="
-            f"{config.train.micro_batch_size} x {data} data-parallel ranks: a multiple of {per_micro_step} is allowed"
+        factors = (
+            f"train.micro_batch_size={config.train.micro_batch_size} x {data} data-parallel rank{'s' * (data > 1)}"
         )
+        requirement = f"be a multiple of {per_micro_step} ({factors})"
+        refuse("train.global_batch_size", config.train.global_batch_size, requirement)
     return Derived(
         world_size=world_size,
         data_parallel_size=data,
@@ -74,9 +74,9 @@ def derive(config: Config, world_size: int) -> Derived:
     )
 
 
-def _check_divides(tensor_parallel_size: int, name: str, value: int, *, why: str = "") -> None:
-    if value % tensor_parallel_size:
-        raise ConfigError(f"parallel.tensor_parallel_size={tensor_parallel_size} does not divide {name}={value}{why}")
+def _check_divides(tensor_parallel_size: int, number: int, what: str) -> None:
+    if number % tensor_parallel_size:
+        refuse("parallel.tensor_parallel_size", tensor_parallel_size, f"divide {what}")
 
 
 def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
@@ -87,17 +87,14 @@ def padded_vocab_size(vocab_size: int, tensor_parallel_size: int) -> int:
 
 @dataclass(frozen=True)
 class AdaptiveBand:
-    """Tokens of like frequency, which share a table of one width.
-
-    Attributes:
-        start: Its first token.
-        stop: The token after its last one.
-        width: Columns of its table.
-    """
+    """Tokens of similar frequency, which share a table of one width."""
 
     start: int
+    """The id of the band's first token."""
     stop: int
+    """The id after that of the band's last token."""
     width: int
+    """The number of columns of the band's table."""
 
     @property
     def size(self) -> int:
@@ -124,8 +121,8 @@ def learning_rate_at(step: int, optimizer: OptimizerConfig, train_steps: int) ->
 
     Args:
         step: The step about to be taken, from 0.
-        optimizer: Rates and lengths.
-        train_steps: Where the decay ends unless ``decay_steps`` says otherwise.
+        optimizer: The rates, and the lengths of warm-up and decay.
+        train_steps: The step at which the decay ends, unless ``decay_steps`` is given.
     """
     if step < optimizer.warmup_steps:
         rise = optimizer.learning_rate - optimizer.warmup_init_learning_rate

@@ -1,4 +1,4 @@
-"""From a YAML file and ``section.field=value`` overrides to a Config, and back to the run's config.yaml."""
+"""Reads a YAML file and ``section.field=value`` overrides into a Config, and writes a run's config.yaml."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megalibi.config.checks import MAX_WHOLE_NUMBER
+from megalibi.config.checks import MAX_WHOLE_NUMBER, refuse
 from megalibi.config.schema import Config, DatasetConfig
 from megalibi.config.yaml_text import SavedLoader, SpellingLoader, ValueLoader, parse_yaml, read_yaml
 from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 
 MAX_SHOWN = 120
-"""Characters of a value in an error."""
+"""The most characters of a value in an error."""
 _KEY = re.compile(r"\w+(\.\w+|\[\w+\])*")
 _Section = TypeVar("_Section")
 
@@ -33,6 +33,7 @@ class Scalar(str):
     """A value of a file or an override as it was typed, and what YAML makes of it."""
 
     value: bool | int | float | str | None
+    """What YAML makes of the text."""
 
     def __new__(cls, spelling: str, value: bool | int | float | str | None) -> Scalar:
         """Make a text that remembers a value."""
@@ -49,7 +50,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: ``section.field=value`` strings; values are read as YAML and win over the file.
 
     Raises:
-        ConfigError: The file is missing or no YAML, a key is unknown, or a value is not allowed.
+        ConfigError: The file is not YAML, a key is unknown, or a value cannot be used.
+        FileError: The file cannot be read.
     """
     return config_from_dict(load_tree(path, overrides))
 
@@ -61,7 +63,8 @@ def load_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         Nested mappings and lists of Scalars.
 
     Raises:
-        ConfigError: The file is missing or no YAML, an override is none, or a value is still missing (``???``).
+        ConfigError: The file is not YAML, an override has no value, or a value is still missing (``???``).
+        FileError: The file cannot be read.
     """
     text = read_yaml(path)
     values, spellings = (_merge(text, overrides, loader, str(path)) for loader in (ValueLoader, SpellingLoader))
@@ -72,7 +75,7 @@ def config_from_dict(tree: dict[str, Any]) -> Config:
     """Build a Config from nested plain values, as they stand in YAML.
 
     Raises:
-        ConfigError: A key is unknown or missing, or a value is not allowed.
+        ConfigError: A key is unknown or missing, or a value cannot be used.
     """
     return build_section(Config, tree, "")
 
@@ -106,7 +109,7 @@ def _merge(text: str, overrides: Sequence[str], loader: type[SavedLoader], sourc
     tree = parse_yaml(text, loader, f"{source} is not a valid configuration")
     if not isinstance(tree, dict):
         what = "is empty" if tree is None else "is not a configuration"
-        raise ConfigError(f"{source} {what}: a mapping of {', '.join(_names(Config))} is expected")
+        raise ConfigError(f"{source} {what}: it must be a mapping of {', '.join(_names(Config))}")
     parsed = [_parse_override(override, loader) for override in overrides]
     try:
         changes = OmegaConf.create({})
@@ -122,13 +125,13 @@ def _merge(text: str, overrides: Sequence[str], loader: type[SavedLoader], sourc
 def _parse_override(override: str, loader: type[SavedLoader]) -> tuple[str, Any]:
     key, _, text = override.partition("=")
     if "=" not in override or not _KEY.fullmatch(key):
-        raise ConfigError(f"override {_shorten(repr(override))} is not allowed: section.field=value is")
-    value = parse_yaml(text, loader, f"override {_shorten(repr(override))} is not allowed")
+        raise ConfigError(f"override {_shorten(repr(override))}: must be section.field=value")
+    value = parse_yaml(text, loader, f"override {_shorten(repr(override))} cannot be read")
     quoted = text.lstrip().startswith(("'", '"'))
     if loader is SpellingLoader and isinstance(value, str) and not quoted and text.lstrip().startswith(value):
         value = text.strip()  # a name may hold " #", where YAML begins a comment
     if _holds_missing(value):  # OmegaConf would leave the file's value
-        raise ConfigError(f"{key}=??? is not allowed: a value is")
+        refuse(key, MISSING, "be a value")
     return key, value
 
 
@@ -146,7 +149,7 @@ def _pair(values: Any, spellings: Any, path: str) -> Any:
         pairs = enumerate(zip(values, spellings, strict=True))
         return [_pair(value, spelling, f"{path}[{i}]") for i, (value, spelling) in pairs]
     if values == MISSING:
-        raise ConfigError(f"{path} is missing, ??? stands for it: give it in the file or as {path}=VALUE")
+        raise ConfigError(f"{path} is missing, its value is {MISSING}: give it in the file or as {path}=VALUE")
     return Scalar(spellings, values) if isinstance(spellings, str) else values
 
 
@@ -160,14 +163,14 @@ def build_section(section: type[_Section], tree: Any, path: str) -> _Section:
     Args:
         section: The dataclass.
         tree: Its fields by name.
-        path: What an error puts before a field's name: the section's own.
+        path: The section's own name, which an error puts before the field's.
 
     Raises:
-        ConfigError: A key is unknown or missing, or a value is not allowed.
+        ConfigError: A key is unknown or missing, or a value cannot be used.
     """
     where = path or "the configuration"
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}={_show(tree)} is not allowed: a mapping with {', '.join(_names(section))} is")
+        refuse(where, _show(tree), f"be a mapping with {', '.join(_names(section))}")
     hints = typing.get_type_hints(section)
     for key in tree:
         if key not in hints:
@@ -194,7 +197,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _convert_datasets(value, path)
     if typing.get_origin(hint) is tuple:  # tuple[int, ...] and its like
         if not isinstance(value, (list, tuple)):
-            raise ConfigError(f"{path}={_show(value)} is not allowed: a list is")
+            refuse(path, _show(value), "be a list")
         return tuple(_convert(typing.get_args(hint)[0], entry, f"{path}[{i}]") for i, entry in enumerate(value))
     if isinstance(hint, types.UnionType):  # str | None or float | None
         return None if _plain(value) is None else _convert(typing.get_args(hint)[0], value, path)
@@ -202,12 +205,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 
 
 def _convert_text(value: Any, path: str) -> str:
-    """Return a text as it was typed; what is a number without a spelling, as another program's, as Python writes it."""
+    """Return a text as it was typed; a number without a spelling, such as another program's, as Python writes it."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not (isinstance(value, str) or number) or (isinstance(value, Scalar) and value.value is None and not value):
-        raise ConfigError(f"{path}={_show(value)} is not allowed: a text is")
+        refuse(path, _show(value), "be text")
     if "\0" in str(value):  # no file can be called so
-        raise ConfigError(f"{path}={_show(value)} is not allowed: a text without NUL characters is")
+        refuse(path, _show(value), "be text without NUL characters")
     return str(value)
 
 
@@ -216,12 +219,12 @@ def _convert_plain(hint: type, value: Any, path: str) -> Any:
     if hint is float and type(plain) is int and abs(plain) <= sys.float_info.max:
         plain = float(plain)
     if hint is int and (plain in (math.inf, -math.inf) or (type(plain) is int and abs(plain) > MAX_WHOLE_NUMBER)):
-        raise ConfigError(f"{path}={_show(value)} is not allowed: a whole number of at most 64 bits is")
+        refuse(path, _show(value), "be a whole number of at most 64 bits")
     if type(plain) is not hint:
         kind = {int: "a whole number", float: "a number", bool: "true or false"}[hint]
-        raise ConfigError(f"{path}={_show(value)} is not allowed: {kind} is")
+        refuse(path, _show(value), f"be {kind}")
     if isinstance(plain, float) and not math.isfinite(plain):
-        raise ConfigError(f"{path}={_show(value)} is not allowed: a finite number is")
+        refuse(path, _show(value), "be a finite number")
     return plain
 
 
@@ -246,7 +249,7 @@ def _convert_datasets(value: Any, path: str) -> tuple[DatasetConfig, ...]:
     if isinstance(value, str):
         return (DatasetConfig(prefix=str(value)),)
     if not isinstance(value, list):
-        raise ConfigError(f"{path}={_show(value)} is not allowed: a PREFIX or a list of {{prefix, weight}} is")
+        refuse(path, _show(value), "be a PREFIX or a list of {prefix, weight}")
     return tuple(
         DatasetConfig(prefix=_convert_text(entry, f"{path}[{i}]"))
         if isinstance(entry, str)

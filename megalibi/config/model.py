@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-from megalibi.config.checks import check_at_least, check_at_most, check_fraction, check_one_of
-from megalibi.errors import ConfigError
+from megalibi.config.annotations import Fixed, Free, Said
+from megalibi.config.checks import check_at_least, check_at_most, check_fraction, check_one_of, refuse
 
 POSITION_METHODS = ("alibi", "sinusoidal", "rotary", "t5_bias", "learned", "none")
 ACTIVATIONS = ("gelu", "relu")
@@ -14,69 +14,76 @@ RECOMPUTATIONS = ("none", "full")
 MAX_LAYERS = 100_000
 MAX_WIDTH = 2**24
 MAX_ROWS = 2**31 - 1
-"""Of a table: Megatron-LM's token files have ids of at most 32 bits."""
+"""The most rows of a table: Megatron-LM's token files have ids of at most 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network: a pre-norm GPT."""
+    """The network: a GPT whose layer norms stand before attention and feed-forward layer."""
 
-    num_layers: int
-    """Number of transformer blocks."""
-    hidden_size: int
-    """Width of the residual stream."""
-    num_attention_heads: int
-    """Attention heads of the whole model; the tensor group divides them. Any count: powers of two are not needed."""
-    ffn_hidden_size: int
-    """Width of the feed-forward layer; 4 x hidden_size in the paper's models."""
-    vocab_size: int
-    """Token ids are below this number; at least the tokenizer's."""
-    padded_vocab_size: int = 0
-    """Rows of the embedding table. 0: the next multiple of 128 x tensor_parallel_size. Padded rows never get
-    probability. Fix it to keep one table size over several tensor_parallel_size."""
-    position_method: str = "alibi"
-    """How the model knows order: alibi (arXiv:2108.12409), sinusoidal (arXiv:1706.03762, section 3.5), rotary
-    (arXiv:2104.09864), t5_bias (arXiv:1910.10683, section 2.1), learned (a row for every position) or none."""
-    max_position_embeddings: int = 0
-    """Rows of learned positions, and so the most tokens that such a model sees at once. Only for learned, which needs
-    it; no other method has a length cap."""
-    t5_num_buckets: int = 32
-    """Buckets of distances of t5_bias; the first half of them hold one distance each."""
-    t5_max_distance: int = 128
-    """From this distance on all share t5_bias's last bucket."""
-    activation: str = "gelu"
-    """Of the feed-forward layer: gelu (the exact one, by erf) or relu."""
-    bias: bool = False
-    """Biases in linear layers and layer norms. Off, the model exports exactly to bias-free ALiBi formats."""
-    tie_embeddings: bool = True
-    """Use the embedding table as the output layer's weight too."""
-    adaptive_cutoffs: tuple[int, ...] = ()
-    """Where the vocabulary, sorted by falling frequency, is cut into bands of an adaptive embedding (arXiv:1809.10853)
-    and softmax (arXiv:1609.04309); WikiText-103's are 20000 and 60000. Empty: one table for all tokens."""
-    adaptive_factor: int = 4
-    """Each adaptive band's rows are narrower than those of the band before by this factor."""
-    final_norm: bool = True
-    """A layer norm between the last block and the output layer."""
-    dropout: float = 0.0
-    """Probability of dropping after the embedding, on attention probabilities and before each residual sum."""
-    attention_dropout: float | None = None
-    """The same on attention probabilities alone; none: as ``dropout``."""
-    activation_dropout: float = 0.0
-    """The same after the activation of the feed-forward layer."""
-    adaptive_softmax_dropout: float = 0.0
-    """The same before the adaptive softmax, and on the narrow hidden states of its later bands."""
-    attention_backend: str = "auto"
-    """Back end of alibi_attention; `python -m alibi_attention` lists them. auto takes the best that can run."""
-    layer_norm_epsilon: float = 1e-5
-    """Added to the variance in layer norms."""
-    init_std: float = 0.02
-    """Standard deviation of initial weights; layers that write to the residual stream get init_std / sqrt(2 x layers)
-    (GPT-2, section 2.3). Adaptive tables and projections have theirs from their shapes, as in fairseq."""
-    recompute: str = "none"
-    """Activation checkpointing: none, or full (each block keeps only its input and is computed again in backward)."""
+    num_layers: Fixed[int]
+    """The number of transformer blocks."""
+    hidden_size: Fixed[int]
+    """The width of the residual stream, in elements."""
+    num_attention_heads: Fixed[int]
+    """The number of attention heads of the whole model. It must divide hidden_size, and tensor_parallel_size must
+    divide it; it need not be a power of two."""
+    ffn_hidden_size: Fixed[int]
+    """The width of the feed-forward layer, in elements; 4 x hidden_size in the models of arXiv:2108.12409."""
+    vocab_size: Fixed[int]
+    """The number of token ids: all ids are below it. It must be at least the tokenizer's vocabulary size."""
+    padded_vocab_size: Fixed[int] = 0
+    """The rows of the embedding table; 0 takes the next multiple of 128 x tensor_parallel_size. Rows past vocab_size
+    never get any probability. A fixed number keeps one table size over several tensor_parallel_size."""
+    position_method: Fixed[str] = "alibi"
+    """How the model knows the order of tokens: alibi (arXiv:2108.12409), sinusoidal (arXiv:1706.03762, section 3.5),
+    rotary (arXiv:2104.09864), t5_bias (arXiv:1910.10683, section 2.1), learned (a row for every position) or none."""
+    max_position_embeddings: Fixed[int] = 0
+    """The rows of the table of learned positions, and so the most tokens that such a model sees at once. Only learned
+    needs it; no other method has a length cap."""
+    t5_num_buckets: Fixed[int] = 32
+    """The number of distance buckets of t5_bias, 32 as in T5; the first half of them hold one distance each."""
+    t5_max_distance: Fixed[int] = 128
+    """The distance in tokens, 128 as in T5, from which on all distances share the last bucket of t5_bias."""
+    activation: Fixed[str] = "gelu"
+    """The activation of the feed-forward layer: gelu (the exact one, by erf) or relu."""
+    bias: Fixed[bool] = False
+    """Whether linear layers and layer norms have biases. Without them the model exports exactly to ALiBi formats that
+    have none."""
+    tie_embeddings: Fixed[bool] = True
+    """Whether the embedding table is the weight of the output layer too."""
+    adaptive_cutoffs: Fixed[tuple[int, ...]] = ()
+    """The token ids at which the vocabulary, sorted by falling frequency, is cut into the bands of an adaptive
+    embedding (arXiv:1809.10853) and softmax (arXiv:1609.04309); 20000 and 60000 for WikiText-103. An empty list keeps
+    one table for all tokens."""
+    adaptive_factor: Fixed[int] = 4
+    """The factor by which the rows of each adaptive band are narrower than those of the band before, 4 as in
+    arXiv:1809.10853."""
+    final_norm: Fixed[bool] = True
+    """Whether a layer norm stands between the last block and the output layer."""
+    dropout: Said[float] = 0.0
+    """The probability of dropping an element after the embedding, of the attention probabilities, and before each
+    residual sum."""
+    attention_dropout: Said[float | None] = None
+    """The probability of dropping an attention probability; null takes that of dropout."""
+    activation_dropout: Said[float] = 0.0
+    """The probability of dropping an element after the activation of the feed-forward layer."""
+    adaptive_softmax_dropout: Said[float] = 0.0
+    """The probability of dropping an element before the adaptive softmax, and of the narrow hidden states of its later
+    bands."""
+    attention_backend: Said[str] = "auto"
+    """The back end of alibi_attention, as `python -m alibi_attention` lists them; auto takes the best that can run."""
+    layer_norm_epsilon: Fixed[float] = 1e-5
+    """The number added to the variance in layer norms; 1e-5 is PyTorch's default."""
+    init_std: Fixed[float] = 0.02
+    """The standard deviation of initial weights; layers that write to the residual stream get init_std / sqrt(2 x
+    num_layers) (GPT-2, section 2.3). Adaptive tables and projections get theirs from their shapes, as in fairseq."""
+    recompute: Free[str] = "none"
+    """Which activations are computed again in the backward pass to spare memory: none, or full, where each block keeps
+    only its input."""
 
     def __post_init__(self) -> None:
-        """Check what one section can know."""
+        """Check what one section can know of itself."""
         for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "vocab_size"):
             check_at_least("model", 1, **{name: getattr(self, name)})
         check_at_most("model", MAX_LAYERS, num_layers=self.num_layers)
@@ -88,57 +95,48 @@ class ModelConfig:
         check_one_of("model", "recompute", self.recompute, RECOMPUTATIONS)
         for name in ("dropout", "attention_dropout", "activation_dropout", "adaptive_softmax_dropout"):
             check_fraction("model", **{name: getattr(self, name) or 0.0})
-        check_at_least("model", 0.0, init_std=self.init_std, layer_norm_epsilon=self.layer_norm_epsilon)
+        check_at_least("model", 0, init_std=self.init_std, layer_norm_epsilon=self.layer_norm_epsilon)
         if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"model.num_attention_heads={self.num_attention_heads} does not divide "
-                f"model.hidden_size={self.hidden_size}"
+            refuse(
+                "model.num_attention_heads", self.num_attention_heads, f"divide model.hidden_size={self.hidden_size}"
             )
         if self.padded_vocab_size and self.padded_vocab_size < self.vocab_size:
-            raise ConfigError(
-                f"model.padded_vocab_size={self.padded_vocab_size} is below model.vocab_size={self.vocab_size}: "
-                "0 (computed) or at least model.vocab_size is allowed"
-            )
+            requirement = f"be 0, which computes it, or at least model.vocab_size={self.vocab_size}"
+            refuse("model.padded_vocab_size", self.padded_vocab_size, requirement)
         self._check_positions()
         self._check_adaptive()
 
     @property
     def attention_dropout_probability(self) -> float:
-        """What is dropped of attention probabilities."""
+        """The probability of dropping an attention probability."""
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     def _check_adaptive(self) -> None:
         cutoffs = self.adaptive_cutoffs
         if any(low >= high for low, high in pairwise((0, *cutoffs, self.vocab_size))):
-            raise ConfigError(
-                f"model.adaptive_cutoffs={list(cutoffs)} is not allowed: rising numbers between 0 and model.vocab_size="
-                f"{self.vocab_size} are"
-            )
+            requirement = f"be rising numbers between 0 and model.vocab_size={self.vocab_size}"
+            refuse("model.adaptive_cutoffs", list(cutoffs), requirement)
         check_at_least("model", 1, adaptive_factor=self.adaptive_factor)
         if self.hidden_size < self.adaptive_factor ** len(cutoffs):
-            raise ConfigError(
-                f"model.adaptive_factor={self.adaptive_factor} leaves the last of {len(cutoffs) + 1} bands no width of "
-                f"model.hidden_size={self.hidden_size}"
+            requirement = (
+                f"leave a width of at least 1 to the last of {len(cutoffs) + 1} bands: model.hidden_size="
+                f"{self.hidden_size} is divided by it {len(cutoffs)} times"
             )
+            refuse("model.adaptive_factor", self.adaptive_factor, requirement)
         if cutoffs and self.padded_vocab_size:
-            raise ConfigError(
-                f"model.padded_vocab_size={self.padded_vocab_size} is not allowed with model.adaptive_cutoffs: each "
-                "band is padded on its own; 0 is"
-            )
+            requirement = "be 0 with model.adaptive_cutoffs, whose bands are padded one by one"
+            refuse("model.padded_vocab_size", self.padded_vocab_size, requirement)
 
     def _check_positions(self) -> None:
-        method, head_dim = self.position_method, self.hidden_size // self.num_attention_heads
+        method = self.position_method
         if method == "sinusoidal" and self.hidden_size % 2:
-            raise ConfigError(f"model.hidden_size={self.hidden_size} is odd: sinusoidal positions need an even one")
-        if method == "rotary" and head_dim % 2:
-            raise ConfigError(
-                f"model.hidden_size={self.hidden_size} over model.num_attention_heads={self.num_attention_heads} is "
-                f"{head_dim} a head: rotary positions need an even number"
-            )
+            refuse("model.hidden_size", self.hidden_size, "be even with model.position_method=sinusoidal")
+        if method == "rotary" and self.hidden_size // self.num_attention_heads % 2:
+            heads = f"model.num_attention_heads={self.num_attention_heads}"
+            requirement = f"be an even multiple of {heads} with model.position_method=rotary"
+            refuse("model.hidden_size", self.hidden_size, requirement)
         if (method == "learned") != (self.max_position_embeddings > 0):
-            raise ConfigError(
-                f"model.max_position_embeddings={self.max_position_embeddings} with model.position_method={method} is "
-                "not allowed: learned needs 1 or more, all others 0"
-            )
+            requirement = f"be {'at least 1' if method == 'learned' else '0'} with model.position_method={method}"
+            refuse("model.max_position_embeddings", self.max_position_embeddings, requirement)
         check_at_least("model", 2, t5_num_buckets=self.t5_num_buckets)
         check_at_least("model", self.t5_num_buckets // 2 + 1, t5_max_distance=self.t5_max_distance)

@@ -1,4 +1,4 @@
-"""YAML, read so that nothing in a file can do more than hold values: no tags, no aliases without end, no deep nesting.
+"""Reads YAML whose only content is values: no tags, no endless aliases, no deep nesting.
 
 A scalar has two readings, what YAML makes of it and how it was typed: ``1e5`` is a number where a number is wanted, and
 three letters where a folder's name is. Each reading has its loader; load.py lets the type of the field choose.
@@ -13,14 +13,14 @@ from typing import Any
 
 import yaml
 
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, FileError
 
 MAX_DEPTH = 32
-"""Levels of lists and mappings within each other; a configuration has four."""
+"""The most levels of lists and mappings within each other; a configuration has four."""
 MAX_VALUES = 10_000
-"""Values of a file, those that aliases repeat included."""
+"""The most values of a file, those that aliases repeat included."""
 _MAX_BITS = 1024
-"""A whole number of more bits is no floating point number, and may be too long to be printed."""
+"""The most bits of a whole number: one of more is above all floating point numbers, and may be too long to print."""
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT_TAG = f"{_TAG}str"
@@ -47,21 +47,22 @@ class SavedLoader(yaml.SafeLoader):
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise yaml.MarkedYAMLError(
-                problem=f"more than {MAX_DEPTH} levels within each other", problem_mark=self.peek_event().start_mark
+                problem=f"values must be nested at most {MAX_DEPTH} levels deep",
+                problem_mark=self.peek_event().start_mark,
             )
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Refuse a key that is no text, or stands twice."""
+        """Refuse a key that is not text, or stands twice."""
         node = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
             if key.tag not in (_TEXT_TAG, _MERGE_TAG) or not isinstance(key, yaml.ScalarNode):
-                what = f"the key {key.value!r}" if isinstance(key, yaml.ScalarNode) else f"a {key.id} for a key"
-                raise yaml.MarkedYAMLError(problem=f"{what} is not allowed: a name is", problem_mark=key.start_mark)
+                what = f"the key {key.value!r}" if isinstance(key, yaml.ScalarNode) else f"the key, a {key.id},"
+                raise yaml.MarkedYAMLError(problem=f"{what} must be a name", problem_mark=key.start_mark)
             if key.value in seen:
                 problem = f"{key.value} stands twice, first in line {seen[key.value]}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
@@ -71,7 +72,7 @@ class SavedLoader(yaml.SafeLoader):
     def construct_document(self, node: yaml.Node) -> Any:
         """Refuse what aliases make endless, or nearly."""
         if _count_values(node, {}) > MAX_VALUES:
-            problem = f"more than {MAX_VALUES:,} values, those that aliases repeat included"
+            problem = f"the file must have at most {MAX_VALUES:,} values, those that aliases repeat included"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_document(node)
 
@@ -85,14 +86,14 @@ class SavedLoader(yaml.SafeLoader):
         if isinstance(value, int) and value.bit_length() > _MAX_BITS:
             return math.inf if value > 0 else -math.inf
         if value is None and node.tag != f"{_TAG}null":
-            problem = f"{node.value!r} is no {node.tag.removeprefix(_TAG)}"
+            problem = f"{node.value!r} must be of the type {node.tag.removeprefix(_TAG)}"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return value
 
     def refuse_tag(self, node: yaml.Node) -> Any:
         """Refuse sets, Python's objects and whatever else a tag may ask for."""
         raise yaml.MarkedYAMLError(
-            problem=f"the tag {node.tag.replace(_TAG, '!!')} is not allowed", problem_mark=node.start_mark
+            problem=f"the tag {node.tag.replace(_TAG, '!!')} must be left out", problem_mark=node.start_mark
         )
 
 
@@ -126,12 +127,13 @@ def read_yaml(path: str | Path) -> str:
     """Return the text of a YAML file.
 
     Raises:
-        ConfigError: It cannot be read, or is no UTF-8.
+        ConfigError: The file is not UTF-8.
+        FileError: The file cannot be read.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}; give the path of a YAML file") from error
+        raise FileError(f"{path} cannot be read: {error.strerror}; give the path of a YAML file") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not a valid configuration: {error}") from error
 
@@ -140,12 +142,12 @@ def parse_yaml(text: str, loader: type[SavedLoader], complaint: str) -> Any:
     """Return the values of a text.
 
     Args:
-        text: YAML.
-        loader: How scalars are read.
-        complaint: How an error begins: what is not allowed, such as "run.yaml is not a valid configuration".
+        text: The YAML.
+        loader: The loader, which says how scalars are read.
+        complaint: The beginning of an error, such as "run.yaml is not a valid configuration".
 
     Raises:
-        ConfigError: In one line, with the line in the text.
+        ConfigError: The text cannot be read; the message is one line and names the line in the text.
     """
     try:
         return yaml.load(text, loader)

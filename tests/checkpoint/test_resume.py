@@ -8,11 +8,11 @@ import pytest
 from megalibi.checkpoint import check_resumable, describe_changes
 from megalibi.checkpoint.folder import commit
 from megalibi.checkpoint.manifest import Manifest
-from megalibi.config import ON_RESUME, Config, OnResume, config_to_dict
+from megalibi.config import Config, DECIDES, Decides, ON_RESUME, OnResume, config_to_dict
 from megalibi.config.identity import BY_CONTENT
 from megalibi.errors import ConfigError
 from megalibi.files import make_folder
-from tests.support.runs import identify, make_config, write_tokens
+from tests.support.runs import identify, make_config, open_loader, write_tokens
 
 LEARNED = {"model.position_method": "learned", "model.max_position_embeddings": 64}
 ADAPTIVE = {"model.adaptive_cutoffs": [41, 122]}
@@ -161,3 +161,19 @@ def test_another_learning_rate_is_said_with_both_and_what_keeps_it(
         assert lines == []
     else:
         assert expected in lines[0]
+
+
+def hash_first_step(config: Config) -> int:
+    """Return the hash of the samples that the first step reads."""
+    loader = open_loader(config, micro_batch_size=config.train.global_batch_size)
+    (batch,) = loader.micro_batches(0)
+    loader.close()
+    return batch.sample_hash
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+def test_the_samples_of_a_step_depend_on_the_fields_that_say_so(prefix: str, name: str) -> None:
+    entry = OTHER_VALUES[name]
+    needed, value = entry if isinstance(entry, tuple) else ({}, entry)
+    before, after = (hash_first_step(configure(prefix, values)) for values in (needed, needed | {name: value}))
+    assert (before != after) == (DECIDES[name] is Decides.SAMPLES)

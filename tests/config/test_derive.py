@@ -58,17 +58,17 @@ def test_trap_9_vocabulary_is_padded_to_128_per_tensor_rank() -> None:
     ("sections", "world_size", "message"),
     [
         ({"parallel": {"tensor_parallel_size": 2}}, 3,
-         "parallel.tensor_parallel_size=2 does not divide the number of ranks=3"),
+         "parallel.tensor_parallel_size=2: must divide the job's 3 ranks"),
         ({"parallel": {"tensor_parallel_size": 3}}, 3,
-         "parallel.tensor_parallel_size=3 does not divide model.num_attention_heads=4"),
+         "parallel.tensor_parallel_size=3: must divide model.num_attention_heads=4"),
         ({"parallel": {"tensor_parallel_size": 2}, "model": {"padded_vocab_size": 1001}}, 2,
-         "parallel.tensor_parallel_size=2 does not divide model.padded_vocab_size=1001"),
+         "parallel.tensor_parallel_size=2: must divide model.padded_vocab_size=1001"),
         ({"parallel": {"tensor_parallel_size": 2}, "model": {"ffn_hidden_size": 255}}, 2,
-         "parallel.tensor_parallel_size=2 does not divide model.ffn_hidden_size=255"),
+         "parallel.tensor_parallel_size=2: must divide model.ffn_hidden_size=255"),
         ({"parallel": {"tensor_parallel_size": 2, "sequence_parallel": True}, "data": {"seq_length": 127}}, 2,
-         "parallel.tensor_parallel_size=2 does not divide data.seq_length=127"),
-        ({}, 3, "train.global_batch_size=8 is no multiple of train.micro_batch_size=2 x 3 data-parallel ranks: "
-                "a multiple of 6 is allowed"),
+         "parallel.tensor_parallel_size=2: must divide data.seq_length=127 with parallel.sequence_parallel=true"),
+        ({}, 3,
+         "train.global_batch_size=8: must be a multiple of 6 (train.micro_batch_size=2 x 3 data-parallel ranks)"),
     ],
 )  # fmt: skip
 def test_what_ranks_cannot_divide(sections: dict[str, Any], world_size: int, message: str) -> None:
@@ -102,10 +102,13 @@ def test_the_papers_warm_up_starts_above_zero_and_its_cosine_ends_at_the_minimum
     for step in (0, 1, 777, 15_998, 15_999):  # the rate of a warm-up step is the one it ends with
         assert learning_rate_at(step, optimizer, 286_000) == pytest.approx(fairseq(step + 1), rel=1e-12)
     with pytest.raises(
-        ConfigError, match=r"optimizer\.warmup_init_learning_rate=2\.0 is above optimizer\.learning_rate=1"
+        ConfigError, match=r"optimizer\.warmup_init_learning_rate=2\.0: must be at most optimizer\.learning_rate=1"
     ):
         OptimizerConfig(learning_rate=1.0, warmup_init_learning_rate=2.0)
-    with pytest.raises(ConfigError, match=r"optimizer\.decay_steps=5 is below optimizer\.warmup_steps=10: the l"):
+    with pytest.raises(
+        ConfigError,
+        match=r"optimizer\.decay_steps=5: must be 0, for train\.steps, or at least optimizer\.warmup_steps=10, until",
+    ):
         OptimizerConfig(learning_rate=1.0, warmup_steps=10, decay_steps=5)
     OptimizerConfig(learning_rate=1.0, warmup_steps=10, decay_steps=10)
 

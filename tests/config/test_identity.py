@@ -5,7 +5,16 @@ import re
 import typing
 from pathlib import Path
 
-from megalibi.config import ON_RESUME, Config, OnResume, config_from_dict, find_changes
+from megalibi.config import (
+    DECIDES,
+    ON_RESUME,
+    Config,
+    Decides,
+    OnResume,
+    config_from_dict,
+    find_changes,
+    find_weight_changes,
+)
 from megalibi.config.identity import BY_CONTENT, NO_WEIGHT_DEPENDS_ON
 
 DOCS = Path(__file__).parents[2] / "docs" / "resume.md"
@@ -21,6 +30,12 @@ def test_every_field_is_decided_once() -> None:
     hints = typing.get_type_hints(Config)
     fields = [f"{section}.{field.name}" for section, kind in hints.items() for field in dataclasses.fields(kind)]
     assert sorted(fields) == sorted(ON_RESUME)
+    assert sorted(fields) == sorted(DECIDES)
+    for kind in hints.values():
+        for hint in typing.get_type_hints(kind, include_extras=True).values():
+            marks = typing.get_args(hint)[1:]
+            assert [type(mark) for mark in marks].count(OnResume) == 1
+            assert [type(mark) for mark in marks].count(Decides) <= 1
     assert set(ON_RESUME) > BY_CONTENT
     assert set(ON_RESUME) > NO_WEIGHT_DEPENDS_ON
 
@@ -34,6 +49,32 @@ def test_what_decides_a_weight_may_not_change_without_a_word() -> None:
     free = {name for name, on_resume in ON_RESUME.items() if on_resume is OnResume.FREE}
     assert free <= NO_WEIGHT_DEPENDS_ON
     assert not {name for name in ON_RESUME if name.startswith("optimizer.")} & NO_WEIGHT_DEPENDS_ON
+
+
+def test_what_each_field_decides() -> None:
+    by_kind: dict[Decides, set[str]] = {kind: set() for kind in Decides}
+    for name, decides in DECIDES.items():
+        by_kind[decides].add(name)
+    assert by_kind[Decides.SAMPLES] == {"data.train", "data.seq_length", "train.global_batch_size", "train.seed"}
+    assert by_kind[Decides.TOPOLOGY] == {
+        "parallel.tensor_parallel_size",
+        "parallel.sequence_parallel",
+        "parallel.context_parallel_size",
+        "zero.stage",
+        "zero.bucket_elements",
+        "train.micro_batch_size",
+    }
+    assert by_kind[Decides.NO_WEIGHT] == NO_WEIGHT_DEPENDS_ON
+
+
+def test_a_weight_does_not_depend_on_what_is_only_measured_or_written() -> None:
+    ours = config_from_dict(SMALL)
+    train = SMALL["train"] | {"output_dir": "elsewhere", "eval_samples": 7, "steps": 4}
+    tree = {**SMALL, "data": {"train": "moved", "valid": "other", "seq_length": 32}, "train": train}
+    assert find_weight_changes(ours, config_from_dict(tree)) == {
+        "data.train": ([{"prefix": "tokens", "weight": 1.0}], [{"prefix": "moved", "weight": 1.0}]),
+        "train.steps": (3, 4),
+    }
 
 
 def test_changes_are_named_with_both_values_and_files_are_left_to_their_content() -> None:

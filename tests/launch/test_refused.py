@@ -40,17 +40,17 @@ def assert_refused(job: Job, message: str) -> None:
 
 VALUES = {
     "train.output_dir=/proc/x": "train.output_dir=/proc/x cannot be written: /proc takes no file (No such file or dir",
-    "train.output_dir=": "train.output_dir=null is not allowed: a text is",
-    'train.output_dir=""': "train.output_dir is empty: the path of the run's folder is allowed",
-    f"zero.bucket_elements={HUGE}": f"zero.bucket_elements={HUGE} is not allowed: a number of at most 2,147,483,647 is",
-    "train.global_batch_size=4000000000000": "=4000000000000 is not allowed: a number of at most 16,777,216 is",
-    "parallel.timeout_minutes=1e300": "parallel.timeout_minutes=1e+300 is not allowed: a number of at most 525,600 is",
-    f"model.vocab_size={2**63}": f"model.vocab_size={2**63} is not allowed: a whole number of at most 64 bits is",
-    f"model.vocab_size={HUGE}": f"model.vocab_size={HUGE} is not allowed: a number of at most 2,147,483,647 is",
-    f"model.padded_vocab_size={HUGE}": f"model.padded_vocab_size={HUGE} is not allowed: a number of at most 2,147,483",
-    f"model.num_layers={HUGE}": f"model.num_layers={HUGE} is not allowed: a number of at most 100,000 is",
-    f"model.hidden_size={HUGE}": f"model.hidden_size={HUGE} is not allowed: a number of at most 16,777,216 is",
-    f"model.ffn_hidden_size={HUGE}": f"model.ffn_hidden_size={HUGE} is not allowed: a number of at most 16,777,216 is",
+    "train.output_dir=": "train.output_dir=null: must be text",
+    'train.output_dir=""': "train.output_dir='': must be the path of the run's folder",
+    f"zero.bucket_elements={HUGE}": f"zero.bucket_elements={HUGE}: must be at most 2,147,483,647",
+    "train.global_batch_size=4000000000000": "=4000000000000: must be at most 16,777,216",
+    "parallel.timeout_minutes=1e300": "parallel.timeout_minutes=1e+300: must be at most 525,600",
+    f"model.vocab_size={2**63}": f"model.vocab_size={2**63}: must be a whole number of at most 64 bits",
+    f"model.vocab_size={HUGE}": f"model.vocab_size={HUGE}: must be at most 2,147,483,647",
+    f"model.padded_vocab_size={HUGE}": f"model.padded_vocab_size={HUGE}: must be at most 2,147,483",
+    f"model.num_layers={HUGE}": f"model.num_layers={HUGE}: must be at most 100,000",
+    f"model.hidden_size={HUGE}": f"model.hidden_size={HUGE}: must be at most 16,777,216",
+    f"model.ffn_hidden_size={HUGE}": f"model.ffn_hidden_size={HUGE}: must be at most 16,777,216",
     f"model.hidden_size={2**24}": "not enough memory on ",
 }
 

@@ -132,7 +132,7 @@ def test_without_a_gpu_nothing_is_said_of_one() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "ranks", "message"),
-    [({}, 3, r"train\.global_batch_size=2 is no multiple"), ({"tensor_parallel_size": 3}, 3, r"does not divide")],
+    [({}, 3, r"train\.global_batch_size=2: must be a multiple"), ({"tensor_parallel_size": 3}, 3, r"must divide")],
 )
 def test_ranks_that_do_not_fit_are_refused(fields: dict[str, Any], ranks: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

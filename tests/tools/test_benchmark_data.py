@@ -63,19 +63,19 @@ def test_a_mistake_is_one_line(monkeypatch, capsys):
     preprocess = ["preprocess", "--input", "none.txt", "--tokenizer", "none.model"]
     handler = signal.getsignal(signal.SIGTERM)
     for arguments, message in (
-        (["loader", "--repeats", 0], "--repeats=0 is not allowed: a number of at least 1 is"),
-        (["loader", "--gigabytes", "nan"], "--gigabytes=nan is not allowed: a number of at least 0.001 is"),
-        (["loader", "--gigabytes", -1], "--gigabytes=-1.0 is not allowed"),
-        (["loader", "--gigabytes", "inf"], "--gigabytes=inf is not allowed"),
-        (["loader", "--seconds", 0], "--seconds=0.0 is not allowed"),
-        (["loader", "--seq-lengths", 64, 0], "--seq-lengths=0 is not allowed: a number of at least 1 is"),
+        (["loader", "--repeats", 0], "--repeats=0: must be at least 1"),
+        (["loader", "--gigabytes", "nan"], "--gigabytes=nan: must be at least 0.001"),
+        (["loader", "--gigabytes", -1], "--gigabytes=-1.0: must be at least 0.001"),
+        (["loader", "--gigabytes", "inf"], "--gigabytes=inf: must be at least 0.001 and fit into 64 bits"),
+        (["loader", "--seconds", 0], "--seconds=0.0: must be at least 0.001"),
+        (["loader", "--seq-lengths", 64, 0], "--seq-lengths=0: must be at least 1"),
         (
             ["loader", "--gigabytes", 0.001, "--seq-lengths", 10**6],
             "--seq-lengths=1000000 is not allowed: fewer",
         ),
         (["loader", "--folder", TOOL], f"--folder={TOOL} cannot be written: {TOOL} is no folder"),
         (["loader", "--output", ROOT], f"--output={ROOT} is a folder: give the name of a file"),
-        ([*preprocess, "--workers", 0], "--workers=0 is not allowed: a number of at least 1 is"),
+        ([*preprocess, "--workers", 0], "--workers=0: must be at least 1"),
         ([*preprocess, "--output", TOOL / "a"], f"--output={TOOL / 'a'} cannot be written: {TOOL} is no folder"),
     ):
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])

@@ -288,8 +288,8 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
         ),
         ({"picture": "t.model/a.png"}, "--picture=t.model/a.png cannot be written: t.model is no folder"),
         ({"output": "t.model/a.json"}, "--output=t.model/a.json cannot be written: t.model is no folder"),
-        ({"tokens": 0}, "--tokens=0 is not allowed: a number of at least 1 is"),
-        ({"tokens": -7}, "--tokens=-7 is not allowed: a number of at least 1 is"),
+        ({"tokens": 0}, "--tokens=0: must be at least 1"),
+        ({"tokens": -7}, "--tokens=-7: must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -162,7 +162,7 @@ BAD_INPUT = {
     "method": ("study.methods=[alibi,rope]", "study.methods: rope is not allowed"),
     "unknown key": ("study.strid=3", "study.strid is unknown: did you mean study.stride?"),
     "training length": ("data.seq_length=20", "study.lengths=[16, 32] does not begin with data.seq_length=20"),
-    "batch": ("train.global_batch_size=5", "train.global_batch_size=5 is no multiple of train.micro_batch_size=2"),
+    "batch": ("train.global_batch_size=5", "train.global_batch_size=5: must be a multiple of"),
     "jobs": ("--jobs=0", "jobs=0 is not allowed"),
     "launcher": ("--launcher=srun '", "--launcher=srun ' is not allowed: No closing quotation, a command is"),
     "output": (f"--output={TOOL}", f"--output={TOOL} cannot be written: {TOOL} is no folder"),

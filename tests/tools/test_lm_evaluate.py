@@ -392,10 +392,10 @@ def test_what_is_prepared_is_asked_as_the_harness_itself_would(trained: Trained,
 
 def test_options_that_cannot_be_are_one_line(trained: Trained) -> None:
     for options, message in (
-        (("--limit", "0"), "--limit=0 is not allowed: a number of at least 1 is"),
-        (("--limit", "-1"), "--limit=-1 is not allowed: a number of at least 1 is"),
-        (("--num-fewshot", "-1"), "--num-fewshot=-1 is not allowed: a number of at least 0 is"),
-        (("--max-length", "0"), "--max-length=0 is not allowed: a number of at least 1 is"),
+        (("--limit", "0"), "--limit=0: must be at least 1"),
+        (("--limit", "-1"), "--limit=-1: must be at least 1"),
+        (("--num-fewshot", "-1"), "--num-fewshot=-1: must be at least 0"),
+        (("--max-length", "0"), "--max-length=0: must be at least 1"),
         (("--output", "."), "--output=. is a folder: give the name of a file"),
     ):
         done = run_tool(trained, "our_choice", *options)

@@ -198,12 +198,15 @@ def test_dropout_of_the_output_layer_is_keyed_and_the_same_on_all_tensor_ranks()
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"adaptive_cutoffs": (50, 40)}, r"adaptive_cutoffs=\[50, 40\] is not allowed: rising numbers between 0 and"),
-        ({"adaptive_cutoffs": (VOCAB_SIZE,)}, "rising numbers between 0 and model.vocab_size=301 are"),
+        ({"adaptive_cutoffs": (50, 40)}, r"adaptive_cutoffs=\[50, 40\]: must be rising numbers between 0 and"),
+        ({"adaptive_cutoffs": (VOCAB_SIZE,)}, "must be rising numbers between 0 and model.vocab_size=301"),
         ({"adaptive_cutoffs": (0, 5)}, "rising numbers"),
-        ({"adaptive_factor": 7}, "adaptive_factor=7 leaves the last of 3 bands no width of model.hidden_size=48"),
-        ({"padded_vocab_size": 320}, "padded_vocab_size=320 is not allowed with model.adaptive_cutoffs"),
-        ({"activation_dropout": 1.0}, "model.activation_dropout=1.0 is not allowed"),
+        (
+            {"adaptive_factor": 7},
+            "adaptive_factor=7: must leave a width of at least 1 to the last of 3 bands: model.hidden_size=48 is div",
+        ),
+        ({"padded_vocab_size": 320}, "padded_vocab_size=320: must be 0 with model.adaptive_cutoffs"),
+        ({"activation_dropout": 1.0}, "model.activation_dropout=1.0: must be at least 0 and below 1"),
     ],
 )
 def test_what_is_no_adaptive_model_is_refused(fields: dict[str, Any], message: str) -> None:

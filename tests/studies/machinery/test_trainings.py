@@ -134,7 +134,7 @@ def test_everything_is_checked_before_anything_starts(training: Training, tmp_pa
         config=change(change(training.config, "train", output_dir=str(tmp_path / "bad")), "train", global_batch_size=5),
         machine=training.machine,
     )
-    with pytest.raises(ConfigError, match=r"train\.global_batch_size=5 is no multiple"):
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size=5: must be a multiple"):
         run_trainings([good, bad], Console(quiet=True))
     assert not good.log.exists()
 
