@@ -12,7 +12,8 @@ from pathlib import Path
 from megalibi.config import Config, load_config
 from megalibi.errors import ConfigError
 from megalibi.runtime.cuda_environment import set_cuda_environment
-from megalibi.runtime.ranks import Place, run_rank
+from megalibi.runtime.exit import run_rank
+from megalibi.runtime.ranks import Place
 from megalibi.train.start import start_job
 
 

@@ -46,7 +46,9 @@ from megalibi.metrics.provenance import describe_run
 from megalibi.parallel import ProcessGroups, build_process_groups
 from megalibi.report.plots import save_figure
 from megalibi.report.position_plot import position_curve
-from megalibi.runtime.ranks import Place, init_distributed, run_rank, set_up_device
+from megalibi.runtime.device import set_up_device
+from megalibi.runtime.exit import run_rank
+from megalibi.runtime.ranks import Place, init_distributed
 
 EXAMPLE = """examples:
   python tools/evaluate.py --checkpoint runs/quickstart --data sample/valid --lengths 256,512,1024,2048 \\

@@ -19,8 +19,9 @@ from megalibi.errors import ConfigError
 from megalibi.evaluate.run import check_lengths, check_same_tokenizer
 from megalibi.metrics.outputs import check_outputs
 from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.runtime.device import set_up_device
 from megalibi.runtime.exit import run_tool
-from megalibi.runtime.ranks import find_place, set_up_device
+from megalibi.runtime.ranks import find_place
 
 EXAMPLE = """examples:
   python tools/lm_evaluate.py --checkpoint runs/quickstart --tasks lambada_openai,hellaswag \\

@@ -1,6 +1,6 @@
-"""What CUDA and its libraries read from the environment as they begin: set for a run, unless the user has set it.
+"""Sets the environment variables that CUDA and its libraries read as they begin, unless the user has set them.
 
-To be used before torch is imported, which reads some of it at once.
+torch reads some of them when it is imported, so they are set before.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from megalibi.config import Config
 from megalibi.errors import ConfigError
 
 _BLACKWELL = 10
-"""Compute capability, major number."""
+"""The major number of the compute capability of these GPUs."""
 _DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
-"""Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS gives the same sums every time; torch refuses others."""
+"""The values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS gives the same sums every time; torch refuses others."""
 _NVIDIA_SMI_SECONDS = 30
 
 
 def set_cuda_environment(config: Config) -> None:
-    """Set what a run wants for its GPUs; without one it has no effect.
+    """Set the variables that a run wants for its GPUs; without a GPU they have no effect.
 
     Raises:
-        ConfigError: What the user has set contradicts the configuration.
+        ConfigError: A variable that the user has set contradicts the configuration.
     """
     compute_capability = find_compute_capability() if _orders_kernels(config) else None
     os.environ.update(choose_settings(config, os.environ, compute_capability))
@@ -34,17 +34,17 @@ def choose_settings(config: Config, environment: Mapping[str, str], compute_capa
 
     Args:
         config: The run.
-        environment: What is set already, and stays.
-        compute_capability: Of the host's GPUs, the major number; None: not known.
+        environment: The variables that are set already, and stay.
+        compute_capability: The major number of the host's GPUs; None if it is not known.
 
     Raises:
-        ConfigError: ``train.deterministic`` with a CUBLAS_WORKSPACE_CONFIG that is not.
+        ConfigError: ``train.deterministic`` with a CUBLAS_WORKSPACE_CONFIG that is not deterministic.
     """
     wanted: dict[str, str] = {}
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(environment):
         # Memory that was in use for tensors of one size can be used for those of another: validations and documents
-        # have other shapes than training. By its older name, which every torch reads; several that know
-        # PYTORCH_ALLOC_CONF do not heed this option there (pytorch/pytorch#183387, 2.9 to 2.11).
+        # have other shapes than training. The older name is set because every torch reads it; torch 2.9 to 2.11 know
+        # PYTORCH_ALLOC_CONF and do not heed this option there (pytorch/pytorch#183387).
         wanted["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     if _orders_kernels(config) and (compute_capability is None or compute_capability < _BLACKWELL):
         # One queue to the GPU: kernels begin in the order of their launches. The collective that sums an input's
@@ -55,17 +55,17 @@ def choose_settings(config: Config, environment: Mapping[str, str], compute_capa
         workspace = environment.get("CUBLAS_WORKSPACE_CONFIG", _DETERMINISTIC_WORKSPACES[0])
         if workspace not in _DETERMINISTIC_WORKSPACES:
             raise ConfigError(
-                f"CUBLAS_WORKSPACE_CONFIG={workspace} in the environment does not go with train.deterministic=true: "
-                f"unset it, or set it to {' or '.join(_DETERMINISTIC_WORKSPACES)}"
+                f"CUBLAS_WORKSPACE_CONFIG={workspace} in the environment: must be unset or "
+                f"{' or '.join(_DETERMINISTIC_WORKSPACES)} with train.deterministic=true"
             )
         wanted["CUBLAS_WORKSPACE_CONFIG"] = workspace
-        # Sums that NVLink's switches make come in any order (NVIDIA/nccl#1497).
+        # NVLink's switches add in any order (NVIDIA/nccl#1497).
         wanted["NCCL_NVLS_ENABLE"] = "0"
     return {name: value for name, value in wanted.items() if name not in environment}
 
 
 def find_compute_capability() -> int | None:
-    """Return the smallest major number among the host's GPUs; None: there is none, or nvidia-smi does not say.
+    """Return the smallest major number among the host's GPUs; None if there is none, or nvidia-smi does not say.
 
     torch could say, but only after CUDA has begun, which is too late to set anything.
     """

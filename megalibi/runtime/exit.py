@@ -1,4 +1,7 @@
-"""How every command of megalibi ends: a user's mistake is one line and exit code 2."""
+"""How a process ends: what went wrong is one line and an exit code, for a command and for a rank of a job.
+
+Exit codes: 0 done; 1 failed, with a traceback, or diverged; 2 something that the user can mend; 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,28 @@ import contextlib
 import errno
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-from megalibi.errors import ConfigError, UserError
+from megalibi import log
+from megalibi.errors import FileError, UserError
+from megalibi.runtime.ranks import Place, find_place
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+SPOKESMAN_SECONDS = 10
+"""How long the other ranks wait for the spokesman's line: a launcher that sees one rank end kills the rest."""
 _MAX_NAME = 100
-"""Characters of a name that is too long, in an error."""
+"""The most characters that an error shows of a name that is too long."""
+_MAX_REASON = 200
+"""The most characters that an error shows of what a library said."""
+# What torch says of a CPU, of CUDA, and of a tensor of more bytes than there are addresses.
+_NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "Storage size calculation overflowed")
 _RIGHTS = "ask its owner for the right to use it, or give another path"
 _ADVICE = {
     errno.EACCES: _RIGHTS,
@@ -31,9 +45,9 @@ _ADVICE = {
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function and exit the process with what came of it.
 
-    ConfigError becomes ``error: MESSAGE`` on standard error and exit code 2, and so does a file or folder that the user
-    may not use. Ctrl-C, SIGTERM and the end of the terminal let the command remove what is half-written and become exit
-    code 130.
+    A UserError becomes ``error: MESSAGE`` on standard error and its exit code, and so does a file or folder that the
+    user may not use. Ctrl-C, SIGTERM and the end of the terminal become exit code 130, after the command has removed
+    what is half-written.
 
     Args:
         main: The command; what it returns is the exit code (None is 0).
@@ -45,21 +59,36 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         with refuse_files():
             code = main()
     except UserError as error:
-        message = " ".join(str(error).split())
-        sys.stderr.write(f"error: {message}\n")
+        _write_error(str(error))
         code = error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted\n")
+        _write_error("interrupted")
         code = EXIT_INTERRUPTED
     sys.exit(code)
 
 
+def run_rank(work: Callable[[Place], None]) -> NoReturn:
+    """Do a rank's work and end the process with what came of it.
+
+    A UserError is one line, which one rank says; anything else is a traceback that names rank and host.
+
+    Args:
+        work: The work, called with this process's place in the job.
+    """
+    log.outlive_terminal()
+    code = _run_rank(work)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after a failure the threads of collectives that wait for a dead rank would hold the process.
+    os._exit(code)
+
+
 @contextlib.contextmanager
 def refuse_files() -> Iterator[None]:
-    """Let a file that cannot be used be the user's to mend, in whatever option or field it stands.
+    """Turn the error of a file that cannot be used into one that the user can mend, whatever option or field names it.
 
     Raises:
-        ConfigError: Instead of the OSError that names a file; and of a name that this locale cannot write.
+        FileError: In place of an OSError that names a file, and of a name that this locale cannot write.
     """
     try:
         yield
@@ -70,9 +99,9 @@ def refuse_files() -> Iterator[None]:
         if error.errno == errno.ENAMETOOLONG:
             name = f"{name[:_MAX_NAME]}..."
         advice = _ADVICE.get(error.errno or 0, "give another path, or mend that one")
-        raise ConfigError(f"{name}: {error.strerror}; {advice}") from error
+        raise FileError(f"{name}: {error.strerror}; {advice}") from error
     except UnicodeEncodeError as error:
-        raise ConfigError(
+        raise FileError(
             f"{error.object!a} holds letters that cannot be written in this locale's encoding, {error.encoding}: "
             "set LC_ALL=C.UTF-8, or PYTHONUTF8=1"
         ) from error
@@ -80,3 +109,81 @@ def refuse_files() -> Iterator[None]:
 
 def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def _run_rank(work: Callable[[Place], None]) -> int:
+    place = None
+    try:
+        place = find_place(os.environ)
+        log.configure(rank=place.rank, world_size=place.world_size)
+        with refuse_files():
+            work(place)
+    except UserError as error:
+        _say(str(error), place)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if _is_spokesman(place):
+            _write_error("interrupted")
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        explained = _explain(error, place)
+        if explained is None:
+            log.get_logger(__name__).exception("failed")
+            return EXIT_FAILED
+        _write_error(explained, place)  # by each rank, for it may be the only one
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _explain(error: Exception, place: Place | None) -> str | None:
+    """Return in one line what a user can mend; None if a traceback is needed."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full on {socket.gethostname()}: {error}; free space and start again"
+    if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
+        return (
+            f"not enough memory on {socket.gethostname()}: {text[:_MAX_REASON]}; less is needed with a smaller model, "
+            "train.micro_batch_size or zero.bucket_elements, model.recompute=full, a higher zero.stage or more ranks"
+        )
+    if "EADDRINUSE" in text and place is not None:
+        return (
+            f"port {place.master_port} of {socket.gethostname()} is in use, perhaps by another run: start with "
+            "--master_port PORT (deepspeed, torchrun) or export MASTER_PORT=PORT (srun)"
+        )
+    return None
+
+
+def _say(message: str, place: Place | None) -> None:
+    """Print an error that other ranks may have met too: the spokesman at once, another rank if it turns out alone."""
+    if not _is_spokesman(place):
+        time.sleep(SPOKESMAN_SECONDS)
+        if place is not None and not _rank_0_goes_on(place):
+            return
+    _write_error(message, place)
+
+
+def _write_error(message: str, place: Place | None = None) -> None:
+    """Write an error as one line, with the rank and its host if it is not rank 0."""
+    where = f" [rank {place.rank}/{place.world_size} on {socket.gethostname()}]" if place and place.rank > 0 else ""
+    sys.stderr.write(f"error: {' '.join(message.split())}{where}\n")
+
+
+def _rank_0_goes_on(place: Place) -> bool:
+    """Return whether rank 0 waits for the others at the job's port, and so has not met what this rank met."""
+    try:
+        socket.create_connection((place.master_address, place.master_port), timeout=SPOKESMAN_SECONDS).close()
+    except OSError:
+        return False
+    return True
+
+
+def _is_spokesman(place: Place | None) -> bool:
+    """Return whether this rank prints an error at once: when the ranks have met, rank 0; before, one of each host.
+
+    A host may lack a file that others have.
+    """
+    import torch.distributed as dist
+
+    if place is None:  # the environment is not a launcher's, and its numbers may be none
+        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) in ("0", "")
+    return place.rank == 0 or (place.local_rank == 0 and not dist.is_initialized())

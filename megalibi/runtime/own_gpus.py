@@ -1,4 +1,4 @@
-"""Whether every rank of a job has a GPU of its own."""
+"""The check that every rank of a job has a GPU of its own."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def check_own_gpus(rank: int, world_size: int, gpu: str, store: dist.Store) -> None:
-    """Find out whether every rank has a GPU of its own; every rank calls it.
+    """Check that every rank has a GPU of its own; every rank calls it.
 
     The environment does not say: a rank that sees one GPU may have it alone (srun --gpus-per-task=1) or not.
 
     Args:
-        rank: This process's.
+        rank: The number of this rank.
         world_size: The number of ranks.
-        gpu: The UUID of the one it took.
-        store: Of the job, with keys of their own.
+        gpu: The UUID of the GPU that this rank took.
+        store: The job's store, in which no one else uses the keys.
 
     Raises:
-        ConfigError: On every rank: two have the same.
+        ConfigError: On every rank, if two have the same GPU.
     """
     store.set(f"gpu {rank}", f"{gpu} {socket.gethostname()}")
     if rank == 0:
@@ -38,7 +38,7 @@ def check_own_gpus(rank: int, world_size: int, gpu: str, store: dist.Store) -> N
 
 
 def describe_shared_gpu(taken: list[tuple[str, str]]) -> str:
-    """Return what is wrong with the GPUs that the ranks took, each given by host and UUID; empty: nothing."""
+    """Return what is wrong with the GPUs that the ranks took, each given by host and UUID; empty if nothing is."""
     first_with: dict[str, int] = {}
     for rank, (host, gpu) in enumerate(taken):
         if gpu in first_with:
@@ -46,7 +46,7 @@ def describe_shared_gpu(taken: list[tuple[str, str]]) -> str:
             count = len(set(on_host))
             return (
                 f"{len(on_host)} ranks on {host} have {count} GPU{'s' * (count > 1)} between them (ranks "
-                f"{first_with[gpu]} and {rank} the same): start one rank for each GPU, or compute on the CPU with "
+                f"{first_with[gpu]} and {rank} took the same): start one rank for each GPU, or compute on the CPU with "
                 "DS_ACCELERATOR=cpu"
             )
         first_with[gpu] = rank

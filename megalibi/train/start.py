@@ -6,7 +6,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megalibi.config import Config
-from megalibi.runtime.ranks import Place, init_distributed, set_up_device
+from megalibi.runtime.device import set_up_device
+from megalibi.runtime.ranks import Place, init_distributed
 
 if TYPE_CHECKING:
     from megalibi.train.job import Job

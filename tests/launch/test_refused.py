@@ -81,10 +81,13 @@ def test_a_run_folder_in_which_a_name_is_taken(config: Path, name: str, is_folde
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        (LAUNCHED | {"RANK": "x"}, "the launcher's environment has RANK='x': a whole number from 0 to 0 is allowed"),
+        (LAUNCHED | {"RANK": "x"}, "RANK='x' in the launcher's environment: must be a whole number from 0 to 0"),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "has RANK but no MASTER_ADDR: start with deepspeed"),
-        (LAUNCHED | {"MASTER_PORT": "99999999"}, "has MASTER_PORT='99999999': a whole number from 1 to 65535 is"),
-        ({"DS_ACCELERATOR": NO_ACCELERATOR}, f"DS_ACCELERATOR={NO_ACCELERATOR} in the environment, but torch finds"),
+        (
+            LAUNCHED | {"MASTER_PORT": "99999999"},
+            "MASTER_PORT='99999999' in the launcher's environment: must be a whole number from 1 to 65535",
+        ),
+        ({"DS_ACCELERATOR": NO_ACCELERATOR}, f"DS_ACCELERATOR={NO_ACCELERATOR} in the environment: must be "),
     ],
 )
 def test_an_environment_that_cannot_be(config: Path, environment: dict[str, str], message: str) -> None:
@@ -167,7 +170,7 @@ def test_a_rank_that_alone_meets_something_says_it(config: Path) -> None:
     job.kill()
     assert job.processes[1].exitcode == 2, job.output
     (line,) = job.read_log(1).splitlines()
-    assert line.startswith(f"error: DS_ACCELERATOR={NO_ACCELERATOR} in the environment, but torch finds ")
+    assert line.startswith(f"error: DS_ACCELERATOR={NO_ACCELERATOR} in the environment: must be ")
     assert line.endswith(f" [rank 1/2 on {socket.gethostname()}]")
 
 
