@@ -1,34 +1,34 @@
-"""Stopping in order when a signal asks for it."""
+"""Stopping in order: when a signal asks for it, or when a rank cannot go on."""
 
 from __future__ import annotations
 
 import signal
 import socket
 import time
+from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megalibi.errors import ConfigError
-from megalibi.parallel import ProcessGroups, all_reduce_raw, gather_objects
+from megalibi.errors import DataError, UserError
+from megalibi.parallel import ProcessGroups, all_reduce_raw, describe_os_error, gather_objects
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-"""The last is the end of the terminal."""
+"""The signals that end a run in order; the last one is sent at the end of the terminal."""
 REPEATED_SIGNAL_SECONDS = 2.0
-"""Launchers pass on a signal that the scheduler or the terminal has sent to every process already."""
+"""How long a repeated signal is no second request: launchers pass on what the scheduler has sent to every process."""
+_T = TypeVar("_T")
 
 
 class StoppedError(Exception):
     """A signal asked for the end; raised on every rank at the same place."""
 
 
-class DataError(ConfigError):
-    """A rank could not read its data; raised on every rank at the same place."""
-
-
 class StopRequest:
-    """A signal asked for the end: the step is finished, a checkpoint saved, and the process exits with 0.
+    """Whether a signal has asked for the end: the step is finished, a checkpoint saved, and the process exits with 0.
 
     A signal that comes more than two seconds after the first ends the process at once.
     """
@@ -50,23 +50,37 @@ class StopRequest:
             signal.raise_signal(number)
 
 
-def check_together(
-    groups: ProcessGroups, device: torch.device, *, stop: StopRequest | None = None, failure: str | None = None
-) -> None:
-    """Go on only if no rank was asked to stop and none failed; every rank must call it.
+def read_together(
+    read: Callable[[], _T], groups: ProcessGroups, device: torch.device, stop: StopRequest | None = None
+) -> _T:
+    """Return what this rank reads, if all ranks can read theirs and none was asked to stop; every rank calls it.
 
     Args:
-        groups: Of this process.
-        device: Where this rank computes.
-        stop: What asks this rank to stop; None: nothing.
-        failure: Why this rank cannot go on.
+        read: Reads this rank's data.
+        groups: The process groups of this rank.
+        device: The device on which this rank's collectives take tensors.
+        stop: The request of this rank to stop; None if it takes none.
 
     Raises:
-        StoppedError: On every rank: one was asked to stop.
-        DataError: On every rank, with the words of the first that failed, its number and its host.
+        DataError: On every rank, if one could not read.
+        StoppedError: On every rank, if one was asked to stop.
     """
-    asked = 2 if failure is not None else int(stop is not None and stop.signal_name is not None)
-    worst = int(all_reduce_raw(torch.tensor(asked, device=device), groups.world, dist.ReduceOp.MAX))
+    value, failure = None, None
+    try:
+        value = read()
+    except UserError as error:
+        failure = str(error)
+    except OSError as error:
+        failure = describe_os_error(error, Path("data"))
+    _check_together(groups, device, asked=stop is not None and stop.signal_name is not None, failure=failure)
+    assert value is not None
+    return value
+
+
+def _check_together(groups: ProcessGroups, device: torch.device, *, asked: bool, failure: str | None) -> None:
+    """Go on only if no rank was asked to stop and none failed; the first that failed is named, with its host."""
+    state = 2 if failure is not None else int(asked)
+    worst = int(all_reduce_raw(torch.tensor(state, device=device), groups.world, dist.ReduceOp.MAX))
     if worst == 2:
         where = f" [rank {groups.world.rank} on {socket.gethostname()}]" if groups.world.size > 1 else ""
         failures = gather_objects(None if failure is None else f"{failure}{where}", groups.world)

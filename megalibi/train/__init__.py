@@ -1,1 +1,1 @@
-"""Training: the job's parts, the loop, and what is written of it."""
+"""Training: what a run is and how it starts, the loop, its checkpoints and its records."""

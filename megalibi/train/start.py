@@ -1,4 +1,4 @@
-"""From a configuration to this rank's part of a job: how every script begins that takes a model's steps."""
+"""From a configuration to this rank's part of a job: how every command begins that takes training steps."""
 
 from __future__ import annotations
 
@@ -16,14 +16,20 @@ if TYPE_CHECKING:
 def start_job(config: Config, place: Place) -> Job:
     """Set up the device, check everything, join the other ranks and compare with them; after set_cuda_environment.
 
+    Args:
+        config: The run.
+        place: Where this process stands in the job.
+
     Raises:
-        ConfigError: Something cannot be used, or the ranks do not agree.
+        UserError: Something cannot be used, or the ranks do not agree.
     """
     # The imports stand here because they take seconds, and the configuration is known to be sound by now.
     device = set_up_device(place)
 
     from megalibi.parallel import build_process_groups, check_same
-    from megalibi.train.job import Job, check_run, describe_facts
+    from megalibi.train.agreement import describe_facts
+    from megalibi.train.check import check_run
+    from megalibi.train.job import Job
 
     derived, data = check_run(config, place.world_size)
     timeout = timedelta(minutes=config.parallel.timeout_minutes)

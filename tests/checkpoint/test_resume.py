@@ -8,7 +8,7 @@ import pytest
 from megalibi.checkpoint import check_resumable, describe_changes
 from megalibi.checkpoint.folder import commit
 from megalibi.checkpoint.manifest import Manifest
-from megalibi.config import Config, DECIDES, Decides, ON_RESUME, OnResume, config_to_dict
+from megalibi.config import DECIDES, ON_RESUME, Config, Decides, OnResume, config_to_dict
 from megalibi.config.identity import BY_CONTENT
 from megalibi.errors import ConfigError
 from megalibi.files import make_folder

@@ -72,7 +72,7 @@ BAD_INPUT = {
     "foreign tokens": ("data.train={folder}/foreign", "foreign.idx: not a Megatron-LM index"),
     "ids": ("model.vocab_size=100", "past vocab_size=100"),
     "no tokenizer": ("data.tokenizer={folder}/none.model", "none.model: no such tokenizer"),
-    "large tokenizer": ("data.tokenizer={folder}/large.model", "model.vocab_size=509 is below the 600 ids of data."),
+    "large tokenizer": ("data.tokenizer={folder}/large.model", "model.vocab_size=509: must be at least 600, the numbe"),
     "small tokenizer": ("data.tokenizer={folder}/small.model", "past vocab_size=400; the file was made with another"),
     "other tokenizer": (
         "data.train={folder}/recorded data.tokenizer={folder}/other.model",
@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work_by_one_rank(
     [
         ("model.num_layers=3", "model.num_layers=3: must be 2, the value in the checkpoint"),
         ("train.seed=5", "train.seed=5: must be 1234, the value in the checkpoint"),
-        ("checkpoint.resume=none", "checkpoint.resume=none, but"),
+        ("checkpoint.resume=none", "checkpoint.resume=none: must be auto, since "),
     ],
 )
 def test_a_run_that_does_not_fit_its_checkpoints_is_refused_and_left_alone(

@@ -18,6 +18,7 @@ from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
 from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.engine.step import StepResult
+from megalibi.errors import DivergenceError
 from megalibi.train.job import is_due
 from megalibi.train.loop import check_finite
 from tests.support.device import ON_GPU
@@ -152,7 +153,7 @@ def test_a_path_begins_a_run_and_the_same_command_goes_on(tmp_path: Path) -> Non
 
     job = Job(config, f"checkpoint.resume={seed}")
     assert job.wait() == [2]
-    assert "is of this run itself: to go back to it, write its name into" in job.read_log(0)
+    assert "must be auto or a checkpoint of another run; to go back to this one, write its name into" in job.read_log(0)
 
 
 def test_a_run_goes_on_with_its_data_wherever_it_stands_and_with_no_other(tmp_path: Path) -> None:
@@ -258,7 +259,7 @@ def test_what_is_not_finite_stops_a_run_unless_the_loss_can_be_scaled_less() -> 
                 (skipped, "bf16"),
                 (skipped, "fp32"),
             ):
-                with pytest.raises(FloatingPointError, match=r"^step 7 has .*: .* stops; go back, with a lower"):
+                with pytest.raises(DivergenceError, match=r"^step 7 has .*: .* stops; go back, with a lower"):
                     check_finite(7, result, precision, "go back")
             check_finite(7, skipped, "fp16", "go back")
 

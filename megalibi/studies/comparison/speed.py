@@ -19,7 +19,7 @@ from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.studies.comparison.study import CompareStudy, Variant, variant_config, variants
 from megalibi.studies.machinery.jobs import run_jobs
 from megalibi.studies.machinery.machine import Machine
-from megalibi.train.job import check_run
+from megalibi.train.check import check_run
 
 # Recomputation leaves the weights as they are, and takes time and spares memory.
 _WITHOUT_EFFECT = NO_WEIGHT_DEPENDS_ON - {"model.recompute"}

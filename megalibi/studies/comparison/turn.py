@@ -14,8 +14,9 @@ from megalibi.engine.step import StepResult
 from megalibi.metrics.memory import memory_peak_bytes
 from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.plan.memory_trace import measure_memory
+from megalibi.runtime.stop import read_together
 from megalibi.train.job import Job, open_loader
-from megalibi.train.loop import check_finite, read_together, take_step
+from megalibi.train.loop import check_finite, take_step
 
 
 def measure_turn(job: Job, output: Path) -> None:
@@ -32,7 +33,7 @@ def measure_turn(job: Job, output: Path) -> None:
     loader = open_loader(job)
 
     def read_and_step(step: int) -> StepResult:
-        batches = read_together(lambda: loader.micro_batches(step * config.train.global_batch_size), job)
+        batches = read_together(lambda: loader.micro_batches(step * config.train.global_batch_size), groups, device)
         return take_step(job, engine, batches, step)
 
     step_seconds = []

@@ -24,7 +24,7 @@ from megalibi.log import get_logger
 from megalibi.metrics.records import METRICS_FILE, StepRecord, parse_line
 from megalibi.studies.machinery.jobs import JobProgress, run_jobs
 from megalibi.studies.machinery.machine import Machine
-from megalibi.train.job import check_run
+from megalibi.train.check import check_run
 from megalibi.units import format_count, format_duration
 
 _LOGGER = get_logger(__name__)
