@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import signal
 import socket
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,6 @@ from megalibi.data.dataset import open_dataset
 from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.engine.step import StepResult
 from megalibi.errors import DivergenceError
-from megalibi.train.job import is_due
 from megalibi.train.loop import check_finite
 from tests.support.device import ON_GPU
 from tests.support.jobs import Job, exact_records, last_step, read_records, run_job, write_job
@@ -141,39 +136,6 @@ def test_trap_15_a_killed_rank_ends_the_others_whatever_the_launcher_does(tmp_pa
     assert find_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 
-def test_a_path_begins_a_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    config = write_job(tmp_path)
-    run_job(config, "train.steps=4")
-    seed, branch = tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "branch"
-    command = [f"checkpoint.resume={seed}", f"train.output_dir={branch}"]
-    for steps, resumed_from in ((4, seed), (6, branch / "checkpoints" / "step_00000004")):
-        job = run_job(config, *command, f"train.steps={steps}")
-        assert f"resumed from {resumed_from}" in job.read_log(0)
-    assert [record["step"] for record in read_records(branch)] == [3, 4, 5, 6]
-
-    job = Job(config, f"checkpoint.resume={seed}")
-    assert job.wait() == [2]
-    assert "must be auto or a checkpoint of another run; to go back to this one, write its name into" in job.read_log(0)
-
-
-def test_a_run_goes_on_with_its_data_wherever_it_stands_and_with_no_other(tmp_path: Path) -> None:
-    config = write_job(tmp_path)
-    run_job(config, "train.steps=4")
-    for suffix in (".bin", ".idx"):
-        os.rename(tmp_path / f"tokens{suffix}", tmp_path / f"moved{suffix}")
-    moved = f"data.train={tmp_path}/./moved"
-    run_job(config, "train.steps=5", moved)
-    content = bytearray((tmp_path / "moved.bin").read_bytes())
-    content[1_000] ^= 1
-    (tmp_path / "moved.bin").write_bytes(content)
-    job = Job(config, moved)
-    assert job.wait() == [2]
-    (line,) = job.read_log(0).splitlines()
-    assert line.startswith(f"error: data.train={tmp_path}/./moved (20,000 tokens in 21 documents, sha256 ")
-    assert "step_00000005 was trained on (20,000 tokens in 21 documents, sha256 " in line
-    assert [record["step"] for record in read_records(tmp_path / "run")] == [1, 2, 3, 4, 5]
-
-
 def test_a_rank_that_alone_meets_bad_data_ends_the_job_and_names_itself(tmp_path: Path) -> None:
     prefix = write_tokens(tmp_path, num_tokens=100_000)
     config = write_job(tmp_path, data={"train": prefix}, checkpoint={"every_steps": 0})
@@ -228,24 +190,6 @@ def spoil_one_sample(prefix: str, first: int = 12) -> int:
     raise AssertionError("no place is missed")
 
 
-def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path) -> None:
-    config = write_job(
-        tmp_path,
-        optimizer={"learning_rate": 1e30, "warmup_steps": 0, "clip_grad_norm": 0.0},
-        checkpoint={"every_steps": 1, "keep": 0},
-    )
-    job = Job(config, FOREVER)
-    assert job.wait() == [1]
-    (error,) = [line for line in job.read_log(0).splitlines() if line.startswith("error: ")]
-    records = read_records(tmp_path / "run")
-    diverged = records[-1]
-    assert f"step {diverged['step']} has loss nan" in error
-    assert "Traceback" not in job.read_log(0)
-    assert diverged["loss"] == "NaN"  # strict JSON has no NaN
-    names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert names == [f"step_{step:08d}" for step in range(1, diverged["step"])]
-
-
 def test_what_is_not_finite_stops_a_run_unless_the_loss_can_be_scaled_less() -> None:
     good = StepResult(loss=1.0, grad_norm=1.0, tokens=1, sample_hash=0, loss_scale=1.0, skipped=False)
     check_finite(1, good, "bf16", "go back")
@@ -288,28 +232,6 @@ def test_a_validation_reads_all_of_a_blend_on_any_number_of_ranks(tmp_path: Path
         record = validate(blend, world_size)
         assert (record["validation_samples"], record["validation_tokens"]) == (10, 330)
         assert record["validation_loss"] == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_run_says_what_it_is(tmp_path: Path) -> None:
-    config = write_job(tmp_path, train={"steps": 1})
-    job = run_job(config)
-    run = tmp_path / "run"
-    assert "from the start" in job.read_log(0)
-    info = json.loads((run / "run_info.json").read_text())
-    assert info["ranks"] == "1: tensor 1 x data 1"
-    assert info["host"] == socket.gethostname()
-    assert "pretrain.py" in info["command"]
-    assert str(config) in info["command"]
-    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", info["commit"])
-    assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(info["date"])) < timedelta(minutes=10)
-    described = (ROOT / "docs" / "formats.md").read_text()
-    assert [name for name in info if f"`{name}`" not in described] == []
-    assert (run / "config.yaml").read_text() == config.read_text()
-
-
-def test_every_so_many_steps() -> None:
-    assert [step for step in range(1, 10) if is_due(step, 3)] == [3, 6, 9]
-    assert not any(is_due(step, 0) for step in range(1, 10))
 
 
 def error_of(job: Job) -> str:
@@ -372,38 +294,3 @@ def test_what_one_rank_meets_in_a_validation_costs_no_step_and_is_said_by_name(t
     write_tokens(tmp_path / "valid", num_tokens=100_000)
     run_job(config, world_size=2)
     assert [record["step"] for record in read_records(tmp_path / "run")] == [1, 2, 3, 3]
-
-
-def test_a_run_goes_on_without_its_tensorboard_and_with_token_files_that_were_deleted(tmp_path: Path) -> None:
-    config = write_job(
-        tmp_path, data={"valid": str(tmp_path / "tokens")}, train={"steps": 300, "eval_every_steps": 100}
-    )
-    run = tmp_path / "run"
-    job = Job(config, world_size=2)
-    job.wait_until(lambda: last_step(run) > 2)
-    shutil.rmtree(run / "tensorboard", ignore_errors=True)
-    for suffix in (".bin", ".idx"):
-        (tmp_path / f"tokens{suffix}").unlink()
-    job.succeed()
-    assert last_step(run) == 300
-    assert [record["step"] for record in read_records(run) if "validation_loss" in record] == [100, 200, 300]
-    assert list_checkpoints(run / "checkpoints")[-1].name == "step_00000300"
-    assert job.output.count("TensorBoard failed and is left out from here on, training goes on") == 1
-
-
-def test_fp16_that_diverges_keeps_the_checkpoints_that_are_good(tmp_path: Path) -> None:
-    config = write_job(
-        tmp_path, zero={"stage": 0}, train={"precision": "fp16"}, checkpoint={"every_steps": 1, "keep": 1}
-    )
-    run_job(config, "train.steps=4")
-    # Step 5 has a finite loss and destroys the weights; then no loss is a number, whatever it is scaled with.
-    job = Job(config, "train.steps=60", "optimizer.learning_rate=1e6", "optimizer.decay_steps=0")
-    assert job.wait() == [1], job.output
-    losses = {record["step"]: record["loss"] for record in read_records(tmp_path / "run")}
-    assert losses[5] != "NaN"
-    assert {losses[step] for step in losses if step > 5} == {"NaN"}
-    kept = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert kept == ["step_00000004", "step_00000005"]
-    assert "no checkpoint of step 6: its loss is not finite; step 5 stays the newest" in job.read_log(0)
-    error = error_of(job)
-    assert "with fp16's loss scale at its minimum of 1: the run has diverged and stops; go back to step 4, the" in error

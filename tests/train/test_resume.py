@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import json
-import re
+import os
 import shutil
 import signal
 import socket
 from pathlib import Path
-
-import pytest
 
 from megalibi.checkpoint import list_checkpoints
 from tests.support.jobs import Job, exact_records, last_step, read_records, run_job, write_job
@@ -21,46 +19,6 @@ def error_of(job: Job) -> str:
     (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in job.output
     return line
-
-
-@pytest.mark.parametrize(
-    ("other", "expected"),
-    [
-        ("optimizer.learning_rate=0.002", "optimizer.learning_rate is 0.003 on rank 0 (host {host}) and 0.002 on"),
-        ("train.seed=5", "train.seed is 1234 on rank 0 (host {host}) and 5 on rank 1"),
-        ("train.steps=7", "train.steps is 6 on rank 0 (host {host}) and 7 on rank 1"),
-        ("parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size is 1 on rank 0 (host {host}) and 2 on"),
-    ],
-)  # fmt: skip
-def test_ranks_that_were_told_other_things_do_not_start(tmp_path: Path, other: str, expected: str) -> None:
-    config = write_job(tmp_path)
-    line = error_of(Job(config, world_size=2, rank_overrides=[[], [other]]))
-    assert expected.format(host=socket.gethostname()) in line
-    assert f"(host {socket.gethostname()}): start all ranks with the same configuration, data and code" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_ranks_whose_data_differs_behind_one_name_do_not_start(tmp_path: Path) -> None:
-    """As on two hosts, each with a disk of its own."""
-    config = write_job(tmp_path)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        for suffix in (".bin", ".idx"):
-            shutil.copy(tmp_path / f"tokens{suffix}", tmp_path / name)
-    content = bytearray((tmp_path / "b" / "tokens.bin").read_bytes())
-    content[10_000] ^= 1
-    (tmp_path / "b" / "tokens.bin").write_bytes(content)
-    folders = [[f"data.train={tmp_path}/{name}/tokens"] for name in ("a", "b")]
-    line = error_of(Job(config, world_size=2, rank_overrides=folders))
-    found = re.findall(
-        r"of weight 1.0, 20,000 tokens in 21 documents, sha256 of .idx (\w{12}), of .bin (\w{12}) on rank \d", line
-    )
-    assert len(found) == 2
-    assert found[0][0] == found[1][0]
-    assert found[0][1] != found[1][1]
-
-    shutil.copy(tmp_path / "a" / "tokens.bin", tmp_path / "b" / "tokens.bin")  # the same, elsewhere
-    Job(config, world_size=2, rank_overrides=folders).succeed()
 
 
 def test_two_runs_on_one_folder_the_second_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
@@ -148,3 +106,36 @@ def test_going_back_names_what_will_go_and_keeps_the_lines(tmp_path: Path) -> No
     # What lies beyond step 2 is not deleted before something newer is known to be good.
     names = [path.name for path in list_checkpoints(run / "checkpoints")]
     assert names == [f"step_{step:08d}" for step in (2, 4, 6, last_step(run))]
+
+
+def test_a_path_begins_a_run_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    config = write_job(tmp_path)
+    run_job(config, "train.steps=4")
+    seed, branch = tmp_path / "run" / "checkpoints" / "step_00000002", tmp_path / "branch"
+    command = [f"checkpoint.resume={seed}", f"train.output_dir={branch}"]
+    for steps, resumed_from in ((4, seed), (6, branch / "checkpoints" / "step_00000004")):
+        job = run_job(config, *command, f"train.steps={steps}")
+        assert f"resumed from {resumed_from}" in job.read_log(0)
+    assert [record["step"] for record in read_records(branch)] == [3, 4, 5, 6]
+
+    job = Job(config, f"checkpoint.resume={seed}")
+    assert job.wait() == [2]
+    assert "must be auto or a checkpoint of another run; to go back to this one, write its name into" in job.read_log(0)
+
+
+def test_a_run_goes_on_with_its_data_wherever_it_stands_and_with_no_other(tmp_path: Path) -> None:
+    config = write_job(tmp_path)
+    run_job(config, "train.steps=4")
+    for suffix in (".bin", ".idx"):
+        os.rename(tmp_path / f"tokens{suffix}", tmp_path / f"moved{suffix}")
+    moved = f"data.train={tmp_path}/./moved"
+    run_job(config, "train.steps=5", moved)
+    content = bytearray((tmp_path / "moved.bin").read_bytes())
+    content[1_000] ^= 1
+    (tmp_path / "moved.bin").write_bytes(content)
+    job = Job(config, moved)
+    assert job.wait() == [2]
+    (line,) = job.read_log(0).splitlines()
+    assert line.startswith(f"error: data.train={tmp_path}/./moved (20,000 tokens in 21 documents, sha256 ")
+    assert "step_00000005 was trained on (20,000 tokens in 21 documents, sha256 " in line
+    assert [record["step"] for record in read_records(tmp_path / "run")] == [1, 2, 3, 4, 5]
