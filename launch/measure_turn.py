@@ -36,7 +36,7 @@ def run(config: Config, place: Place, output: Path) -> None:
     check_outputs({"--output": output})
     job = start_job(config, place)
 
-    from megalibi.studies.comparison.turn import measure_turn  # not before the device is set up
+    from megalibi.measure.turn import measure_turn  # not before the device is set up
 
     measure_turn(job, output)
 

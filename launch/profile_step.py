@@ -36,7 +36,7 @@ def run(config: Config, place: Place, output: Path) -> None:
     check_outputs({"--output": output})
     job = start_job(config, place)
 
-    from megalibi.studies.gpu_visit.step_profile import profile_step  # not before the device is set up
+    from megalibi.measure.step_profile import profile_step  # not before the device is set up
 
     profile_step(job, output)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from megalibi.model import count_parameters
 from megalibi.report.plots import save_figure
 from megalibi.runtime.exit import run_tool
 from megalibi.studies.comparison.study import CompareStudy
-from megalibi.studies.machinery.machine import describe_machine
+from megalibi.studies.machinery.machine import detect_machine
 from megalibi.studies.study import load_study
 from megalibi.units import format_bytes
 
@@ -146,17 +146,17 @@ def describe_study(arguments: argparse.Namespace, study: CompareStudy, base: Con
 
 def write_results(output: Path, arguments: argparse.Namespace, base: Config, results: Results, gpus: int) -> None:
     """Write results.json, report.md and, once there are curves, figure5.png."""
-    from megalibi.studies.comparison.findings import judge
     from megalibi.studies.comparison.plan import find_shapes
-    from megalibi.studies.comparison.plot import training_curves
-    from megalibi.studies.comparison.report import write_report
+    from megalibi.studies.comparison.report.findings import judge_comparison
+    from megalibi.studies.comparison.report.page import format_report
+    from megalibi.studies.comparison.report.plot import training_curves
 
     record = {
         **describe_run("cuda" if gpus else "cpu", ("torch", "deepspeed")),
         "config": config_to_dict(base),
         "shapes": find_shapes(base),
         **results.to_json(),
-        "findings": [asdict(finding) for finding in judge(results)],
+        "findings": [asdict(finding) for finding in judge_comparison(results)],
     }
     make_folder(output)
     write_json(record, output / "results.json")
@@ -164,20 +164,19 @@ def write_results(output: Path, arguments: argparse.Namespace, base: Config, res
     if picture:
         save_figure(training_curves(results), output / picture)
     facts = describe_study(arguments, results.study, base, gpus)
-    write_aside(output / "report.md", write_report(results, facts=facts, picture=picture))
+    write_aside(output / "report.md", format_report(results, facts=facts, picture=picture))
 
 
 def main() -> None:
     """Check everything, measure, train, evaluate, write, and say what came of it."""
     arguments = parse_arguments()
     study, base = load(arguments)
-    machine = describe_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
+    machine = detect_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
     output = find_output(arguments)
     check_folder(output, "--output", files=("results.json", "report.md", PICTURE))
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.
-    from megalibi.studies.comparison.findings import judge
     from megalibi.studies.comparison.plan import plan_variants, select_plans
     from megalibi.studies.comparison.quality import (
         check_quality,
@@ -186,13 +185,14 @@ def main() -> None:
         read_qualities,
         train_models,
     )
+    from megalibi.studies.comparison.report.findings import judge_comparison
     from megalibi.studies.comparison.results import Results
     from megalibi.studies.comparison.speed import plan_turns, read_speeds, run_turns
 
     console = Console(highlight=False, soft_wrap=True)
     check_quality(base)
     plans = plan_variants(base, study, device_type="cuda" if machine.gpus or arguments.plan else "cpu")
-    turns = plan_turns(base, study, replace(machine, pretrain=ROOT / "launch" / "measure_turn.py"))
+    turns = plan_turns(base, study, machine)
     if not arguments.plan:
         check_devices(arguments, select_plans(plans, base, arguments.part), machine.gpus)
 
@@ -214,7 +214,7 @@ def main() -> None:
         train_models(base, study, machine, console)
         evaluate_models(plan_scorings(base, study, machine), console)
     results = write()
-    for finding in judge(results):
+    for finding in judge_comparison(results):
         print(finding)
     print(f"results: {output}/results.json, report.md{f', {PICTURE}' if results.has_curves else ''}")
 

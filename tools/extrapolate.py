@@ -26,19 +26,19 @@ from megalibi.metrics.records import read_metrics
 from megalibi.metrics.summary import summarize
 from megalibi.report.plots import save_figure
 from megalibi.runtime.exit import run_tool
+from megalibi.studies.extrapolation.findings import judge_extrapolation
 from megalibi.studies.extrapolation.plot import extrapolation_figure
-from megalibi.studies.extrapolation.report import write_report
-from megalibi.studies.extrapolation.results import (
+from megalibi.studies.extrapolation.report import format_report
+from megalibi.studies.extrapolation.study import (
     NONOVERLAPPING,
     PROTOCOLS,
     SLIDING,
     Curves,
     ExtrapolationStudy,
-    Finding,
-    judge,
     method_config,
 )
-from megalibi.studies.machinery.machine import Machine, describe_machine
+from megalibi.studies.finding import Finding
+from megalibi.studies.machinery.machine import Machine, detect_machine
 from megalibi.studies.study import load_study
 from megalibi.units import format_count, format_duration
 
@@ -163,7 +163,7 @@ def write_results(
     }
     make_folder(output)
     write_json(record, output / "results.json")
-    page = write_report(
+    page = format_report(
         curves,
         findings,
         train_length=base.data.seq_length,
@@ -180,7 +180,7 @@ def main() -> None:
     arguments = parse_arguments()
     study, base = load_study(arguments.config, arguments.overrides, ExtrapolationStudy)
     study.check_base(base)
-    machine = describe_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
+    machine = detect_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
     output = arguments.output or ROOT / "results" / arguments.config.stem
     check_folder(output, "--output", files=RESULT_FILES)
     if machine.gpus == 0:
@@ -198,7 +198,7 @@ def main() -> None:
         protocol: {m: {length: row.perplexity for length, row in rows.items()} for m, rows in of_protocol.items()}
         for protocol, of_protocol in results.items()
     }
-    findings = judge(curves, base.data.seq_length)
+    findings = judge_extrapolation(curves, base.data.seq_length)
     write_results(output, study, base, results, findings, curves)
     for finding in findings:
         print(finding)

@@ -72,7 +72,7 @@ def measure_the_ceilings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the device does at best."""
     import torch
 
-    from megalibi.studies.gpu_visit.ceilings import measure_ceilings
+    from megalibi.measure.ceilings import measure_ceilings
 
     return {"ceilings": measure_ceilings(torch.device(arguments.device))}
 
@@ -80,14 +80,14 @@ def measure_the_ceilings(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure_plan(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return planned memory beside measured."""
     os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is computed here, and another step has the GPU
-    from megalibi.studies.gpu_visit.check_plan import compare_with_plan
+    from megalibi.measure.check_plan import compare_with_plan
 
     return {"turns": compare_with_plan(arguments.turn, arguments.device)}
 
 
 def measure_resume(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return whether a resumed training is that which was not cut."""
-    from megalibi.studies.gpu_visit.check_resume import check_resume
+    from megalibi.measure.check_resume import check_resume
 
     missing = [name for name in ("pretrain", "config", "scratch") if getattr(arguments, name) is None]
     if missing:

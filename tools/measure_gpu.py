@@ -27,26 +27,13 @@ from megalibi.files import lock_file, make_folder, write_aside
 from megalibi.metrics.outputs import check_folder
 from megalibi.metrics.provenance import describe_run
 from megalibi.runtime.exit import run_tool
-from megalibi.studies.gpu_visit.findings import read_findings
 from megalibi.studies.gpu_visit.random_tokens import write_random_tokens
-from megalibi.studies.gpu_visit.report import write_report
-from megalibi.studies.gpu_visit.steps import (
-    TOY_VOCAB_SIZE,
-    VOCAB_SIZE,
-    VOCAB_SIZE_1_3B,
-    Setup,
-    plan_steps,
-)
-from megalibi.studies.gpu_visit.visit import (
-    FAILED,
-    SUMMARY_FILE,
-    Step,
-    StepRecord,
-    Visit,
-    expect_seconds,
-    read_records,
-    run_visit,
-)
+from megalibi.studies.gpu_visit.report import format_report
+from megalibi.studies.gpu_visit.results import read_results
+from megalibi.studies.gpu_visit.setup import TOY_VOCAB_SIZE, VOCAB_SIZE, VOCAB_SIZE_1_3B, Setup
+from megalibi.studies.gpu_visit.step import FAILED, SUMMARY_FILE, StepOutcome, VisitStep, expect_seconds, read_outcomes
+from megalibi.studies.gpu_visit.steps import plan_steps
+from megalibi.studies.gpu_visit.visit import Visit, run_visit
 
 ROOT = Path(os.path.relpath(Path(__file__).parents[1]))
 REPORT = "report.md"
@@ -156,7 +143,7 @@ def check_same_machine(folder: Path, facts: dict[str, Any]) -> None:
     path = folder / SUMMARY_FILE
     if not path.exists():
         return
-    read_records(folder)  # what it is at all
+    read_outcomes(folder)  # what it is at all
     theirs = json.loads(path.read_text(encoding="utf-8"))
     for what, ours, other in (
         ("device", facts["device"], theirs.get("device")),
@@ -171,7 +158,7 @@ def show_command(command: Sequence[str]) -> str:
     return shlex.join(["python" if word == sys.executable else word for word in command])
 
 
-def show_plan(steps: Sequence[Step], records: dict[str, StepRecord]) -> None:
+def show_plan(steps: Sequence[VisitStep], records: dict[str, StepOutcome]) -> None:
     """Print the steps with the seconds they may take, and what is known of them."""
     for step in steps:
         record = records.get(step.name)
@@ -215,20 +202,20 @@ def make_setup(arguments: argparse.Namespace, device: str, output: Path) -> Setu
     )
 
 
-def visit(arguments: argparse.Namespace, setup: Setup, steps: Sequence[Step], gpu: dict[str, Any]) -> int:
+def visit(arguments: argparse.Namespace, setup: Setup, steps: Sequence[VisitStep], gpu: dict[str, Any]) -> int:
     """Do the steps, with the report written after each; return the exit code."""
     text = arguments.data or f"random ids of a vocabulary of {TOY_VOCAB_SIZE if setup.is_toy else VOCAB_SIZE}"
     facts, names = describe(setup.device, gpu, text), [step.name for step in steps]
     check_same_machine(setup.folder, facts)
-    known = read_records(setup.folder)
+    known = read_outcomes(setup.folder)
     again = choose(arguments.again, [*names, FAILED_STEPS], "--again") if arguments.again else []
     if FAILED_STEPS in again:
         again += [name for name, record in known.items() if record.status == FAILED]
     for folder in (setup.folder, setup.scratch):
         make_folder(folder)
 
-    def write_page(records: Sequence[StepRecord]) -> None:
-        write_aside(setup.folder / REPORT, write_report(read_findings(setup.folder, facts, records)))
+    def write_page(records: Sequence[StepOutcome]) -> None:
+        write_aside(setup.folder / REPORT, format_report(read_results(setup.folder, facts, records)))
 
     lock = setup.scratch / "visit.lock"
     with lock.open("w") as held:
@@ -270,7 +257,7 @@ def main() -> int:
         chosen = choose(arguments.only, [step.name for step in steps], "--only")
         steps = [step for step in steps if step.name in chosen]
     if arguments.list:
-        show_plan(steps, read_records(output))
+        show_plan(steps, read_outcomes(output))
         return 0
     return visit(arguments, setup, steps, gpu)
 

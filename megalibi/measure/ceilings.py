@@ -1,4 +1,4 @@
-"""What a device does at best: matrix products, and copies. No part of a training step is faster than these allow."""
+"""The rates that a device reaches at best, in matrix products and in copies: no part of a training step is faster."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 from megalibi.metrics.summary import Quartiles
 
 SQUARE, COPY = "matmul bf16", "copy"
-"""Names of the two ceilings that everything is held against."""
+"""Names of the two ceilings that the parts of a step are compared with."""
 REPEATS = 7
 _WARM_CALLS = 3
 _CPU_SHRINK = 32
-"""A CPU gets sizes divided by this: there the measurement is a trial of itself."""
+"""On a CPU all sizes are divided by this: there only the measurement itself is tried."""
 _COPY_BYTES = 1 << 30
 
 
 def measure_ceilings(device: torch.device) -> dict[str, dict[str, Any]]:
-    """Return by name what was measured: the rate's median and range, its unit, the shape and each repeat.
+    """Return what was measured, by name: the median and range of the rate, its unit, the shape and each repeat.
 
-    Matrix products of three kinds: large square ones in bf16 and in fp32, and in bf16 those of the 1.3B model at 16,384
-    tokens, its output layer (head) and a weight gradient, both of whose operands are transposed, among them.
+    The matrix products are large square ones in bf16 and in fp32, and in bf16 those of the 1.3B model at 16,384 tokens.
+    Among these are its output layer (head) and a weight gradient, both of whose operands are transposed.
 
     Args:
-        device: A GPU, or the CPU.
+        device: The GPU to measure, or the CPU.
     """
     found = {SQUARE: _measure_matmul(device, torch.bfloat16, (8192, 8192, 8192))}
     found[COPY] = _measure_copy(device)
@@ -44,7 +44,7 @@ _MODEL_SHAPES = {
     "gradient of mlp up": (8192, 2048, 16384),
     "head": (16384, 50304, 2048),
 }
-"""m, n and k of [m, k] x [k, n]."""
+"""Name of a matrix product [m, k] x [k, n] -> (m, n, k)."""
 
 
 def _measure_matmul(
@@ -68,7 +68,7 @@ def _measure_copy(device: torch.device) -> dict[str, Any]:
 
 
 def _rates(call: Callable[[], Any], work: float, device: torch.device) -> dict[str, Any]:
-    """Return the rates of several repeats of some calls each."""
+    """Return median, lowest and highest rate, and the rate of each repeat."""
     for _ in range(_WARM_CALLS):
         call()
     rates = [work / _time(call, device) for _ in range(REPEATS)]
@@ -76,7 +76,7 @@ def _rates(call: Callable[[], Any], work: float, device: torch.device) -> dict[s
 
 
 def _time(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds of a call, of several in a row."""
+    """Return the seconds of one call; on CUDA the mean of several in a row."""
     if device.type != "cuda":
         began = time.perf_counter()
         call()

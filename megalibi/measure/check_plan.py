@@ -1,4 +1,4 @@
-"""The memory that a plan says, beside what a measured step held: how far the plan can be trusted on this device."""
+"""Planned memory beside the memory of measured steps: how far the plan of a run can be trusted on this device."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.config import config_from_dict, derive
-from megalibi.errors import ConfigError
+from megalibi.errors import FileError
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.plan.run_plan import plan_memory
 
 
 def compare_with_plan(turns: Sequence[Path], device_type: str) -> dict[str, Any]:
-    """Return for each turn's file, by its name, the planned and the measured bytes by kind and in all.
+    """Return the planned and the measured bytes of each turn, by kind and in total, by the name of the turn's file.
 
     Args:
-        turns: From launch/measure_turn.py; those that do not exist are left out.
+        turns: Files of launch/measure_turn.py; those that do not exist are left out.
         device_type: Where they were measured: cuda or cpu.
 
     Raises:
-        ConfigError: None exists.
+        FileError: None of the files exists.
     """
     found = {}
     for path in turns:
@@ -38,5 +38,5 @@ def compare_with_plan(turns: Sequence[Path], device_type: str) -> dict[str, Any]
                 "planned_of_measured": planned.total / measured.total,
             }
     if not found:
-        raise ConfigError(f"none of {', '.join(map(str, turns))} exists: do the steps that measure them first")
+        raise FileError(f"none of {', '.join(map(str, turns))} exists: measure the turns first")
     return found

@@ -1,4 +1,4 @@
-"""Whether a training that was cut and resumed is the one that was not cut, to the last bit, on this machine."""
+"""Whether a training that was cut and resumed equals the uninterrupted one to the last bit on this machine."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.checkpoint import CHECKPOINTS, LATEST, list_checkpoints
-from megalibi.errors import ConfigError
+from megalibi.errors import JobError
 from megalibi.metrics.records import StepRecord, read_metrics
 
 COMPARED = ("loss", "grad_norm", "sample_hash")
+"""Fields of metrics.jsonl that are compared."""
 STEPS = 20
+"""Optimizer steps of each training; the resumed one continues from the checkpoint in the middle."""
 
 
 def check_resume(pretrain: Sequence[str], config: Path, overrides: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """Train, go back to the checkpoint in the middle, train on from there, and compare the two.
+    """Train, then resume a copy of the run from the checkpoint in the middle, and compare the two.
 
     Args:
-        pretrain: Starts launch/pretrain.py, without its arguments.
-        config: YAML of the run.
-        overrides: Values that win over it.
-        scratch: For both runs; what is there is removed.
+        pretrain: The command that starts a training, without its arguments.
+        config: The YAML file of the run.
+        overrides: ``section.field=value`` strings that win over the file.
+        scratch: The folder for both runs; runs that are there already are removed.
 
     Returns:
-        Steps, the step that was gone on from, and for each of the later steps by field whether it is equal.
+        The number of steps, the step that was resumed from, and for each field whether each later step is equal.
 
     Raises:
-        ConfigError: A training failed.
+        JobError: A training failed.
     """
     whole, resumed = scratch / "whole", scratch / "resumed"
     for folder in (whole, resumed):
@@ -59,7 +61,7 @@ def _train(pretrain: Sequence[str], config: Path, overrides: Sequence[str], fold
     command = [*pretrain, "--config", str(config), *overrides, *ours]
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise ConfigError(f"the training in {folder} failed with exit code {code}: see the lines above")
+        raise JobError(f"the training in {folder} failed with exit code {code}: see the lines above")
 
 
 def _later_steps(folder: Path) -> list[StepRecord]:

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: device time by kernel and by part, and the gaps between kernels."""
+"""Where the time of a training step goes: device time by kernel and by part of the step, and gaps between kernels."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.engine.build import build_engine
-from megalibi.metrics.provenance import describe_run, write_json
-from megalibi.model import count_parameters
-from megalibi.plan import work_trace
-from megalibi.plan.roofline import count_after_gradients, trace_work
-from megalibi.plan.work_trace import Work
-from megalibi.studies.gpu_visit.step_parts import (
+from megalibi.measure.step_parts import (
     ATTENTION,
     BACKWARD_RANGE,
     FORWARD_RANGE,
@@ -31,32 +26,39 @@ from megalibi.studies.gpu_visit.step_parts import (
     STEP_RANGE,
     find_part,
 )
+from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.model import count_parameters
+from megalibi.plan import work_trace
+from megalibi.plan.roofline import count_after_gradients, trace_work
+from megalibi.plan.work_trace import Work
 from megalibi.train.job import Job, open_loader
 from megalibi.train.loop import take_step
 
 _MAX_NAME = 160
-"""Characters of a kernel's name that are kept: templates have thousands."""
+"""Characters of a kernel's name that are kept: names of templates have thousands."""
 _PART_OF_WORK = {
     **dict.fromkeys(work_trace.PRODUCTS, MATMUL),
     work_trace.SCORES: ATTENTION,
     work_trace.ACTIVATION: GELU,
     work_trace.RESIDUAL: RESIDUAL,
 }
-"""Where a count of work has other names than a profile."""
+"""Name in a count of work -> part of the step, where the two differ."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A kernel on the device; on a CPU an operation, without those that it calls."""
+    """The time of one kernel on a GPU; on a CPU that of one operation without the operations that it calls."""
 
     name: str
+    """Name of the kernel or operation."""
     seconds: float
+    """Seconds that it took."""
     path: tuple[str, ...]
-    """What was running on the host, innermost first."""
+    """What was running on the host when it was launched, innermost first."""
 
 
 def profile_step(job: Job, output: Path) -> None:
-    """Take ``train.steps`` steps, profile one more, and write what it consists of. For one rank.
+    """Take ``train.steps`` steps, profile one more, and write what that step consists of. It works on one rank only.
 
     Args:
         job: The run, checked by check_run.
@@ -84,7 +86,7 @@ def profile_step(job: Job, output: Path) -> None:
     slices = list(_kernels_of(events) if on_gpu else _operations_of(events))
     described = {
         "step_seconds": step_seconds,
-        **summarize(slices, span, busy),
+        **summarize_profile(slices, span, busy),
         "work": {part: dataclasses.asdict(work) for part, work in count_work(config, job.derived).items()},
         "config": config_to_dict(config),
         "ranks": job.groups.world.size,
@@ -93,11 +95,11 @@ def profile_step(job: Job, output: Path) -> None:
 
 
 def count_work(config: Config, derived: Derived) -> dict[str, Work]:
-    """Return what each part of an optimizer step computes and moves on a rank, as on CUDA: counted, not measured.
+    """Count what each part of an optimizer step computes and moves on a rank on CUDA; nothing is measured.
 
     Args:
-        config: The run.
-        derived: What follows from it.
+        config: The configuration of the run.
+        derived: What follows from it on its ranks.
     """
     parameters = count_parameters(config.model, derived.padded_vocab_size) // config.parallel.tensor_parallel_size
     micro_batch = trace_work(config, derived) | count_after_gradients(config, derived, parameters)
@@ -110,16 +112,16 @@ def count_work(config: Config, derived: Derived) -> dict[str, Work]:
     return work
 
 
-def summarize(slices: Iterable[Slice], span: float, busy: float | None = None) -> dict[str, Any]:
+def summarize_profile(slices: Iterable[Slice], span: float, busy: float | None = None) -> dict[str, Any]:
     """Add up what a step consists of.
 
     Args:
-        slices: All of it.
-        span: Seconds from its beginning to its end.
-        busy: Seconds of it in which something ran; None: the sum of the slices.
+        slices: All slices of the step.
+        span: Seconds from the beginning of the step to its end.
+        busy: Seconds of these in which something ran; None means the sum of the slices.
 
     Returns:
-        ``span_milliseconds``, ``busy_milliseconds``, milliseconds by part, and ``kernels``, the longest first.
+        ``span_milliseconds``, ``busy_milliseconds``, ``parts_milliseconds``, and ``kernels``, the longest first.
     """
     parts = dict.fromkeys(PARTS, 0.0)
     kernels: dict[tuple[str, str], list[float]] = {}
@@ -154,7 +156,7 @@ def _path_of(event: Any) -> Iterator[str]:
 
 
 def _operations_of(events: Iterable[Any]) -> Iterator[Slice]:
-    """Yield what ran on the CPU, each operation without what it called."""
+    """Yield the operations on the CPU, each without the operations that it calls."""
     for event in events:
         if event.self_cpu_time_total > 0:
             name, *path = _path_of(event)
@@ -162,7 +164,7 @@ def _operations_of(events: Iterable[Any]) -> Iterator[Slice]:
 
 
 def _kernels_of(events: Sequence[Any]) -> Iterator[Slice]:
-    """Yield the kernels of a GPU, with the operation that launched each as far as the profiler knows it."""
+    """Yield the kernels of a GPU, each with the operation that launched it as far as the profiler knows it."""
     shadows = _names_of_ranges(events)
     unknown: dict[str, float] = {}
     for event in events:
@@ -176,12 +178,12 @@ def _kernels_of(events: Sequence[Any]) -> Iterator[Slice]:
                     unknown[kernel.name] = unknown.get(kernel.name, 0.0) - kernel.duration
                     yield Slice(kernel.name, kernel.duration / 1e6, path)
     for name, rest in unknown.items():
-        if rest > 1.0:  # of one microsecond: sums of rounded times differ
+        if rest > 1.0:  # a microsecond or less comes from rounding
             yield Slice(name, rest / 1e6, ())
 
 
 def _names_of_ranges(events: Iterable[Any]) -> set[str]:
-    """Return the names of ranges of the host, which throw shadows of the same name on the device: no kernels."""
+    """Return the names of the host's ranges. The profiler shows them on the device too, where they are not kernels."""
     return {event.name for event in events if event.is_user_annotation} | {FORWARD_RANGE, BACKWARD_RANGE, STEP_RANGE}
 
 
@@ -190,7 +192,7 @@ def _microseconds(event: Any) -> float:
 
 
 def _device_times(events: Sequence[Any]) -> tuple[float, float]:
-    """Return the seconds from the first kernel to the end of the last, and those of them in which one ran."""
+    """Return the seconds from the start of the first kernel to the end of the last, and those in which a kernel ran."""
     shadows = _names_of_ranges(events)
     times = sorted(
         (event.time_range.start, event.time_range.end)

@@ -1,4 +1,4 @@
-"""One turn of a speed measurement: a fresh job builds its engine, takes steps on real text and says what they took."""
+"""One turn of a speed measurement: a fresh job takes steps on real text and writes their times and their memory."""
 
 from __future__ import annotations
 
@@ -20,13 +20,18 @@ from megalibi.train.loop import check_finite, take_step
 
 
 def measure_turn(job: Job, output: Path) -> None:
-    """Take ``train.steps`` steps and one more for the memory by kind; rank 0 writes the turn. Every rank calls it.
+    """Time ``train.steps`` steps, take one more to measure the memory by kind, and write the turn. Every rank calls it.
 
-    The peaks are those of a process that has done nothing else. No checkpoint is written.
+    The peaks are those of a process that has done nothing else. Rank 0 writes the file; there is no checkpoint.
 
     Args:
         job: The run, checked by check_run, and this rank's place in it.
         output: The JSON file to write.
+
+    Raises:
+        DataError: A rank cannot read its data.
+        DivergenceError: The loss or the gradient is not finite.
+        FileError: The output cannot be written.
     """
     config, groups, device = job.config, job.groups, job.device
     engine = build_engine(config, job.derived, groups, device)
@@ -39,10 +44,10 @@ def measure_turn(job: Job, output: Path) -> None:
     step_seconds = []
     for step in range(config.train.steps):
         began = time.perf_counter()
-        result = read_and_step(step)  # its loss is read back, so the device has finished
+        result = read_and_step(step)  # reading its loss back waits for the device
         step_seconds.append(time.perf_counter() - began)
         check_finite(step + 1, result, config.train.precision, "measure")
-    device_bytes = device_peak_bytes(device)  # before the profiler takes memory of its own
+    device_bytes = device_peak_bytes(device)  # before tracing the memory takes some itself
     memory = measure_memory(engine, lambda: read_and_step(config.train.steps), device)
     loader.close()
     if groups.world.rank == 0:
@@ -58,10 +63,10 @@ def measure_turn(job: Job, output: Path) -> None:
 
 
 def device_peak_bytes(device: torch.device) -> int:
-    """Return the most memory that the device has given, libraries included.
+    """Return the bytes of the device's memory that were in use at the peak, libraries included.
 
-    On CUDA that is all that is taken of it now, for PyTorch keeps what it once had; elsewhere the process's highest
-    resident set.
+    On CUDA that is everything in use now, because PyTorch keeps what it has once allocated; elsewhere it is the largest
+    resident set of the process.
     """
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

@@ -1,1 +1,1 @@
-"""Studies: many runs, one table."""
+"""Studies: each starts many processes, judges what came of them by the paper's statements, and writes one page."""

@@ -1,4 +1,4 @@
-"""The numbers of the paper that studies quote, with their places in it; paper.json has them."""
+"""The numbers and sentences of the paper that studies quote, each with its place in the paper; paper.json has them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from types import MappingProxyType
 from typing import Any
 
 Cell = str | float | None
-"""A number; a method's name; or None where the paper has none."""
-Curve = tuple[tuple[float, float], ...]
-"""Points of a figure by rising x."""
+"""A number, a method's name, or None where the paper's table has an empty cell."""
+CurvePoints = tuple[tuple[float, float], ...]
+"""The points (x, y) of one curve of a figure, by rising x."""
 
 SOURCE = "arXiv:2108.12409v2"
 EXTRAPOLATION_TABLES = {512: 2, 1024: 3, 3072: 4}
-"""Training length -> table: perplexity of four methods at many lengths, nonoverlapping."""
+"""Training length -> number of the table with four methods' nonoverlapping perplexities at many lengths."""
 SLIDING_TABLES = {"sinusoidal": 13, "t5_bias": 14, "alibi": 15}
-"""Method -> table: perplexity at a few lengths, sliding with stride 1. There is none for rotary."""
+"""Position method -> number of the table with its sliding perplexities, stride 1. The paper has none for rotary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,26 +27,26 @@ class Table:
     """A table of the paper."""
 
     number: int
-    """As the paper counts."""
+    """The table's number in the paper."""
     page: int
-    """Of the PDF."""
+    """Its page in the PDF."""
     caption: str
-    """What it shows, in our words."""
+    """What the table shows, in our words."""
     columns: tuple[str, ...]
-    """Names of a row's cells; a column named as a length holds the perplexity at that length."""
+    """Names of the columns; a column named as a length holds the perplexity at that length."""
     rows: tuple[tuple[Cell, ...], ...]
-    """In the paper's order."""
+    """The cells of each row, in the order of the columns; the rows in the paper's order."""
 
     @property
     def source(self) -> str:
-        """Where it stands, for a caption."""
+        """The table's place in the paper, for a caption."""
         return f"{SOURCE}, Table {self.number}, p. {self.page}"
 
     def row(self, **keys: Cell) -> Mapping[str, Any]:
-        """Return the one row that has these cells, by column.
+        """Return the first row that has these cells, given by column.
 
         Raises:
-            KeyError: There is none.
+            KeyError: No row has them.
         """
         for cells in self.rows:
             row = dict(zip(self.columns, cells, strict=True))
@@ -56,13 +56,15 @@ class Table:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fact:
+class Quote:
     """A sentence of the paper."""
 
     text: str
+    """The sentence, word for word."""
     source: str
+    """Its section and page."""
     value: float | None = None
-    """Its number, if it says one."""
+    """The number that the sentence states, if it states one."""
 
 
 def get_table(number: int) -> Table:
@@ -78,11 +80,11 @@ def get_table(number: int) -> Table:
     )
 
 
-def get_curves(figure: str) -> Mapping[str, Curve]:
-    """Return the curves of a figure, ``METHOD_TRAININGLENGTH`` -> points, digitised.
+def get_curves(figure: str) -> Mapping[str, CurvePoints]:
+    """Return the digitised curves of a figure: ``METHOD_TRAININGLENGTH`` -> points.
 
     Args:
-        figure: "5 left" or "5 right" (GPU hours, perplexity), or "6" (evaluation length, perplexity).
+        figure: "5 left" or "5 right" (points are GPU hours and perplexity), or "6" (evaluation length and perplexity).
 
     Raises:
         KeyError: No study quotes it.
@@ -91,17 +93,17 @@ def get_curves(figure: str) -> Mapping[str, Curve]:
     return {name: tuple((x, y) for x, y in points) for name, points in series.items()}
 
 
-def get_fact(name: str) -> Fact:
+def get_quote(name: str) -> Quote:
     """Return a sentence of the paper.
 
     Raises:
         KeyError: No study quotes it.
     """
-    return Fact(**_read()["facts"][name])
+    return Quote(**_read()["quotes"][name])
 
 
 def extrapolation(method: str, train_length: int, protocol: str) -> dict[int, float]:
-    """Return the paper's WikiText-103 perplexities by evaluation length; empty if it has none.
+    """Return the paper's WikiText-103 perplexities by evaluation length; the dict is empty if it has none.
 
     Args:
         method: A position method.
@@ -123,14 +125,14 @@ def extrapolation(method: str, train_length: int, protocol: str) -> dict[int, fl
 
 
 def update_rate_gain() -> float:
-    """Return how many more updates an hour ALiBi at 1,024 makes than sinusoidal at 2,048 (Table 11): 13.1%."""
+    """Return by what share ALiBi at 1,024 makes more updates an hour than sinusoidal at 2,048 (Table 11): 0.131."""
     table = get_table(11)
     alibi = table.row(method="alibi", train_length=1024)["updates_thousands"]
     return alibi / table.row(method="sinusoidal", train_length=2048)["updates_thousands"] - 1.0
 
 
 def memory_saving() -> float:
-    """Return how much less memory ALiBi at 1,024 takes than sinusoidal at 2,048 (Table 11): 10.6%."""
+    """Return by what share ALiBi at 1,024 takes less memory than sinusoidal at 2,048 (Table 11): 0.106."""
     table = get_table(11)
     alibi = table.row(method="alibi", train_length=1024)["memory_gb"]
     return 1.0 - alibi / table.row(method="sinusoidal", train_length=2048)["memory_gb"]

@@ -1,4 +1,4 @@
-"""A study's configuration: a run's YAML with a section ``study`` more, which says what the runs of the study vary."""
+"""A study's configuration: the YAML of a run, with one more section, ``study``, which says what the runs vary."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def load_study(path: str | Path, overrides: Sequence[str], schema: type[_Study])
 
     Args:
         path: A YAML file with the sections of Config and ``study``.
-        overrides: ``section.field=value`` strings; ``study.field=value`` too.
+        overrides: ``section.field=value`` strings, of the section ``study`` too.
         schema: The dataclass of the section ``study``.
 
     Returns:
         The section ``study``, and the run that the study varies.
 
     Raises:
-        ConfigError: The file is missing or has no section ``study``, a key is unknown, or a value is not allowed.
+        ConfigError: The file is missing or has no section ``study``, a key is unknown, or a value cannot be used.
     """
     tree = load_tree(path, overrides)
     if SECTION not in tree:
-        raise ConfigError(f"{path} has no section {SECTION}: a run's sections and {SECTION} are expected")
+        raise ConfigError(f"{path}: must have the section {SECTION} beside the sections of a run")
     return build_section(schema, tree.pop(SECTION), SECTION), config_from_dict(tree)

@@ -10,7 +10,7 @@ import pytest
 from megalibi.config import Config, Derived, derive, load_config
 from megalibi.model import count_parameters
 from megalibi.studies.comparison.study import CompareStudy
-from megalibi.studies.extrapolation.results import ExtrapolationStudy
+from megalibi.studies.extrapolation.study import ExtrapolationStudy
 from megalibi.studies.study import load_study
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))

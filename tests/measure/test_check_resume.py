@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from megalibi.config import save_config
-from megalibi.errors import ConfigError
+from megalibi.errors import JobError
+from megalibi.measure import check_resume
 from megalibi.metrics.records import METRICS_FILE
-from megalibi.studies.gpu_visit import check_resume
 from tests.support.runs import make_config, write_tokens
 from tests.support.warm_python import warm_python
 
-PRETRAIN = Path(__file__).parents[3] / "launch" / "pretrain.py"
+PRETRAIN = Path(__file__).parents[2] / "launch" / "pretrain.py"
 
 
 def test_a_resumed_training_is_compared_with_the_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_a_resumed_training_is_compared_with_the_whole_one(tmp_path: Path, monke
         assert found["losses"] == found["losses_resumed"]
         assert len(set(found["losses"])) == 10
 
-        with pytest.raises(ConfigError, match=r"the training in .*whole failed with exit code 2: see the lines above"):
+        with pytest.raises(JobError, match=r"the training in .*whole failed with exit code 2: see the lines above"):
             check_resume.check_resume([str(python), str(PRETRAIN)], run, ["train.stepz=1"], tmp_path / "runs")
 
 

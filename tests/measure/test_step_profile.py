@@ -1,4 +1,4 @@
-"""To which part of a step a kernel belongs, and what a profile's events add up to."""
+"""What the events of a profile add up to, and the work of the parts of a step."""
 
 from __future__ import annotations
 
@@ -10,66 +10,12 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from megalibi.config import derive
+from megalibi.measure.step_parts import ACCUMULATION, ATTENTION, FORWARD_RANGE, MATMUL, OPTIMIZER, OTHER, RESIDUAL
+from megalibi.measure.step_profile import _device_times, _kernels_of, count_work, summarize_profile
 from megalibi.model import model_flops_per_token
-from megalibi.studies.gpu_visit.step_parts import (
-    ACCUMULATION,
-    ATTENTION,
-    BACKWARD_RANGE,
-    COMMUNICATION,
-    CROSS_ENTROPY,
-    FORWARD_RANGE,
-    GELU,
-    LAYER_NORM,
-    MATMUL,
-    OPTIMIZER,
-    OTHER,
-    RESIDUAL,
-    STEP_RANGE,
-    find_part,
-)
-from megalibi.studies.gpu_visit.step_profile import _device_times, _kernels_of, count_work, summarize
 from tests.support.steps import make_config
 
-NODE = "autograd::engine::evaluate_function: "
 ADD = "void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunctor_add<c10::BFloat16> >"
-COPY = "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda>"
-CASES = [
-    # What an H200 ran, by its name alone.
-    (MATMUL, "nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NTN", []),
-    (MATMUL, "sm80_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", []),
-    (ATTENTION, "key_gradient_kernel", []),
-    (ATTENTION, "forward_kernel", []),
-    (ATTENTION, "void flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, cutlass::bfloat16_t> >", []),
-    (LAYER_NORM, "void at::native::(anonymous namespace)::GammaBetaBackwardCUDAKernelTemplate<c10::BFloat16>", []),
-    (GELU, "void at::native::vectorized_elementwise_kernel<8, at::native::GeluBackwardCUDAKernelImpl>", []),
-    (OPTIMIZER, "void at::native::multi_tensor_apply_kernel<at::native::FusedOptimizerTensorListMetadata<4> >", []),
-    (COMMUNICATION, "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", []),
-    (OTHER, ADD, []),
-    # The same kernel by what was running on the host.
-    (RESIDUAL, ADD, ["aten::add", FORWARD_RANGE]),
-    (RESIDUAL, ADD, ["aten::add", f"{NODE}NativeLayerNormBackward0"]),
-    (ACCUMULATION, ADD, ["aten::add_", f"{NODE}torch::autograd::AccumulateGrad"]),
-    (ACCUMULATION, COPY, ["aten::copy_", BACKWARD_RANGE]),
-    (CROSS_ENTROPY, ADD, ["aten::add", "_VocabParallelCrossEntropy", FORWARD_RANGE]),
-    (CROSS_ENTROPY, COPY, ["aten::copy_", f"{NODE}_VocabParallelCrossEntropyBackward"]),
-    (OPTIMIZER, COPY, ["aten::copy_", "aten::to", STEP_RANGE]),
-    (OPTIMIZER, ADD, ["aten::add_", "Optimizer.step#AdamW.step", STEP_RANGE]),
-    (ATTENTION, "forward_kernel", ["_Attention", FORWARD_RANGE]),
-    (LAYER_NORM, "layer_norm_forward_kernel", []),
-    (CROSS_ENTROPY, "cross_entropy_gradient_kernel", []),
-    (ATTENTION, COPY, ["aten::contiguous", "_Attention", FORWARD_RANGE]),
-    (OTHER, COPY, ["aten::cat", "aten::stack", "UnbindBackward0", f"{NODE}UnbindBackward0", BACKWARD_RANGE]),
-    # A CPU's operations.
-    (MATMUL, "aten::mm", ["aten::linear", FORWARD_RANGE]),
-    (RESIDUAL, "aten::add", [FORWARD_RANGE]),
-    (ACCUMULATION, "torch::autograd::AccumulateGrad", [BACKWARD_RANGE]),
-    (GELU, "aten::gelu", [FORWARD_RANGE]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("part", "name", "path"), CASES)
-def test_a_kernel_belongs_to_a_part(part: str, name: str, path: list[str]) -> None:
-    assert find_part(name, path) == part
 
 
 def event(number: int, name: str, start: float, end: float, **more: Any) -> FunctionEvent:
@@ -114,7 +60,7 @@ def test_busy_time_counts_overlaps_once(events: EventList) -> None:
 
 
 def test_a_summary_adds_up(events: EventList) -> None:
-    summary = summarize(_kernels_of(events), *_device_times(events))
+    summary = summarize_profile(_kernels_of(events), *_device_times(events))
     assert summary["parts_milliseconds"][RESIDUAL] == pytest.approx(0.03)
     assert summary["parts_milliseconds"][MATMUL] == pytest.approx(0.05)
     assert summary["parts_milliseconds"][OTHER] == pytest.approx(0.01)

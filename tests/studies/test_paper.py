@@ -46,7 +46,7 @@ def test_the_best_models_of_the_paper() -> None:
     assert min(paper.extrapolation("alibi", 512, "nonoverlapping").values()) == 18.31
     assert paper.update_rate_gain() == pytest.approx(0.131, abs=5e-4)
     assert paper.memory_saving() == pytest.approx(0.106, abs=5e-4)
-    assert paper.get_fact("time_to_perplexity").value == 0.11
+    assert paper.get_quote("time_to_perplexity").value == 0.11
 
 
 def test_alibi_and_sinusoidal_take_the_same_memory_at_the_same_length() -> None:

@@ -60,7 +60,7 @@ def test_bad_input_is_named(tmp_path: Path, case: str) -> None:
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"study.methods is missing: give it in the file or as study.methods=VALUE"):
         load_study(write_study(tmp_path, lengths=[4]), (), Section)
-    with pytest.raises(ConfigError, match="has no section study"):
+    with pytest.raises(ConfigError, match=r"study.yaml: must have the section study beside the sections of a run"):
         load_study(write_study(tmp_path), (), Section)
     with pytest.raises(FileError, match="cannot be read"):
         load_study(tmp_path / "none.yaml", (), Section)

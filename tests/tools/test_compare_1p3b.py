@@ -141,15 +141,15 @@ def test_smoke_from_nothing_to_the_report_and_again(
 
 BAD_INPUT = {
     "study key": (["study.turn=3"], "study.turn is unknown: did you mean study.turns?"),
-    "length": (["study.lengths=[16,24]"], "no multiple of the 24 of study.lengths"),
-    "falling": (["study.lengths=[32,16]"], "study.lengths=[32, 16] is not allowed: two or more rising lengths are"),
-    "tokens": (["study.valid_tokens=128"], "study.valid_tokens=128 is not allowed: more than 128"),
+    "length": (["study.lengths=[16,24]"], "it must be a multiple of the 24 of study.lengths"),
+    "falling": (["study.lengths=[32,16]"], "study.lengths=[32, 16]: must be two or more rising lengths above 0"),
+    "tokens": (["study.valid_tokens=128"], "study.valid_tokens=128: must be more than 128"),
     "keep": (["checkpoint.keep=2"], "checkpoint.keep=2"),
     "text": (["data.train=none"], "none.idx: no such token file"),
-    "launcher": (["--launcher", "srun '"], "--launcher=srun ' is not allowed: No closing quotation, a command is"),
+    "launcher": (["--launcher", "srun '"], "--launcher=srun ': must be a command (No closing quotation)"),
     "output": (["--output", str(TOOL)], f"--output={TOOL} cannot be written: {TOOL} is no folder"),
     "output below a file": (["--output", f"{TOOL}/a"], f"--output={TOOL}/a cannot be written: {TOOL} is no folder"),
-    "two texts": (["data.valid=[a,b]"], "data.valid has 2 token files"),
+    "two texts": (["data.valid=[a,b]"], "data.valid: must be one token file to evaluate on, not 2"),
 }
 
 

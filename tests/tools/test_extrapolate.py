@@ -159,12 +159,15 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
 
 
 BAD_INPUT = {
-    "method": ("study.methods=[alibi,rope]", "study.methods: rope is not allowed"),
+    "method": ("study.methods=[alibi,rope]", "study.methods=rope: must be some of "),
     "unknown key": ("study.strid=3", "study.strid is unknown: did you mean study.stride?"),
-    "training length": ("data.seq_length=20", "study.lengths=[16, 32] does not begin with data.seq_length=20"),
+    "training length": (
+        "data.seq_length=20",
+        "study.lengths=[16, 32]: must begin with the training length, data.seq_",
+    ),
     "batch": ("train.global_batch_size=5", "train.global_batch_size=5: must be a multiple of"),
-    "jobs": ("--jobs=0", "jobs=0 is not allowed"),
-    "launcher": ("--launcher=srun '", "--launcher=srun ' is not allowed: No closing quotation, a command is"),
+    "jobs": ("--jobs=0", "jobs=0: must be at least 1"),
+    "launcher": ("--launcher=srun '", "--launcher=srun ': must be a command (No closing quotation)"),
     "output": (f"--output={TOOL}", f"--output={TOOL} cannot be written: {TOOL} is no folder"),
     "output below a file": (f"--output={TOOL}/a/b", f"--output={TOOL}/a/b cannot be written: {TOOL} is no folder"),
     "text": ("data.train=/nowhere/tokens", "/nowhere/tokens.idx: no such token file"),

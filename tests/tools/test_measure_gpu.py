@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from megalibi.studies.gpu_visit.visit import DONE, INTERRUPTED, SKIPPED, read_records
+from megalibi.studies.gpu_visit.step import DONE, INTERRUPTED, SKIPPED, read_outcomes
 from tests.studies.machinery.test_jobs import signal_when
 from tests.support.in_process import Runner, load_tool, make_runner
 from tests.support.warm_python import warm_python
@@ -55,7 +55,7 @@ def test_every_step_at_toy_size_and_again(
     wanted = {name: SKIPPED if name in IMPOSSIBLE else DONE for name in names}
     code, output, errors = run(*where)
     assert code == 0, output + errors
-    records = read_records(folder)
+    records = read_outcomes(folder)
     statuses = {name: record.status for name, record in records.items()}
     assert statuses == wanted, output
     assert output.splitlines()[-1] == f"report: {folder / 'report.md'}"
@@ -82,7 +82,7 @@ def test_every_step_at_toy_size_and_again(
     assert [line.partition(": ")[2] for line in output.splitlines()[2:4]] == ["done before"] * 2
     changed = {path.stem for path, time in before.items() if path.stat().st_mtime_ns != time}
     assert changed == {"machine"}
-    assert set(read_records(folder)) == set(records)
+    assert set(read_outcomes(folder)) == set(records)
 
 
 def check_page(page: str) -> None:
@@ -128,7 +128,7 @@ def test_ctrl_c_keeps_what_is_there_and_ends_with_130(run: Runner, tmp_path: Pat
     with signal_when([tmp_path / "s" / "resume" / "whole" / "run.lock"], signal.SIGINT):
         code, output, errors = run(*where, "--only", "machine,resume")
     assert (code, errors) == (130, "error: interrupted\n"), output
-    assert {name: record.status for name, record in read_records(folder).items()} == {
+    assert {name: record.status for name, record in read_outcomes(folder).items()} == {
         "machine": DONE,
         "resume": INTERRUPTED,
     }

@@ -1,1 +1,1 @@
-"""The paper's comparison of two models: what each needs, how fast it is, how good it is."""
+"""The paper's 1.3B comparison: study.py says what is compared; then come plan, speed, quality, results, report."""

@@ -1,4 +1,4 @@
-"""Perplexity against time, and what the paper reads off it: Figure 5 of arXiv:2108.12409 and its "11% faster"."""
+"""Perplexity against time as in Figure 5 of arXiv:2108.12409, and how "11% faster" is read off such curves."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ class Point:
     """A checkpoint, or a moment between two."""
 
     updates: float
-    """Optimizer steps done; whole ones at a checkpoint."""
+    """Optimizer steps done: a whole number at a checkpoint, a fraction between two."""
     hours: float
-    """Time they took."""
+    """Hours that these steps took."""
     perplexity: float
-    """Of the validation text."""
+    """Perplexity of the validation text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Level:
-    """A perplexity that two models reach, and when."""
+    """A perplexity that two models reach, and when each reaches it."""
 
     perplexity: float
+    """The perplexity that both reach."""
     hours: float
-    """Of the model."""
+    """Hours after which the model reaches it."""
     baseline_hours: float
-    """Of the one it is compared with."""
+    """Hours after which the model that it is compared with reaches it."""
 
     @property
     def speedup(self) -> float:
-        """How much faster the model gets there: 0.1 is 10%."""
+        """By what share the model is faster: 0.1 is 10% faster."""
         return self.baseline_hours / self.hours - 1.0
 
 
 class Curve:
-    """Perplexity as a falling function of time: its logarithm is linear between checkpoints.
+    """Perplexity as a falling function of time, whose logarithm is linear between checkpoints.
 
-    A checkpoint that is no better than an earlier one is left out: what was reached stays reached.
+    A checkpoint that is no better than an earlier one is left out, because the earlier perplexity stays reached.
 
     Args:
-        points: At least one, by rising time.
+        points: One checkpoint or more, by rising time.
     """
 
     def __init__(self, points: Sequence[Point]) -> None:
@@ -65,27 +66,27 @@ class Curve:
         return float(np.exp(self.log_perplexities[-1]))
 
     def hours_to(self, perplexity: float) -> float:
-        """Return when a perplexity between the highest and the lowest is reached."""
+        """Return the hours after which a perplexity between the highest and the lowest is reached."""
         return float(np.interp(-np.log(perplexity), -self.log_perplexities, self.hours))
 
     def perplexity_at(self, hours: float) -> float:
-        """Return the perplexity at a time between the first checkpoint and the best one."""
+        """Return the perplexity after some hours, from the first checkpoint to the best one."""
         return float(np.exp(np.interp(hours, self.hours, self.log_perplexities)))
 
 
 def compare_times(points: Sequence[Point], baseline_points: Sequence[Point]) -> list[Level]:
-    """Return when two models reach what the baseline reaches at five evenly spaced moments of its training.
+    """Return when two models reach the perplexities of the baseline at five evenly spaced moments of its training.
 
     "By sampling five evenly distributed points across the training process, we compute that our L = 1024 model reaches
     a given perplexity value, on average, 11% faster" (arXiv:2108.12409, section 4.2). The moments are evenly spaced in
     time from the highest to the lowest perplexity that the two have in common.
 
     Args:
-        points: Of the model, by rising time.
-        baseline_points: Of the one it is compared with.
+        points: Checkpoints of the model, by rising time.
+        baseline_points: Checkpoints of the model that it is compared with.
 
     Returns:
-        Five levels by falling perplexity; none if the two have no range of perplexities in common.
+        Five levels by falling perplexity, or none if the two have no range of perplexities in common.
     """
     curve, baseline = Curve(points), Curve(baseline_points)
     highest, lowest = min(curve.highest, baseline.highest), max(curve.lowest, baseline.lowest)
@@ -97,19 +98,19 @@ def compare_times(points: Sequence[Point], baseline_points: Sequence[Point]) -> 
 
 
 def mean_speedup(levels: Sequence[Level]) -> float:
-    """Return how much faster the model is on average over the levels."""
+    """Return by what share the model is faster on average over the levels."""
     return float(np.mean([level.speedup for level in levels]))
 
 
 def stand_at(points: Sequence[Point], hours: float) -> Point | None:
-    """Return where a run stopped at a time would stand. None: before its first checkpoint nothing is known.
+    """Return where a run that is stopped at a time stands, or None before its first checkpoint.
 
     Between two checkpoints the logarithm of the perplexity and the updates are linear in time. Unlike in a Curve every
-    checkpoint counts, better than the ones before or not.
+    checkpoint counts, whether it is better than the ones before or not.
 
     Args:
-        points: By rising time.
-        hours: The time; after the last checkpoint that one stands.
+        points: Checkpoints of the run, by rising time.
+        hours: The time at which it is stopped; after the last checkpoint the result is that checkpoint.
     """
     if hours < points[0].hours:
         return None

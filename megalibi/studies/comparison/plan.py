@@ -1,4 +1,4 @@
-"""What a comparison will need, before anything is allocated: shapes and memory, from the meta device."""
+"""What a comparison will need, before anything is allocated: shapes and memory, computed on the meta device."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from megalibi.plan.run_plan import plan_memory
 from megalibi.studies.comparison.study import ATTENTIONS, CompareStudy, Variant, variant_config, variants
 
 PLANNED = {"unfused": "unfused", "fast": "fused"}
-"""Our kinds of attention as the plan calls them."""
+"""Kind of attention -> the name that the plan of a run has for it."""
 
 
 def plan_variants(base: Config, study: CompareStudy, *, device_type: str) -> dict[Variant, MemoryByKind]:
-    """Return the memory that a rank of each variant will hold at its peak.
+    """Return the memory that a rank of each variant will hold at the peak of a step.
 
     Args:
         base: The study's configuration.
-        study: Its section.
-        device_type: Where the ranks compute.
+        study: Its section ``study``.
+        device_type: Where the ranks compute, cuda or cpu.
 
     Raises:
         ConfigError: A variant's configuration does not fit the ranks.
@@ -45,14 +45,14 @@ def select_plans(plans: Mapping[Variant, MemoryByKind], base: Config, part: str)
     Args:
         plans: From plan_variants.
         base: The study's configuration.
-        part: speed and all run both kinds of attention, quality trains with the study's own.
+        part: "speed" and "all" run both kinds of attention; "quality" trains with that of model.attention_backend.
     """
     own = "unfused" if base.model.attention_backend == ATTENTIONS["unfused"] else "fast"
     return {variant: plan for variant, plan in plans.items() if part != "quality" or variant.attention == own}
 
 
 def find_shapes(base: Config) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every weight of the whole model, by name; the methods compared have the same ones."""
+    """Return the shape of every weight of the whole model, by name; both position methods have the same weights."""
     padded = derive(base, base.parallel.tensor_parallel_size).padded_vocab_size
     with torch.device("meta"):
         model = GPT(base.model, padded_vocab_size=padded, layout=WHOLE)
@@ -63,12 +63,12 @@ def check_fits(plans: Mapping[Variant, MemoryByKind], gpu: str, memory_bytes: in
     """Refuse GPUs that are too small, before anything is allocated.
 
     Args:
-        plans: Of what will run, from plan_variants or select_plans.
-        gpu: What each rank computes on.
-        memory_bytes: Of one.
+        plans: Plans of the variants that will run, from plan_variants or select_plans.
+        gpu: Name of the GPU that each rank computes on.
+        memory_bytes: Memory of one such GPU.
 
     Raises:
-        ConfigError: With what the largest variant needs, for what, and what to change.
+        ConfigError: The largest variant does not fit. The message says what it needs and which fields to change.
     """
     variant, memory = max(plans.items(), key=lambda plan: plan[1].total)
     if memory.total > USABLE * memory_bytes:
@@ -81,6 +81,6 @@ def check_fits(plans: Mapping[Variant, MemoryByKind], gpu: str, memory_bytes: in
 
 
 def describe_memory(memory: MemoryByKind) -> str:
-    """Return the parts of a memory in GiB, the largest first; small ones are left out."""
+    """Return the kinds of memory in GiB, the largest first; those below 0.05 GiB are left out."""
     parts = {name.replace("_", " "): getattr(memory, name) / GIB for name in MemoryByKind.__dataclass_fields__}
     return ", ".join(f"{name} {part:.1f}" for name, part in sorted(parts.items(), key=lambda p: -p[1]) if part >= 0.05)

@@ -1,4 +1,4 @@
-"""Part two of the comparison: the models trained to equal updates, and the perplexity of their checkpoints."""
+"""Part two of the comparison: all models are trained for equally many updates, and their checkpoints evaluated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megalibi.config import Config
 from megalibi.errors import ConfigError
 from megalibi.metrics.records import read_metrics
 from megalibi.studies.comparison.curves import Point
-from megalibi.studies.comparison.study import ALIBI, CompareStudy, Model, model_config
+from megalibi.studies.comparison.study import ALIBI, ComparedModel, CompareStudy, model_config
 from megalibi.studies.machinery.machine import Machine
 from megalibi.studies.machinery.scorings import Scoring, run_scorings
 from megalibi.studies.machinery.trainings import Training, run_trainings
@@ -22,29 +22,30 @@ from megalibi.studies.machinery.trainings import Training, run_trainings
 
 @dataclass(frozen=True, kw_only=True)
 class Quality:
-    """What a trained model came to."""
+    """How good a trained model is, checkpoint by checkpoint."""
 
-    model: Model
+    model: ComparedModel
+    """The model that was trained."""
     wall_seconds: float
-    """Sum of the times of its steps as they were, on a machine that may have done other work too."""
+    """Sum of the seconds of its steps, on a machine that may have done other work at the same time."""
     perplexities: Mapping[int, Mapping[int, float]]
-    """By updates done, then by evaluation length."""
+    """Updates done -> evaluation length -> perplexity."""
 
     @property
     def updates(self) -> int:
-        """Of the last checkpoint."""
+        """Updates of the last checkpoint."""
         return max(self.perplexities)
 
     def final(self, length: int) -> float | None:
-        """Return the last checkpoint's perplexity; None if it has not been evaluated at this length."""
+        """Return the perplexity of the last checkpoint, or None if it has not been evaluated at this length."""
         return self.perplexities[self.updates].get(length)
 
     def points(self, length: int, update_seconds: float) -> list[Point]:
-        """Return the perplexity at one evaluation length against time.
+        """Return the checkpoints evaluated at one length, by rising time.
 
         Args:
-            length: Tokens the model sees at once.
-            update_seconds: What an update takes.
+            length: The evaluation length in tokens.
+            update_seconds: Seconds of an update.
         """
         return [
             Point(updates=updates, hours=updates * update_seconds / 3600.0, perplexity=by_length[length])
@@ -54,26 +55,26 @@ class Quality:
 
 
 def check_quality(base: Config) -> None:
-    """Find out before anything runs whether the study's runs will have what part two reads.
+    """Check, before anything runs, that the runs will leave what part two reads.
 
     Raises:
-        ConfigError: They would not keep their checkpoints, or there is not one validation text.
+        ConfigError: The runs would not keep all checkpoints, or data.valid is not one token file.
     """
     if base.checkpoint.keep != 0 or base.checkpoint.every_steps < 1:
         raise ConfigError(
-            f"checkpoint.keep={base.checkpoint.keep} with checkpoint.every_steps={base.checkpoint.every_steps} is not "
-            "allowed: the curves need all checkpoints, keep=0 and every_steps of at least 1"
+            f"checkpoint.keep={base.checkpoint.keep} with checkpoint.every_steps={base.checkpoint.every_steps}: must "
+            "be keep=0 and every_steps of at least 1, because the curves need all checkpoints"
         )
     if len(base.data.valid) != 1:
-        raise ConfigError(f"data.valid has {len(base.data.valid)} token files: a comparison is evaluated on one")
+        raise ConfigError(f"data.valid: must be one token file to evaluate on, not {len(base.data.valid)}")
 
 
 def train_models(base: Config, study: CompareStudy, machine: Machine, console: Console) -> None:
-    """Train what is not trained yet, as runs.py does.
+    """Train every model that is not trained yet.
 
     Args:
         base: The study's configuration.
-        study: Its section.
+        study: Its section ``study``.
         machine: Where to train.
         console: Where to show progress.
     """
@@ -81,18 +82,19 @@ def train_models(base: Config, study: CompareStudy, machine: Machine, console: C
     run_trainings(trainings, console)
 
 
-def plan_scorings(base: Config, study: CompareStudy, machine: Machine) -> dict[Model, dict[int, Scoring]]:
-    """Return the evaluation of every checkpoint there is, by model and updates.
+def plan_scorings(base: Config, study: CompareStudy, machine: Machine) -> dict[ComparedModel, dict[int, Scoring]]:
+    """Return the evaluation of every checkpoint that there is, by model and updates.
 
-    All checkpoints of a pair are evaluated at the longer model's length (Figure 5). The last ones are evaluated at
-    every training length from their own on (Table 12), and ALiBi's at twice and four times the longest, too.
+    All checkpoints of a pair are evaluated at the training length of the longer model (Figure 5). A last checkpoint is
+    also evaluated at its own training length and all longer ones (Table 12), and ALiBi's at twice and four times the
+    longest as well.
 
     Args:
         base: The study's configuration.
-        study: Its section.
+        study: Its section ``study``.
         machine: Where to evaluate.
     """
-    plan: dict[Model, dict[int, Scoring]] = {}
+    plan: dict[ComparedModel, dict[int, Scoring]] = {}
     for model in study.models():
         config = model_config(base, model)
         of_pairs = {long.length for short, long in study.pairs() if model in (short, long)}
@@ -117,8 +119,8 @@ def plan_scorings(base: Config, study: CompareStudy, machine: Machine) -> dict[M
     return plan
 
 
-def evaluate_models(plan: Mapping[Model, Mapping[int, Scoring]], console: Console) -> None:
-    """Evaluate what is not evaluated yet.
+def evaluate_models(plan: Mapping[ComparedModel, Mapping[int, Scoring]], console: Console) -> None:
+    """Evaluate every checkpoint that is not evaluated yet.
 
     Args:
         plan: From plan_scorings.
@@ -127,8 +129,8 @@ def evaluate_models(plan: Mapping[Model, Mapping[int, Scoring]], console: Consol
     run_scorings([evaluation for of_model in plan.values() for evaluation in of_model.values()], console)
 
 
-def read_qualities(base: Config, plan: Mapping[Model, Mapping[int, Scoring]]) -> dict[Model, Quality]:
-    """Return what is known of the models that are trained to their last update and evaluated.
+def read_qualities(base: Config, plan: Mapping[ComparedModel, Mapping[int, Scoring]]) -> dict[ComparedModel, Quality]:
+    """Return the qualities of the models that are trained to their last update and evaluated.
 
     Args:
         base: The study's configuration.

@@ -1,4 +1,4 @@
-"""What a comparison has measured, and what the paper's tables and its Figure 5 are made of."""
+"""What a comparison has measured, and what follows from it for the paper's tables and its Figure 5."""
 
 from __future__ import annotations
 
@@ -12,94 +12,97 @@ from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.studies.comparison.curves import Level, Point, compare_times, mean_speedup, stand_at
 from megalibi.studies.comparison.quality import Quality
 from megalibi.studies.comparison.speed import Speed
-from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, CompareStudy, Model, Variant
+from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, ComparedModel, CompareStudy, Variant
 
-Pair = tuple[Model, Model]
-"""ALiBi, and sinusoidal positions at the next length."""
+Pair = tuple[ComparedModel, ComparedModel]
+"""ALiBi at a length, and sinusoidal positions at the next."""
 
 
 def format_percent(value: float, sign: str = "-") -> str:
-    """Write a share as 8.6%, and never as -0.0%; with the sign "+", as +8.6%."""
+    """Return a share as in "8.6%", never "-0.0%"; with the sign "+" as in "+8.6%"."""
     return f"{round(value, 3) + 0.0:{sign}.1%}"
 
 
 def format_updates(updates: float) -> str:
-    """Write updates as 50,000, and a moment between two as 44,226.2."""
+    """Return updates as in "50,000", and a moment between two updates as in "44,226.2"."""
     return f"{updates:,.1f}".removesuffix(".0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EqualTime:
-    """A pair when the first of its two trainings is done, on one kind of attention (Table 11)."""
+    """Where the two models of a pair stand when the first of their trainings is done (Table 11)."""
 
     hours: float
-    """When that is."""
+    """Hours of training until that moment."""
     alibi: Point | None
-    """Where it stands then; None: it has no checkpoint yet."""
+    """Where the ALiBi model stands then, or None before its first checkpoint."""
     sinusoidal: Point | None
-    """The same."""
+    """Where the sinusoidal model stands then, or None before its first checkpoint."""
     stopped: str | None
-    """Method of the model whose training is not done by then; None: both end at once."""
+    """Position method of the model whose training is not done by then, or None if both end at the same moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that is known; parts that are not measured yet are missing."""
+    """Everything that is known of a comparison; what is not measured yet is missing."""
 
     study: CompareStudy
+    """The section ``study``."""
     updates: int
-    """Of every training."""
+    """Updates of every training."""
     plans: Mapping[Variant, MemoryByKind]
-    """Computed memory of a rank."""
+    """Computed memory of a rank at the peak of a step."""
     speeds: Mapping[Variant, Speed]
-    qualities: Mapping[Model, Quality]
+    """What part one has measured."""
+    qualities: Mapping[ComparedModel, Quality]
+    """What part two has measured."""
 
-    def find_speed(self, model: Model, attention: str) -> Speed | None:
-        """Return what was measured of a model with a kind of attention, if it was."""
+    def find_speed(self, model: ComparedModel, attention: str) -> Speed | None:
+        """Return the speed of a model with a kind of attention, if it has been measured."""
         return self.speeds.get(Variant(model=model, attention=attention))
 
-    def rate_gain(self, model: Model, baseline: Model, attention: str) -> Quartiles | None:
-        """Return how many more updates an hour a model makes than a baseline, 0.1 for 10%, turn by turn."""
+    def rate_gain(self, model: ComparedModel, baseline: ComparedModel, attention: str) -> Quartiles | None:
+        """Return a model's gain in updates an hour over a baseline as quartiles over the turns; 0.1 is 10% more."""
         speed, other = self.find_speed(model, attention), self.find_speed(baseline, attention)
         return speed.rate_gain(other) if speed and other else None
 
-    def memory_saving(self, model: Model, baseline: Model, attention: str) -> float | None:
-        """Return how much less memory a model takes than a baseline, 0.1 for 10%, at the allocator's peak."""
+    def memory_saving(self, model: ComparedModel, baseline: ComparedModel, attention: str) -> float | None:
+        """Return by what share a model takes less memory than a baseline at the allocator's peak; 0.1 is 10% less."""
         speed, other = self.find_speed(model, attention), self.find_speed(baseline, attention)
         return 1.0 - speed.memory.total / other.memory.total if speed and other else None
 
-    def planned_saving(self, model: Model, baseline: Model, attention: str) -> float | None:
-        """Return the same, as computed."""
+    def planned_saving(self, model: ComparedModel, baseline: ComparedModel, attention: str) -> float | None:
+        """Return by what share a model is planned to take less memory than a baseline; 0.1 is 10% less."""
         plan, other = (self.plans.get(Variant(model=which, attention=attention)) for which in (model, baseline))
         return 1.0 - plan.total / other.total if plan and other else None
 
-    def hours(self, model: Model, attention: str) -> float | None:
-        """Return what a whole training takes by the turns' clock."""
+    def hours(self, model: ComparedModel, attention: str) -> float | None:
+        """Return the hours of a whole training at the median time of a step in the turns."""
         speed = self.find_speed(model, attention)
         return None if speed is None else self.updates * speed.step_seconds.median / 3600.0
 
-    def points(self, model: Model, attention: str, length: int) -> list[Point]:
-        """Return a model's checkpoints at one evaluation length against the turns' clock; none if either is missing."""
+    def points(self, model: ComparedModel, attention: str, length: int) -> list[Point]:
+        """Return a model's checkpoints at one evaluation length by the turns' clock; none if one is missing."""
         speed, quality = self.find_speed(model, attention), self.qualities.get(model)
         return [] if speed is None or quality is None else quality.points(length, speed.step_seconds.median)
 
     def pair_points(self, pair: Pair, attention: str) -> tuple[list[Point], list[Point]]:
-        """Return the curves of a pair, at the longer model's length; two empty ones if either is missing."""
+        """Return the curves of a pair at the longer model's length; both are empty if either is missing."""
         alibi, sinusoidal = (self.points(model, attention, pair[1].length) for model in pair)
         return (alibi, sinusoidal) if alibi and sinusoidal else ([], [])
 
     @property
     def has_curves(self) -> bool:
-        """Whether there is anything to draw."""
+        """Whether the curves of all pairs are there to be drawn."""
         return all(self.pair_points(pair, kind)[0] for kind in ATTENTIONS for pair in self.study.pairs())
 
     def levels(self, pair: Pair, attention: str) -> list[Level]:
-        """Return when the two of a pair reach five perplexities; none if they have no range in common."""
+        """Return when the models of a pair reach five perplexities; none if they have no range in common."""
         alibi, sinusoidal = self.pair_points(pair, attention)
         return compare_times(alibi, sinusoidal) if alibi else []
 
     def equal_time(self, pair: Pair, attention: str) -> EqualTime | None:
-        """Return where a pair stands when the first of its two trainings is done; None if either is missing."""
+        """Return where a pair stands when the first of its two trainings is done, or None if either is missing."""
         alibi, sinusoidal = self.pair_points(pair, attention)
         if not alibi:
             return None

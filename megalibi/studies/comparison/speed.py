@@ -1,4 +1,4 @@
-"""Part one of the comparison: speed and memory, in turns of fresh processes, each of which is kept."""
+"""Part one of the comparison: speed and memory, in turns of fresh processes; the result of each turn is kept."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, config_to_dict, save_config
+from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, save_config
 from megalibi.errors import ConfigError
 from megalibi.metrics.summary import Quartiles
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.studies.comparison.study import CompareStudy, Variant, variant_config, variants
 from megalibi.studies.machinery.jobs import run_jobs
 from megalibi.studies.machinery.machine import Machine
+from megalibi.studies.machinery.trainings import check_unchanged
 from megalibi.train.check import check_run
 
-# Recomputation leaves the weights as they are, and takes time and spares memory.
-_WITHOUT_EFFECT = NO_WEIGHT_DEPENDS_ON - {"model.recompute"}
+# Recomputation changes no weight, but it costs time and saves memory.
+_NO_TURN_DEPENDS_ON = NO_WEIGHT_DEPENDS_ON - {"model.recompute"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,54 +31,54 @@ class Turn:
     """One turn of a variant; ``train.output_dir`` of its configuration is the variant's folder."""
 
     config: Config
+    """The configuration of the steps that are measured."""
     number: int
-    """From 1 on."""
+    """The number of the turn, from 1 on."""
     machine: Machine
-    """Its pretrain is launch/measure_turn.py."""
+    """Where to measure."""
 
     @property
     def folder(self) -> Path:
-        """The variant's."""
+        """The folder of the variant."""
         return Path(self.config.train.output_dir)
 
     @property
     def name(self) -> str:
-        """As the console calls it."""
+        """The name of the turn on the console."""
         return f"{self.folder.name} turn {self.number}"
 
     @property
     def output(self) -> Path:
-        """What was measured."""
+        """The JSON file with what was measured."""
         return self.folder / f"turn_{self.number}.json"
 
     @property
     def log(self) -> Path:
-        """Where its output goes."""
+        """The file that gets the output of the process."""
         return self.folder / f"turn_{self.number}.log"
 
     def prepare(self) -> None:
-        """Write the YAML."""
+        """Write the YAML file."""
         save_config(self.config, self.folder / "turn.yaml")
 
     def command(self, slot: int) -> list[str]:
-        """Return what measures."""
-        return [
-            *self.machine.launch(slot), "--config", str(self.folder / "turn.yaml"), "--output", str(self.output)
-        ]  # fmt: skip
+        """Return the command that measures."""
+        arguments = ["--config", str(self.folder / "turn.yaml"), "--output", str(self.output)]
+        return [*self.machine.launch(slot, self.machine.measure_turn), *arguments]
 
     def environment(self, slot: int) -> dict[str, str]:
         """Return the environment to measure in."""
         return self.machine.environment_of(slot, self.machine.ranks)
 
     def progress(self) -> None:
-        """A turn is too short to say how far it is."""
+        """Return None: a turn is too short to say how far it is."""
 
     def finish(self, exit_code: int) -> str | None:
-        """Return what is wrong, judged by the file: launchers have exit codes of their own."""
+        """Return what went wrong. The output file decides: launchers have exit codes of their own."""
         return None if self.output.is_file() else f"failed with exit code {exit_code}"
 
     def read(self) -> dict[str, Any] | None:
-        """Return what was measured; None: not yet.
+        """Return what was measured, or None before that.
 
         Raises:
             ConfigError: It was measured with another configuration.
@@ -85,18 +86,7 @@ class Turn:
         if not self.output.is_file():
             return None
         turn = json.loads(self.output.read_text(encoding="utf-8"))
-        ours = json.loads(json.dumps(config_to_dict(self.config)))
-        changed = [
-            f"{section}.{name}={value}, not {turn['config'].get(section, {}).get(name)}"
-            for section, fields in ours.items()
-            for name, value in fields.items()
-            if f"{section}.{name}" not in _WITHOUT_EFFECT and turn["config"].get(section, {}).get(name) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f"{self.output} was measured with another configuration than this study's: {'; '.join(changed)}; give "
-                "the values it was measured with, or another train.output_dir"
-            )
+        check_unchanged(self.config, turn["config"], free=_NO_TURN_DEPENDS_ON, what=f"{self.output} was measured")
         return dict(turn)
 
 
@@ -105,29 +95,30 @@ class Speed:
     """What the turns of a variant measured."""
 
     variant: Variant
+    """The variant that was measured."""
     step_seconds: Quartiles
-    """Over all counted steps of all turns."""
+    """Quartiles of the seconds of a step, over all counted steps of all turns."""
     turn_medians: Mapping[int, float]
-    """Median seconds of a step by the turn's number."""
+    """Number of a turn -> median seconds of its counted steps."""
     batch_tokens: int
-    """Of an update."""
+    """Tokens of an update."""
     memory: MemoryByKind
-    """Bytes of rank 0 at the allocator's peak, the highest of all turns."""
+    """Bytes of rank 0 at the allocator's peak, of the turn where they were most."""
     device_bytes: int
-    """What the device, or on a CPU the process, held at its peak, libraries included: the highest of all turns."""
+    """Bytes that the device, or on a CPU the process, held at its peak, libraries included: the most of all turns."""
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the median step."""
+        """Tokens a second at the median time of a step."""
         return self.batch_tokens / self.step_seconds.median
 
     @property
     def updates_per_hour(self) -> float:
-        """Of the median step."""
+        """Updates an hour at the median time of a step."""
         return 3600.0 / self.step_seconds.median
 
     def rate_gain(self, baseline: Speed) -> Quartiles:
-        """Return how many more updates an hour than a baseline's it makes, 0.1 for 10%, turn by turn."""
+        """Return the gain in updates an hour over a baseline as quartiles over the turns; 0.1 is 10% more."""
         common = self.turn_medians.keys() & baseline.turn_medians.keys()
         return Quartiles.of([baseline.turn_medians[n] / self.turn_medians[n] - 1.0 for n in common])
 
@@ -137,8 +128,8 @@ def plan_turns(base: Config, study: CompareStudy, machine: Machine) -> dict[Vari
 
     Args:
         base: The study's configuration.
-        study: Its section.
-        machine: Where they run; its pretrain is launch/measure_turn.py.
+        study: Its section ``study``.
+        machine: Where they run.
     """
     alone = dataclasses.replace(machine, jobs=1)  # nothing runs beside what is timed
     return {
@@ -151,7 +142,7 @@ def plan_turns(base: Config, study: CompareStudy, machine: Machine) -> dict[Vari
 
 
 def order_turns(turns: Mapping[Variant, Sequence[Turn]]) -> list[Turn]:
-    """Return the turns round by round, every other round backwards: none always follows the same neighbour.
+    """Return the turns round by round, every second round backwards, so that no variant always follows the same one.
 
     Args:
         turns: From plan_turns.
@@ -161,16 +152,17 @@ def order_turns(turns: Mapping[Variant, Sequence[Turn]]) -> list[Turn]:
 
 
 def run_turns(turns: Mapping[Variant, Sequence[Turn]], console: Console) -> None:
-    """Measure what is not measured yet: the first turns of all variants, then the second ones.
+    """Measure what is not measured yet: the first turns of all variants, then the second ones, and so on.
 
-    So the machine's other work hits the variants alike.
+    In this order other work on the machine slows all variants down alike.
 
     Args:
         turns: From plan_turns.
         console: Where to show progress.
 
     Raises:
-        ConfigError: A turn failed, after the others; or was measured with another configuration.
+        ConfigError: A turn was measured with another configuration. Nothing has started.
+        JobError: A turn failed; the others have ended before.
     """
     ordered = order_turns(turns)
     missing = [turn for turn in ordered if turn.read() is None]
@@ -183,14 +175,14 @@ def run_turns(turns: Mapping[Variant, Sequence[Turn]], console: Console) -> None
 
 
 def read_speeds(turns: Mapping[Variant, Sequence[Turn]], study: CompareStudy) -> dict[Variant, Speed]:
-    """Return what has been measured so far; variants without a turn are not among it.
+    """Return what has been measured so far; variants without a measured turn are left out.
 
     Args:
         turns: From plan_turns.
-        study: Says which steps count.
+        study: The section ``study``, which says how many steps of a turn do not count.
 
     Raises:
-        ConfigError: Turns were measured on different hardware: times of different machines are not comparable.
+        ConfigError: Turns were measured on different hardware; such times cannot be compared.
     """
     speeds: dict[Variant, Speed] = {}
     hardware: dict[str, Path] = {}
@@ -198,12 +190,12 @@ def read_speeds(turns: Mapping[Variant, Sequence[Turn]], study: CompareStudy) ->
         done = {turn.number: record for turn in of_variant if (record := turn.read()) is not None}
         hardware |= {_hardware_of(record): of_variant[number - 1].output for number, record in done.items()}
         if done:
-            speeds[variant] = summarize(variant, done, study.warm_steps, of_variant[0].config)
+            speeds[variant] = summarize_turns(variant, done, study.warm_steps, of_variant[0].config)
     if len(hardware) > 1:
         one, other = list(hardware.items())[:2]
         raise ConfigError(
-            f"{one[1]} and {other[1]} were measured on different hardware ({one[0]}; {other[0]}): delete those of one "
-            "of them, or give another train.output_dir"
+            f"{one[1]} and {other[1]} were measured on different hardware ({one[0]}; {other[0]}): delete the turns of "
+            "one machine, or give another train.output_dir"
         )
     return speeds
 
@@ -213,14 +205,16 @@ def _hardware_of(record: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in {**hardware, "ranks": record["ranks"]}.items())
 
 
-def summarize(variant: Variant, records: Mapping[int, Mapping[str, Any]], warm_steps: int, config: Config) -> Speed:
-    """Sum the turns of a variant up.
+def summarize_turns(
+    variant: Variant, records: Mapping[int, Mapping[str, Any]], warm_steps: int, config: Config
+) -> Speed:
+    """Sum up the turns of a variant.
 
     Args:
-        variant: What was measured.
-        records: What each turn wrote, by its number.
-        warm_steps: Of each turn, from its beginning on, that do not count.
-        config: Of the variant.
+        variant: The variant that was measured.
+        records: Number of a turn -> what the turn wrote.
+        warm_steps: Steps at the beginning of each turn that do not count.
+        config: The configuration of the variant.
     """
     counted = {number: record["step_seconds"][warm_steps:] for number, record in records.items()}
     memories = [MemoryByKind(**record["memory"]) for record in records.values()]

@@ -1,6 +1,7 @@
 """The paper's large comparison (arXiv:2108.12409, section 4.2): ALiBi against sinusoidal positions at twice the length.
 
-What is compared with what: the study's section, the models and how each one's run follows from the study's.
+This module says what is compared with what: the section ``study``, the models, and how the run of each model follows
+from the study's run. Part one (speed.py) measures speed and memory, part two (quality.py) trains and evaluates.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from megalibi.errors import ConfigError
 
 ALIBI, SINUSOIDAL = "alibi", "sinusoidal"
 ATTENTIONS = {"unfused": "unfused", "fast": "auto"}
-"""Kinds of attention and the back end of each. unfused holds the scores of all pairs of tokens, as the paper's fairseq
-did, with products in 16 bits and the softmax in fp32; fast is the best that can run."""
+"""Kind of attention -> model.attention_backend. Unfused attention holds the scores of all pairs of tokens, as the
+paper's fairseq did, with products in 16 bits and the softmax in fp32; fast is the best back end that can run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,84 +25,85 @@ class CompareStudy:
     """The section ``study`` of a comparison."""
 
     lengths: tuple[int, ...] = (512, 1024, 2048)
-    """Training lengths, rising. ALiBi at each is compared with sinusoidal positions at the next."""
+    """Training lengths in tokens, rising. ALiBi at each is compared with sinusoidal positions at the next."""
     turns: int = 5
-    """Times that each variant's speed is measured, each in fresh processes; all variants in turn."""
+    """How many times the speed of each variant is measured, every time in fresh processes. The variants take turns."""
     warm_steps: int = 1
-    """Steps at the beginning of a turn that are not counted."""
+    """Steps at the beginning of a turn whose times do not count."""
     steps_per_turn: int = 3
-    """Steps of a turn that are counted."""
+    """Steps of a turn whose times count."""
     unfused_micro_batch_size: int = 0
-    """train.micro_batch_size of the turns with unfused attention, whose scores fill the memory; 0: as the others'."""
+    """train.micro_batch_size of the turns with unfused attention, whose scores fill the memory. 0 means the same as
+    in the other turns."""
     ranks: int = 1
-    """Processes of a training and of a turn."""
+    """Processes of each training and of each turn."""
     valid_tokens: int = 131072
     """Tokens of data.valid on which the checkpoints are evaluated."""
 
     def __post_init__(self) -> None:
-        """Check what one section can know."""
+        """Check what can be checked without the run's own sections."""
         for name in ("turns", "warm_steps", "steps_per_turn", "ranks"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"study.{name}={getattr(self, name)} is not allowed: a number of at least 1 is")
+                raise ConfigError(f"study.{name}={getattr(self, name)}: must be at least 1")
         if self.unfused_micro_batch_size < 0:
-            raise ConfigError(
-                f"study.unfused_micro_batch_size={self.unfused_micro_batch_size} is not allowed: 0 or more is"
-            )
+            raise ConfigError(f"study.unfused_micro_batch_size={self.unfused_micro_batch_size}: must be 0 or more")
         if len(self.lengths) < 2 or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
-            raise ConfigError(f"study.lengths={list(self.lengths)} is not allowed: two or more rising lengths are")
+            raise ConfigError(f"study.lengths={list(self.lengths)}: must be two or more rising lengths above 0")
         if self.valid_tokens <= self.longest_evaluation:
             raise ConfigError(
-                f"study.valid_tokens={self.valid_tokens} is not allowed: more than {self.longest_evaluation}, the "
-                "longest evaluation, is"
+                f"study.valid_tokens={self.valid_tokens}: must be more than {self.longest_evaluation}, four times the "
+                "longest of study.lengths"
             )
 
     @property
     def longest_evaluation(self) -> int:
-        """Tokens of the longest window of an evaluation: ALiBi's, at four times the longest training length."""
+        """Tokens of the longest evaluation window: ALiBi goes up to four times the longest training length."""
         return 4 * self.lengths[-1]
 
-    def models(self) -> list[Model]:
-        """Return what is trained: both methods at every length, the rows of Table 12."""
-        return [Model(method=method, length=length) for length in self.lengths for method in (SINUSOIDAL, ALIBI)]
-
-    def pairs(self) -> list[tuple[Model, Model]]:
-        """Return ALiBi at each length with sinusoidal positions at the next; the last pair is the main one."""
+    def models(self) -> list[ComparedModel]:
+        """Return the models that are trained: both methods at every length, as in the rows of Table 12."""
         return [
-            (Model(method=ALIBI, length=short), Model(method=SINUSOIDAL, length=long))
+            ComparedModel(method=method, length=length) for length in self.lengths for method in (SINUSOIDAL, ALIBI)
+        ]
+
+    def pairs(self) -> list[tuple[ComparedModel, ComparedModel]]:
+        """Return the pairs: ALiBi at a length, sinusoidal positions at the next. The last pair is the main one."""
+        return [
+            (ComparedModel(method=ALIBI, length=short), ComparedModel(method=SINUSOIDAL, length=long))
             for short, long in zip(self.lengths, self.lengths[1:], strict=False)
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """One trained model."""
+class ComparedModel:
+    """One of the models compared: a position method at a training length."""
 
     method: str
-    """Of its positions."""
+    """The position method, ALIBI or SINUSOIDAL."""
     length: int
-    """Tokens it is trained at."""
+    """The training length in tokens."""
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.method}_{self.length}"
 
     def __str__(self) -> str:
-        """As tables and sentences call it."""
+        """Return the name of the model in tables and sentences."""
         return f"{'ALiBi' if self.method == ALIBI else self.method}, {self.length:,}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A model with a kind of attention: what the speed is measured of."""
+    """A model with a kind of attention, whose speed is measured."""
 
-    model: Model
+    model: ComparedModel
     attention: str
-    """A key of ATTENTIONS."""
+    """The kind of attention, a key of ATTENTIONS."""
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.model.name}_{self.attention}"
 
 
@@ -112,12 +114,12 @@ def variants(study: CompareStudy) -> Iterator[Variant]:
             yield Variant(model=model, attention=attention)
 
 
-def model_config(base: Config, model: Model) -> Config:
-    """Return the run of a model: the study's own, with as many tokens in each update, micro batch and validation.
+def model_config(base: Config, model: ComparedModel) -> Config:
+    """Return the run of a model: the study's run, with as many tokens in each update, micro batch and validation.
 
     Args:
         base: The study's configuration.
-        model: What is trained.
+        model: The model to train.
 
     Raises:
         ConfigError: The length does not divide the tokens of a batch.
@@ -140,21 +142,21 @@ def _sequences(base: Config, name: str, length: int) -> int:
     sequences, base_length = getattr(base.train, name), base.data.seq_length
     if sequences * base_length % length:
         raise ConfigError(
-            f"train.{name}={sequences} x data.seq_length={base_length} tokens are no multiple of the {length} of "
-            "study.lengths: the same number of tokens at every length is needed"
+            f"train.{name}={sequences}: times data.seq_length={base_length} it must be a multiple of the {length} of "
+            "study.lengths, so that every length has the same number of tokens"
         )
     return sequences * base_length // length
 
 
 def variant_config(base: Config, study: CompareStudy, variant: Variant) -> Config:
-    """Return the run of a turn: a model's, with the kind of attention, for as many steps as a turn has.
+    """Return the run of a turn: the model's run, with the variant's kind of attention and the steps of a turn.
 
     Micro batches have as many tokens at every length, but with unfused attention they may be smaller.
 
     Args:
         base: The study's configuration.
-        study: Its section.
-        variant: What is measured.
+        study: Its section ``study``.
+        variant: The variant to measure.
     """
     micro_batch_size = base.train.micro_batch_size
     if variant.attention == "unfused":

@@ -1,1 +1,1 @@
-"""The extrapolation study: results, pictures and report."""
+"""Train short, test long: study.py says what is trained and scored, findings.py judges it, report.py is the page."""

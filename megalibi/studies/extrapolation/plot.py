@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from megalibi.report.plots import INK, MUTED, PAPER, SERIES_COLORS, new_figure
-from megalibi.studies.extrapolation.results import METHOD_NAMES, NONOVERLAPPING, PROTOCOLS, Curves, Perplexities
+from megalibi.studies.extrapolation.study import METHOD_NAMES, NONOVERLAPPING, PROTOCOLS, Curves, Perplexities
 
 CLIP_RATIO = 1.5
-"""The axis ends at this many times the worst perplexity at the training length: an explosion would flatten the rest."""
+"""The axis ends at this many times the worst perplexity at the training length: otherwise one curve that explodes would
+flatten all others."""
 _MARGIN = 0.06
 _MARKERS = ("o", "s", "D", "^", "v", "P")
 _SMALL_POINTS = 7.5
@@ -23,9 +24,9 @@ def extrapolation_figure(curves: Curves, *, train_length: int, stride: int) -> F
     """Draw perplexity against evaluation length; values past the end of the axis are written above it.
 
     Args:
-        curves: Perplexities by protocol and method.
-        train_length: Of the models, marked.
-        stride: Of sliding evaluation.
+        curves: Perplexities by protocol and position method.
+        train_length: Tokens that the models were trained at; a line marks it.
+        stride: Tokens between the starts of two windows of sliding evaluation.
     """
     figure, panels = new_figure(height_inches=4.1, columns=len(PROTOCOLS))
     drawn = [curve for lines in curves.values() for curve in lines.values()]

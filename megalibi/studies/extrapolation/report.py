@@ -1,27 +1,29 @@
-"""The table of an extrapolation study, with the paper's nearest numbers beside, in Markdown."""
+"""The page of an extrapolation study in Markdown: our perplexities with the paper's nearest ones beside them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from megalibi.report.markdown import format_table
 from megalibi.studies import paper
-from megalibi.studies.extrapolation.results import (
+from megalibi.studies.extrapolation.study import (
     METHOD_NAMES,
     NONOVERLAPPING,
     PROTOCOLS,
     SLIDING,
     Curves,
-    Finding,
     Perplexities,
 )
+from megalibi.studies.finding import Finding, format_findings
 
 NEAREST_RATIO = 1.5
-"""A row of the paper stands beside ours if its multiple of the training length is within this factor."""
+"""A row of the paper stands beside one of ours if their multiples of the training length differ by at most this
+factor."""
 
 
 def nearest_train_length(train_length: int) -> int:
-    """Return the training length of the paper's extrapolation tables that is nearest, as a ratio."""
+    """Return the training length of the paper's extrapolation tables whose ratio to ours is nearest to 1."""
     return min(paper.EXTRAPOLATION_TABLES, key=lambda length: abs(math.log(length / train_length)))
 
 
@@ -32,10 +34,10 @@ def find_published(method: str, protocol: str, multiple: float, train_length: in
         method: A position method.
         protocol: nonoverlapping or sliding.
         multiple: Evaluation length over training length.
-        train_length: The paper's.
+        train_length: Tokens that the paper's model was trained at.
 
     Returns:
-        None where the paper has no number within NEAREST_RATIO.
+        Length and perplexity, or None where the paper has no number within NEAREST_RATIO.
     """
     curve = paper.extrapolation(method, train_length, protocol)
     distances = {length: abs(math.log(length / (multiple * train_length))) for length in curve}
@@ -46,16 +48,16 @@ def find_published(method: str, protocol: str, multiple: float, train_length: in
     return length, curve[length]
 
 
-def write_report(
+def format_report(
     curves: Curves, findings: Sequence[Finding], *, train_length: int, stride: int, facts: Sequence[str]
 ) -> str:
     """Return the Markdown page of a study.
 
     Args:
-        curves: Perplexities by protocol and method.
-        findings: From judge.
-        train_length: Of the models.
-        stride: Of sliding evaluation.
+        curves: Perplexities by protocol and position method.
+        findings: From judge_extrapolation.
+        train_length: Tokens that the models were trained at.
+        stride: Tokens between the starts of two windows of sliding evaluation.
         facts: Sentences on what was trained and scored.
     """
     titles = {
@@ -72,8 +74,7 @@ def write_report(
     for protocol in PROTOCOLS:
         lines += [f"## {titles[protocol]}", "", *_table(curves[protocol], protocol, train_length), ""]
     lines += ["## What the paper found, and what came out here", ""]
-    lines += ["| | the paper found | here | rule |", "|---|---|---|---|"]
-    lines += [f"| {'yes' if f.holds else '**no**'} | {f.expected} | {f.measured} | {f.rule} |" for f in findings]
+    lines += format_findings(findings)
     return "\n".join([*lines, ""])
 
 
@@ -87,16 +88,15 @@ def _table(curves: Mapping[str, Perplexities], protocol: str, train_length: int)
         "paper's tokens",
         *(f"*{METHOD_NAMES[method]}*" for method in quoted),
     ]
-    yield "| " + " | ".join(heads) + " |"
-    yield "|" + "--:|" * len(heads)
+    rows = []
     for length in sorted({length for curve in curves.values() for length in curve}):
         multiple = length / train_length
         ours = [_cell(curves[method].get(length)) for method in methods]
         theirs = [find_published(method, protocol, multiple, paper_length) for method in quoted]
         where = sorted({found[0] for found in theirs if found is not None})
         place = ", ".join(f"{place:,} ({place / paper_length:.3g} x)" for place in where) or "-"
-        cells = [f"{length:,} ({multiple:.3g} x)", *ours, place, *(_cell(found and found[1]) for found in theirs)]
-        yield "| " + " | ".join(cells) + " |"
+        rows.append([f"{length:,} ({multiple:.3g} x)", *ours, place, *(_cell(found and found[1]) for found in theirs)])
+    yield from format_table(heads, rows, left=0)
     yield ""
     yield _caption(quoted, protocol, train_length, paper_length)
 

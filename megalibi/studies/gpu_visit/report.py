@@ -1,4 +1,4 @@
-"""The page of a visit: what failed, what bounds each part of a training step, and what else was found."""
+"""The page of a visit: what failed, what bounds each part of a training step, and everything else that was measured."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megalibi.config import config_from_dict, derive
+from megalibi.measure.ceilings import COPY, SQUARE
+from megalibi.measure.step_parts import PARTS
 from megalibi.metrics.summary import Quartiles
 from megalibi.model import count_parameters, model_flops_per_token
 from megalibi.plan.gpus import Gpu
 from megalibi.report.markdown import format_table
-from megalibi.studies.gpu_visit.ceilings import COPY, SQUARE
-from megalibi.studies.gpu_visit.findings import Findings
-from megalibi.studies.gpu_visit.step_parts import PARTS
-from megalibi.studies.gpu_visit.visit import DONE, LOGS_FOLDER
+from megalibi.studies.gpu_visit.results import VisitResults
+from megalibi.studies.gpu_visit.step import DONE, LOGS_FOLDER
 from megalibi.units import format_bytes, format_count
 
 _TOP_KERNELS = 15
@@ -21,11 +21,11 @@ _MAX_SAID = 300
 _NONE = "-"
 
 
-def write_report(found: Findings) -> str:
-    """Return the page in Markdown; what is not measured is left out or a dash.
+def format_report(found: VisitResults) -> str:
+    """Return the page in Markdown; what is not measured is left out or becomes a dash.
 
     Args:
-        found: By the visit so far.
+        found: The results of the visit so far.
     """
     hardware = found.facts.get("hardware", {})
     title = hardware.get("gpu") or f"{hardware.get('cpu', 'a CPU')} (a trial of the visit, at toy size)"
@@ -45,7 +45,7 @@ def write_report(found: Findings) -> str:
     return "\n".join(f"{head}\n\n" + "\n".join(lines) + "\n" for head, lines in written)
 
 
-def _facts(found: Findings) -> Iterator[str]:
+def _facts(found: VisitResults) -> Iterator[str]:
     facts = found.facts
     hardware = {name: value for name, value in facts.get("hardware", {}).items() if name != "memory_bytes"}
     for known in (hardware, facts.get("versions", {})):
@@ -56,15 +56,15 @@ def _facts(found: Findings) -> Iterator[str]:
         yield f"Text: {facts['text']}."
 
 
-def _failures(found: Findings) -> Iterator[str]:
-    rows = [f"- **{record.name}** {record.status}: {record.said}" for record in found.records if record.status != DONE]
+def _failures(found: VisitResults) -> Iterator[str]:
+    rows = [f"- **{step.name}** {step.status}: {step.said}" for step in found.outcomes if step.status != DONE]
     if found.resume is not None and not found.resume["equal"]:
         rows.insert(0, "- **resume** the resumed training is not the uninterrupted one, bit for bit: see resume.json")
     rows += [f"- `{name}`: {said[:_MAX_SAID]}" for name, said in found.failed_tests.items()]
     yield from rows or ["Nothing."]
 
 
-def _parts(found: Findings) -> Iterator[str]:
+def _parts(found: VisitResults) -> Iterator[str]:
     profile = found.profile
     if profile is None:
         return
@@ -78,18 +78,18 @@ def _parts(found: Findings) -> Iterator[str]:
     yield (
         f"A step of {span:,.1f} ms under the profiler{_without_profiler(profile)}. TFLOP and GB are counted, not "
         "measured: what the model's own code computes, attention causally, and reads and writes, on the meta device "
-        "(megalibi/studies/work_trace.py). At the ceilings: the longer of the two at the "
+        "(megalibi/plan/work_trace.py). At the ceilings: the longer of the two at the "
         "rates that this machine reached in large bf16 matrix products and in copies. Parts far from their ceiling "
         "have something to gain."
     )
 
 
 def _without_profiler(profile: Mapping[str, Any]) -> str:
-    seconds = profile.get("step_seconds", [])[1:]  # the first one compiles and allocates
+    seconds = profile.get("step_seconds", [])[1:]  # the first step compiles and allocates
     return f", {1e3 * min(seconds):,.1f} ms by the host's clock without it" if seconds else ""
 
 
-def _part_row(part: str, milliseconds: float, span: float, work: Mapping[str, float], found: Findings) -> list[str]:
+def _part_row(part: str, milliseconds: float, span: float, work: Mapping[str, float], found: VisitResults) -> list[str]:
     flops, moved = work.get("flops", 0.0), work.get("bytes", 0.0)
     matmul, copy = found.ceiling(SQUARE), found.ceiling(COPY)
     row = [part, f"{milliseconds:.2f}", f"{milliseconds / span:.1%}"]
@@ -102,7 +102,7 @@ def _part_row(part: str, milliseconds: float, span: float, work: Mapping[str, fl
     return [*row, f"{least:.2f}", share, "matrix products" if by_flops >= by_bytes else "memory"]
 
 
-def _training(found: Findings) -> Iterator[str]:
+def _training(found: VisitResults) -> Iterator[str]:
     if not found.turns:
         return
     sheet, matmul = found.data_sheet, found.ceiling(SQUARE)
@@ -150,7 +150,7 @@ def _turn_row(name: str, turn: Mapping[str, Any], sheet: Gpu | None, matmul: flo
     ]
 
 
-def _attention(found: Findings) -> Iterator[str]:
+def _attention(found: VisitResults) -> Iterator[str]:
     for record in found.attention.values():
         rows = [row for row in record["rows"] if row["mode"] == "forward_backward"]
         lengths = sorted({row["length"] for row in rows})
@@ -171,7 +171,7 @@ def _time(row: Mapping[str, Any] | None) -> str:
     return _NONE if row is None or "seconds" not in row else f"{1e3 * row['seconds']['median']:.2f}"
 
 
-def _ceilings(found: Findings) -> Iterator[str]:
+def _ceilings(found: VisitResults) -> Iterator[str]:
     if found.ceilings is None:
         return
     rows = (
@@ -186,7 +186,7 @@ def _ceilings(found: Findings) -> Iterator[str]:
     yield from format_table(["", "size", "median", "range"], rows, left=2)
 
 
-def _plan(found: Findings) -> Iterator[str]:
+def _plan(found: VisitResults) -> Iterator[str]:
     if found.plan is None:
         return
     rows = (
@@ -202,7 +202,7 @@ def _plan(found: Findings) -> Iterator[str]:
     yield "Measured: on a GPU the most that PyTorch's allocator gave, on a CPU the bytes of the tensors."
 
 
-def _kernels(found: Findings) -> Iterator[str]:
+def _kernels(found: VisitResults) -> Iterator[str]:
     if found.profile is None:
         return
     rows = (
@@ -212,8 +212,8 @@ def _kernels(found: Findings) -> Iterator[str]:
     yield from format_table(["kernel", "part", "calls", "ms"], rows, left=2)
 
 
-def _steps(found: Findings) -> Iterator[str]:
-    rows = ([record.name, record.what, record.status, f"{record.seconds:.1f}"] for record in found.records)
+def _steps(found: VisitResults) -> Iterator[str]:
+    rows = ([step.name, step.what, step.status, f"{step.seconds:.1f}"] for step in found.outcomes)
     yield from format_table(["step", "what it finds out", "status", "seconds"], rows, left=3)
     yield ""
     yield f"Commands, commits and dates of the steps: summary.json. What each said: {LOGS_FOLDER}/."

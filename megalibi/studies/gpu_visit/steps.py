@@ -1,70 +1,30 @@
-"""The steps of a visit in order of worth: the 1.3B model on a GPU, a toy of it on a CPU, to try the visit itself.
+"""The steps of a visit in order of worth: the 1.3B model on a GPU, or a toy of it on a CPU, to try the visit itself.
 
-The seconds that steps are expected to take are estimates, from visits to one H200 with an earlier state of the code. By
-them nine minutes are enough for all but the peers that torch compiles, with which the same command goes on.
-Attention on q and k of a trained model is no step: it needs a file from tools/capture_qk.py, and so a trained model.
+The seconds that steps are expected to take are estimates, from visits to one H200 with an earlier state of the code.
+They say that nine minutes are enough for everything but the peers that torch compiles, which a repeated command does.
+Attention on q and k of a trained model has no step, because it needs a file from tools/capture_qk.py of such a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
-from megalibi.studies.gpu_visit.visit import Step
+from megalibi.studies.gpu_visit.setup import TOY_VOCAB_SIZE, VOCAB_SIZE_1_3B, Setup
+from megalibi.studies.gpu_visit.step import VisitStep
 
 CONFIG_1_3B = "configs/gpt_1.3b_alibi_2048_1gpu.yaml"
 CONFIG_RESUME = "configs/books_24m_alibi.yaml"
 CONFIG_EXTRAPOLATION = "configs/extrapolation_small.yaml"
 EXTRAPOLATION_FROM_SECONDS = 3600.0
-VOCAB_SIZE, TOY_VOCAB_SIZE, VOCAB_SIZE_1_3B = 8192, 509, 50257
 _TOY_LEAST, _TESTS_LIMIT = 5.0, 200
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What the steps are made of."""
-
-    device: str
-    """cuda, or cpu: a toy."""
-    seconds: float
-    """Of the visit."""
-    folder: Path
-    """For results."""
-    scratch: Path
-    """For runs and token files."""
-    root: Path
-    """Folder with launch/, tools/, configs/ and tests/."""
-    python: str
-    """The interpreter."""
-    data: str
-    """PREFIX of a token file."""
-    vocab_size: int = VOCAB_SIZE
-    """Of its ids."""
-    valid: str = ""
-    """The same, for the extrapolation study; empty: it is left out."""
-    peers: Sequence[str] = ()
-    """Attention to measure beside ours."""
-    compiled_peers: Sequence[str] = ()
-    """The same, of those that torch compiles first, which takes a while."""
-    overrides: Sequence[str] = ()
-    """``section.field=value`` for the 1.3B model."""
-
-    @property
-    def is_toy(self) -> bool:
-        """Whether the sizes are a toy's."""
-        return self.device == "cpu"
-
-    def output(self, name: str) -> Path:
-        """Return what a step writes."""
-        return self.folder / f"{name}.json"
-
-
-def plan_steps(setup: Setup) -> list[Step]:
+def plan_steps(setup: Setup) -> list[VisitStep]:
     """Return the steps in order of worth.
 
     Args:
-        setup: What they are made of.
+        setup: What the steps are made of.
     """
     short, long = "data.seq_length=2048 train.micro_batch_size=8", "data.seq_length=8192 train.micro_batch_size=2"
     short_batch, long_batch = "train.global_batch_size=32 train.steps=6", "train.global_batch_size=8 train.steps=5"
@@ -72,7 +32,7 @@ def plan_steps(setup: Setup) -> list[Step]:
         short, long = "data.seq_length=64 train.micro_batch_size=2", "data.seq_length=128 train.micro_batch_size=1"
         short_batch, long_batch = "train.global_batch_size=4 train.steps=2", "train.global_batch_size=2 train.steps=2"
     steps = [
-        _warm(setup),  # first: what needs no Triton runs beside it
+        _warm(setup),  # comes first, because steps that need no Triton can run beside it
         _measure(setup, "machine", "driver, clocks, memory and versions", 60, expected=8),
         _measure(setup, "ceilings", "matrix products and copies at their best", 60, expected=5, least=15),
         _contract(setup),
@@ -80,9 +40,9 @@ def plan_steps(setup: Setup) -> list[Step]:
         _profile(setup, short),
         _attention(setup, 1, setup.peers, expected=80),
         _train(setup, "train_alibi_long", "ALiBi, 4 times as long", long, long_batch),
-        _plan(setup),  # beside steps that are not timed
+        _plan(setup),  # runs beside steps that are not timed
         _resume(setup),
-        _tests(setup),  # they may take as long as all that is left
+        _tests(setup),  # come last of these, for they may take all the time that is left
         _attention(setup, 8, setup.peers, expected=40),
         _train(setup, "train_no_positions", "no positions", short, short_batch, "model.position_method=none"),
         _train(setup, "train_sinusoidal", "sinusoidal", short, short_batch, "model.position_method=sinusoidal"),
@@ -97,10 +57,10 @@ def plan_steps(setup: Setup) -> list[Step]:
 
 def _measure(
     setup: Setup, name: str, what: str, limit: float, *arguments: str, expected: float, least: float = 0.0
-) -> Step:
+) -> VisitStep:
     output = setup.output(name)
     command = [setup.python, str(setup.root / "tools" / "measure_device.py"), name, "--device", setup.device]
-    return Step(
+    return VisitStep(
         name=name,
         what=what,
         command=(*command, "--output", str(output), *arguments),
@@ -111,23 +71,23 @@ def _measure(
     )
 
 
-def _warm(setup: Setup) -> Step:
-    return Step(
+def _warm(setup: Setup) -> VisitStep:
+    return VisitStep(
         name="warm",
         what="Triton's kernels compiled on all cores, beside the next steps",
         command=(setup.python, str(setup.root / "tools" / "warm_triton.py")),
         expected=45,
-        limit=90,  # what is not compiled by then is compiled when it is first used
+        limit=90,  # kernels that are not compiled by then are compiled at their first use
         least=30,
         in_background=True,
         impossible="Triton compiles for GPUs alone" if setup.device == "cpu" else "",
     )
 
 
-def _contract(setup: Setup) -> Step:
+def _contract(setup: Setup) -> VisitStep:
     lengths, more = ("17", ("--backends", "sdpa")) if setup.is_toy else ("97,1025,4096", ())
     command = (setup.python, "-m", "alibi_attention", "--contract", "--device", setup.device, "--lengths", lengths)
-    return Step(
+    return VisitStep(
         name="contract",
         what="every back end of attention against fp64",
         command=(*command, *more),
@@ -138,15 +98,15 @@ def _contract(setup: Setup) -> Step:
     )
 
 
-def _tests(setup: Setup) -> Step:
+def _tests(setup: Setup) -> VisitStep:
     junit = str(setup.folder / "test_gpu.xml")
     command = [setup.python, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml", junit]
     if setup.is_toy:  # a test that is quick anywhere
         chosen = [str(setup.root / "tests" / "alibi_attention" / "test_slopes.py")]
     else:
-        # It ends itself before it is killed, and what has failed by then is known.
+        # pytest ends before the step is killed, so that its failures until then are known.
         chosen = ["-m", "gpu", "--maxfail=20", f"--session-timeout={_TESTS_LIMIT - 15}", str(setup.root / "tests")]
-    return Step(
+    return VisitStep(
         name="test_gpu",
         what="the tests that are for a GPU, the memory plan against the allocator among them",
         command=(*command, *chosen),
@@ -173,12 +133,12 @@ def _model_overrides(setup: Setup) -> tuple[str, ...]:
     return tuple(ours)
 
 
-def _train(setup: Setup, name: str, what: str, shape: str, batch: str, *method: str) -> Step:
+def _train(setup: Setup, name: str, what: str, shape: str, batch: str, *method: str) -> VisitStep:
     output = setup.output(name)
     command = (setup.python, str(setup.root / "launch" / "measure_turn.py"))
     run = ("--config", str(setup.root / CONFIG_1_3B), "--output", str(output))
     overrides = (*_model_overrides(setup), *shape.split(), *batch.split(), *method, *setup.overrides)
-    return Step(
+    return VisitStep(
         name=name,
         what=f"steps of the {'toy' if setup.is_toy else '1.3B'} model, {what}",
         command=(*command, *run, *overrides),
@@ -190,13 +150,13 @@ def _train(setup: Setup, name: str, what: str, shape: str, batch: str, *method: 
     )
 
 
-def _profile(setup: Setup, shape: str) -> Step:
+def _profile(setup: Setup, shape: str) -> VisitStep:
     output = setup.output("profile_step")
     command = (setup.python, str(setup.root / "launch" / "profile_step.py"))
     run = ("--config", str(setup.root / CONFIG_1_3B), "--output", str(output))
     batch = f"train.global_batch_size={4 if setup.is_toy else 16}"
     steps = f"train.steps={1 if setup.is_toy else 3}"
-    return Step(
+    return VisitStep(
         name="profile_step",
         what="one of these steps by kernel and by part",
         command=(*command, *run, *_model_overrides(setup), *shape.split(), batch, steps, *setup.overrides),
@@ -210,7 +170,7 @@ def _profile(setup: Setup, shape: str) -> Step:
 
 def _attention(
     setup: Setup, batch: int, peers: Sequence[str], *, expected: float, name: str = "", lengths: str = ""
-) -> Step:
+) -> VisitStep:
     name = name or f"attention_batch_{batch}"
     output = setup.output(name)
     command = [setup.python, str(setup.root / "tools" / "benchmark_attention.py"), "--device", setup.device]
@@ -221,7 +181,7 @@ def _attention(
         lengths = lengths or ("1024,2048,4096,8192,16384" if batch == 1 else "1024,2048,4096")
         command += ["--head-dim", "128", "--heads", "16", "--repeats", "5", "--lengths", lengths]
         command += ["--backends", "triton"]
-    return Step(
+    return VisitStep(
         name=name,
         what=f"attention beside its peers, batch {batch}",
         command=(*command, "--output", str(output)),
@@ -233,7 +193,7 @@ def _attention(
     )
 
 
-def _attention_in_a_graph(setup: Setup) -> Step:
+def _attention_in_a_graph(setup: Setup) -> VisitStep:
     peers = [peer for peer in setup.peers if peer.startswith("flash_attn")]
     step = _attention(setup, 1, peers, expected=20, name="attention_cuda_graph", lengths="1024,2048")
     return replace(
@@ -245,7 +205,7 @@ def _attention_in_a_graph(setup: Setup) -> Step:
     )
 
 
-def _compiled_attention(setup: Setup) -> Step:
+def _compiled_attention(setup: Setup) -> VisitStep:
     step = _attention(setup, 1, setup.compiled_peers, expected=90, name="attention_compiled", lengths="2048,4096,16384")
     return replace(
         step,
@@ -257,13 +217,13 @@ def _compiled_attention(setup: Setup) -> Step:
     )
 
 
-def _plan(setup: Setup) -> Step:
+def _plan(setup: Setup) -> VisitStep:
     turns = [word for name in ("train_alibi", "train_alibi_long") for word in ("--turn", str(setup.output(name)))]
     step = _measure(setup, "plan", "planned memory beside what the steps held", 120, *turns, expected=25, least=20)
     return replace(step, in_background=True)  # it needs no GPU
 
 
-def _resume(setup: Setup) -> Step:
+def _resume(setup: Setup) -> VisitStep:
     small = [f"data.train={setup.data}", "data.valid=[]", "data.tokenizer=null", "train.deterministic=true"]
     if setup.is_toy:
         small += ["model.num_layers=1", "model.hidden_size=32", "model.num_attention_heads=2"]
@@ -278,7 +238,7 @@ def _resume(setup: Setup) -> Step:
     )
 
 
-def _extrapolation(setup: Setup) -> Step:
+def _extrapolation(setup: Setup) -> VisitStep:
     impossible = ""
     if setup.seconds < EXTRAPOLATION_FROM_SECONDS:
         impossible = f"it takes an hour: give --seconds {EXTRAPOLATION_FROM_SECONDS:.0f} or more"
@@ -289,7 +249,7 @@ def _extrapolation(setup: Setup) -> Step:
     overrides += [f"model.vocab_size={setup.vocab_size}", "optimizer.warmup_steps=600", "train.eval_every_steps=2000"]
     overrides += ["checkpoint.every_steps=1000", f"train.output_dir={setup.scratch / 'extrapolation'}"]
     output = ("--output", str(setup.folder / "extrapolation"))
-    return Step(
+    return VisitStep(
         name="extrapolation",
         what="the extrapolation study at ten times its tokens",
         command=(setup.python, str(tool), str(config), *output, *overrides),

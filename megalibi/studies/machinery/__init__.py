@@ -1,1 +1,1 @@
-"""What every study needs: jobs in processes of their own, a machine's facts, trainings and scorings."""
+"""What every study needs: it starts processes, shares a machine among them, trains models and scores checkpoints."""

@@ -1,4 +1,4 @@
-"""Processes of a study: some at once, each with a log of its own, with progress, and stopped in order."""
+"""The processes of a study: several run at once, each with its own log and progress; a signal stops all in order."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Any, BinaryIO, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from megalibi.errors import ConfigError
+from megalibi.errors import FileError, JobError
 from megalibi.units import format_duration
 
 POLL_SECONDS = 0.2
 LINE_EVERY_SECONDS = 30.0
-"""Between lines of progress where there is no terminal."""
+"""Seconds between two lines of progress of a job where there is no terminal."""
 _LOG_TAIL_BYTES = 1 << 16
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -33,51 +33,55 @@ class JobProgress:
     """How far a job is."""
 
     done: float
+    """How much is done, in the unit of ``total``."""
     total: float
+    """How much there is to do."""
     words: str
+    """The same for people, as one line."""
 
 
-class Job(Protocol):
-    """Something that one process, or a launcher and its ranks, does."""
+class StudyJob(Protocol):
+    """What one process of a study does, or one launcher with its ranks."""
 
     @property
     def name(self) -> str:
-        """What the console calls it."""
+        """The name of the job on the console."""
 
     @property
     def log(self) -> Path:
-        """Where its output goes. Only one process at a time can write there, and so do this job."""
+        """The file for the output of the process. Only one process at a time can hold it, so no job runs twice."""
 
     def prepare(self) -> None:
-        """Write what the process reads."""
+        """Write the files that the process reads."""
 
     def command(self, slot: int) -> Sequence[str]:
-        """Return what to start as the ``slot``-th of the processes that run at once."""
+        """Return the command to start as the ``slot``-th of the processes that run at once."""
 
     def environment(self, slot: int) -> Mapping[str, str]:
         """Return the environment of that process."""
 
     def progress(self) -> JobProgress | None:
-        """Return how far it is; None: not known yet."""
+        """Return how far the job is, or None if that is not known yet."""
 
     def finish(self, exit_code: int) -> str | None:
-        """Take the result; return why there is none, or None for a good end."""
+        """Take the result after the process has ended; return what went wrong, or None if nothing did."""
 
 
-def run_jobs(jobs: Sequence[Job], *, at_once: int, console: Console) -> None:
-    """Run jobs to their ends, some at once.
+def run_jobs(jobs: Sequence[StudyJob], *, at_once: int, console: Console) -> None:
+    """Run jobs to their ends, several at once.
 
-    One that fails is said at once and does not stop the others. Ctrl-C, SIGTERM and SIGHUP end every running one by
-    SIGTERM to its process group, and wait for it; a second Ctrl-C kills.
+    A failure is reported at once and does not stop the other jobs. Ctrl-C, SIGTERM and SIGHUP send SIGTERM to the
+    process group of every running job and wait for it to end; a second Ctrl-C kills them.
 
     Args:
-        jobs: In the order in which to start them.
+        jobs: The jobs, in the order in which they are started.
         at_once: How many run at the same time.
         console: Where to show progress.
 
     Raises:
-        ConfigError: A job failed, named with its log; or another process writes to a log.
-        KeyboardInterrupt: By a signal, after all running jobs have ended.
+        JobError: A job failed, cannot be started, or is running already. The message names it and its log.
+        FileError: A log cannot be written.
+        KeyboardInterrupt: A signal came; all running jobs have ended.
     """
     waiting, running, failures = deque(jobs), dict[int, Child](), list[str]()
     with _signals_interrupt(), _Display(console) as display:
@@ -94,15 +98,15 @@ def run_jobs(jobs: Sequence[Job], *, at_once: int, console: Console) -> None:
                         failures += _end(running.pop(slot), display)
         except BaseException:
             if running:
-                display.say("stopping: what runs saves what it has; the same command goes on")
+                display.say("stopping: running jobs save what they have; the same command goes on")
             _stop(list(running.values()))
             raise
     if failures:
-        raise ConfigError("; ".join(failures))
+        raise JobError("; ".join(failures))
 
 
 def _end(child: Child, display: _Display) -> list[str]:
-    """Take a child's result; return what went wrong, if anything."""
+    """Take the result of a child that has ended; return what went wrong, if anything."""
     error = child.job.finish(child.process.returncode)
     display.drop(child)
     if error is None:
@@ -117,20 +121,22 @@ class Child:
     """A running job.
 
     Args:
-        job: What to start; nothing else may be writing to its log.
-        slot: As for ``Job.command``.
+        job: The job to start; nothing else may be writing to its log.
+        slot: Its place among the processes that run at once, from 0 on.
 
     Raises:
-        ConfigError: It cannot be started, or is running already.
+        JobError: The job cannot be started, or is running already.
+        FileError: Its log cannot be written.
     """
 
-    def __init__(self, job: Job, slot: int) -> None:
+    def __init__(self, job: StudyJob, slot: int) -> None:
         self.job, self.began, self.next_line = job, time.monotonic(), time.monotonic() + LINE_EVERY_SECONDS
         with _open_alone(job) as log:
             self._log_start = log.tell()
             job.prepare()
             try:
-                # A session of its own: Ctrl-C on a terminal is ours to pass on, to the launcher and its ranks together.
+                # The job gets a session of its own, so that a terminal's Ctrl-C reaches us alone, and we pass it on to
+                # the launcher and its ranks together.
                 self.process = subprocess.Popen(
                     job.command(slot),
                     env=dict(job.environment(slot)),
@@ -140,36 +146,36 @@ class Child:
                     start_new_session=True,
                 )
             except OSError as error:
-                raise ConfigError(f"{job.command(slot)[0]} cannot be started: {error.strerror}") from error
+                raise JobError(f"{job.command(slot)[0]} cannot be started: {error.strerror}") from error
 
     def last_words(self) -> str:
-        """Return the line of the log that says what went wrong: the last error, else the last line."""
+        """Return the line of the log that says what went wrong: the last line with an error, else the last line."""
         with self.job.log.open("rb") as log:
             end = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, end - _LOG_TAIL_BYTES))
             lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-        # Launchers add lines of their own below the one that a rank ends with.
+        # Launchers add lines of their own below the line with which a rank ends.
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         return (errors or lines or ["it said nothing"])[-1]
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process and all that it has started."""
+        """Send a signal to the process and to everything that it has started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
 
-def _open_alone(job: Job) -> BinaryIO:
-    """Open a log for appending, locked: the child inherits the lock, which so outlives a study that was killed."""
+def _open_alone(job: StudyJob) -> BinaryIO:
+    """Open a log for appending and lock it. The child inherits the lock, which so outlives a study that is killed."""
     try:
         job.log.parent.mkdir(parents=True, exist_ok=True)
         log = job.log.open("ab")
     except OSError as error:
-        raise ConfigError(f"{job.log} cannot be written: {error.strerror}") from error
+        raise FileError(f"{job.log} cannot be written: {error.strerror}") from error
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         log.close()
-        raise ConfigError(f"{job.name} is running already, started by another command: {job.log} is in use") from error
+        raise JobError(f"{job.name} is running already, started by another command: {job.log} is in use") from error
     return log
 
 
@@ -187,7 +193,7 @@ def _stop(children: Sequence[Child]) -> None:
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Let what ends a process in silence raise KeyboardInterrupt, as Ctrl-C does."""
+    """Let the signals that would end this process in silence raise KeyboardInterrupt, as Ctrl-C does."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -201,7 +207,7 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 class _Display:
-    """A bar for each running job on a terminal, plain lines elsewhere."""
+    """Shows a bar for each running job on a terminal, and plain lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -226,7 +232,7 @@ class _Display:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def show(self, child: Child) -> None:
-        """Show how far a job is; as a line, if it is due one."""
+        """Show how far a job is; without a terminal as a line, if it is time for the next one."""
         name, now = child.job.name, time.monotonic()
         due = now >= child.next_line
         if not (self._console.is_terminal or due):
@@ -244,6 +250,6 @@ class _Display:
             child.next_line = now + LINE_EVERY_SECONDS
 
     def drop(self, child: Child) -> None:
-        """Take the job's bar away."""
+        """Remove the bar of a job."""
         if child.job.name in self._tasks:
             self._bars.remove_task(self._tasks.pop(child.job.name))

@@ -1,4 +1,4 @@
-"""How a study starts its processes, and what each may use: its share of the cores, its GPUs."""
+"""How a study starts its processes on this machine, and what each may use: a share of the cores, and GPUs."""
 
 from __future__ import annotations
 
@@ -17,49 +17,56 @@ from megalibi.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """How a study starts its processes, and on what."""
+    """The programs that a study starts, and the cores and GPUs that its processes share."""
 
     pretrain: Path
-    """launch/pretrain.py."""
+    """The program that trains: launch/pretrain.py."""
+    measure_turn: Path
+    """The program that measures one turn: launch/measure_turn.py."""
     evaluate: Path
-    """tools/evaluate.py."""
+    """The program that evaluates a checkpoint: tools/evaluate.py."""
     environment: Mapping[str, str]
-    """Of every process."""
+    """The environment of every process."""
     cores: int
-    """That the processes share."""
+    """CPU cores that the processes share."""
     gpus: int = 0
-    """The same; 0: they compute on the CPU."""
+    """GPUs that the processes share; with 0 they compute on the CPU."""
     jobs: int = 1
-    """Processes, or launchers with their ranks, at once."""
+    """How many processes, or launchers with their ranks, run at once."""
     ranks: int = 1
-    """Of a training."""
+    """Ranks of a training or of a turn."""
     launcher: tuple[str, ...] = ()
-    """What to put before pretrain.py instead of our choice."""
+    """The command that starts the ranks, put before the program; empty means plain python or deepspeed's launcher."""
 
     def __post_init__(self) -> None:
-        """Check what does not fit."""
+        """Check that the processes fit the machine."""
         for name in ("jobs", "ranks"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is not allowed: a number of at least 1 is")
+                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.gpus and self.jobs * self.ranks > self.gpus:
             raise ConfigError(
                 f"{self.jobs} trainings at once of {self.ranks} ranks each need {self.jobs * self.ranks} GPUs, and "
                 f"there are {self.gpus}: run fewer at once (--jobs), or on fewer ranks (study.ranks)"
             )
 
-    def launch(self, slot: int) -> list[str]:
-        """Return what starts pretrain.py on the ranks of a training, without its arguments."""
+    def launch(self, slot: int, program: Path) -> list[str]:
+        """Return the command that starts a program on all ranks, without the program's arguments.
+
+        Args:
+            slot: The place of this process among those that run at once, from 0 on; it decides on the GPUs.
+            program: ``pretrain`` or ``measure_turn``.
+        """
         if self.launcher:
-            return [*self.launcher, str(self.pretrain)]
+            return [*self.launcher, str(program)]
         if self.ranks == 1:
-            return [sys.executable, str(self.pretrain)]
+            return [sys.executable, str(program)]
         gpus = ",".join(map(str, self._gpus(slot, self.ranks)))
         where = ["--include", f"localhost:{gpus}"] if gpus else ["--num_accelerators", str(self.ranks)]
         deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-        return [*deepspeed, *where, "--master_port", str(_find_free_port()), str(self.pretrain)]
+        return [*deepspeed, *where, "--master_port", str(_find_free_port()), str(program)]
 
     def environment_of(self, slot: int, ranks: int) -> dict[str, str]:
-        """Return the environment of the ``slot``-th process: its share of the cores, and its GPU."""
+        """Return the environment of the ``slot``-th process, which has its share of the cores and its GPU."""
         threads = max(1, self.cores // (self.jobs * ranks))
         environment = {"OMP_NUM_THREADS": str(threads), **self.environment}
         if self.gpus and ranks == 1 and self.jobs > 1:
@@ -72,27 +79,26 @@ class Machine:
         return range(slot * ranks, (slot + 1) * ranks) if self.gpus else range(0)
 
 
-def describe_machine(
-    root: Path, environment: Mapping[str, str], *, jobs: int, ranks: int, launcher: str = ""
-) -> Machine:
-    """Return how processes are started here: each gets its share of the cores unless OMP_NUM_THREADS is set already.
+def detect_machine(root: Path, environment: Mapping[str, str], *, jobs: int, ranks: int, launcher: str = "") -> Machine:
+    """Return this machine as a study may use it. Processes share the cores unless OMP_NUM_THREADS is set already.
 
     Args:
-        root: Folder with launch/ and tools/.
-        environment: Of every process.
-        jobs: Processes at once.
-        ranks: Of a training.
-        launcher: Command that starts the ranks, before the script; empty: our choice.
+        root: The folder with launch/ and tools/.
+        environment: The environment of every process.
+        jobs: How many processes run at once.
+        ranks: Ranks of each training.
+        launcher: The command that starts the ranks, as a user types it; empty means our choice.
 
     Raises:
-        ConfigError: There are too few GPUs for that, or the launcher is no command.
+        ConfigError: There are too few GPUs for so many processes, or the launcher is not a command.
     """
     try:
         words = tuple(shlex.split(launcher))
     except ValueError as error:  # a quote without its other
-        raise ConfigError(f"--launcher={launcher} is not allowed: {error}, a command is") from error
+        raise ConfigError(f"--launcher={launcher}: must be a command ({error})") from error
     return Machine(
         pretrain=root / "launch" / "pretrain.py",
+        measure_turn=root / "launch" / "measure_turn.py",
         evaluate=root / "tools" / "evaluate.py",
         environment=environment,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

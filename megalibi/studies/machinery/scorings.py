@@ -1,4 +1,4 @@
-"""The evaluations of a study: tools/evaluate.py as processes, none of them done twice."""
+"""The evaluations of a study: each is a process of tools/evaluate.py, and none is done twice."""
 
 from __future__ import annotations
 
@@ -20,41 +20,42 @@ from megalibi.studies.machinery.machine import Machine
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """One call of tools/evaluate.py; several calls may share an output, which then has the lengths of them all."""
+    """One call of tools/evaluate.py. Calls that share an output collect their lengths in it."""
 
     label: str
-    """What the console calls the model."""
+    """The name of the model on the console."""
     checkpoint: Path
-    """A step's folder."""
+    """The folder of the checkpoint to evaluate."""
     data: str
-    """Prefix of the text."""
+    """Prefix of the token file with the text."""
     protocol: str
-    """nonoverlapping or sliding."""
+    """The protocol: nonoverlapping or sliding."""
     stride: int | None = None
-    """Tokens between sliding windows."""
+    """Tokens between the starts of two windows of sliding evaluation."""
     tokens: int
-    """Of the text, from the first on."""
+    """How many tokens of the text are scored, from the first on."""
     lengths: tuple[int, ...]
-    """Scored by this call."""
+    """The evaluation lengths of this call."""
     output: Path
-    """The .json to write, or to add to."""
+    """The JSON file to write, or to add results to."""
     machine: Machine
+    """Where to evaluate."""
 
     @property
     def name(self) -> str:
-        """As the console calls it."""
+        """The name of the evaluation on the console."""
         return f"{self.label} {self.protocol} {self._lengths}"
 
     @property
     def log(self) -> Path:
-        """Where its output goes."""
+        """The file that gets the output of the process."""
         return self.output.with_name(f"{self.output.stem}_{self._lengths}.log")
 
     def prepare(self) -> None:
-        """Do nothing: all is in the command."""
+        """Do nothing: the command says everything."""
 
     def command(self, slot: int) -> list[str]:
-        """Return what evaluates."""
+        """Return the command that evaluates."""
         options = {**self._question(), "checkpoint": self.checkpoint, "lengths": self._lengths, "output": self._part}
         arguments = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
         return [sys.executable, str(self.machine.evaluate), *arguments]
@@ -64,14 +65,14 @@ class Scoring:
         return self.machine.environment_of(slot, 1)
 
     def progress(self) -> JobProgress | None:
-        """Return how far it is: what evaluate.py said last."""
+        """Return how far it is, from the last line that evaluate.py has printed."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] if self.log.exists() else []
         percent = [word for word in lines[0].split() if word.endswith("%,")] if lines else []
         done = float(percent[0].removesuffix("%,")) if percent else 0.0
         return JobProgress(done=done, total=100.0, words=lines[0]) if percent else None
 
     def finish(self, exit_code: int) -> str | None:
-        """Add the results to the output."""
+        """Add the results of this call to the output; return what went wrong, if anything."""
         if exit_code or not self._part.is_file():
             return f"failed with exit code {exit_code}"
         evaluation = read_evaluation(self._part)
@@ -80,11 +81,11 @@ class Scoring:
         question, model = self._question(), self._model()
         write_evaluation(dataclasses.replace(evaluation, results=results, question=question, model=model), self.output)
         self._part.unlink()
-        self.log.unlink()  # the output says it all
+        self.log.unlink()  # after a good end it has nothing that the output does not have
         return None
 
     def is_finished(self) -> bool:
-        """Return whether the output has every length, of this checkpoint, text and protocol."""
+        """Return whether the output has every length of this call, of the same checkpoint, text and protocol."""
         return set(self.lengths) <= {result.length for result in self._known_results()}
 
     @property
@@ -96,11 +97,11 @@ class Scoring:
         return self.output.with_name(f"{self.output.stem}_{self._lengths}.part")
 
     def _question(self) -> dict[str, Any]:
-        """Return what the results depend on besides the model and the length."""
+        """Return what the results depend on beside the model and the length."""
         return {"data": self.data, "protocol": self.protocol, "stride": self.stride, "tokens": self.tokens}
 
     def _model(self) -> str:
-        """Return what only this very checkpoint has: the checksum of its files' checksums."""
+        """Return what identifies the checkpoint: the checksum of the checksums of its files."""
         return (self.checkpoint / MANIFEST_CHECKSUM).read_text(encoding="utf-8")
 
     def _known_results(self) -> tuple[EvaluationResult, ...]:
@@ -113,14 +114,14 @@ class Scoring:
 
 
 def run_scorings(scorings: Sequence[Scoring], console: Console) -> None:
-    """Evaluate what is not evaluated yet.
+    """Evaluate everything that is not evaluated yet.
 
     Args:
-        scorings: All on the same machine.
+        scorings: The evaluations, all on the same machine.
         console: Where to show progress.
 
     Raises:
-        ConfigError: An evaluation failed, after the others have ended.
+        JobError: An evaluation failed; the others have ended before.
     """
     missing = [scoring for scoring in scorings if not scoring.is_finished()]
     known = len(scorings) - len(missing)

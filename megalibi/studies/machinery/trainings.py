@@ -1,7 +1,7 @@
-"""The trainings of a study: launch/pretrain.py as processes, none of them done twice.
+"""The trainings of a study: each is a process of launch/pretrain.py, and none is done twice.
 
-A study's folder has for each run NAME.yaml (a run's configuration, which a user could start by hand), NAME.log (what
-it said) and NAME/ (its train.output_dir).
+A study's folder has for each run NAME.yaml (its configuration, which a user could start by hand), NAME.log (its output)
+and NAME/ (its train.output_dir).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,38 +33,40 @@ _TAIL_BYTES = 1 << 14  # some forty lines of metrics.jsonl
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One run; ``train.output_dir`` of its configuration is FOLDER/NAME."""
+    """One training; ``train.output_dir`` of its configuration is FOLDER/NAME."""
 
     config: Config
+    """The configuration of the run."""
     machine: Machine
+    """Where to train."""
 
     @property
     def folder(self) -> Path:
-        """The run's own."""
+        """The folder of the run."""
         return Path(self.config.train.output_dir)
 
     @property
     def name(self) -> str:
-        """As the console calls it."""
+        """The name of the training on the console."""
         return self.folder.name
 
     @property
     def log(self) -> Path:
-        """Where its output goes."""
+        """The file that gets the output of the process."""
         return self.folder.parent / f"{self.name}.log"
 
     @property
     def config_path(self) -> Path:
-        """The YAML that it is started with."""
+        """The YAML file that it is started with."""
         return self.folder.parent / f"{self.name}.yaml"
 
     def prepare(self) -> None:
-        """Write the YAML."""
+        """Write the YAML file."""
         save_config(self.config, self.config_path)
 
     def command(self, slot: int) -> list[str]:
-        """Return what trains."""
-        return [*self.machine.launch(slot), "--config", str(self.config_path)]
+        """Return the command that trains."""
+        return [*self.machine.launch(slot, self.machine.pretrain), "--config", str(self.config_path)]
 
     def environment(self, slot: int) -> dict[str, str]:
         """Return the environment to train in."""
@@ -81,16 +83,16 @@ class Training:
         return JobProgress(done=last.step, total=total, words=f"{words} | {format_duration(left)} left")
 
     def finish(self, exit_code: int) -> str | None:
-        """Return what is wrong, judged by the last step's checkpoint: launchers have exit codes of their own."""
+        """Return what went wrong. The last step's checkpoint decides: launchers have exit codes of their own."""
         checkpoint = find_checkpoint(self.folder / CHECKPOINTS)
         if checkpoint is not None and Checkpoint.open(checkpoint).manifest.step >= self.config.train.steps:
             return None
         return f"failed with exit code {exit_code}" if exit_code else "was stopped before its last step"
 
     def find_finished(self) -> Path | None:
-        """Return the checkpoint of the last step, if it is there; an unfinished run will go on, or begin.
+        """Return the checkpoint of the last step, or None: then the run begins, or continues from an earlier one.
 
-        A newest checkpoint that is damaged is put aside, with a warning: the run goes on from the one before it.
+        A damaged newest checkpoint is moved aside with a warning, and the run continues from the one before it.
 
         Raises:
             ConfigError: The run has a checkpoint of another configuration.
@@ -102,27 +104,41 @@ class Training:
             except UserError as error:
                 damage = str(error)
             if damage is None:
-                self._check_same(opened.manifest.config)
+                check_unchanged(
+                    self.config, opened.manifest.config, free=NO_WEIGHT_DEPENDS_ON, what=f"{self.folder} was trained"
+                )
                 return checkpoint if opened.manifest.step >= self.config.train.steps else None
-            _LOGGER.warning("%s; put aside as %s", damage, _put_aside(checkpoint))
+            _LOGGER.warning("%s; moved aside to %s", damage, _move_aside(checkpoint))
         return None
 
-    def _check_same(self, saved: Mapping[str, Any]) -> None:
-        ours, theirs = flatten_config(self.config), flatten_config(config_from_dict(dict(saved)))
-        changed = [
-            f"{field}={ours[field]}, not {theirs[field]}"
-            for field in ours
-            if field not in NO_WEIGHT_DEPENDS_ON and ours[field] != theirs[field]
-        ]
-        if changed:
-            raise ConfigError(
-                f"{self.folder} was trained with another configuration than this study's: {'; '.join(changed)}; give "
-                "the values it was trained with, or another train.output_dir"
-            )
+
+def check_unchanged(config: Config, saved: Mapping[str, Any], *, free: Collection[str], what: str) -> None:
+    """Refuse results of another configuration.
+
+    Args:
+        config: The configuration that the study wants.
+        saved: The configuration that the results were made with, as a manifest or a JSON file has it.
+        free: Fields, as ``section.field``, on which the results do not depend.
+        what: The beginning of the message: the results, and how they were made.
+
+    Raises:
+        ConfigError: Fields that matter differ. The message names them with both values.
+    """
+    ours, theirs = flatten_config(config), flatten_config(config_from_dict(dict(saved)))
+    changed = [
+        f"{field}={ours[field]}, not {theirs[field]}"
+        for field in ours
+        if field not in free and ours[field] != theirs[field]
+    ]
+    if changed:
+        raise ConfigError(
+            f"{what} with another configuration than this study's: {'; '.join(changed)}; give the values of that "
+            "configuration, or another train.output_dir"
+        )
 
 
-def _put_aside(checkpoint: Path) -> Path:
-    """Rename a checkpoint so that it is none any more, and forget ``latest``: then the newest that is left counts."""
+def _move_aside(checkpoint: Path) -> Path:
+    """Rename a checkpoint so that nothing takes it for one, and remove ``latest``: the newest that is left counts."""
     aside = checkpoint.with_name(checkpoint.name + ".damaged")
     shutil.rmtree(aside, ignore_errors=True)
     rename_synced(checkpoint, aside)
@@ -131,7 +147,7 @@ def _put_aside(checkpoint: Path) -> Path:
 
 
 def _read_last_steps(path: Path) -> list[StepRecord]:
-    """Return the records of the last steps of metrics.jsonl, or none."""
+    """Return the records of the last steps in metrics.jsonl; none if there is no file."""
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -139,24 +155,24 @@ def _read_last_steps(path: Path) -> list[StepRecord]:
         lines = file.read().decode(errors="replace").splitlines(keepends=True)
     records = []
     for line in lines:
-        with contextlib.suppress(ValueError):  # the first and the last may be parts of lines
+        with contextlib.suppress(ValueError):  # the first and the last line may be cut
             records.append(parse_line(line))
     return [record for record in records if isinstance(record, StepRecord)]
 
 
 def run_trainings(trainings: Sequence[Training], console: Console) -> dict[str, Path]:
-    """Train what is not trained yet; interrupted runs go on.
+    """Train everything that is not trained yet; interrupted runs continue.
 
     Args:
-        trainings: All on the same machine.
+        trainings: The trainings, all on the same machine.
         console: Where to show progress.
 
     Returns:
         The checkpoint of each run's last step, by the run's name.
 
     Raises:
-        ConfigError: A configuration cannot be used or is not that of the run's checkpoints, which is found out before
-            anything starts; or a training failed, after the others have ended.
+        ConfigError: A configuration cannot be used, or differs from that of the run's checkpoints. Nothing has started.
+        JobError: A training failed; the others have ended before.
     """
     missing = [training for training in trainings if training.find_finished() is None]
     for training in missing:

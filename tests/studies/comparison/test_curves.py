@@ -5,8 +5,8 @@ import math
 import pytest
 
 from megalibi.studies.comparison.curves import Curve, Point, compare_times, mean_speedup, stand_at
-from megalibi.studies.comparison.study import ALIBI, SINUSOIDAL, Model
-from megalibi.studies.comparison.tables import paper_levels
+from megalibi.studies.comparison.report.tables import paper_levels
+from megalibi.studies.comparison.study import ALIBI, SINUSOIDAL, ComparedModel
 
 
 def points(*pairs: tuple[float, float]) -> list[Point]:
@@ -78,7 +78,7 @@ def test_the_papers_figure_5_gives_what_was_found_in_it() -> None:
     # 10.1% over evenly spaced perplexities, from 13.6% to 7.1%; -1% to -2% for the shorter pair: our moments are
     # evenly spaced in time instead.
     long, short = (
-        paper_levels((Model(method=ALIBI, length=length), Model(method=SINUSOIDAL, length=2 * length)))
+        paper_levels((ComparedModel(method=ALIBI, length=length), ComparedModel(method=SINUSOIDAL, length=2 * length)))
         for length in (1024, 512)
     )
     assert mean_speedup(long) == pytest.approx(0.101, abs=0.002)

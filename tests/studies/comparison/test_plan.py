@@ -11,7 +11,7 @@ from megalibi.model import count_parameters
 from megalibi.plan.gpus import GIB, USABLE, get_gpu
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.studies.comparison.plan import check_fits, describe_memory, find_shapes, plan_variants, select_plans
-from megalibi.studies.comparison.study import ATTENTIONS, CompareStudy, Model, Variant
+from megalibi.studies.comparison.study import ATTENTIONS, ComparedModel, CompareStudy, Variant
 from megalibi.studies.study import load_study
 
 PLAN_BOUND = 1.08
@@ -24,8 +24,8 @@ LARGE_MEMORY = MemoryByKind(
     weights=3 * GIB, gradients=2 * GIB, optimizer_states=6 * GIB, activations=GIB, attention_workspace=8 * GIB, other=0
 )
 PLANS = {
-    Variant(model=Model(method="alibi", length=1024), attention="fast"): SMALL_MEMORY,
-    Variant(model=Model(method="sinusoidal", length=2048), attention="unfused"): LARGE_MEMORY,
+    Variant(model=ComparedModel(method="alibi", length=1024), attention="fast"): SMALL_MEMORY,
+    Variant(model=ComparedModel(method="sinusoidal", length=2048), attention="unfused"): LARGE_MEMORY,
 }
 
 
@@ -63,7 +63,7 @@ def test_half_the_length_saves_planned_memory_only_where_scores_are_held() -> No
     (pair,) = study.pairs()
     for attention in ATTENTIONS:
         short, long = (plans[Variant(model=model, attention=attention)] for model in pair)
-        equal = plans[Variant(model=Model(method="alibi", length=2048), attention=attention)]
+        equal = plans[Variant(model=ComparedModel(method="alibi", length=2048), attention=attention)]
         assert short.weights == long.weights == 2 * count_parameters(base.model, 50304)
         assert short.optimizer_states == long.optimizer_states == 6 * short.weights
         assert equal.total == pytest.approx(long.total, rel=0.007)  # the paper's ALiBi: 0 to 0.7% more

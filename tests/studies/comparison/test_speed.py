@@ -11,15 +11,15 @@ import pytest
 from megalibi.config import Config, config_to_dict
 from megalibi.errors import ConfigError
 from megalibi.plan.memory_trace import MemoryByKind
-from megalibi.studies.comparison.speed import Turn, order_turns, plan_turns, read_speeds, summarize
-from megalibi.studies.comparison.study import CompareStudy, Model, Variant
+from megalibi.studies.comparison.speed import Turn, order_turns, plan_turns, read_speeds, summarize_turns
+from megalibi.studies.comparison.study import ComparedModel, CompareStudy, Variant
 from megalibi.studies.machinery.machine import Machine
 from tests.support.runs import make_config
 
 STUDY = CompareStudy(lengths=(16, 32), turns=3, warm_steps=1, steps_per_turn=2, valid_tokens=1000)
 FAST, SLOW = (
-    Variant(model=Model(method="alibi", length=16), attention="fast"),
-    Variant(model=Model(method="sinusoidal", length=32), attention="fast"),
+    Variant(model=ComparedModel(method="alibi", length=16), attention="fast"),
+    Variant(model=ComparedModel(method="sinusoidal", length=32), attention="fast"),
 )
 HARDWARE = {"cpu": "a CPU", "cores": 2, "threads": 1, "memory_bytes": 1}
 
@@ -28,7 +28,9 @@ def make_turns(folder: Path, study: CompareStudy = STUDY, **sections: Any) -> di
     train = {"output_dir": str(folder), "global_batch_size": 4, "eval_samples": 4}
     base = make_config("tokens", data={"seq_length": 32, "valid": "tokens"}, train=train, **sections)
     here = Path("launch")
-    machine = Machine(pretrain=here / "measure_turn.py", evaluate=here, environment={}, cores=4, jobs=2)
+    machine = Machine(
+        pretrain=here, measure_turn=here / "measure_turn.py", evaluate=here, environment={}, cores=4, jobs=2
+    )
     return plan_turns(base, study, machine)
 
 
@@ -49,7 +51,7 @@ def write_turn(turn: Turn, seconds: list[float], **changes: Any) -> None:
 def test_warm_steps_do_not_count_and_all_others_do(tmp_path: Path) -> None:
     config = make_turns(tmp_path)[FAST][0].config
     records = {1: record_of(config, [9.0, 1.0, 2.0], weights=7), 2: record_of(config, [9.0, 3.0, 4.0], weights=1)}
-    speed = summarize(FAST, records, 1, config)
+    speed = summarize_turns(FAST, records, 1, config)
     assert (speed.step_seconds.low, speed.step_seconds.median, speed.step_seconds.high) == (1.75, 2.5, 3.25)
     assert speed.turn_medians == {1: 1.5, 2: 3.5}
     assert speed.batch_tokens == 4 * 32

@@ -6,7 +6,7 @@ import pytest
 
 from megalibi.config import Config, derive
 from megalibi.errors import ConfigError
-from megalibi.studies.comparison.study import CompareStudy, Model, model_config, variant_config, variants
+from megalibi.studies.comparison.study import ComparedModel, CompareStudy, model_config, variant_config, variants
 from megalibi.studies.study import load_study
 from tests.support.runs import make_config
 
@@ -35,7 +35,7 @@ def test_models_differ_in_length_and_positions_and_see_as_many_tokens() -> None:
         for name in ("global_batch_size", "micro_batch_size", "eval_samples"):
             assert getattr(config.train, name) * config.data.seq_length == getattr(base.train, name) * 64
         assert (config.optimizer, config.train.steps) == (base.optimizer, base.train.steps)
-    assert model_config(base, Model(method="alibi", length=64)).model == base.model
+    assert model_config(base, ComparedModel(method="alibi", length=64)).model == base.model
 
 
 def test_each_pair_is_alibi_at_one_length_and_sinusoidal_at_the_next() -> None:
@@ -66,22 +66,24 @@ def test_unfused_attention_may_have_micro_batches_of_its_own() -> None:
 
 
 def test_length_that_does_not_divide_the_batch_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train.global_batch_size=8 x data.seq_length=64 tokens are no multiple of"):
-        model_config(make_base(), Model(method="alibi", length=24))
+    with pytest.raises(
+        ConfigError, match=r"train.global_batch_size=8: times data.seq_length=64 it must be a multiple of the 24"
+    ):
+        model_config(make_base(), ComparedModel(method="alibi", length=24))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lengths": (16,)}, "two or more rising lengths"),
-        ({"lengths": (32, 16)}, "two or more rising lengths"),
-        ({"lengths": (16, 16)}, "two or more rising lengths"),
-        ({"lengths": (0, 16)}, "two or more rising lengths"),
-        ({"turns": 0}, "study.turns=0"),
-        ({"warm_steps": 0}, "study.warm_steps=0"),
-        ({"ranks": 0}, "study.ranks=0"),
-        ({"unfused_micro_batch_size": -1}, "study.unfused_micro_batch_size=-1 is not allowed: 0 or more is"),
-        ({"valid_tokens": 256}, "study.valid_tokens=256 is not allowed: more than 256"),
+        ({"lengths": (16,)}, "must be two or more rising lengths above 0"),
+        ({"lengths": (32, 16)}, "must be two or more rising lengths above 0"),
+        ({"lengths": (16, 16)}, "must be two or more rising lengths above 0"),
+        ({"lengths": (0, 16)}, "must be two or more rising lengths above 0"),
+        ({"turns": 0}, "study.turns=0: must be at least 1"),
+        ({"warm_steps": 0}, "study.warm_steps=0: must be at least 1"),
+        ({"ranks": 0}, "study.ranks=0: must be at least 1"),
+        ({"unfused_micro_batch_size": -1}, "study.unfused_micro_batch_size=-1 : must be 0 or more"),
+        ({"valid_tokens": 256}, "study.valid_tokens=256: must be more than 256"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(changes: dict[str, object], message: str) -> None:

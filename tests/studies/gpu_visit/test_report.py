@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from megalibi.config import config_from_dict, derive
-from megalibi.studies.gpu_visit.findings import Findings, find_data_sheet, read_findings
-from megalibi.studies.gpu_visit.report import write_report
-from megalibi.studies.gpu_visit.step_profile import Slice, count_work, summarize
-from megalibi.studies.gpu_visit.visit import DONE, FAILED, OUT_OF_TIME, StepRecord
+from megalibi.measure.step_profile import Slice, count_work, summarize_profile
+from megalibi.studies.gpu_visit.report import format_report
+from megalibi.studies.gpu_visit.results import VisitResults, read_results
+from megalibi.studies.gpu_visit.step import DONE, FAILED, OUT_OF_TIME, StepOutcome
 
 RECORDED = Path(__file__).parents[3] / "results" / "gpu_h200"
 
@@ -33,7 +33,7 @@ def recorded_profile() -> dict[str, Any]:
         for kernel in old["kernels"]
         for _ in range(kernel["calls"])
     ]
-    profile = summarize(slices, old["span_milliseconds"] / 1e3, old["busy_milliseconds"] / 1e3)
+    profile = summarize_profile(slices, old["span_milliseconds"] / 1e3, old["busy_milliseconds"] / 1e3)
     work = count_work(config, derive(config, 1))
     return {**profile, "work": {part: dataclasses.asdict(of_part) for part, of_part in work.items()}}
 
@@ -55,14 +55,14 @@ def recorded_as_cuda_graph() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    records = [
-        StepRecord(name="ceilings", what="the best", status=DONE, seconds=5.1),
-        StepRecord(name="contract", what="exactness", status=FAILED, seconds=27.0, said="exit code 1: flash refuses"),
-        StepRecord(name="resume", what="resume", status=OUT_OF_TIME, seconds=60.0, said="killed after 60 s"),
+    outcomes = [
+        StepOutcome(name="ceilings", what="the best", status=DONE, seconds=5.1),
+        StepOutcome(name="contract", what="exactness", status=FAILED, seconds=27.0, said="exit code 1: flash refuses"),
+        StepOutcome(name="resume", what="resume", status=OUT_OF_TIME, seconds=60.0, said="killed after 60 s"),
     ]
-    found = Findings(
+    found = VisitResults(
         facts={"hardware": {"gpu": "NVIDIA H200", "driver": "580.159.04"}, "commit": "ea2be1c9e74b"},
-        records=records,
+        outcomes=outcomes,
         ceilings=recorded_ceilings(),
         profile=recorded_profile(),
         turns={"train_alibi": read("train_alibi_2048"), "train_alibi_long": read("train_alibi_8192")},
@@ -70,7 +70,7 @@ def page() -> str:
         | {"attention_cuda_graph": recorded_as_cuda_graph()},
         resume={"equal": False},
     )
-    return write_report(found)
+    return format_report(found)
 
 
 def cells(page: str, first: str) -> list[str]:
@@ -136,8 +136,8 @@ def test_it_says_that_a_trained_models_attention_takes_another_time(page: str) -
 
 
 def test_a_visit_that_has_found_nothing_has_a_page(tmp_path: Path) -> None:
-    record = StepRecord(name="machine", what="driver", status=FAILED, said="exit code 1")
-    page = write_report(read_findings(tmp_path, {"hardware": {"gpu": "NVIDIA H200"}}, [record]))
+    outcome = StepOutcome(name="machine", what="driver", status=FAILED, said="exit code 1")
+    page = format_report(read_results(tmp_path, {"hardware": {"gpu": "NVIDIA H200"}}, [outcome]))
     assert "- **machine** failed: exit code 1" in page
     assert "| machine | driver | failed | 0.0 |" in page
     assert "## Training" not in page
@@ -148,28 +148,9 @@ def test_failed_tests_are_named(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(f"{code}def test_c(): pass\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml", "test_gpu.xml", "test_it.py"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
-    page = write_report(read_findings(tmp_path, {}, []))
+    page = format_report(read_results(tmp_path, {}, []))
     lines = [line for line in page.splitlines() if line.startswith("- ")]
     assert lines == [
         "- `test_it::test_a`: assert 1 == 2",
         '- `test_it::test_b`: failed on setup with "ZeroDivisionError: division by zero"',
     ]
-
-
-@pytest.mark.parametrize(
-    ("driver_name", "name"),
-    [
-        ("NVIDIA H200", "H200"),
-        ("NVIDIA H100 80GB HBM3", "H100"),
-        ("NVIDIA H100 PCIe", "H100-PCIE"),
-        ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
-        ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
-        ("Tesla V100-SXM2-32GB", "V100-32GB"),
-        ("NVIDIA A10", "A10"),
-        ("NVIDIA B200", None),
-        ("", None),
-    ],
-)
-def test_a_drivers_name_finds_the_data_sheet(driver_name: str, name: str | None) -> None:
-    gpu = find_data_sheet(driver_name)
-    assert (gpu and gpu.name) == name

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from megalibi.config import load_config
-from megalibi.data.tokens.token_file import TokenFile
-from megalibi.studies.extrapolation.results import ExtrapolationStudy
-from megalibi.studies.gpu_visit.random_tokens import write_random_tokens
-from megalibi.studies.gpu_visit.steps import CONFIG_1_3B, Setup, plan_steps
-from megalibi.studies.gpu_visit.visit import Step, expect_seconds
+from megalibi.studies.extrapolation.study import ExtrapolationStudy
+from megalibi.studies.gpu_visit.setup import Setup
+from megalibi.studies.gpu_visit.step import VisitStep, expect_seconds
+from megalibi.studies.gpu_visit.steps import CONFIG_1_3B, plan_steps
 from megalibi.studies.study import load_study
 
 ROOT = Path(__file__).parents[3]
 TRAININGS = ("train_alibi", "train_alibi_long", "train_no_positions", "train_sinusoidal", "profile_step")
 
 
-def plan(tmp_path: Path, **more: object) -> dict[str, Step]:
+def plan(tmp_path: Path, **more: object) -> dict[str, VisitStep]:
     setup = {"device": "cuda", "seconds": 540.0, "folder": tmp_path, "scratch": tmp_path, "root": ROOT,
              "python": sys.executable, "data": "tokens", **more}  # fmt: skip
     return {step.name: step for step in plan_steps(Setup(**setup))}
 
 
-def overrides_of(step: Step) -> list[str]:
+def overrides_of(step: VisitStep) -> list[str]:
     return [word for word in step.command if "=" in word and not word.startswith("--")]
 
 
@@ -81,17 +77,6 @@ def test_what_the_steps_of_nine_minutes_are_expected_to_take_fits_them(tmp_path:
     assert 0.8 * 540 < expect_seconds(list(steps.values())) <= 540
 
 
-def test_steps_in_the_background_take_no_time_of_others() -> None:
-    def step(name: str, expected: float, **more: Any) -> Step:
-        return Step(name=name, what="", command=(), limit=99.0, expected=expected, **more)
-
-    warm, short = step("warm", 45.0, in_background=True), step("short", 8.0)
-    assert expect_seconds([warm, short]) == 45.0
-    assert expect_seconds([warm, short, step("waits", 10.0, after="warm")]) == 55.0
-    assert expect_seconds([warm, short, step("long", 60.0)]) == 68.0
-    assert expect_seconds([step("not here", 60.0, impossible="no"), step("waits", 10.0, after="not here")]) == 10.0
-
-
 def test_the_tests_end_themselves_before_they_are_killed(tmp_path: Path) -> None:
     step = plan(tmp_path)["test_gpu"]
     (seconds,) = [float(word.partition("=")[2]) for word in step.command if word.startswith("--session-timeout=")]
@@ -117,16 +102,3 @@ def test_an_hour_and_text_allow_the_extrapolation_study(tmp_path: Path) -> None:
     _, base = load_study(config, overrides_of(step), ExtrapolationStudy)
     _, small = load_study(config, [], ExtrapolationStudy)
     assert base.train.steps == 10 * small.train.steps
-
-
-def test_random_tokens_are_written_once(tmp_path: Path) -> None:
-    prefix = tmp_path / "new" / "tokens"
-    write_random_tokens(prefix, 509, 5000)
-    found = TokenFile(prefix)
-    tokens = found.read(0, 5000)
-    assert found.num_tokens == 5000
-    assert found.num_documents == 6
-    assert 0 <= tokens.min() <= tokens.max() < 509
-    assert tokens.max() == pytest.approx(508, abs=2)
-    write_random_tokens(prefix, 509, 9000)
-    assert TokenFile(prefix).num_tokens == 5000

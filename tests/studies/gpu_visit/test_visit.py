@@ -13,20 +13,19 @@ from typing import Any
 
 import pytest
 
-from megalibi.errors import ConfigError
-from megalibi.studies.gpu_visit.visit import (
+from megalibi.errors import FileError, JobError
+from megalibi.studies.gpu_visit.step import (
     DONE,
     FAILED,
     INTERRUPTED,
     OUT_OF_TIME,
     SKIPPED,
     SUMMARY_FILE,
-    Step,
-    StepRecord,
-    Visit,
-    read_records,
-    run_visit,
+    StepOutcome,
+    VisitStep,
+    read_outcomes,
 )
+from megalibi.studies.gpu_visit.visit import Visit, run_visit
 from tests.studies.machinery.test_jobs import DEADLINE_SECONDS, signal_when, wait_for
 
 SECONDS = 60.0
@@ -34,16 +33,18 @@ APPEND = "import sys; from pathlib import Path; Path(sys.argv[1]).open('a').writ
 """Shows how often a step was done."""
 
 
-def script(folder: Path, name: str, code: str, **more: Any) -> Step:
+def script(folder: Path, name: str, code: str, **more: Any) -> VisitStep:
     command = (sys.executable, "-S", "-c", code, str(folder / f"{name}.txt"))
-    return Step(**{"name": name, "what": f"what {name} is", "command": command, "limit": SECONDS, **more})
+    return VisitStep(**{"name": name, "what": f"what {name} is", "command": command, "limit": SECONDS, **more})
 
 
-def run(folder: Path, *steps: Step, seconds: float = SECONDS, **more: Any) -> tuple[dict[str, StepRecord], list[str]]:
+def run(
+    folder: Path, *steps: VisitStep, seconds: float = SECONDS, **more: Any
+) -> tuple[dict[str, StepOutcome], list[str]]:
     said: list[str] = []
     visit = Visit(folder=folder, seconds=seconds, environment=os.environ, facts={"commit": "abc"}, say=said.append)
     records = run_visit(steps, visit, **more)
-    assert read_records(folder) == {record.name: record for record in records}
+    assert read_outcomes(folder) == {record.name: record for record in records}
     return {record.name: record for record in records}, said
 
 
@@ -104,7 +105,7 @@ def test_what_came_to_an_end_is_not_done_again_unless_it_is_asked_for(tmp_path: 
     run(tmp_path, *steps[:2], again=["good", "bad"])
     assert output.read_text() == "x"  # the old result was removed first
     assert (tmp_path / "bad.txt").read_text() == "xx"
-    assert read_records(tmp_path)["slow"].status == OUT_OF_TIME  # what is not asked for stays known
+    assert read_outcomes(tmp_path)["slow"].status == OUT_OF_TIME  # what is not asked for stays known
 
 
 def test_a_step_for_which_too_little_time_is_left_is_skipped_and_done_the_next_time(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_an_interruption_keeps_what_is_there(tmp_path: Path) -> None:
     steps = [script(tmp_path, "first", APPEND), script(tmp_path, "second", ready), script(tmp_path, "third", APPEND)]
     with signal_when([tmp_path / "second.txt"], signal.SIGINT), pytest.raises(KeyboardInterrupt):
         run(tmp_path, *steps)
-    assert {name: r.status for name, r in read_records(tmp_path).items()} == {"first": DONE, "second": INTERRUPTED}
+    assert {name: r.status for name, r in read_outcomes(tmp_path).items()} == {"first": DONE, "second": INTERRUPTED}
     assert not (tmp_path / "third.txt").exists()
 
     steps[1] = script(tmp_path, "second", APPEND)
@@ -167,15 +168,15 @@ def test_a_visit_that_was_killed_goes_on(tmp_path: Path) -> None:
     wait_for(tmp_path / "second.txt")
     os.kill(killed, signal.SIGKILL)
     os.waitpid(killed, 0)
-    assert {name: record.status for name, record in read_records(tmp_path).items()} == {"first": DONE}
+    assert {name: record.status for name, record in read_outcomes(tmp_path).items()} == {"first": DONE}
 
     second = script(tmp_path, "second", APPEND)
-    with pytest.raises(ConfigError, match="second is running already"):  # it would disturb what is measured
+    with pytest.raises(JobError, match="second is running already"):  # it would disturb what is measured
         run(tmp_path, steps[0], second)
     os.kill(int((tmp_path / "second.txt").read_text()), signal.SIGKILL)
     deadline, records = time.monotonic() + DEADLINE_SECONDS, {}
     while "third" not in records and time.monotonic() < deadline:  # until the killed one is gone
-        with suppress(ConfigError):
+        with suppress(JobError):
             records, _ = run(tmp_path, steps[0], second, steps[1])
     assert [record.status for record in records.values()] == [DONE] * 3
     assert (tmp_path / "first.txt").read_text() == "x"
@@ -184,7 +185,7 @@ def test_a_visit_that_was_killed_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "{}", '{"steps": [{"name": "a"}]}', '{"steps": [{"nam": "a"}]}'])
 def test_a_summary_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / SUMMARY_FILE).write_text(content)
-    with pytest.raises(ConfigError, match=r"summary\.json is not a visit's .*: move it away, or give another folder"):
+    with pytest.raises(FileError, match=r"summary\.json is not a visit's .*: move it away, or give another folder"):
         run(tmp_path, script(tmp_path, "a", APPEND))
     assert not (tmp_path / "a.txt").exists()
 

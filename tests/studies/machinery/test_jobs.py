@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megalibi.errors import ConfigError
+from megalibi.errors import JobError
 from megalibi.studies.machinery.jobs import JobProgress, run_jobs
 
 DEADLINE_SECONDS = 60.0
@@ -111,7 +111,7 @@ def test_a_failure_is_one_line_with_the_log_and_its_error_and_stops_no_other(tmp
     )
     crashes = Script("crash", tmp_path, "1 / 0")
     good = Script("good", tmp_path, "")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(JobError) as error:
         run(fails, crashes, good)
     assert good.exit_code == 0
     assert str(error.value) == (
@@ -122,7 +122,7 @@ def test_a_failure_is_one_line_with_the_log_and_its_error_and_stops_no_other(tmp
 
 def test_an_earlier_failure_in_the_same_log_is_not_quoted(tmp_path: Path) -> None:
     (tmp_path / "a.log").write_text("error: of yesterday\n")
-    with pytest.raises(ConfigError, match=r"exit code 1: it said nothing"):
+    with pytest.raises(JobError, match=r"exit code 1: it said nothing"):
         run(Script("a", tmp_path, "raise SystemExit(1)"))
     assert (tmp_path / "a.log").read_text() == "error: of yesterday\n"
 
@@ -175,13 +175,13 @@ def test_a_job_that_outlives_its_study_is_not_started_twice(tmp_path: Path) -> N
     os.kill(study, signal.SIGKILL)
     os.waitpid(study, 0)
     again = Script("a", tmp_path, "")
-    with pytest.raises(ConfigError, match=r"a is running already, started by another command: .*a\.log is in use"):
+    with pytest.raises(JobError, match=r"a is running already, started by another command: .*a\.log is in use"):
         run(again)
     assert not again.prepared
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     deadline = time.monotonic() + DEADLINE_SECONDS
     while again.exit_code is None and time.monotonic() < deadline:  # until the killed one is gone
-        with suppress(ConfigError):
+        with suppress(JobError):
             run(again)
     assert again.exit_code == 0
 
@@ -189,5 +189,5 @@ def test_a_job_that_outlives_its_study_is_not_started_twice(tmp_path: Path) -> N
 def test_a_command_that_is_not_there_is_said(tmp_path: Path) -> None:
     job = Script("a", tmp_path, "")
     job.command = lambda slot: ["no-such-launcher"]  # type: ignore[method-assign]
-    with pytest.raises(ConfigError, match="no-such-launcher cannot be started: No such file"):
+    with pytest.raises(JobError, match="no-such-launcher cannot be started: No such file"):
         run(job)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megalibi.errors import ConfigError
+from megalibi.errors import JobError
 from megalibi.evaluate.result import read_evaluation
 from megalibi.studies.machinery.machine import Machine
 from megalibi.studies.machinery.scorings import Scoring, run_scorings
@@ -35,6 +35,7 @@ def scoring(tmp_path_factory: pytest.TempPathFactory) -> Scoring:
         output=folder / "run" / "evaluation_sliding.json",
         machine=Machine(
             pretrain=ROOT / "launch" / "pretrain.py",
+            measure_turn=ROOT / "launch" / "measure_turn.py",
             evaluate=ROOT / "tools" / "evaluate.py",
             environment=os.environ | {"OMP_NUM_THREADS": "1"},
             cores=1,
@@ -76,6 +77,6 @@ def test_an_output_that_cannot_be_read_is_scored_anew(scoring: Scoring, tmp_path
 
 def test_a_failure_is_said_in_one_line(scoring: Scoring, tmp_path: Path) -> None:
     failing = dataclasses.replace(scoring, data="/nowhere/text", output=tmp_path / "evaluation.json")
-    with pytest.raises(ConfigError, match=r"run sliding 16,32 failed with exit code 2: /nowhere/text\.idx: no such"):
+    with pytest.raises(JobError, match=r"run sliding 16,32 failed with exit code 2: /nowhere/text\.idx: no such"):
         run_scorings([failing], Console(quiet=True))
     assert not failing.output.exists()

@@ -11,23 +11,24 @@ from rich.console import Console
 
 from megalibi.checkpoint import find_checkpoint
 from megalibi.config import Config, load_config
-from megalibi.errors import ConfigError
-from megalibi.studies.machinery.machine import Machine, describe_machine
+from megalibi.errors import ConfigError, JobError
+from megalibi.studies.machinery.machine import Machine, detect_machine
 from megalibi.studies.machinery.trainings import Training, run_trainings
 from tests.support.jobs import run_job, write_job
 
 ROOT = Path(__file__).parents[3]
-PRETRAIN = ROOT / "launch" / "pretrain.py"
+PRETRAIN, MEASURE_TURN = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "measure_turn.py"
+EVALUATE = ROOT / "tools" / "evaluate.py"
 
 
 def make_machine(**changes: Any) -> Machine:
-    fields: dict[str, Any] = {"pretrain": PRETRAIN, "evaluate": ROOT / "tools" / "evaluate.py"}
+    fields: dict[str, Any] = {"pretrain": PRETRAIN, "measure_turn": MEASURE_TURN, "evaluate": EVALUATE}
     return Machine(**(fields | {"environment": {"HOME": "/h"}, "cores": 8} | changes))
 
 
 def test_this_machine_starts_the_repositorys_scripts() -> None:
-    machine = describe_machine(ROOT, {"OMP_NUM_THREADS": "3"}, jobs=1, ranks=1, launcher="srun -n '2'")
-    assert (machine.pretrain, machine.evaluate.is_file()) == (PRETRAIN, True)
+    machine = detect_machine(ROOT, {"OMP_NUM_THREADS": "3"}, jobs=1, ranks=1, launcher="srun -n '2'")
+    assert (machine.pretrain, machine.measure_turn.is_file(), machine.evaluate.is_file()) == (PRETRAIN, True, True)
     assert machine.launcher == ("srun", "-n", "2")
     assert machine.environment_of(0, 1)["OMP_NUM_THREADS"] == "3"
     assert machine.cores >= 1
@@ -142,19 +143,19 @@ def test_everything_is_checked_before_anything_starts(training: Training, tmp_pa
 def test_a_failed_training_names_its_log_and_the_last_words(training: Training, tmp_path: Path) -> None:
     machine = make_machine(launcher=(sys.executable, "-c", "print('error: no GPU today'); raise SystemExit(1)"))
     config = change(training.config, "train", output_dir=str(tmp_path / "new"))
-    with pytest.raises(ConfigError, match=r"^new failed with exit code 1: no GPU today \(log .*/new\.log\)$"):
+    with pytest.raises(JobError, match=r"^new failed with exit code 1: no GPU today \(log .*/new\.log\)$"):
         run_trainings([Training(config=config, machine=machine)], Console(quiet=True))
     assert load_config(tmp_path / "new.yaml") == config  # what a user can start by hand
 
 
 def test_one_rank_is_plain_python_and_several_are_deepspeeds() -> None:
-    assert make_machine().launch(0) == [sys.executable, str(PRETRAIN)]
-    two = make_machine(ranks=2).launch(0)
+    assert make_machine().launch(0, PRETRAIN) == [sys.executable, str(PRETRAIN)]
+    two = make_machine(ranks=2).launch(0, PRETRAIN)
     assert two[1:3] == ["-m", "deepspeed.launcher.runner"]
     assert two[two.index("--num_accelerators") + 1] == "2"
-    ports = {make_machine(ranks=2).launch(slot)[-2] for slot in range(2)}
+    ports = {make_machine(ranks=2).launch(slot, PRETRAIN)[-2] for slot in range(2)}
     assert len(ports) == 2  # launchers side by side do not meet
-    assert make_machine(launcher=("srun", "-n", "2")).launch(0) == ["srun", "-n", "2", str(PRETRAIN)]
+    assert make_machine(launcher=("srun", "-n", "2")).launch(0, PRETRAIN) == ["srun", "-n", "2", str(PRETRAIN)]
 
 
 def test_processes_share_cores_and_gpus() -> None:
@@ -165,15 +166,15 @@ def test_processes_share_cores_and_gpus() -> None:
     assert make_machine(gpus=2, jobs=2).environment_of(1, 1)["CUDA_VISIBLE_DEVICES"] == "1"
     shown = {"CUDA_VISIBLE_DEVICES": "5,7"}
     assert make_machine(gpus=2, jobs=2, environment=shown).environment_of(1, 1)["CUDA_VISIBLE_DEVICES"] == "7"
-    launch = make_machine(gpus=4, jobs=2, ranks=2).launch(1)
+    launch = make_machine(gpus=4, jobs=2, ranks=2).launch(1, PRETRAIN)
     assert launch[launch.index("--include") + 1] == "localhost:2,3"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"jobs": 0}, "jobs=0 is not allowed"),
-        ({"ranks": 0}, "ranks=0 is not allowed"),
+        ({"jobs": 0}, "jobs=0: must be at least 1"),
+        ({"ranks": 0}, "ranks=0: must be at least 1"),
         ({"gpus": 3, "jobs": 2, "ranks": 2}, "need 4 GPUs, and there are 3"),
     ],
 )

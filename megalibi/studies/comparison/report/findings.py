@@ -1,4 +1,4 @@
-"""What the paper says of its 1.3B models, and whether it came out so here: by stated rules, from the numbers."""
+"""Whether the comparison came out as the paper's did: each statement by a stated rule, from the numbers."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from collections.abc import Iterator
 
 from megalibi.studies.comparison.curves import mean_speedup
 from megalibi.studies.comparison.results import Pair, Results, format_percent, format_updates
-from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, Model
-from megalibi.studies.extrapolation.results import EXPLODED, FLAT, Finding
-from megalibi.studies.paper import get_fact, get_table, memory_saving, update_rate_gain
+from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, ComparedModel
+from megalibi.studies.finding import EXPLODED, FLAT, Finding
+from megalibi.studies.paper import get_quote, get_table, memory_saving, update_rate_gain
 
 SAME_MEMORY = 0.01
-"""Memories within this of each other are the same: the paper's ALiBi takes 0 to 0.7% more (sections 1 and 3)."""
+"""Memories count as the same within this share: the paper's ALiBi takes 0 to 0.7% more (sections 1 and 3)."""
 SAME_TIME = 0.03
-"""Times within this of each other are the same."""
+"""Times count as the same within this share."""
 SAME_PERPLEXITY = 0.02
-"""Perplexities within this of each other are the same: in Table 12 the main pair's are 1% apart."""
+"""Perplexities count as the same within this share: in Table 12 those of the main pair are 1% apart."""
 
 
-def judge(results: Results) -> list[Finding]:
-    """Say for each of the paper's statements on the main pair whether it holds here; what is not measured is left out.
+def judge_comparison(results: Results) -> list[Finding]:
+    """Judge each statement of the paper on its main pair; a statement about something not measured is left out.
 
     Args:
-        results: Of a comparison.
+        results: The results of a comparison.
     """
     pair = results.study.pairs()[-1]
     findings: list[Finding] = []
@@ -63,7 +63,10 @@ def _judge_speed(results: Results, pair: Pair, attention: str) -> Iterator[Findi
 
 
 def _judge_equal_lengths(results: Results, attention: str) -> Iterator[Finding]:
-    pairs = [(Model(method=ALIBI, length=n), Model(method=SINUSOIDAL, length=n)) for n in results.study.lengths]
+    pairs = [
+        (ComparedModel(method=ALIBI, length=n), ComparedModel(method=SINUSOIDAL, length=n))
+        for n in results.study.lengths
+    ]
     savings = {pair[0].length: results.memory_saving(*pair, attention) for pair in pairs}
     more = {length: -saving for length, saving in savings.items() if saving is not None}
     if more:
@@ -93,7 +96,7 @@ def _judge_curves(results: Results, pair: Pair, attention: str) -> Iterator[Find
     if levels:
         each = ", ".join(f"{level.speedup:+.1%} at {level.perplexity:.4g}" for level in levels)
         yield Finding(
-            expected=f"ALiBi at half the length reaches a given perplexity {get_fact('time_to_perplexity').value:.0%} "
+            expected=f"ALiBi at half the length reaches a given perplexity {get_quote('time_to_perplexity').value:.0%} "
             "faster on average (section 4.2)",
             rule="on average over five points of training it is faster",
             measured=f"{attention} attention: {mean_speedup(levels):+.1%} on average; {each}",
@@ -125,7 +128,7 @@ def _judge_equal_updates(results: Results, pair: Pair) -> Iterator[Finding]:
 def _judge_extrapolation(results: Results) -> Iterator[Finding]:
     first, last = results.study.lengths[0], results.study.lengths[-1]
     sinusoidal, alibi = (
-        [_final(results, Model(method=method, length=first), length) for length in (first, last)]
+        [_final(results, ComparedModel(method=method, length=first), length) for length in (first, last)]
         for method in (SINUSOIDAL, ALIBI)
     )
     if sinusoidal[0] is not None and sinusoidal[1] is not None:
@@ -144,6 +147,6 @@ def _judge_extrapolation(results: Results) -> Iterator[Finding]:
         )
 
 
-def _final(results: Results, model: Model, length: int) -> float | None:
+def _final(results: Results, model: ComparedModel, length: int) -> float | None:
     quality = results.qualities.get(model)
     return None if quality is None else quality.final(length)

@@ -1,15 +1,12 @@
-"""The page of a comparison, in Markdown: what the paper's numbers mean, what was measured, and the paper's beside."""
+"""The page of a comparison in Markdown: what the paper's numbers mean, and what was measured here beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from megalibi.report.markdown import format_table
 from megalibi.studies.comparison.curves import NUM_POINTS, mean_speedup
-from megalibi.studies.comparison.findings import judge
-from megalibi.studies.comparison.results import Results
-from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, Model
-from megalibi.studies.comparison.tables import (
+from megalibi.studies.comparison.report.findings import judge_comparison
+from megalibi.studies.comparison.report.tables import (
     PAPER_LENGTHS,
     equal_time_table,
     equal_updates_table,
@@ -19,7 +16,10 @@ from megalibi.studies.comparison.tables import (
     plan_table,
     speed_table,
 )
-from megalibi.studies.paper import get_fact, get_table, memory_saving, update_rate_gain
+from megalibi.studies.comparison.results import Results
+from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, ComparedModel
+from megalibi.studies.finding import format_findings
+from megalibi.studies.paper import get_quote, get_table, memory_saving, update_rate_gain
 
 _PAPER_CAPTION = (
     "In italics the paper's: 1.3 B parameters on CC100 and RoBERTa's corpora, on V100s with attention that held its "
@@ -27,13 +27,13 @@ _PAPER_CAPTION = (
 )
 
 
-def write_report(results: Results, *, facts: Sequence[str], picture: str | None) -> str:
+def format_report(results: Results, *, facts: Sequence[str], picture: str | None) -> str:
     """Return the Markdown page.
 
     Args:
-        results: Of a comparison; what is not measured is a dash.
+        results: The results of a comparison; what is not measured becomes a dash.
         facts: Sentences on what was run, and where.
-        picture: File name of Figure 5's analogue, if there is one.
+        picture: File name of the analogue of Figure 5, if there is one.
     """
     parts = [
         ["# ALiBi at half the length against sinusoidal positions", "", *facts],
@@ -48,12 +48,15 @@ def write_report(results: Results, *, facts: Sequence[str], picture: str | None)
 
 
 def _explain_paper() -> Iterator[str]:
-    fact, table = get_fact("time_to_perplexity"), get_table(11)
-    short, long = Model(method=ALIBI, length=PAPER_LENGTHS[1]), Model(method=SINUSOIDAL, length=PAPER_LENGTHS[2])
+    quote, table = get_quote("time_to_perplexity"), get_table(11)
+    short, long = (
+        ComparedModel(method=ALIBI, length=PAPER_LENGTHS[1]),
+        ComparedModel(method=SINUSOIDAL, length=PAPER_LENGTHS[2]),
+    )
     ours, theirs = (table.row(method=model.method, train_length=model.length) for model in (short, long))
     levels = paper_levels((short, long))
     yield (
-        f'"11% faster" is the time to a given perplexity: "{fact.text}" ({fact.source}). The computation used here '
+        f'"11% faster" is the time to a given perplexity: "{quote.text}" ({quote.source}). The computation used here '
         f"gives {mean_speedup(levels):.1%} on the digitised points of its Figure 5, from {levels[0].speedup:.1%} at "
         f"perplexity {levels[0].perplexity:.2f} to {levels[-1].speedup:.1%} at {levels[-1].perplexity:.2f}. It is not "
         f"the rate of updates, which is {update_rate_gain():.1%} higher: {ours['updates_thousands']}k against "
@@ -69,12 +72,11 @@ def _explain_paper() -> Iterator[str]:
 
 
 def _findings(results: Results) -> Iterator[str]:
-    findings = judge(results)
+    findings = judge_comparison(results)
     if not findings:
         yield "Nothing is measured yet."
         return
-    rows = ([("yes" if f.holds else "**no**"), f.expected, f.measured, f.rule] for f in findings)
-    yield from format_table(["", "the paper found", "here", "rule"], rows, left=4)
+    yield from format_findings(findings)
 
 
 def _speed_and_memory(results: Results) -> Iterator[str]:

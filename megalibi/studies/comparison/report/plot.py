@@ -1,4 +1,4 @@
-"""The paper's Figure 5 of one's own trainings: perplexity against hours, for each pair and each clock."""
+"""The analogue of the paper's Figure 5: perplexity against hours of training, for each pair and each clock."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megalibi.studies.comparison.study import ATTENTIONS
 
 _ROW_INCHES = 2.7
 _HIGHEST_OVER_END = 4.0
-"""Perplexities above so many times the last one are cut off: the first checkpoints would flatten the rest."""
+"""Perplexities above this many times the lowest are cut off: the first checkpoints would flatten all others."""
 
 
 def training_curves(results: Results) -> Figure:
-    """Draw perplexity against hours: a column for each pair, a row for each kind of attention and so for each clock.
+    """Draw perplexity against hours: a column for each pair, a row for each kind of attention, which has its own clock.
 
     Args:
-        results: With the curves of all pairs.
+        results: Results that have the curves of all pairs.
     """
     pairs = results.study.pairs()
     figure, panels = new_figure(height_inches=_ROW_INCHES * len(ATTENTIONS), columns=len(pairs), rows=len(ATTENTIONS))

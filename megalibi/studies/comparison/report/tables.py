@@ -1,4 +1,4 @@
-"""The tables of a comparison in Markdown, with the paper's numbers beside; what is not measured is a dash."""
+"""The tables of a comparison in Markdown, with the paper's numbers beside ours; a dash is what was not measured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.report.markdown import format_table
 from megalibi.studies.comparison.curves import Level, Point, compare_times, mean_speedup
 from megalibi.studies.comparison.results import Pair, Results, format_percent, format_updates
-from megalibi.studies.comparison.study import ATTENTIONS, Model, Variant
+from megalibi.studies.comparison.study import ATTENTIONS, ComparedModel, Variant
 from megalibi.studies.paper import get_curves, get_table
 from megalibi.units import format_count
 
@@ -22,7 +22,7 @@ _KIND_NAMES = [kind.replace("_", " ") for kind in _KINDS]
 
 
 def speed_table(results: Results, attention: str) -> Iterator[str]:
-    """Yield speed and memory of every model with one kind of attention."""
+    """Yield the table of speed and memory of every model with one kind of attention."""
     heads = ["model", "tokens/s", "updates/hour", "seconds of an update", "device, GB", "allocator, GB"]
     heads += _KIND_NAMES
     return format_table(
@@ -54,13 +54,13 @@ def _gigabytes(num_bytes: int) -> str:
 
 
 def plan_table(results: Results) -> Iterator[str]:
-    """Yield the memory of every variant as it is computed."""
+    """Yield the table of the memory that is computed for every variant."""
     rows = ([str(variant.model), variant.attention, *_kind_cells(plan)] for variant, plan in results.plans.items())
     return format_table(["model", "attention", "in all, GB", *_KIND_NAMES], rows, left=2)
 
 
 def gain_table(results: Results) -> Iterator[str]:
-    """Yield what each pair's ALiBi gains in updates an hour and in memory."""
+    """Yield the table of what ALiBi gains in each pair, in updates an hour and in memory."""
     heads = ["", *(f"more updates an hour, {attention}" for attention in ATTENTIONS), "*paper*"]
     heads += [*(f"less memory, {attention} (planned)" for attention in ATTENTIONS), "*paper*"]
     return format_table(heads, (_gain_row(results, pair) for pair in results.study.pairs()))
@@ -84,15 +84,15 @@ def _percent(value: float | None) -> str:
     return _NONE if value is None else format_percent(value)
 
 
-def find_paper_row(results: Results, table: int, model: Model) -> Mapping[str, Any] | None:
-    """Return the paper's row of a model; None if this comparison has other lengths than the paper's."""
+def find_paper_row(results: Results, table: int, model: ComparedModel) -> Mapping[str, Any] | None:
+    """Return the paper's row of a model, or None if this comparison has other lengths than the paper's."""
     if results.study.lengths != PAPER_LENGTHS:
         return None
     return get_table(table).row(method=model.method, train_length=model.length)
 
 
 def paper_levels(pair: Pair) -> list[Level]:
-    """Return what our computation makes of the paper's Figure 5, from its digitised points."""
+    """Return what our computation gives for the digitised points of the paper's Figure 5."""
     curves = get_curves(_FIGURE_5[pair[1].length])
     ours, theirs = (
         [Point(updates=0, hours=hours, perplexity=perplexity) for hours, perplexity in curves[model.name]]
@@ -102,7 +102,7 @@ def paper_levels(pair: Pair) -> list[Level]:
 
 
 def level_table(results: Results) -> Iterator[str]:
-    """Yield how much earlier ALiBi reaches five perplexities, for each pair and kind of attention."""
+    """Yield the table of how much earlier ALiBi reaches five perplexities, for each pair and kind of attention."""
     rows = []
     for pair in results.study.pairs():
         for attention in ATTENTIONS:
@@ -120,7 +120,7 @@ def _level_cells(levels: Sequence[Level]) -> list[str]:
 
 
 def equal_time_table(results: Results) -> Iterator[str]:
-    """Yield Table 11's analogue: each pair when the first of its trainings is done."""
+    """Yield the analogue of Table 11: each pair at the moment when the first of its trainings is done."""
     heads = ["model", "attention", "allocator, GB", "updates", "hours", "evaluated at", "perplexity"]
     heads += ["*GB*", "*updates*", "*GPU hours*", "*perplexity*"]
     rows = []
@@ -141,12 +141,12 @@ def _point_cells(point: Point | None) -> list[str]:
     return [format_updates(point.updates), f"{point.hours:.3g}", f"{point.perplexity:,.2f}"]
 
 
-def _memory_cell(results: Results, model: Model, attention: str) -> str:
+def _memory_cell(results: Results, model: ComparedModel, attention: str) -> str:
     speed = results.find_speed(model, attention)
     return _NONE if speed is None else _gigabytes(speed.memory.total)
 
 
-def _paper_cells_11(results: Results, model: Model, length: int) -> list[str]:
+def _paper_cells_11(results: Results, model: ComparedModel, length: int) -> list[str]:
     row = find_paper_row(results, 11, model)
     if row is None:
         return [_NONE] * 4
@@ -155,7 +155,7 @@ def _paper_cells_11(results: Results, model: Model, length: int) -> list[str]:
 
 
 def equal_updates_table(results: Results) -> Iterator[str]:
-    """Yield Table 12's analogue: every model after all updates, ALiBi also far beyond its length."""
+    """Yield the analogue of Table 12: every model after all updates, ALiBi also far beyond its training length."""
     beyond = [2 * results.study.lengths[-1], results.study.longest_evaluation]
     heads = ["model", *(f"GB, {attention}" for attention in ATTENTIONS), *(f"hours, {a}" for a in ATTENTIONS)]
     heads += ["hours of steps as run", *(f"at {length:,}" for length in (*results.study.lengths, *beyond))]
@@ -163,7 +163,7 @@ def equal_updates_table(results: Results) -> Iterator[str]:
     return format_table(heads, (_row_12(results, model, beyond) for model in results.study.models()))
 
 
-def _row_12(results: Results, model: Model, beyond: Sequence[int]) -> list[str]:
+def _row_12(results: Results, model: ComparedModel, beyond: Sequence[int]) -> list[str]:
     quality, paper = results.qualities.get(model), find_paper_row(results, 12, model)
     hours = [results.hours(model, attention) for attention in ATTENTIONS]
     finals = [quality.final(length) if quality else None for length in (*results.study.lengths, *beyond)]

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from megalibi.studies.extrapolation.findings import judge_extrapolation
+from megalibi.studies.extrapolation.report import find_published, format_report, nearest_train_length
+from megalibi.studies.extrapolation.study import PROTOCOLS
+
+COMMITTED = Path(__file__).parents[3] / "results" / "extrapolation_small"
+
+
+def test_the_papers_nearest_row_is_at_the_same_multiple() -> None:
+    assert [nearest_train_length(length) for length in (64, 256, 700, 1024, 8192)] == [512, 512, 512, 1024, 3072]
+    assert find_published("alibi", "nonoverlapping", 2.0, 512) == (1012, 18.73)
+    assert find_published("alibi", "nonoverlapping", 16.0, 512) == (8512, 18.34)
+    assert find_published("alibi", "sliding", 4.0, 512) == (2048, 18.28)
+    assert find_published("alibi", "sliding", 16.0, 512) is None
+    assert find_published("none", "nonoverlapping", 2.0, 512) is None
+
+
+def test_the_page_has_every_number_with_the_papers_beside() -> None:
+    curves = {protocol: {"sinusoidal": {256: 50.0, 512: 123456.0}, "none": {256: 40.25}} for protocol in PROTOCOLS}
+    page = format_report(curves, judge_extrapolation(curves, 256), train_length=256, stride=64, facts=["Facts."])
+    rows = [line for line in page.splitlines() if re.match(r"\| [\d,]+ \(", line)]
+    assert rows == [
+        "| 256 (1 x) | 50.00 | 40.25 | 512 (1 x) | 20.05 |",
+        "| 512 (2 x) | 1.23e+05 | - | 1,012 (1.98 x) | 43.54 |",
+        "| 256 (1 x) | 50.00 | 40.25 | 512 (1 x) | 18.35 |",
+        "| 512 (2 x) | 1.23e+05 | - | 1,024 (2 x) | 204.42 |",
+    ]
+    assert "| yes | sinusoidal positions explode past the training length |" in page
+    assert "Its ALiBi trained at 256: 21.29 at 256" in page
+    assert "so only the shapes can be compared" in page
+
+
+def test_the_committed_page_is_that_of_the_committed_results() -> None:
+    results = json.loads((COMMITTED / "results.json").read_text())
+    committed = (COMMITTED / "table.md").read_text()
+    curves = {
+        protocol: {method: {row["length"]: row["perplexity"] for row in rows} for method, rows in methods.items()}
+        for protocol, methods in results["results"].items()
+    }
+    train_length = results["config"]["data"]["seq_length"]
+    _, facts, _ = committed.split("\n\n", 2)
+    page = format_report(
+        curves,
+        judge_extrapolation(curves, train_length),
+        train_length=train_length,
+        stride=results["study"]["stride"],
+        facts=facts.splitlines(),
+    )
+    assert page == committed
