@@ -80,9 +80,7 @@ class ExtrapolationStudy:
                 f"data.seq_length={base.data.seq_length}"
             )
         if len(base.data.valid) != 1:
-            raise ConfigError(
-                f"data.valid: must be one token file to evaluate on, and there are {len(base.data.valid)}"
-            )
+            raise ConfigError(f"data.valid: must be one token file to evaluate on, not {len(base.data.valid)}")
 
     def lengths_of(self, method: str) -> tuple[int, ...]:
         """Return the lengths at which a method can be evaluated: learned positions end at the training length."""

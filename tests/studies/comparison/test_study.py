@@ -82,7 +82,7 @@ def test_length_that_does_not_divide_the_batch_is_refused() -> None:
         ({"turns": 0}, "study.turns=0: must be at least 1"),
         ({"warm_steps": 0}, "study.warm_steps=0: must be at least 1"),
         ({"ranks": 0}, "study.ranks=0: must be at least 1"),
-        ({"unfused_micro_batch_size": -1}, "study.unfused_micro_batch_size=-1 : must be 0 or more"),
+        ({"unfused_micro_batch_size": -1}, "study.unfused_micro_batch_size=-1: must be 0 or more"),
         ({"valid_tokens": 256}, "study.valid_tokens=256: must be more than 256"),
     ],
 )
