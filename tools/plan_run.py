@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--roofline", action="store_true", help="estimate the time of each part on --gpu, and the MFU")
     parser.add_argument(
         "--rates", default="", metavar="NAME=SHARE,...", help="of the data sheet's figures: matmul, attention, memory, "
-        "link (defaults: Rates in megalibi/studies/roofline.py)"
+        "link (defaults: Rates in megalibi/plan/roofline.py)"
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
     return parser.parse_intermixed_args()
@@ -177,6 +177,8 @@ def main() -> None:
     plan = plan_run(config, ranks, gpu, arguments.attention)
     console = Console(highlight=False, width=TABLE_WIDTH)
     console.print(describe(config, plan))
+    if plan.replay_note is not None:
+        console.print(plan.replay_note, soft_wrap=True)
     for line in describe_fit(plan, gpu) if gpu is not None else ():
         console.print(line, soft_wrap=True)
     roofline = None

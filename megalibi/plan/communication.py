@@ -1,4 +1,4 @@
-"""What a rank sends: a log of collectives, and groups whose collectives only exist to be logged."""
+"""What a rank sends: a log of collectives, and groups whose collectives do nothing but appear in the log."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _OPERATIONS = {
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of the planned rank."""
+    """One collective that the planned rank takes part in."""
 
     group: str
-    """Whose: tensor or data."""
+    """The group of ranks: tensor or data."""
     operation: str
-    """all-reduce, all-gather or reduce-scatter."""
+    """The operation: all-reduce, all-gather or reduce-scatter."""
     size_bytes: int
-    """Of the whole tensor, before a scatter or after a gathering."""
+    """Bytes of the whole tensor, before it is scattered or after it is gathered."""
     ranks: int
-    """Of the group."""
+    """Ranks of the group."""
 
     @property
     def sent_bytes(self) -> int:
-        """What a rank sends by ring algorithms: (n - 1) / n of the tensor, and twice that to reduce and return it."""
+        """Bytes that a rank sends by a ring algorithm: (n - 1) / n of the tensor, and twice that for an all-reduce."""
         rounds = 2 if self.operation == "all-reduce" else 1
         return rounds * self.size_bytes * (self.ranks - 1) // self.ranks
 
@@ -47,7 +47,7 @@ class CollectiveLog(TorchDispatchMode):
     """Logs the collectives of some groups.
 
     Args:
-        groups: By name.
+        groups: The groups whose collectives are logged, by name.
     """
 
     def __init__(self, **groups: Group) -> None:
@@ -72,7 +72,7 @@ class CollectiveLog(TorchDispatchMode):
 
 
 def make_group(size: int) -> Group:
-    """Return a group as its first rank sees it, whose collectives take time and memory from nobody."""
+    """Return a group as its first rank sees it, whose collectives take no time and no memory."""
     if size == 1:
         return ALONE
     from torch._C._distributed_c10d import FakeProcessGroup
@@ -87,7 +87,7 @@ def make_group(size: int) -> Group:
 
 
 def sum_sent_bytes(collectives: Iterable[Collective]) -> dict[str, int]:
-    """Return what a rank sends by group and operation, as in "tensor all-reduce"."""
+    """Return the bytes that a rank sends, by group and operation as in "tensor all-reduce"."""
     totals: dict[str, int] = {}
     for collective in collectives:
         kind = f"{collective.group} {collective.operation}"

@@ -1,4 +1,9 @@
-"""GPUs that a plan can be held against."""
+"""GPUs that a plan can be compared with.
+
+The bandwidths of the memory and of the links were written down from memory of the data sheets named as ``source``. They
+have not been looked up again, and no test compares them with the sheets: check the row of your GPU before you rely on
+an estimate. Measured rates are in results/gpu_h200, of one H200 alone.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +14,31 @@ from megalibi.errors import ConfigError
 
 GIB = 1 << 30
 USABLE = 0.95
-"""Of a GPU's memory: the rest is taken by CUDA itself, by NCCL and by gaps in the allocator's blocks. An assumption."""
+"""Share of a GPU's memory that a plan may fill. The rest is assumed to go to CUDA itself, to NCCL and to gaps between
+the allocator's blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One GPU."""
+    """A GPU and the figures of its data sheet."""
 
     name: str
-    """As it is asked for."""
+    """The name by which ``--gpu`` asks for it."""
     memory_bytes: int
-    """Of its data sheet, 2^30 bytes for each GB: drivers show up to 2% less."""
+    """Memory by the data sheet, 2^30 bytes for each GB. Drivers show up to 2% less."""
     peak_flops_per_second: float
-    """Dense matrix products of 16-bit numbers summed in fp32: bf16, but fp16 on V100, which has no bf16."""
+    """Peak of dense products of bf16 matrices summed in fp32; of fp16 matrices on V100, which has no bf16."""
     memory_bytes_per_second: float
-    """Of its memory."""
+    """Bandwidth of its memory; see the head of this file."""
     link_bytes_per_second: float
-    """One way to other GPUs of the host: half of the data sheet's NVLink, or of PCIe where that is all there is or
-    NVLink joins pairs alone."""
+    """Bandwidth one way to other GPUs of the host: half of the data sheet's NVLink, or of PCIe where there is no NVLink
+    or it only joins pairs. See the head of this file."""
     source: str
-    """Where they stand."""
+    """The data sheet that the figures are meant to be those of."""
 
     @property
     def usable_bytes(self) -> int:
-        """What a plan may fill."""
+        """Bytes that a plan may fill."""
         return int(USABLE * self.memory_bytes)
 
 
@@ -63,7 +69,7 @@ GPUS = {
         _gpu("H200", 141, 989.4, 4800, 450, "NVIDIA H200 data sheet, SXM"),
     )
 }
-"""By name. Data sheets that state figures with sparsity state twice these."""
+"""Name -> GPU. Data sheets that state the peak with sparsity state twice these figures."""
 
 
 def get_gpu(name: str) -> Gpu:
@@ -76,7 +82,7 @@ def get_gpu(name: str) -> Gpu:
         return GPUS[name.upper()]
     near = [known for known in GPUS if known.startswith(name.upper())]
     near = near or difflib.get_close_matches(name.upper(), GPUS, n=1, cutoff=0.3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    hint = f"did you mean {' or '.join(near)}? It " if near else ""
     raise ConfigError(
-        f"gpu={name} is not known: {hint}One of {', '.join(GPUS)} is, or a memory alone with --gpu-memory-gib"
+        f"--gpu={name}: {hint}must be one of {', '.join(GPUS)}; or give the memory alone with --gpu-memory-gib"
     )

@@ -1,7 +1,7 @@
-"""An estimate of a step before there is a GPU: each part's bytes and FLOP at stated rates, whichever takes longer.
+"""An estimate of a step's time before there is a GPU: each part takes its bytes or its FLOP at stated rates, if longer.
 
 Bytes and FLOP of the forward and backward pass are those of the model's own code on the meta device (work_trace.py);
-what comes after the gradient is counted by formulas. Times are estimates: nothing is measured, no part overlaps
+what comes after the gradient is counted by formulas. All times are estimates: nothing is measured, no part overlaps
 another, and launching kernels costs nothing.
 """
 
@@ -25,38 +25,38 @@ from megalibi.plan.work_trace import ATTENTION, Work, WorkTrace, counting_by_par
 
 ACCUMULATION, OPTIMIZER, COMMUNICATION = "gradient accumulation", "optimizer", "communication"
 BYTES_OF_ADAMW, BYTES_OF_NESTEROV = 28, 20
-"""Of an fp32 weight: gradient, weight and moments read, weight and moments written."""
+"""Bytes of the optimizer for each fp32 weight: it reads the gradient, and reads and writes weight and moments."""
 BYTES_OF_CLIPPING = 12
-"""Of an fp32 gradient: read for the norm, read and written to be scaled."""
+"""Bytes that clipping moves for each fp32 gradient: it reads it for the norm, and reads and writes it to scale it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Shares of a data sheet's figures that are reached. Where from: one NVIDIA H200, results/gpu_h200."""
+    """Shares of a data sheet's figures that a run reaches; the defaults come from one NVIDIA H200, results/gpu_h200."""
 
     matmul: float = 0.80
-    """Of the peak, by 16-bit matrix products: 0.81 at 8192^3, 0.71 to 0.81 at the shapes of the 1.3B model
+    """Share of the peak that 16-bit matrix products reach: 0.81 at 8192^3, 0.71 to 0.81 at the shapes of the 1.3B model
     (measured.json)."""
     attention: float = 0.35
-    """Of the peak, by the fused attention kernel, on what count_kernel counts: our Triton kernels at 8 x 2,048 tokens
-    (attention_b8.json). Past that length the horizon leaves keys out, and they do better: 0.88 at 8,192."""
+    """Share of the peak that the fused attention kernel reaches on the FLOP of count_kernel: our Triton kernels at
+    8 x 2,048 tokens (attention_b8.json). For longer text the horizon leaves keys out: 0.88 at 8,192 tokens."""
     memory: float = 0.85
-    """Of the bandwidth: a copy reached 0.89 (measured.json)."""
+    """Share of the memory's bandwidth: a copy reached 0.89 (measured.json)."""
     link: float = 0.70
-    """Of a link's bandwidth one way, by collectives. An assumption: no two GPUs have run this."""
+    """Share of a link's bandwidth one way that collectives reach. It is an assumption: no two GPUs have run this."""
 
     def __post_init__(self) -> None:
         """Check that they are shares."""
         for name, share in dataclasses.asdict(self).items():
             if not 0 < share <= 1:
-                raise ConfigError(f"--rates {name}={share:g} is not allowed: a share above 0 and up to 1 is")
+                raise ConfigError(f"--rates={name}={share:g}: must be a share above 0 and up to 1")
 
 
 def parse_rates(text: str) -> Rates:
-    """Read rates as in "matmul=0.8,memory=0.85"; those not given keep their defaults.
+    """Read rates as in "matmul=0.8,memory=0.85"; rates that are not given keep their defaults.
 
     Raises:
-        ConfigError: A name is not known, or a share is none.
+        ConfigError: A name is not known, or a value is not a share.
     """
     names = [field.name for field in dataclasses.fields(Rates)]
     shares = {}
@@ -65,64 +65,64 @@ def parse_rates(text: str) -> Rates:
         try:
             shares[name.strip()] = float(value)
         except ValueError:
-            raise ConfigError(f"--rates {item} is not allowed: a name and a number, as matmul=0.8, are") from None
+            raise ConfigError(f"--rates={item}: must be a name and a number, as in matmul=0.8") from None
         if name.strip() not in names:
-            raise ConfigError(f"--rates {item} is not allowed: one of {', '.join(names)} is")
+            raise ConfigError(f"--rates={item}: must name one of {', '.join(names)}")
     return Rates(**shares)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A part of a micro batch of one rank; what happens once a step is divided by its micro batches."""
+    """A part of a micro batch of one rank; work that happens once a step is divided among its micro batches."""
 
     name: str
-    """From work_trace.py, or one of what comes after the gradient."""
+    """Name of the part: one of work_trace.py, or one of those after the gradient."""
     flops: float
-    """Of matrix products."""
+    """FLOP of its matrix products."""
     bytes: float
-    """Read and written; of communication, sent."""
+    """Bytes that it reads and writes; for communication, bytes that the rank sends."""
     seconds: float
-    """An estimate."""
+    """Estimated seconds."""
     bound_by: str
-    """arithmetic, memory or link."""
+    """What takes the time: arithmetic, memory or link."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """The estimate."""
+    """The estimate of a micro batch."""
 
     gpu: Gpu
-    """Whose figures."""
+    """The GPU whose figures are used."""
     rates: Rates
-    """Which shares of them."""
+    """The shares of these figures that are assumed."""
     parts: list[Part]
-    """Of a micro batch of a rank, the longest first."""
+    """The parts of a micro batch of a rank, the longest first."""
     tokens: int
-    """Of a micro batch of all data ranks."""
+    """Tokens of a micro batch, summed over the data ranks."""
     flops_causal: float
-    """The model's, of these tokens, attention counted causally (megalibi/model/size.py)."""
+    """FLOP of the model for these tokens, attention counted causally (megalibi/model/size.py)."""
     flops_full: float
-    """The same, attention counted in full."""
+    """FLOP of the model for these tokens, attention counted in full."""
     ranks: int
-    """Of the job."""
+    """Ranks of the job."""
 
     @property
     def seconds(self) -> float:
-        """The estimated time of a micro batch."""
+        """Estimated seconds of a micro batch."""
         return sum(part.seconds for part in self.parts)
 
     @property
     def tokens_per_second(self) -> float:
-        """The estimated tokens of the whole job."""
+        """Estimated tokens a second of the whole job."""
         return self.tokens / self.seconds
 
     def mfu(self, *, causal: bool) -> float:
-        """Return the estimated share of the peak that the model's arithmetic is."""
+        """Return the estimated share of the peak that the model's arithmetic reaches, attention causal or in full."""
         flops = self.flops_causal if causal else self.flops_full
         return flops / self.seconds / self.ranks / self.gpu.peak_flops_per_second
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON has it, the totals beside the parts."""
+        """Return plain values for JSON, the totals beside the parts."""
         return {
             "what": "an estimate, not measured",
             "seconds": self.seconds,
@@ -134,12 +134,12 @@ class Roofline:
 
 
 def trace_work(config: Config, derived: Derived, *, attention: str = "fused") -> dict[str, Work]:
-    """Return what the forward and backward pass of one micro batch do on a rank, by part.
+    """Return the work of the forward and backward pass of one micro batch on a rank, by part.
 
     Args:
-        config: The run.
-        derived: What follows from it.
-        attention: As for plan_memory.
+        config: The configuration of the run.
+        derived: What follows from it on its ranks.
+        attention: "fused" or "unfused", as for plan_memory.
     """
     group = make_group(config.parallel.tensor_parallel_size)
     model = build_on_meta(config, derived, attention=attention, group=group)
@@ -155,20 +155,20 @@ def trace_work(config: Config, derived: Derived, *, attention: str = "fused") ->
 
 
 def count_after_gradients(config: Config, derived: Derived, parameters: int) -> dict[str, Work]:
-    """Return what happens to gradients and weights after the backward pass, in a micro batch's share of a step.
+    """Return the work on gradients and weights after the backward pass, as the share of one micro batch of a step.
 
-    One pass over what the arithmetic needs: DeepSpeed's own code may take more, as for a cast before a sum.
+    It counts one pass over what the arithmetic needs. DeepSpeed's own code may move more, as for a cast before a sum.
 
     Args:
-        config: The run.
-        derived: What follows from it.
-        parameters: Of the rank, before ZeRO cuts them.
+        config: The configuration of the run.
+        derived: What follows from it on its ranks.
+        parameters: Parameters of the rank, before ZeRO shards them.
     """
     stage, is_low = config.zero.stage, config.train.precision != "fp32"
     cut = derived.data_parallel_size
     gradient = 2 if is_low and stage > 0 else 4
-    summed = parameters * (gradient + 8)  # it and the fp32 sum are read, the sum is written
-    if stage >= 2:  # into a bucket, and from there this rank's part
+    summed = parameters * (gradient + 8)  # the gradient and the fp32 sum are read, and the sum is written
+    if stage >= 2:  # the gradient goes into a bucket, and from there this rank's part into the sum
         summed = parameters * 2 * gradient + summed // cut
     of_weight = BYTES_OF_NESTEROV if config.optimizer.kind == "nesterov" else BYTES_OF_ADAMW
     of_weight += BYTES_OF_CLIPPING
@@ -179,28 +179,28 @@ def count_after_gradients(config: Config, derived: Derived, parameters: int) -> 
 
 
 def check_estimate(config: Config, gpu: Gpu | None) -> None:
-    """Find out whether there is anything to estimate with.
+    """Check that the estimate has the figures that it needs.
 
     Raises:
-        ConfigError: Nothing is known of the GPU's speed, or the run is in fp32.
+        ConfigError: The speed of the GPU is not known, or the run is in fp32.
     """
     if gpu is None or not gpu.peak_flops_per_second:
-        raise ConfigError("--roofline needs --gpu NAME, whose speed it takes: of a memory alone none is known")
+        raise ConfigError("--roofline: must come with --gpu NAME, because no speed is known of a memory alone")
     if config.train.precision == "fp32":
-        raise ConfigError("train.precision=fp32 with --roofline is not allowed: the peaks known are of bf16 and fp16")
+        raise ConfigError("train.precision=fp32: must be bf16 or fp16 with --roofline, whose peaks are of these two")
 
 
 def estimate(config: Config, plan: RunPlan, gpu: Gpu, rates: Rates) -> Roofline:
     """Return the estimate of a micro batch with its share of the optimizer's step.
 
     Args:
-        config: The run.
-        plan: Of it, from plan_run.
-        gpu: Of each rank.
-        rates: Shares of its figures.
+        config: The configuration of the run.
+        plan: The plan of the run, from plan_run.
+        gpu: The GPU of each rank.
+        rates: Shares of its figures that are assumed.
 
     Raises:
-        ConfigError: From check_estimate.
+        ConfigError: The speed of the GPU is not known, or the run is in fp32.
     """
     check_estimate(config, gpu)
     derived = derive(config, plan.ranks)

@@ -1,7 +1,7 @@
-"""What a run will take, before it has a GPU: parameters, arithmetic, memory, communication, the micro batch that fits.
+"""What a run will need, before it has a GPU: parameters, arithmetic, memory, communication, the micro batch that fits.
 
 Everything follows from the configuration and the number of ranks. Parameters, memory and communication are those of a
-step on the meta device (plan_memory.py); arithmetic is counted by the formulas of megalibi/model/size.py.
+step on the meta device (memory.py); arithmetic is counted by the formulas of megalibi/model/size.py.
 """
 
 from __future__ import annotations
@@ -11,58 +11,65 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megalibi.config import Config, Derived, derive
+from megalibi.log import get_logger
 from megalibi.model import count_parameters, model_flops_per_token, recomputed_flops_per_token
 from megalibi.plan.communication import sum_sent_bytes
+from megalibi.plan.deepspeed.version import describe_other_version
 from megalibi.plan.gpus import Gpu
 from megalibi.plan.memory import TracedStep, trace_step
 from megalibi.plan.memory_trace import MemoryByKind
 
+_LOGGER = get_logger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:
-    """Floating point operations of an optimizer step, all ranks together, by three conventions."""
+    """Floating point operations of an optimizer step on all ranks together, by three conventions."""
 
     full: float
-    """Attention counted in full, queries x keys: Megatron-LM's (arXiv:2104.04473)."""
+    """Attention counts in full, queries x keys, as in Megatron-LM (arXiv:2104.04473)."""
     causal: float
-    """Attention counted causally: the keys that a query sees."""
+    """Attention counts causally: only the keys that a query sees."""
     recomputed: float
-    """``full``, and what activation checkpointing computes again: the hardware's."""
+    """``full`` and what activation checkpointing computes again: the arithmetic that the hardware does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What a run will take."""
+    """What a run will need."""
 
     ranks: int
-    """Of the job."""
+    """Ranks of the job."""
     data_parallel_size: int
-    """Of them see different data."""
+    """Ranks that see different data."""
     accumulation_steps: int
-    """Micro batches of a rank in a step."""
+    """Micro batches of a rank in an optimizer step."""
     attention: str
-    """fused or unfused."""
+    """The kind of attention: fused or unfused."""
     parameters: int
-    """Of the whole model: a tied table once, the vocabulary without its padding."""
+    """Parameters of the whole model: a tied table counts once, and the padding of the vocabulary does not."""
     parameters_per_rank: int
-    """Of a tensor rank, padding included, before ZeRO cuts them."""
+    """Parameters of a tensor rank, padding included, before ZeRO shards them."""
     batch_tokens: int
-    """Tokens of a step."""
+    """Tokens of an optimizer step."""
     flops: StepFlops
-    """Arithmetic of a step."""
+    """Arithmetic of an optimizer step."""
     memory: MemoryByKind
-    """Of the first rank at the peak of a step."""
+    """Bytes that the first rank holds at the peak of a step."""
     sent_bytes: dict[str, int]
-    """What the first rank sends in a step, by group and operation, by ring algorithms: (n - 1) / n of what is gathered
-    or scattered among n ranks, and twice that of what is reduced on all."""
+    """Bytes that the first rank sends in a step, by group and operation. Rings of n ranks send (n - 1) / n of a tensor
+    that is gathered or scattered, and twice that of one that is reduced on all ranks."""
     gpu: Gpu | None
-    """What the plan is held against."""
+    """The GPU that the plan is compared with, if one is given."""
     fits: bool | None
-    """Whether the memory does; None without a GPU."""
+    """Whether the memory fits the GPU; None without a GPU."""
     largest_micro_batch: int | None
-    """The largest that fits, among those that divide the samples of a data rank; 0 if none does, None without a GPU."""
+    """The largest micro batch that fits, among those that divide the samples of a data rank; 0 if none does, None
+    without a GPU."""
     seconds_at_peak: float | None
-    """What the arithmetic, ``recomputed``, takes if every GPU runs at its peak: no step is faster."""
+    """Seconds of ``flops.recomputed`` with every GPU at its peak: no step is faster. None without a GPU."""
+    replay_note: str | None = None
+    """One line that says so if another version of DeepSpeed is installed than the one that is replayed."""
 
 
 def plan_memory(
@@ -71,10 +78,11 @@ def plan_memory(
     """Return what the first rank holds at the peak of a step.
 
     Args:
-        config: The run.
-        derived: What follows from it.
-        attention: fused, a kernel with memory linear in the length, or unfused, which writes the scores out.
-        device_type: Where it is to run: cuda or cpu.
+        config: The configuration of the run.
+        derived: What follows from it on its ranks.
+        attention: "fused" for a kernel whose memory is linear in the length, or "unfused" for attention that writes
+            its scores to memory.
+        device_type: Where the run computes: cuda or cpu.
 
     Raises:
         ConfigError: The kind of attention is not known.
@@ -83,16 +91,23 @@ def plan_memory(
 
 
 def plan_run(
-    config: Config, world_size: int, gpu: Gpu | None = None, attention: str = "fused", *, device_type: str = "cuda"
+    config: Config,
+    world_size: int,
+    gpu: Gpu | None = None,
+    attention: str = "fused",
+    *,
+    device_type: str = "cuda",
+    deepspeed_version: str | None = None,
 ) -> RunPlan:
-    """Return what a run will take.
+    """Return what a run will need, and log a warning if the plan replays another DeepSpeed than the installed one.
 
     Args:
-        config: The run.
+        config: The configuration of the run.
         world_size: Ranks of the job.
-        gpu: To find out what fits it.
-        attention: As for plan_memory.
-        device_type: As for plan_memory.
+        gpu: The GPU of each rank, to find out what fits it.
+        attention: "fused" or "unfused", as for plan_memory.
+        device_type: Where the run computes: cuda or cpu.
+        deepspeed_version: The version that will run the training; None means the one that is installed here.
 
     Raises:
         ConfigError: The configuration does not fit the ranks, or the kind of attention is not known.
@@ -100,6 +115,9 @@ def plan_run(
     derived = derive(config, world_size)
     step = trace_step(config, derived, attention=attention, device_type=device_type)
     flops = _count_flops(config, derived)
+    replay_note = describe_other_version(deepspeed_version)
+    if replay_note is not None:
+        _LOGGER.warning("%s", replay_note)
     has_peak = gpu is not None and gpu.peak_flops_per_second > 0
     return RunPlan(
         ranks=world_size,
@@ -116,6 +134,7 @@ def plan_run(
         fits=None if gpu is None else step.memory.total <= gpu.usable_bytes,
         largest_micro_batch=None if gpu is None else find_largest_micro_batch(config, world_size, gpu, attention),
         seconds_at_peak=flops.recomputed / world_size / gpu.peak_flops_per_second if gpu and has_peak else None,
+        replay_note=replay_note,
     )
 
 
@@ -128,7 +147,7 @@ def _count_flops(config: Config, derived: Derived) -> StepFlops:
 
 
 def _sum_over_step(step: TracedStep, derived: Derived) -> dict[str, int]:
-    """Add up the last micro batch, the optimizer's step with it, and the others, which are alike."""
+    """Add up the last micro batch, which includes the optimizer's step, and the others, which are all alike."""
     totals = sum_sent_bytes(step.collectives["last"])
     for kind, sent in sum_sent_bytes(step.collectives.get("micro", ())).items():
         totals[kind] = totals.get(kind, 0) + sent * (derived.accumulation_steps - 1)
@@ -136,13 +155,13 @@ def _sum_over_step(step: TracedStep, derived: Derived) -> dict[str, int]:
 
 
 def find_largest_micro_batch(config: Config, world_size: int, gpu: Gpu, attention: str = "fused") -> int:
-    """Return the largest micro batch whose memory fits, among those that divide a data rank's samples; 0: none does.
+    """Return the largest micro batch that fits, among those that divide a data rank's samples; 0 if none fits.
 
     Args:
-        config: The run; its micro batch does not matter.
+        config: The configuration of the run; its micro batch does not matter.
         world_size: Ranks of the job.
-        gpu: Of each rank.
-        attention: As for plan_memory.
+        gpu: The GPU of each rank.
+        attention: "fused" or "unfused", as for plan_memory.
     """
     smallest = _with_micro_batch(config, 1)
     samples = config.train.global_batch_size // derive(smallest, world_size).data_parallel_size
@@ -157,7 +176,7 @@ def find_largest_micro_batch(config: Config, world_size: int, gpu: Gpu, attentio
 
 def _last_that(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
     """Return the last size that fits, where those before it fit too; 0 if none does."""
-    low, high = 0, len(sizes)  # as many fit at least, at most
+    low, high = 0, len(sizes)  # at least ``low`` sizes fit, and at most ``high``
     while low < high:
         middle = (low + high + 1) // 2
         if fits(sizes[middle - 1]):

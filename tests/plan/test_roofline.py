@@ -10,7 +10,7 @@ import pytest
 from megalibi.config import derive
 from megalibi.errors import ConfigError
 from megalibi.model import model_flops_per_token
-from megalibi.plan.gpus import GPUS, Gpu
+from megalibi.plan.gpus import Gpu
 from megalibi.plan.roofline import Rates, Roofline, count_after_gradients, estimate, parse_rates
 from megalibi.plan.run_plan import plan_run
 from megalibi.plan.work_trace import PRODUCTS
@@ -116,12 +116,12 @@ def test_rates_that_are_given_win_over_the_defaults() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("speed=1", "--rates speed=1 is not allowed: one of matmul, attention, memory, link is"),
-        ("matmul", "--rates matmul is not allowed: a name and a number, as matmul=0.8, are"),
-        ("matmul=fast", "--rates matmul=fast is not allowed: a name and a number"),
-        ("matmul=0", "--rates matmul=0 is not allowed: a share above 0 and up to 1 is"),
-        ("memory=1.1", "--rates memory=1.1 is not allowed: a share above 0 and up to 1 is"),
-        ("memory=nan", "--rates memory=nan is not allowed"),
+        ("speed=1", "--rates=speed=1: must name one of matmul, attention, memory, link"),
+        ("matmul", "--rates=matmul: must be a name and a number, as in matmul=0.8"),
+        ("matmul=fast", "--rates=matmul=fast: must be a name and a number"),
+        ("matmul=0", "--rates=matmul=0: must be a share above 0 and up to 1"),
+        ("memory=1.1", "--rates=memory=1.1: must be a share above 0 and up to 1"),
+        ("memory=nan", "--rates=memory=nan: must be a share above 0"),
     ],
 )
 def test_rates_that_are_none_are_refused(text: str, message: str) -> None:
@@ -131,16 +131,9 @@ def test_rates_that_are_none_are_refused(text: str, message: str) -> None:
 
 
 def test_fp32_and_a_gpu_of_unknown_speed_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train\.precision=fp32 with --roofline is not allowed"):
+    with pytest.raises(ConfigError, match=r"train\.precision=fp32: must be bf16 or fp16 with --roofline"):
         estimate_of(train={"precision": "fp32", "global_batch_size": 1})
     config = make_config()
     slow = dataclasses.replace(GPU, peak_flops_per_second=0.0)
-    with pytest.raises(ConfigError, match=r"--roofline needs --gpu NAME, whose speed it takes"):
+    with pytest.raises(ConfigError, match=r"--roofline: must come with --gpu NAME, because no speed is known"):
         estimate(config, plan_run(config, 1), slow, RATES)
-
-
-def test_every_gpu_has_its_bandwidths() -> None:
-    for gpu in GPUS.values():
-        intensity = gpu.peak_flops_per_second / gpu.memory_bytes_per_second
-        assert 100 < intensity < 500, gpu.name  # FLOP for a byte: a slip of a power of ten shows
-        assert gpu.link_bytes_per_second < gpu.memory_bytes_per_second / 4, gpu.name

@@ -12,8 +12,7 @@ from megalibi.config import Config, derive, load_config
 from megalibi.errors import ConfigError
 from megalibi.model import GPT, count_parameters, model_flops_per_token
 from megalibi.parallel import WHOLE
-from megalibi.plan.communication import Collective, sum_sent_bytes
-from megalibi.plan.gpus import GIB, GPUS, Gpu, get_gpu
+from megalibi.plan.gpus import Gpu, get_gpu
 from megalibi.plan.run_plan import find_largest_micro_batch, plan_memory, plan_run
 from tests.support.steps import make_config
 
@@ -92,20 +91,6 @@ def test_sequence_parallelism_sends_as_much_as_tensor_parallelism_but_for_what_i
     assert sent(False) < sent(True) < 1.5 * sent(False)
 
 
-def test_ring_algorithms_send_so_much() -> None:
-    collectives = [
-        Collective("tensor", "all-reduce", 1000, 4),
-        Collective("tensor", "all-reduce", 400, 4),
-        Collective("data", "all-gather", 800, 2),
-        Collective("data", "reduce-scatter", 800, 2),
-    ]
-    assert sum_sent_bytes(collectives) == {
-        "tensor all-reduce": 2 * 750 + 2 * 300,
-        "data all-gather": 400,
-        "data reduce-scatter": 400,
-    }
-
-
 def test_largest_micro_batch_is_the_last_divisor_that_fits() -> None:
     config = make_config(train={"global_batch_size": 12})
     sizes = (1, 2, 3, 4, 6, 12)
@@ -137,10 +122,3 @@ def test_without_a_gpu_nothing_is_said_of_one() -> None:
 def test_ranks_that_do_not_fit_are_refused(fields: dict[str, Any], ranks: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan_run(make_config(parallel=fields), ranks)
-
-
-def test_gpus_are_found_by_name_and_have_a_source() -> None:
-    assert get_gpu("h100").memory_bytes == 80 * GIB
-    assert all(gpu.source and gpu.usable_bytes < gpu.memory_bytes for gpu in GPUS.values())
-    with pytest.raises(ConfigError, match=r"gpu=A100 is not known: did you mean A100-40GB or A100-80GB\? One"):
-        get_gpu("A100")

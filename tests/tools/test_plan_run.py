@@ -61,6 +61,19 @@ def test_end_to_end(tmp_path):
     assert f"largest train.micro_batch_size that fits: {plan['largest_micro_batch']}" in done.stdout
 
 
+def test_another_deepspeed_than_the_replayed_one_is_said_in_one_line(run, tmp_path, monkeypatch):
+    _, out, _ = run(CONFIG)
+    assert "are planned as DeepSpeed" not in out
+    (tmp_path / "deepspeed-0.20.1.dist-info").mkdir()
+    (tmp_path / "deepspeed-0.20.1.dist-info" / "METADATA").write_text("Name: deepspeed\nVersion: 0.20.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, _ = run(CONFIG, "--json", tmp_path / "plan.json")
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if "are planned as DeepSpeed" in line]
+    assert line.endswith("and 0.20.1 is installed: what ZeRO allocates and sends may differ")
+    assert json.loads((tmp_path / "plan.json").read_text())["replay_note"] == line
+
+
 def test_a_gpu_that_is_too_small_gets_advice(run):
     code, out, _ = run(CONFIG, "--gpu-memory-gib", "0.05")
     assert code == 0
@@ -97,18 +110,21 @@ def test_an_estimate_needs_a_gpu_whose_speed_is_known(run):
     for options in ((), ("--gpu-memory-gib", "80")):
         code, out, err = run("--roofline", CONFIG, "train.precision=bf16", *options)
         assert (code, out) == (2, "")
-        assert err == "error: --roofline needs --gpu NAME, whose speed it takes: of a memory alone none is known\n"
+        assert err == "error: --roofline: must come with --gpu NAME, because no speed is known of a memory alone\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rates", "speed=1", "--roofline", "--gpu", "H100"], "--rates speed=1 is not allowed: one of matmul, atten"),
+        (
+            ["--rates", "speed=1", "--roofline", "--gpu", "H100"],
+            "--rates=speed=1: must name one of matmul, attention",
+        ),
         (
             ["--roofline", "--gpu", "H100", "train.precision=fp32"],
-            "train.precision=fp32 with --roofline is not allowed",
+            "train.precision=fp32: must be bf16 or fp16 with --roofline",
         ),
-        (["--gpu", "H1000"], "gpu=H1000 is not known: did you mean H100?"),
+        (["--gpu", "H1000"], "--gpu=H1000: did you mean H100? It must be one of "),
         (["--ranks", "0"], "--ranks=0: must be at least 1"),
         (["--ranks", "3"], "parallel.tensor_parallel_size=2: must divide the job's 3 ranks"),
         (["--ranks", "-2"], "--ranks=-2: must be at least 1"),

@@ -1,17 +1,17 @@
-"""What DeepSpeed (0.19.8) allocates and sends around the model's own step, stage by stage, replayed on meta tensors.
+"""What DeepSpeed 0.19.8 allocates and sends around the model's own step without ZeRO, replayed on meta tensors.
 
-Each class is a stage as engine/ds_config.py sets it up: contiguous gradients, reductions and accumulation in fp32. They
-make the tensors that DeepSpeed makes, in its order, and say nothing of what is in them; tests hold them to the real
-engine. Which stage and precision runs which code:
+Each class of this package is a stage as engine/ds_config.py sets it up: contiguous gradients, reductions and
+accumulation in fp32. It makes the tensors that DeepSpeed makes, in the same order, without their contents; tests hold
+it to the real engine. Which code of DeepSpeed runs depends on stage and precision:
 
 ====== ============ ======================================
 stage  precision    DeepSpeed
 ====== ============ ======================================
 0      all          the engine alone, in fp32
 1      bf16         bf16_optimizer.py
-1      fp32, fp16   zero/stage_1_and_2.py: plan_zero12.py
-2      all          zero/stage_1_and_2.py: plan_zero12.py
-3      all          zero/stage3.py: plan_zero3.py
+1      fp32, fp16   zero/stage_1_and_2.py
+2      all          zero/stage_1_and_2.py
+3      all          zero/stage3.py
 ====== ============ ======================================
 """
 
@@ -31,66 +31,67 @@ from megalibi.parallel import Group
 from megalibi.plan.memory_trace import GRADIENTS, OPTIMIZER_STATES, WEIGHTS, MemoryTrace
 
 ENGINE_BUCKET_ELEMENTS = 500_000_000
-"""Of the engine's own reductions (engine.py, buffered_allreduce_fallback): stages 0 and, in bf16, 1."""
+"""Size of the buckets that the engine itself reduces (engine.py, buffered_allreduce_fallback), in stage 0 and, with
+bf16, in stage 1."""
 FLAT_ALIGNMENT = 2
-"""Flat buffers are a multiple of this times the data ranks (nccl_start_alignment_factor)."""
+"""The length of a flat buffer is a multiple of this times the data ranks (nccl_start_alignment_factor)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """What a stage needs to know of the rank that is planned."""
+    """What the replay of a stage needs to know of the planned rank."""
 
     config: Config
-    """The run."""
+    """The configuration of the run."""
     model: nn.Module
-    """Its parameters on the meta device, in the dtype they train in."""
+    """The model, with its parameters on the meta device and in the dtype of the training."""
     data: Group
-    """The data ranks, and the planned one's place among them."""
+    """The group of the data ranks, of which the planned rank is the first."""
     trace: MemoryTrace
-    """Told what the tensors are."""
+    """The trace of the memory, which is told what kind of memory each tensor is."""
     overlap: bool
-    """Reductions run beside the backward pass, as on CUDA."""
+    """Whether reductions run beside the backward pass, as on CUDA."""
 
     @property
     def moments(self) -> int:
-        """Numbers that the optimizer keeps for each weight."""
+        """How many numbers the optimizer keeps for each weight."""
         return 1 if self.config.optimizer.kind == "nesterov" else 2
 
     @property
     def groups(self) -> list[list[nn.Parameter]]:
-        """Matrices and vectors, as engine/optimizer.py has them."""
+        """The optimizer's groups: matrices and vectors, as in engine/optimizer.py."""
         matrices = [parameter for parameter in self.model.parameters() if parameter.dim() > 1]
         return [matrices, [parameter for parameter in self.model.parameters() if parameter.dim() <= 1]]
 
     def hold(self, elements: int, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Allocate a flat tensor of a kind."""
+        """Allocate a flat tensor of a kind of memory."""
         tensor = torch.empty(elements, dtype=dtype, device="meta")
         self.trace.mark(tensor, kind)
         return tensor
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Sum over the data ranks."""
+        """Sum a tensor over the data ranks."""
         if self.data.size > 1:
             dist.all_reduce(tensor, group=self.data.handle)
 
     def all_gather(self, whole: Tensor) -> None:
-        """Fill a flat tensor from every data rank's part of it."""
+        """Fill a flat tensor from the parts of all data ranks."""
         if self.data.size > 1:
             parts = whole.view(self.data.size, -1)
             gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
             gather(whole, parts[self.data.rank], group=self.data.handle)
 
     def reduce_scatter(self, whole: Tensor) -> None:
-        """Sum a tensor over the data ranks and keep a part; DeepSpeed asks for it on one rank too."""
+        """Sum a tensor over the data ranks and keep a part; DeepSpeed calls this on one rank too."""
         if not self.overlap:
-            whole.clone()  # gloo's way
+            whole.clone()  # gloo reduces a copy
         if self.data.size > 1:
             scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
             scatter(whole.view(self.data.size, -1)[self.data.rank], whole.view(-1), group=self.data.handle)
 
 
 class Stage0:
-    """Nothing is cut: fp32 weights, their gradients, the optimizer's moments; gradients are reduced at the end."""
+    """No ZeRO: every rank holds all fp32 weights, gradients and moments; gradients are reduced at the end of a step."""
 
     def __init__(self, rank: Rank) -> None:
         self.rank = rank
@@ -99,31 +100,35 @@ class Stage0:
         ]
 
     def begin_micro_step(self, last: bool) -> None:
-        """Come before the forward pass; ``last``: the optimizer steps after it."""
+        """Replay what happens before the forward pass.
+
+        Args:
+            last: Whether this is the last micro batch, after which the optimizer steps.
+        """
 
     def take_gradient(self, parameter: nn.Parameter) -> None:
-        """Come after autograd has put a gradient into ``parameter.grad``."""
+        """Replay what happens after autograd has put a gradient into ``parameter.grad``."""
 
     def end_micro_step(self, last: bool) -> None:
-        """Come after the backward pass."""
+        """Replay what happens after the backward pass; ``last`` as for begin_micro_step."""
         if last:
             gradients = [p.grad for p in self.rank.model.parameters() if p.grad is not None]
             all_reduce_in_buckets(self.rank, gradients)
 
     def step(self) -> None:
-        """Come with the optimizer's step."""
+        """Replay the optimizer's step."""
         for parameter in self.rank.model.parameters():
             parameter.grad = None
 
 
 def all_reduce_in_buckets(rank: Rank, tensors: Sequence[Tensor]) -> None:
-    """Reduce copies of the tensors, filled up bucket by bucket (engine.py, allreduce_no_retain)."""
+    """Reduce copies of the tensors, bucket by bucket (engine.py, allreduce_no_retain)."""
     for bucket in fill_buckets(tensors, ENGINE_BUCKET_ELEMENTS):
         rank.all_reduce(flatten(bucket))
 
 
 def fill_buckets(tensors: Iterable[Tensor], elements: int) -> Iterator[list[Tensor]]:
-    """Put tensors into buckets; one is full when it has more than so many elements."""
+    """Yield buckets of tensors; a bucket is full once it has more than ``elements`` elements."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         bucket.append(tensor)
@@ -135,7 +140,7 @@ def fill_buckets(tensors: Iterable[Tensor], elements: int) -> Iterator[list[Tens
 
 
 class FlatStage(Stage0):
-    """16-bit or fp32 weights in one flat tensor a group, and this rank's part of fp32 masters and moments."""
+    """One flat tensor of weights for each group, and this rank's part of the fp32 master weights and moments."""
 
     def __init__(self, rank: Rank) -> None:
         self.rank = rank
@@ -153,7 +158,7 @@ class FlatStage(Stage0):
             self.states += [rank.hold(len(flat) // rank.data.size, OPTIMIZER_STATES) for _ in range(1 + rank.moments)]
 
     def gather_weights(self) -> None:
-        """Every rank has updated its part."""
+        """Gather the weights after every rank has updated its part."""
         for flat in self.flat_weights:
             self.rank.all_gather(flat)
 
@@ -163,22 +168,22 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 class Stage1Bf16(FlatStage):
-    """The whole model's gradients in fp32 on every rank; in bf16 each only until it is added to them."""
+    """ZeRO 1 in bf16: every rank holds all gradients in fp32, and each bf16 gradient only until it is added to them."""
 
     def __init__(self, rank: Rank) -> None:
         super().__init__(rank)
         self.gradients = [rank.hold(len(flat), GRADIENTS) for flat in self.flat_weights]
 
     def take_gradient(self, parameter: nn.Parameter) -> None:
-        """Add it to the step's, and drop it."""
+        """Drop the bf16 gradient, which is added to the fp32 one."""
         parameter.grad = None
 
     def end_micro_step(self, last: bool) -> None:
-        """Reduce at the end."""
+        """Reduce the fp32 gradients after the last micro batch."""
         if last:
             all_reduce_in_buckets(self.rank, self.gradients)
 
     def step(self) -> None:
-        """Update, gather, drop the gradients."""
+        """Gather the updated weights, and drop the gradients."""
         self.gather_weights()
         super().step()

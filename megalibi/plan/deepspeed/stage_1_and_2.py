@@ -1,7 +1,7 @@
-"""ZeRO 2, and ZeRO 1 in fp32 and fp16, as DeepSpeed (0.19.8) runs them: zero/stage_1_and_2.py.
+"""ZeRO 2, and ZeRO 1 in fp32 and fp16, as DeepSpeed 0.19.8 runs them (zero/stage_1_and_2.py).
 
-Gradients pass through a bucket, each rank's part of whose sum is kept. What is kept is a flat fp32 tensor in 16 bits,
-and in fp32 the gradients themselves, moved into a tensor of their own.
+Gradients pass through a bucket, and each rank keeps its part of their sum. With 16-bit weights it keeps a flat fp32
+tensor; with fp32 weights it keeps the gradients themselves, moved into a tensor of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megalibi.plan.memory_trace import GRADIENTS
 
 
 class Stage1Or2(FlatStage):
-    """Gradients pass through a bucket, from which this rank keeps its part of their sum."""
+    """ZeRO 1 and 2: gradients pass through a bucket, and this rank keeps its part of their sum."""
 
     def __init__(self, rank: Rank) -> None:
         super().__init__(rank)
@@ -29,14 +29,14 @@ class Stage1Or2(FlatStage):
         self.bucket: list[nn.Parameter] = []
         self.in_bucket = 0
         self.is_last = False
-        self.accumulated: dict[nn.Parameter, Tensor] = {}  # stage 1 in 16 bits: fp32 sums over micro batches
-        self.owned: dict[int, Tensor] = {}  # 16 bits: this rank's part of the sum, by group
-        self.kept: list[Tensor] = []  # fp32: the same, gradient by gradient
+        self.accumulated: dict[nn.Parameter, Tensor] = {}  # stage 1, 16-bit weights: fp32 sums over micro batches
+        self.owned: dict[int, Tensor] = {}  # with 16-bit weights: this rank's part of the sum, by group
+        self.kept: list[Tensor] = []  # with fp32 weights: the gradients of this rank's part
         self.arena: Tensor | None = None
         self._locate()
 
     def _locate(self) -> None:
-        """Find which part of each parameter is whose."""
+        """Find out which ranks own which parameters: a parameter may lie across the parts of several ranks."""
         self.group_of: dict[nn.Parameter, int] = {}
         self.owners: dict[nn.Parameter, list[int]] = {}
         for number, (group, flat) in enumerate(zip(self.rank.groups, self.flat_weights, strict=True)):
@@ -51,7 +51,7 @@ class Stage1Or2(FlatStage):
         return self.rank.data.rank in self.owners[parameter]
 
     def begin_micro_step(self, last: bool) -> None:
-        """Remember whether this one's gradients end the sum."""
+        """Remember whether this is the last micro batch of the step."""
         self.is_last = last
 
     def take_gradient(self, parameter: nn.Parameter) -> None:
@@ -96,7 +96,7 @@ class Stage1Or2(FlatStage):
         self.bucket, self.in_bucket = [], 0
 
     def _let_go(self, parameter: nn.Parameter) -> None:
-        """Drop a gradient that is reduced, or keep it if it is this rank's and has no flat tensor."""
+        """Drop a reduced gradient, or keep it if this rank owns it and has no flat tensor for it."""
         if self._is_owned(parameter) and self.is_low:
             self.accumulated.pop(parameter, None)
         elif self._is_owned(parameter):
@@ -105,12 +105,12 @@ class Stage1Or2(FlatStage):
             parameter.grad = None
 
     def _slices(self) -> list[Tensor]:
-        """Cut the bucket as average_tensor does: a slice for each run of one owner."""
-        parts: list[tuple[int, bool]] = []  # owner, whether it goes straight into this rank's part
+        """Cut the bucket as average_tensor does: one slice for each run of gradients with the same owner."""
+        parts: list[tuple[int, bool]] = []  # (owner, whether the slice goes straight into this rank's part)
         sizes: list[int] = []
         for parameter in self.bucket:
             owners = self.owners[parameter]
-            for owner in owners:  # where a parameter is split does not matter to the memory, that it is does
+            for owner in owners:  # memory depends on whether a parameter is split, not on where
                 direct = self.is_low and owner == self.rank.data.rank
                 if direct and self.group_of[parameter] not in self.owned:
                     number = self.group_of[parameter]
@@ -135,7 +135,7 @@ class Stage1Or2(FlatStage):
         parameter.grad = self.arena[: parameter.numel()].view(parameter.shape)
 
     def end_micro_step(self, last: bool) -> None:
-        """Reduce what is left; fp32 keeps the first micro batch's gradients and adds the others' to them."""
+        """Reduce what is left in the bucket; with fp32 weights the first micro batch's gradients stay."""
         if not self.is_stage_2:
             if not last:
                 return
@@ -152,7 +152,7 @@ class Stage1Or2(FlatStage):
             parameter.grad = None
 
     def step(self) -> None:
-        """Measure in fp64, copy what is not flat yet, update, gather."""
+        """Take the norm in fp64, copy gradients that are not flat yet, update, and gather the weights."""
         for parameter, owners in self.owners.items():
             if self._is_owned(parameter):
                 torch.empty(math.ceil(parameter.numel() / len(owners)), dtype=torch.float64, device="meta")

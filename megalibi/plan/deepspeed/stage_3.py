@@ -1,8 +1,8 @@
-"""ZeRO 3 as DeepSpeed (0.19.8) runs it: weights are gathered before the modules that use them, ahead of time.
+"""ZeRO 3 as DeepSpeed 0.19.8 runs it (zero/stage3.py): weights are gathered ahead of the modules that use them.
 
-Its defaults, which engine/ds_config.py leaves alone, decide the memory: parameters of up to 100,000 elements are never
-cut, up to 50 M elements are gathered ahead, and what is used again within the next 1,000 M elements stays. So the
-weights of any model below that size are whole on every rank from the forward to the backward pass.
+The memory depends on defaults that engine/ds_config.py does not change. Parameters of up to 100,000 elements are never
+sharded, up to 50 M elements are gathered ahead, and weights that are used again within the next 1,000 M elements stay.
+So every rank holds all weights of a smaller model from the forward to the backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUB_GROUP_ELEMENTS = 1_000_000_000
 
 
 class Stage3(Stage0):
-    """Parts of weights, gradients and states; whole weights while they are used, and what is gathered ahead."""
+    """ZeRO 3: parts of weights, gradients and states, and whole weights while they are used or gathered ahead."""
 
     def __init__(self, rank: Rank) -> None:
         self.rank = rank
@@ -42,7 +42,7 @@ class Stage3(Stage0):
         self.bucket: list[nn.Parameter] = []
         self.in_bucket = 0
         self.whole: dict[nn.Parameter, None] = {}  # an ordered set
-        # The tensor that a parameter comes in, and what comes with it; until the module that needs it waits for it.
+        # Parameter -> (the buffer that it is gathered in, the parameters gathered with it), until a module needs it.
         self.gathering: dict[nn.Parameter, tuple[Tensor, list[nn.Parameter]]] = {}
         for parameter in self.shapes:
             if rank.data.size == 1:
@@ -52,7 +52,7 @@ class Stage3(Stage0):
         self._watch()
 
     def _watch(self) -> None:
-        """Gather before each module's forward pass, in the order of the modules, which DeepSpeed has traced."""
+        """Gather weights before the forward pass of each module, in the order of modules that DeepSpeed has traced."""
         modules = [m for m in self.rank.model.modules() if next(m.parameters(recurse=False), None) is not None]
         self.forward_order = [p for module in modules for p in module.parameters(recurse=False) if self._is_cut(p)]
         self.elements_behind: dict[nn.Parameter, int] = {}
@@ -75,17 +75,17 @@ class Stage3(Stage0):
     def _after_forward(self, cut: list[nn.Parameter], module: nn.Module, inputs: object, output: Tensor) -> None:
         if output.requires_grad:
             output.register_hook(lambda grad: self._before_forward(cut))
-        if self.is_backward:  # a block that is computed again
+        if self.is_backward:  # a block is being recomputed
             return
         for parameter in cut:
-            if 2 * self.elements_behind[parameter] >= REUSE_ELEMENTS:  # there and back again
+            if 2 * self.elements_behind[parameter] >= REUSE_ELEMENTS:  # counted to the end of the forward pass and back
                 self._release(parameter)
 
     def _is_cut(self, parameter: nn.Parameter) -> bool:
         return self.rank.data.size > 1 and self.shapes[parameter].numel() > PERSISTENT_ELEMENTS
 
     def begin_micro_step(self, last: bool) -> None:
-        """Plan the order in which weights are needed."""
+        """Queue the weights in the order in which they are needed."""
         self.queue = deque(self.forward_order)
         self.is_backward = False
 
@@ -94,7 +94,7 @@ class Stage3(Stage0):
             self._gather([parameter])
         if parameter in self.gathering:
             _, together = self.gathering[parameter]
-            for other in together:  # the first wait makes all of them whole, the tensor lives until the last one
+            for other in together:  # the first wait makes all of them whole, and the buffer lives until the last
                 if other not in self.whole:
                     self._materialize(other)
             del self.gathering[parameter]
@@ -128,7 +128,7 @@ class Stage3(Stage0):
         self.whole.pop(parameter, None)
 
     def take_gradient(self, parameter: nn.Parameter) -> None:
-        """Take a gradient into the bucket, in fp32; the weight has done its work."""
+        """Take a gradient into the bucket in fp32, and release the weight, which is not needed any more."""
         self.is_backward = True
         elements = self.shapes[parameter].numel()
         if self.in_bucket and self.in_bucket + elements > len(self.buffer):
@@ -157,14 +157,14 @@ class Stage3(Stage0):
             parameter.grad = None
 
     def end_micro_step(self, last: bool) -> None:
-        """Reduce what is left; let go of the weights that no gradient has let go of."""
+        """Reduce what is left in the bucket, and release the weights that are still whole."""
         self._reduce_bucket()
         for parameter in list(self.whole):
             self._release(parameter)
         self.gathering.clear()
 
     def step(self) -> None:
-        """Drop what is whole, measure in fp64, copy the gradients flat, update, gather the small weights again."""
+        """Release whole weights, take the norm in fp64, copy gradients flat, update, and gather small weights again."""
         small = [p for p in self.shapes if self.rank.data.size > 1 and not self._is_cut(p)]
         for parameter in small:
             self._release(parameter)
@@ -180,7 +180,7 @@ class Stage3(Stage0):
 
 
 def _fill_parts(sizes: list[int]) -> list[int]:
-    """Return the elements of each sub-group."""
+    """Return the number of elements of each sub-group."""
     totals = [0]
     for size in sizes:
         if totals[-1] >= SUB_GROUP_ELEMENTS:
