@@ -42,7 +42,7 @@ def plan_steps(setup: Setup) -> list[VisitStep]:
         _train(setup, "train_alibi_long", "ALiBi, 4 times as long", long, long_batch),
         _plan(setup),  # runs beside steps that are not timed
         _resume(setup),
-        _tests(setup),  # come last of these, for they may take all the time that is left
+        _tests(setup),  # may take all the time that is left, so what is worth more comes before
         _attention(setup, 8, setup.peers, expected=40),
         _train(setup, "train_no_positions", "no positions", short, short_batch, "model.position_method=none"),
         _train(setup, "train_sinusoidal", "sinusoidal", short, short_batch, "model.position_method=sinusoidal"),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from megalibi.errors import JobError
+from megalibi.errors import FileError, JobError
 from megalibi.studies.machinery.jobs import JobProgress, run_jobs
 
 DEADLINE_SECONDS = 60.0
@@ -184,6 +184,14 @@ def test_a_job_that_outlives_its_study_is_not_started_twice(tmp_path: Path) -> N
         with suppress(JobError):
             run(again)
     assert again.exit_code == 0
+
+
+def test_a_log_that_cannot_be_written_is_said_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    job = Script("a", tmp_path / "file", "")
+    with pytest.raises(FileError, match=r"file/a\.log cannot be written: "):
+        run(job)
+    assert not job.prepared
 
 
 def test_a_command_that_is_not_there_is_said(tmp_path: Path) -> None:
