@@ -17,3 +17,13 @@ def format_table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: i
     yield "|" + "---|" * left + "--:|" * (len(heads) - left)
     for row in rows:
         yield "| " + " | ".join(row) + " |"
+
+
+def format_page(sections: Iterable[tuple[str, Iterable[str]]]) -> str:
+    """Return a Markdown page.
+
+    Args:
+        sections: Each has its heading, with the ``#``, and its lines. A section without a line is left out.
+    """
+    written = [(heading, lines) for heading, body in sections if (lines := list(body))]
+    return "\n".join(f"{heading}\n\n" + "\n".join(lines) + "\n" for heading, lines in written)

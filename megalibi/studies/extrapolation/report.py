@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from megalibi.report.markdown import format_table
+from megalibi.report.markdown import format_page, format_table
 from megalibi.studies import paper
 from megalibi.studies.extrapolation.study import (
     METHOD_NAMES,
@@ -70,12 +70,9 @@ def format_report(
         "longer windows give them more; the paper's stride of 1 gives every token a full window. Sinusoidal tables are "
         "scaled to the token embeddings' initial standard deviation, which is 1 in the paper's code."
     )
-    lines = ["# Train short, test long", "", *facts, "", caveat, ""]
-    for protocol in PROTOCOLS:
-        lines += [f"## {titles[protocol]}", "", *_table(curves[protocol], protocol, train_length), ""]
-    lines += ["## What the paper found, and what came out here", ""]
-    lines += format_findings(findings)
-    return "\n".join([*lines, ""])
+    sections: list[tuple[str, Iterable[str]]] = [("# Train short, test long", [*facts, "", caveat])]
+    sections += [(f"## {titles[p]}", _table(curves[p], p, train_length)) for p in PROTOCOLS]
+    return format_page([*sections, ("## What the paper found, and what came out here", format_findings(findings))])
 
 
 def _table(curves: Mapping[str, Perplexities], protocol: str, train_length: int) -> Iterator[str]:

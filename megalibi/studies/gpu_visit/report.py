@@ -11,7 +11,7 @@ from megalibi.measure.step_parts import PARTS
 from megalibi.metrics.summary import Quartiles
 from megalibi.model import count_parameters, model_flops_per_token
 from megalibi.plan.gpus import Gpu
-from megalibi.report.markdown import format_table
+from megalibi.report.markdown import format_page, format_table
 from megalibi.studies.gpu_visit.results import VisitResults
 from megalibi.studies.gpu_visit.step import DONE, LOGS_FOLDER
 from megalibi.units import format_bytes, format_count
@@ -41,8 +41,7 @@ def format_report(found: VisitResults) -> str:
         ("## The exactness contract", iter(found.contract)),
         ("## Steps", _steps(found)),
     ]
-    written = [(head, lines) for head, body in sections if (lines := list(body))]
-    return "\n".join(f"{head}\n\n" + "\n".join(lines) + "\n" for head, lines in written)
+    return format_page(sections)
 
 
 def _facts(found: VisitResults) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from megalibi.report.markdown import format_page
 from megalibi.studies.comparison.curves import NUM_POINTS, mean_speedup
 from megalibi.studies.comparison.report.findings import judge_comparison
 from megalibi.studies.comparison.report.tables import (
@@ -35,16 +36,18 @@ def format_report(results: Results, *, facts: Sequence[str], picture: str | None
         facts: Sentences on what was run, and where.
         picture: File name of the analogue of Figure 5, if there is one.
     """
-    parts = [
-        ["# ALiBi at half the length against sinusoidal positions", "", *facts],
-        ["## What the paper's 11% are", "", *_explain_paper()],
-        ["## What the paper found, and what came out here", "", *_findings(results)],
-        ["## Speed and memory", "", *_speed_and_memory(results)],
-        ["## Perplexity against hours (Figure 5)", "", *_figure_5(results, picture)],
-        ["## After equal time (Table 11)", "", *equal_time_table(results), "", *_explain_equal_time(results)],
-        ["## After equal updates (Table 12)", "", *equal_updates_table(results), "", _explain_equal_updates(results)],
+    equal_time = [*equal_time_table(results), "", *_explain_equal_time(results)]
+    equal_updates = [*equal_updates_table(results), "", _explain_equal_updates(results)]
+    sections: list[tuple[str, Iterable[str]]] = [
+        ("# ALiBi at half the length against sinusoidal positions", facts),
+        ("## What the paper's 11% are", _explain_paper()),
+        ("## What the paper found, and what came out here", _findings(results)),
+        ("## Speed and memory", _speed_and_memory(results)),
+        ("## Perplexity against hours (Figure 5)", _figure_5(results, picture)),
+        ("## After equal time (Table 11)", equal_time),
+        ("## After equal updates (Table 12)", equal_updates),
     ]
-    return "\n".join("\n".join(part) + "\n" for part in parts)
+    return format_page(sections)
 
 
 def _explain_paper() -> Iterator[str]:
