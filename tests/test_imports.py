@@ -14,7 +14,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = sorted([*(ROOT / "megalibi").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
-COMMANDS = [path for path in LIBRARY if path.name == "__main__.py"]
+CLI = ROOT / "megalibi" / "cli"
+COMMANDS = [path for path in LIBRARY if path.name == "__main__.py" or path.is_relative_to(CLI)]
+SCRIPTS = sorted([*(ROOT / "launch").rglob("*.py"), *(ROOT / "tools").rglob("*.py")])
 
 
 def module_name(path: Path) -> str:
@@ -37,7 +39,7 @@ def test_import_law() -> None:
     assert "0 broken" in result.stdout
 
 
-@pytest.mark.parametrize("name", [module_name(path) for path in LIBRARY if path not in COMMANDS])
+@pytest.mark.parametrize("name", [module_name(path) for path in LIBRARY if path.name != "__main__.py"])
 def test_every_module_can_be_imported(name: str) -> None:
     importlib.import_module(name)
 
@@ -63,7 +65,7 @@ def test_environment_is_read_in_one_place() -> None:
     native = ROOT / "kernels" / "alibi_attention" / "backends" / "native" / "library.py"
     assert native.read_text(encoding="utf-8").count("environ") == native.read_text().count(EXTENSIONS_DIR) == 1
     for path in LIBRARY:
-        if path == native or path.parent == runtime:
+        if path == native or path.parent == runtime or path.is_relative_to(CLI):  # a command is a process's own
             continue
         for node in nodes_of(path):
             names = {getattr(node, "attr", None), getattr(node, "id", None)}
@@ -75,11 +77,19 @@ def test_environment_is_read_in_one_place() -> None:
 
 def test_trap_11_kernels_is_a_source_root_and_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
-    for path in [*LIBRARY, *(ROOT / "launch").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]:
+    for path in [*LIBRARY, *SCRIPTS]:
         for node in nodes_of(path):
             imported = [getattr(node, "module", None) or ""] if isinstance(node, ast.ImportFrom) else []
             imported += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not [name for name in imported if name.split(".")[0] == "kernels"], path
+
+
+def test_no_path_of_imports_is_changed() -> None:
+    for path in [*LIBRARY, *SCRIPTS]:
+        changing = [node.lineno for node in nodes_of(path) if isinstance(node, ast.Attribute) and node.attr == "path"
+                    and isinstance(node.value, ast.Name) and node.value.id == "sys"]  # fmt: skip
+        assert not changing, f"{path}:{changing}"
+        assert "sys.path" not in path.read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize("folder", ["launch", "tools", "tests"])

@@ -14,6 +14,7 @@ import dataclasses
 import platform
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megalibi import log
+from megalibi.cli.command import RankCommand
 from megalibi.config import Config
 from megalibi.config.checks import check_option
+from megalibi.console import Progress
 from megalibi.data.provenance import say_unrecorded
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
@@ -47,24 +49,20 @@ from megalibi.parallel import ProcessGroups, build_process_groups
 from megalibi.report.plots import save_figure
 from megalibi.report.position_plot import position_curve
 from megalibi.runtime.device import set_up_device
-from megalibi.runtime.exit import run_rank
 from megalibi.runtime.ranks import Place, init_distributed
+from megalibi.units import format_duration
 
-EXAMPLE = """examples:
-  python tools/evaluate.py --checkpoint runs/quickstart --data sample/valid --lengths 256,512,1024,2048 \\
+EXAMPLES = """examples:
+  {command} --checkpoint runs/quickstart --data sample/valid --lengths 256,512,1024,2048 \\
       --protocol nonoverlapping --output runs/quickstart/evaluation.json
-  torchrun --nproc_per_node 8 tools/evaluate.py --checkpoint runs/large --data data/valid --lengths 1024,2048 \\
+  torchrun --nproc_per_node 8 {torchrun} --checkpoint runs/large --data data/valid --lengths 1024,2048 \\
       --protocol sliding --stride 512 --tensor-parallel-size 2 --by-position --output runs/large/evaluation.json
 """
-LINE_EVERY_SECONDS = 10.0
 _LOGGER = log.get_logger("evaluate")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a step's folder, or a run's: its latest step"
     )
@@ -86,8 +84,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share one model (default: 1)"
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it
-    return parser.parse_args()
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -147,43 +143,6 @@ def byte_counter(tokenizer: Tokenizer | WordTokenizer | None) -> Tokenizer | Non
     return None
 
 
-class Display:
-    """Progress with tokens per second: a bar on a terminal, plain lines elsewhere.
-
-    Args:
-        length: What is evaluated.
-        num_scored: Tokens to score.
-        console: Where to show it.
-    """
-
-    def __init__(self, length: int, num_scored: int, console: Console) -> None:
-        self._length, self._num_scored, self._console = length, num_scored, console
-        self._start = time.monotonic()
-        self._next_line = self._start + LINE_EVERY_SECONDS
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"))
-        self._bar = Progress(
-            *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, transient=True
-        )
-        self._task = self._bar.add_task(f"length {length}", total=num_scored, rate="")
-
-    def __enter__(self) -> Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def update(self, scored: int, loss: float) -> None:
-        """Show how many tokens are scored, and their mean loss."""
-        now = time.monotonic()
-        rate = f"loss {loss:.4f}, {scored / (now - self._start):,.0f} tokens/s"
-        self._bar.update(self._task, completed=scored, rate=rate)
-        if not self._console.is_terminal and now >= self._next_line:
-            done = f"length {self._length}: {scored / self._num_scored:.0%}, {rate}"
-            self._console.print(done, highlight=False, soft_wrap=True)
-            self._next_line = now + LINE_EVERY_SECONDS
-
-
 def describe(result: EvaluationResult) -> str:
     """Return the line that is printed for a length."""
     bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits/byte, "
@@ -201,6 +160,21 @@ def join_ranks(place: Place, device: torch.device, config: Config, tensor_parall
     return build_process_groups(tensor_parallel_size, timeout)
 
 
+def show_scored(progress: Progress, length: int, num_scored: int) -> Callable[[int, float], None]:
+    """Return what shows how many of the tokens at a length are scored, and their mean loss."""
+    start = time.monotonic()
+    task = f"length {length}"
+
+    def show(scored: int, loss: float) -> None:
+        seconds = time.monotonic() - start
+        left = format_duration(seconds * (num_scored / scored - 1)) if scored else "?"
+        words = f"{scored / num_scored:.0%}, loss {loss:.4f}, {scored / seconds:,.0f} tokens/s, {left} left"
+        progress.show(task, words, done=scored, total=num_scored)
+
+    progress.begin(task)
+    return show
+
+
 def evaluate_lengths(
     setup: EvaluationSetup, lengths: list[int]
 ) -> tuple[list[EvaluationResult], dict[int, NDArray[np.float64]]]:
@@ -210,18 +184,18 @@ def evaluate_lengths(
         The results, and by length the sums by position, [2, S].
     """
     results, sums, speaks = [], {}, setup.groups.world.rank == 0
-    console = Console(file=sys.stderr, quiet=not speaks)
-    for length in lengths:
-        with Display(length, setup.num_tokens - 1, console) as display:
-            result, sums[length] = evaluate(setup, length, display.update)
-        results.append(result)
-        if speaks:
-            print(describe(result), flush=True)
+    with Progress(Console(file=sys.stderr, quiet=not speaks)) as progress:
+        for length in lengths:
+            result, sums[length] = evaluate(setup, length, show_scored(progress, length, setup.num_tokens - 1))
+            results.append(result)
+            progress.drop(f"length {length}")
+            if speaks:
+                print(describe(result), flush=True)
     return results, sums
 
 
-def main(arguments: argparse.Namespace, place: Place) -> None:
-    """Check everything, evaluate, write, and say what came of it."""
+def run(arguments: argparse.Namespace, place: Place) -> None:
+    """Check everything, evaluate, write the results and print them."""
     lengths = parse_lengths(arguments.lengths)
     stride = choose_stride(arguments.protocol, arguments.stride, lengths)
     text = TokenFile(arguments.data)
@@ -275,6 +249,4 @@ def main(arguments: argparse.Namespace, place: Place) -> None:
         save_figure(position_curve(sums, train_seq_length=config.data.seq_length), arguments.picture)
 
 
-if __name__ == "__main__":
-    arguments = parse_arguments()
-    run_rank(lambda place: main(arguments, place))
+COMMAND = RankCommand(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megalibi import log
+from megalibi.cli.command import Command
 from megalibi.config.checks import check_option
 from megalibi.data.tokenizer.tokenizer import load_tokenizer
 from megalibi.errors import ConfigError
@@ -20,22 +20,18 @@ from megalibi.evaluate.run import check_lengths, check_same_tokenizer
 from megalibi.metrics.outputs import check_outputs
 from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.runtime.device import set_up_device
-from megalibi.runtime.exit import run_tool
 from megalibi.runtime.ranks import find_place
 
-EXAMPLE = """examples:
-  python tools/lm_evaluate.py --checkpoint runs/quickstart --tasks lambada_openai,hellaswag \\
+EXAMPLES = """examples:
+  {command} --checkpoint runs/quickstart --tasks lambada_openai,hellaswag \\
       --output runs/quickstart/tasks.json
-  python tools/lm_evaluate.py --checkpoint runs/quickstart --tasks my_task --include-path my_tasks --offline \\
+  {command} --checkpoint runs/quickstart --tasks my_task --include-path my_tasks --offline \\
       --output runs/quickstart/my_task.json
 """
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a step's folder, or a run's: its latest step"
     )
@@ -51,7 +47,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (default: all)")
     parser.add_argument("--offline", action="store_true", help="do not ask the hub for anything")
-    return parser.parse_args()
 
 
 def check_options(arguments: argparse.Namespace) -> None:
@@ -104,9 +99,8 @@ def describe(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             yield f"{task}: {name} {value:.4f}{spread}"
 
 
-def main() -> None:
-    """Check, ask, write, and print what came of it."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
+    """Check everything, ask the tasks' questions, write the results and print them."""
     check_options(arguments)
     if arguments.offline:  # read when the packages are imported
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
@@ -134,6 +128,4 @@ def main() -> None:
         print(line)
 
 
-if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

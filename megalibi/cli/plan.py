@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from megalibi import log
+from megalibi.cli.command import Command, add_overrides
 from megalibi.config import Config, config_from_dict, config_to_dict
 from megalibi.config.checks import MAX_WHOLE_NUMBER, check_option
 from megalibi.config.load import load_tree
@@ -24,28 +24,24 @@ from megalibi.metrics.outputs import check_outputs
 from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.plan.gpus import GIB, USABLE, Gpu, get_gpu
 from megalibi.plan.memory_trace import MemoryByKind
-from megalibi.runtime.exit import run_tool
 from megalibi.units import format_bytes
 
 if TYPE_CHECKING:
     from megalibi.plan.roofline import Roofline
     from megalibi.plan.run_plan import RunPlan
 
-EXAMPLE = """examples:
-  python tools/plan_run.py configs/gpt_1.3b_alibi_1024.yaml --gpu H100 --ranks 8
-  python tools/plan_run.py configs/gpt_125m_alibi_1024.yaml --gpu V100-32GB zero.stage=2 model.recompute=full
-  python tools/plan_run.py --roofline configs/gpt_1.3b_alibi_1024.yaml --gpu H100 --ranks 8
+EXAMPLES = """examples:
+  {command} configs/gpt_1.3b_alibi_1024.yaml --gpu H100 --ranks 8
+  {command} configs/gpt_125m_alibi_1024.yaml --gpu V100-32GB zero.stage=2 model.recompute=full
+  {command} --roofline configs/gpt_1.3b_alibi_1024.yaml --gpu H100 --ranks 8
 """
 TABLE_WIDTH = 120
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a run's YAML, or a study's")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the file")
+    add_overrides(parser)
     parser.add_argument("--ranks", type=int, metavar="N", help="of the job (default: parallel.tensor_parallel_size)")
     parser.add_argument("--gpu", metavar="NAME", help="find out what fits it: H100, A100-80GB, V100-32GB, ...")
     parser.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of another GPU, or less of this one")
@@ -58,7 +54,6 @@ def parse_arguments() -> argparse.Namespace:
         "link (defaults: Rates in megalibi/plan/roofline.py)"
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
-    return parser.parse_intermixed_args()
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
@@ -160,9 +155,8 @@ def describe_roofline(roofline: Roofline) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Plan, print, write."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
+    """Plan the run, print the plan and write it."""
     config, gpu = read_config(arguments), choose_gpu(arguments)
     ranks = arguments.ranks if arguments.ranks is not None else config.parallel.tensor_parallel_size
     check_option("--ranks", ranks, 1)
@@ -195,6 +189,4 @@ def main() -> None:
         write_json({**fields, **describe_run("cpu", ("torch", "deepspeed"))}, arguments.json)
 
 
-if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -4,76 +4,51 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bar
-
-from megalibi import log
-from megalibi.data.preprocess import Progress, preprocess
+from megalibi.cli.command import Command
+from megalibi.console import Progress
+from megalibi.data.preprocess import Progress as Written
+from megalibi.data.preprocess import preprocess
 from megalibi.data.text.estimate import estimate_text_bytes
 from megalibi.data.text.sources import INPUT_HELP
-from megalibi.runtime.exit import run_tool
 
-EXAMPLE = """example:
-  python tools/preprocess_data.py --input books.parquet --tokenizer books.model --output data/books --workers 8
+EXAMPLES = """example:
+  {command} --input books.parquet --tokenizer books.model --output data/books --workers 8
 """
-LINE_EVERY_SECONDS = 10.0
 
 
 class Display:
-    """Progress with tokens per second and the time left: a bar on a terminal, plain lines elsewhere.
+    """Shows how far the preprocessing is, with tokens per second and the time left.
 
     Args:
-        text_bytes: What there is to read, as far as that is known.
-        console: Where to show it.
+        text_bytes: Size of the text to read in bytes; None: not known.
+        progress: Where to show it.
     """
 
-    def __init__(self, text_bytes: int | None, console: Console) -> None:
+    def __init__(self, text_bytes: int | None, progress: Progress) -> None:
         self._text_bytes = text_bytes
-        self._console = console
+        self._progress = progress
         self._start = time.monotonic()
-        self._next_line = self._start + LINE_EVERY_SECONDS
-        columns = (BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
-        self._bar = Bar(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("", total=text_bytes, state="starting")
+        progress.begin("")
 
-    def __enter__(self) -> Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def update(self, progress: Progress) -> None:
+    def update(self, written: Written) -> None:
         """Show what has been written so far."""
-        now = time.monotonic()
-        state = self._describe(progress, now - self._start)
-        # The sizes of compressed files are guesses: never show more than all.
-        completed = min(progress.text_bytes, self._text_bytes or progress.text_bytes)
-        self._bar.update(self._task, completed=completed, state=state)
-        if not self._console.is_terminal and now >= self._next_line:
-            self._console.print(state, highlight=False, soft_wrap=True)
-            self._next_line = now + LINE_EVERY_SECONDS
+        words = self._describe(written, time.monotonic() - self._start)
+        # The sizes of compressed files are guesses; the bar never shows more than all.
+        self._progress.show("", words, done=written.text_bytes, total=self._text_bytes)
 
-    def _describe(self, progress: Progress, seconds: float) -> str:
-        state = (
-            f"{progress.documents:,} documents, {progress.tokens:,} tokens, {progress.tokens / seconds:,.0f} tokens/s"
-        )
+    def _describe(self, written: Written, seconds: float) -> str:
+        state = f"{written.documents:,} documents, {written.tokens:,} tokens, {written.tokens / seconds:,.0f} tokens/s"
         if self._text_bytes is None:
             return f"{state}, time left unknown"
-        fraction = min(progress.text_bytes / self._text_bytes, 1.0)
+        fraction = min(written.text_bytes / self._text_bytes, 1.0)
         left = seconds * (1 / fraction - 1) if fraction else 0.0
         return f"{state}, {fraction:.0%}, about {left:,.0f} s left"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument(
         "--input",
         nargs="+",
@@ -101,14 +76,13 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="count and list the records whose text cannot be had, and go on; without it the first one is an error",
     )
-    return parser.parse_args()
 
 
-def main() -> None:
-    """Tokenize, and say what came of it."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
+    """Turn the text into tokens, and say what came of it."""
     start = time.monotonic()
-    with Display(estimate_text_bytes(arguments.input, arguments.text_key), Console(file=sys.stderr)) as display:
+    with Progress() as progress:
+        display = Display(estimate_text_bytes(arguments.input, arguments.text_key), progress)
         final = preprocess(
             arguments.input,
             tokenizer_path=arguments.tokenizer,
@@ -127,6 +101,4 @@ def main() -> None:
     )
 
 
-if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megalibi import log
+from megalibi.cli.command import Command
 from megalibi.data.text.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.text.documents import DocumentReader
 from megalibi.data.text.sources import INPUT_HELP
@@ -15,19 +15,15 @@ from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokenizer.words import SUFFIX, count_words
 from megalibi.errors import ConfigError
 from megalibi.metrics.outputs import check_outputs
-from megalibi.runtime.exit import run_tool
 
-EXAMPLE = """example:
-  python tools/train_tokenizer.py --input books.parquet notes.jsonl --vocab-size 32000 --output books.model
-  python tools/train_tokenizer.py --input wiki.train.tokens --output wikitext103.words
+EXAMPLES = """examples:
+  {command} --input books.parquet notes.jsonl --vocab-size 32000 --output books.model
+  {command} --input wiki.train.tokens --output wikitext103.words
 """
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument(
         "--input",
         nargs="+",
@@ -65,7 +61,6 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="count and list the records whose text cannot be had, and go on; without it the first one is an error",
     )
-    return parser.parse_args()
 
 
 def check_output(output: str, inputs: list[str], *, overwrite: bool) -> None:
@@ -77,9 +72,8 @@ def check_output(output: str, inputs: list[str], *, overwrite: bool) -> None:
         raise ConfigError(f"{output} exists; choose another --output, or replace it with --overwrite")
 
 
-def main() -> None:
-    """Train, write, and say what came of it."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
+    """Train the tokenizer, write it, and say what came of it."""
     is_word_level = arguments.output.endswith(SUFFIX)
     check_output(arguments.output, arguments.input, overwrite=arguments.overwrite)
     if not is_word_level and arguments.vocab_size is None:
@@ -109,6 +103,4 @@ def main() -> None:
             print(line)
 
 
-if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -11,21 +11,17 @@ import os
 import time
 
 from alibi_attention.backends.triton.warm import compile_calls, find_target, plan_calls
-from megalibi import log
+from megalibi.cli.command import Command
 from megalibi.errors import ConfigError
-from megalibi.runtime.exit import run_tool
 
-EXAMPLE = """examples:
-  python tools/warm_triton.py
-  python tools/warm_triton.py --capability 90 --dtype bfloat16 --workers 4      (for an H100, from anywhere)
+EXAMPLES = """examples:
+  {command}
+  {command} --capability 90 --dtype bfloat16 --workers 4      (for an H100, from anywhere)
 """
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
         "--capability", type=int, metavar="N", help="of the GPU, 90 for an H100 (default: as it is here)"
@@ -33,12 +29,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (default: all)")
     parser.add_argument("--head-dim", type=int, metavar="N", help="default: all that models have")
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (default: the cores)")
-    return parser.parse_args()
 
 
-def main() -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Compile, and say what each call took."""
-    arguments = parse_arguments()
     if arguments.workers < 1:
         raise ConfigError(f"--workers={arguments.workers}: must be at least 1")
     chosen = {"dtype": arguments.dtype, "head_dim": arguments.head_dim}
@@ -58,6 +52,4 @@ def main() -> int:
     return 1 if failures else 0
 
 
-if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -8,13 +8,16 @@ Shapes: B batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from megalibi.console import Progress
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.errors import ConfigError, DataError, UserError
@@ -28,12 +31,12 @@ try:
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-    from tqdm import tqdm
 except ImportError as error:
     raise UserError(f"lm-evaluation-harness is not installed ({error}): pip install 'megalibi[lm-eval]'") from error
 
 __all__ = ["ConfigurableTask", "HarnessModel", "TaskManager", "read_writing_options", "simple_evaluate"]
 
+_Request = TypeVar("_Request")
 BATCH_TOKENS = 2048
 """Most tokens of a forward pass over several texts, because their log-probabilities are in memory at once."""
 MAX_NEW_TOKENS = 256
@@ -66,6 +69,14 @@ def read_writing_options(options: Mapping[str, Any]) -> tuple[list[str], int]:
     if kwargs["do_sample"]:
         raise DataError(f"generation_kwargs={options}: must have do_sample: false, nothing is drawn at random here")
     return list(kwargs["until"]), kwargs["max_gen_toks"]
+
+
+def _counted(requests: Sequence[_Request], task: str, quiet: bool) -> Iterator[_Request]:
+    """Yield requests, and show how many of them are answered."""
+    with Progress(Console(file=sys.stderr, quiet=quiet)) as progress:
+        for number, request in enumerate(requests):
+            progress.show(task, f"{number:,} of {len(requests):,} requests", done=number, total=len(requests))
+            yield request
 
 
 class HarnessModel(TemplateLM):
@@ -109,7 +120,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, in windows that do not overlap, except that the last one is full."""
         results = []
-        for (text,) in tqdm([request.args for request in requests], "rolling", disable=disable_tqdm):
+        for (text,) in _counted([request.args for request in requests], "rolling", disable_tqdm):
             windows = get_rolling_token_windows(self.tok_encode(text), self.eot_token_id, self.max_length, 1)
             scored = [Scored(tokens=c + t, num_scored=len(t)) for c, t in map(make_disjoint_window, windows)]
             results.append(-sum(losses.double().sum().item() for losses in self._losses(scored)))
@@ -134,13 +145,12 @@ class HarnessModel(TemplateLM):
             tokens = (context_ids or [self.eot_token_id]) + ids  # the harness leaves nothing of a context of spaces
             scored.append(Scored(tokens=tokens[-self.max_length - 1 :], num_scored=len(ids)))
         results: list[tuple[float, bool]] = [(0.0, True)] * len(scored)
-        with tqdm(total=len(scored), desc="loglikelihood", disable=disable_tqdm) as progress:
-            for indices in self._batches([len(text.tokens) - 1 for text in scored]):
-                answers = self._score([scored[index] for index in indices])
-                for index, answer in zip(indices, answers, strict=True):
-                    results[index] = answer
-                    self.cache_hook.add_partial("loglikelihood", requests[index][0], answer)
-                progress.update(len(indices))
+        batches = list(self._batches([len(text.tokens) - 1 for text in scored]))
+        order = [index for batch in batches for index in batch]
+        answers = (answer for batch in batches for answer in self._score([scored[index] for index in batch]))
+        for index in _counted(order, "loglikelihood", disable_tqdm):
+            results[index] = next(answers)
+            self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -150,7 +160,7 @@ class HarnessModel(TemplateLM):
             DataError: The task asks for tokens drawn at random.
         """
         results = []
-        for context, options in tqdm([request.args for request in requests], "writing", disable=disable_tqdm):
+        for context, options in _counted([request.args for request in requests], "writing", disable_tqdm):
             results.append(self._write(context, *read_writing_options(options)))
             self.cache_hook.add_partial("generate_until", (context, options), results[-1])
         return results

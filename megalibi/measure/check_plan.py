@@ -18,7 +18,7 @@ def compare_with_plan(turns: Sequence[Path], device_type: str) -> dict[str, Any]
     """Return the planned and the measured bytes of each turn, by kind and in total, by the name of the turn's file.
 
     Args:
-        turns: Files of launch/measure_turn.py; those that do not exist are left out.
+        turns: Outputs of ``megalibi study measure-turn``; those that do not exist are left out.
         device_type: Where they were measured: cuda or cpu.
 
     Raises:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
@@ -16,6 +15,8 @@ import pytest
 import torch
 
 from megalibi.checkpoint import Checkpoint, save_checkpoint
+from megalibi.cli import evaluate as evaluate_command
+from megalibi.cli.command import spell_script
 from megalibi.config import Config, derive
 from megalibi.data.preprocess import preprocess
 from megalibi.data.tokenizer.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from megalibi.errors import ConfigError
 from megalibi.evaluate.result import EvaluationResult, read_evaluation
 from megalibi.evaluate.run import check_lengths
 from megalibi.runtime.exit import run_tool
+from megalibi.runtime.ranks import Place
 from tests.support.jobs import ScriptJob, torchrun_environment
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import CPU, identify, iterate_ours, make_config, process_groups
@@ -301,24 +303,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(run_dir)
     monkeypatch.setattr(sys, "argv", [str(TOOL), *arguments(run_dir, **options)])
-    tool = load_tool()
+    command = evaluate_command.COMMAND
     with pytest.raises(SystemExit) as end:
-        run_tool(lambda: tool.main(tool.parse_arguments(), tool.Place(**ALONE)))
+        run_tool(lambda: command.run(command.parse(sys.argv[1:], spell_script(str(TOOL))), Place(**ALONE)))
     assert end.value.code == 2
     output, errors = capsys.readouterr()
     assert output == ""
     assert errors.startswith("error: ")
     assert message in errors
     assert errors.count("\n") == 1
-
-
-def load_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("evaluate", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    return tool
 
 
 def test_text_by_the_models_own_tokenizer_is_taken_without_a_word(run_dir: Path) -> None:
@@ -354,6 +347,6 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(run_dir: Path) -> None
 
 
 def test_help_has_an_example() -> None:
-    done = subprocess.run([sys.executable, str(TOOL), "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "tools/evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert "python tools/evaluate.py --checkpoint runs/quickstart" in done.stdout

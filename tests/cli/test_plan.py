@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.runtime.exit import run_tool
+from megalibi.cli import plan
+from tests.support.in_process import make_runner
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "plan_run.py"
@@ -20,18 +20,7 @@ STUDY = ROOT / "configs" / "compare_smoke.yaml"
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the tool in this process: its exit code, standard output and standard error."""
-    spec = importlib.util.spec_from_file_location("plan_run", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            run_tool(tool.main)
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
+    return make_runner(plan.COMMAND, TOOL, monkeypatch, capsys)
 
 
 def test_end_to_end(tmp_path):
@@ -186,4 +175,4 @@ def test_a_hostile_file_is_one_line(run, tmp_path, text, message):
 def test_help_has_examples(run):
     code, out, _ = run("--help")
     assert code == 0
-    assert "python tools/plan_run.py configs/gpt_1.3b_alibi_1024.yaml --gpu H100" in out
+    assert f"python {TOOL} configs/gpt_1.3b_alibi_1024.yaml --gpu H100" in out

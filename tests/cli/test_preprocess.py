@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -10,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from megalibi.cli.preprocess import Display, Written
+from megalibi.console import Progress
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokens.token_file import TokenFile
@@ -135,25 +139,15 @@ def test_progress_on_a_terminal(tmp_path, corpus, model):
     assert "s left" in text
 
 
-def test_progress_lines_elsewhere(tmp_path, monkeypatch):
-    import importlib.util
-    import io
-
-    from rich.console import Console
-
-    spec = importlib.util.spec_from_file_location("preprocess_data", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    monkeypatch.setattr(tool, "LINE_EVERY_SECONDS", 0.0)
+def test_progress_lines_elsewhere():
     output = io.StringIO()
-    with tool.Display(1000, Console(file=output)) as display:
-        display.update(tool.Progress(documents=3, tokens=12345, text_bytes=250))
+    written = Written(documents=3, tokens=12345, text_bytes=250)
+    with Progress(Console(file=output), line_every_seconds=0.0) as progress:
+        Display(1000, progress).update(written)
     assert "3 documents, 12,345 tokens, " in output.getvalue()
     assert " tokens/s, 25%, about 0 s left" in output.getvalue()
-    with tool.Display(None, Console(file=output)) as display:
-        display.update(tool.Progress(documents=3, tokens=12345, text_bytes=250))
+    with Progress(Console(file=output), line_every_seconds=0.0) as progress:
+        Display(None, progress).update(written)
     assert output.getvalue().strip().endswith("time left unknown")
 
 

@@ -87,4 +87,4 @@ def test_what_cannot_be_written_is_said_before_anything_is(run_dir: Path, tmp_pa
 def test_help_has_an_example(tmp_path: Path) -> None:
     done = run_tool("--help", cwd=tmp_path)
     assert done.returncode == 0
-    assert "python tools/report.py runs/quickstart" in done.stdout
+    assert f"python {REPOSITORY}/tools/report.py runs/quickstart" in done.stdout

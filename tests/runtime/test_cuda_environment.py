@@ -71,14 +71,14 @@ def test_the_oldest_gpu_that_nvidia_smi_names_counts(
     assert find_compute_capability() is None
 
 
-@pytest.mark.parametrize("command", ["measure_turn.py", "pretrain.py", "profile_step.py"])
+@pytest.mark.parametrize("command", ["study measure-turn", "pretrain", "study profile-step"])
 def test_every_command_that_trains_heeds_it(command: str, tmp_path: Path) -> None:
     run = tmp_path / "run.yaml"
     save_config(make_config("none", train={"deterministic": True}), run)
-    arguments = ["--config", str(run), *([] if command == "pretrain.py" else ["--output", str(tmp_path / "out.json")])]
+    arguments = ["--config", str(run), *([] if command == "pretrain" else ["--output", str(tmp_path / "out.json")])]
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":0:0"}
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).parents[2] / "launch" / command), *arguments],
+        [sys.executable, "-m", "megalibi", *command.split(), *arguments],
         env=environment,
         capture_output=True,
         text=True,

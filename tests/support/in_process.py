@@ -1,4 +1,4 @@
-"""A tool run in the test's own process, which has its imports: what it starts are processes as ever."""
+"""A command run in the test's own process, which has its imports: what it starts are processes as ever."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from megalibi.cli.command import Command, spell_script
 from megalibi.runtime.exit import run_tool
 
 Runner = Callable[..., tuple[int, str, str]]
@@ -27,15 +28,16 @@ def load_tool(path: Path) -> ModuleType:
 
 
 def make_runner(
-    tool: ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Runner:
-    """Return what runs the tool's main with arguments, on one thread a process."""
+    """Return what runs a command with arguments as the script at ``path`` does, on one thread a process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def run_here(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    def run_here(*arguments: object) -> tuple[int, str, str]:
+        words = list(map(str, arguments))
+        monkeypatch.setattr(sys, "argv", [str(path), *words])
         with pytest.raises(SystemExit) as end:
-            run_tool(tool.main)
+            run_tool(lambda: command.run(command.parse(words, spell_script(str(path)))))
         return (end.value.code or 0, *capsys.readouterr())  # type: ignore[return-value]
 
     return run_here

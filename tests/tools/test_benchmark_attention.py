@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from megalibi.runtime.exit import run_tool
+from tests.support.in_process import load_tool
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "benchmark_attention.py"
@@ -29,9 +29,7 @@ class Done:
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Run the tool in this process: starting one and importing torch takes longer than what is tested."""
-    spec = importlib.util.spec_from_file_location("benchmark_attention", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool(TOOL)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])

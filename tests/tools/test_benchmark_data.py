@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.runtime.exit import run_tool
+from tests.support.in_process import load_tool
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "benchmark_data.py"
@@ -57,9 +57,7 @@ def test_loader():
 
 
 def test_a_mistake_is_one_line(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("benchmark_data", TOOL)
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool(TOOL)
     preprocess = ["preprocess", "--input", "none.txt", "--tokenizer", "none.model"]
     handler = signal.getsignal(signal.SIGTERM)
     for arguments, message in (

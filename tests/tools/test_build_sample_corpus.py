@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support.in_process import load_tool
 
 TOOL = Path(__file__).parents[2] / "tools" / "build_sample_corpus.py"
 
@@ -53,11 +54,7 @@ def test_the_same_python_builds_the_same_files(built, tmp_path):
 
 
 def test_a_module_is_on_one_side_as_a_whole():
-    spec = importlib.util.spec_from_file_location("build_sample_corpus", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = load_tool(TOOL)
     names = [f"module{i}" for i in range(10_000)]
     chosen = sum(map(tool.is_validation, names))
     assert 200 < chosen < 400

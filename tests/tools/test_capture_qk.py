@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from megalibi.checkpoint import Checkpoint
 from megalibi.data.tokens.token_file import TokenFileWriter
+from tests.cli.test_evaluate import train_and_save
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import CPU, make_config
-from tests.tools.test_evaluate import train_and_save
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "capture_qk.py"

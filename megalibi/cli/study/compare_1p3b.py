@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from megalibi import log
+from megalibi.cli.command import Command, add_overrides
+from megalibi.cli.study.root import find_root
 from megalibi.config import Config, config_to_dict
 from megalibi.errors import ConfigError
 from megalibi.files import make_folder, write_aside
@@ -25,7 +26,6 @@ from megalibi.metrics.outputs import check_folder
 from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.model import count_parameters
 from megalibi.report.plots import save_figure
-from megalibi.runtime.exit import run_tool
 from megalibi.studies.comparison.study import CompareStudy
 from megalibi.studies.machinery.machine import detect_machine
 from megalibi.studies.study import load_study
@@ -36,26 +36,22 @@ if TYPE_CHECKING:
     from megalibi.studies.comparison.results import Results
     from megalibi.studies.comparison.study import Variant
 
-ROOT = Path(__file__).parents[1]
 PICTURE = "figure5.png"
 SCALES = ("smoke", "small", "1.3b", "1.3b_10min")
-EXAMPLE = """examples:
-  python tools/compare_1p3b.py --scale smoke
-  python tools/compare_1p3b.py --scale small --data data/books-train --valid data/books-valid --jobs 2
-  python tools/compare_1p3b.py --scale 1.3b --plan
-  python tools/compare_1p3b.py --scale 1.3b --part speed --data data/train --valid data/valid study.turns=5
+EXAMPLES = """examples:
+  {command} --scale smoke
+  {command} --scale small --data data/books-train --valid data/books-valid --jobs 2
+  {command} --scale 1.3b --plan
+  {command} --scale 1.3b --part speed --data data/train --valid data/valid study.turns=5
 smoke: minutes on 2 CPU cores, on the text of `make quickstart`; its numbers mean nothing. small: hours of CPU, minutes
 of a GPU. 1.3b: --part speed takes one GPU of 80 GB, or more ranks; --part quality is meant for a cluster. 1.3b_10min:
 one turn of --part speed, with an eighth of its batch.
 """
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the scale's")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add_overrides(parser, "values that win over the scale's")
     parser.add_argument("--scale", choices=SCALES, required=True, help="configs/compare_SCALE.yaml")
     parser.add_argument("--data", metavar="PREFIX", help="token file to train on (data.train)")
     parser.add_argument("--valid", metavar="PREFIX", help="token file to evaluate on (data.valid)")
@@ -70,8 +66,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="trainings and evaluations at once; turns run alone"
     )
-    parser.add_argument("--launcher", default="", metavar="COMMAND", help="what starts the ranks, before the script")
-    return parser.parse_intermixed_args()  # overrides may stand anywhere
+    parser.add_argument(
+        "--launcher", default="", metavar="COMMAND", help="what starts the ranks: 'srun python', for example"
+    )
 
 
 def load(arguments: argparse.Namespace) -> tuple[CompareStudy, Config]:
@@ -79,13 +76,13 @@ def load(arguments: argparse.Namespace) -> tuple[CompareStudy, Config]:
     given = {"data.train": arguments.data, "data.valid": arguments.valid}
     overrides = [f"{field}={prefix}" for field, prefix in given.items() if prefix is not None]
     return load_study(
-        ROOT / "configs" / f"compare_{arguments.scale}.yaml", [*overrides, *arguments.overrides], CompareStudy
+        find_root() / "configs" / f"compare_{arguments.scale}.yaml", [*overrides, *arguments.overrides], CompareStudy
     )
 
 
 def find_output(arguments: argparse.Namespace) -> Path:
     """Return where the results go: a plan has a folder of its own."""
-    return arguments.output or ROOT / "results" / f"compare_{arguments.scale}{'_plan' if arguments.plan else ''}"
+    return arguments.output or find_root() / "results" / f"compare_{arguments.scale}{'_plan' if arguments.plan else ''}"
 
 
 def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryByKind], gpus: int) -> None:
@@ -167,11 +164,10 @@ def write_results(output: Path, arguments: argparse.Namespace, base: Config, res
     write_aside(output / "report.md", format_report(results, facts=facts, picture=picture))
 
 
-def main() -> None:
-    """Check everything, measure, train, evaluate, write, and say what came of it."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
+    """Check everything, measure, train, evaluate, write the results, and print the findings."""
     study, base = load(arguments)
-    machine = detect_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
+    machine = detect_machine(os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
     output = find_output(arguments)
     check_folder(output, "--output", files=("results.json", "report.md", PICTURE))
     if machine.gpus == 0:
@@ -219,6 +215,4 @@ def main() -> None:
     print(f"results: {output}/results.json, report.md{f', {PICTURE}' if results.has_curves else ''}")
 
 
-if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

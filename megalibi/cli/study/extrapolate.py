@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
-from megalibi import log
+from megalibi.cli.command import Command, add_overrides
+from megalibi.cli.study.root import find_root
 from megalibi.config import Config, config_to_dict
 from megalibi.evaluate.result import EvaluationResult, read_evaluation
 from megalibi.files import make_folder, write_aside
@@ -25,7 +26,6 @@ from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.metrics.records import read_metrics
 from megalibi.metrics.summary import summarize
 from megalibi.report.plots import save_figure
-from megalibi.runtime.exit import run_tool
 from megalibi.studies.extrapolation.findings import judge_extrapolation
 from megalibi.studies.extrapolation.plot import extrapolation_figure
 from megalibi.studies.extrapolation.report import format_report
@@ -45,30 +45,28 @@ from megalibi.units import format_count, format_duration
 if TYPE_CHECKING:
     from megalibi.studies.machinery.scorings import Scoring
 
-ROOT = Path(__file__).parents[1]
 RESULT_FILES = ("results.json", "table.md", "figure.png")
-EXAMPLE = """examples:
-  python tools/extrapolate.py configs/extrapolation_small.yaml --jobs 2
-  python tools/extrapolate.py configs/extrapolation_small.yaml study.methods=[alibi,rotary] train.steps=200 \\
+EXAMPLES = """examples:
+  {command} configs/extrapolation_small.yaml --jobs 2
+  {command} configs/extrapolation_small.yaml study.methods=[alibi,rotary] train.steps=200 \\
       train.output_dir=runs/extrapolation_short
 """
 Results = dict[str, dict[str, dict[int, EvaluationResult]]]
 """Protocol -> method -> length -> result."""
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a study's YAML: a run, and the section study")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the file")
+    add_overrides(parser)
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once (default: %(default)s)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: results/ and the name of CONFIG")
     parser.add_argument(
-        "--launcher", default="", metavar="COMMAND", help="what starts the ranks of a training, before pretrain.py"
+        "--launcher",
+        default="",
+        metavar="COMMAND",
+        help="what starts the ranks of a training: 'srun python', for example",
     )
-    return parser.parse_intermixed_args()
 
 
 def plan_scorings(
@@ -175,13 +173,12 @@ def write_results(
     save_figure(figure, output / "figure.png")
 
 
-def main() -> None:
-    """Check everything, train, evaluate, write, and say what came of it."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> None:
+    """Check everything, train, evaluate, write the results, and print the findings."""
     study, base = load_study(arguments.config, arguments.overrides, ExtrapolationStudy)
     study.check_base(base)
-    machine = detect_machine(ROOT, os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
-    output = arguments.output or ROOT / "results" / arguments.config.stem
+    machine = detect_machine(os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
+    output = arguments.output or find_root() / "results" / arguments.config.stem
     check_folder(output, "--output", files=RESULT_FILES)
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
@@ -205,6 +202,4 @@ def main() -> None:
     print(f"results: {output}/results.json, table.md, figure.png")
 
 
-if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -12,35 +12,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megalibi import log
+from megalibi.cli.command import Command, add_overrides
 from megalibi.errors import ConfigError
 from megalibi.metrics.outputs import check_outputs
 from megalibi.metrics.provenance import describe_run, write_json
-from megalibi.runtime.exit import run_tool
 
-EXAMPLE = """examples:
-  python tools/measure_device.py ceilings --device cuda --output ceilings.json
-  python tools/measure_device.py plan --device cuda --turn train_alibi.json --output plan.json
+EXAMPLES = """examples:
+  {command} ceilings --device cuda --output ceilings.json
+  {command} plan --device cuda --turn train_alibi.json --output plan.json
 """
 PACKAGES = ("torch", "triton", "deepspeed", "flash-attn", "transformers", "numpy")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument("name", choices=list(_MEASUREMENTS))
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .json to write")
     parser.add_argument(
-        "--turn", type=Path, action="append", default=[], metavar="FILE", help="plan: of measure_turn.py"
+        "--turn",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="plan: an output of megalibi study measure-turn",
     )
-    parser.add_argument("--pretrain", metavar="FILE", help="resume: launch/pretrain.py")
     parser.add_argument("--config", type=Path, metavar="FILE", help="resume: the run's YAML")
     parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="resume: for its runs")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="resume: values that win over it")
-    return parser.parse_intermixed_args()
+    add_overrides(parser, "resume: values that win over it")
 
 
 def measure_machine(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -89,11 +88,12 @@ def measure_resume(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return whether a resumed training is that which was not cut."""
     from megalibi.measure.check_resume import check_resume
 
-    missing = [name for name in ("pretrain", "config", "scratch") if getattr(arguments, name) is None]
+    missing = [name for name in ("config", "scratch") if getattr(arguments, name) is None]
     if missing:
         raise ConfigError(f"resume needs --{', --'.join(missing)}")
-    pretrain = [sys.executable, arguments.pretrain]
-    return check_resume(pretrain, arguments.config, arguments.overrides, arguments.scratch)
+    return check_resume(
+        [sys.executable, "-m", "megalibi", "pretrain"], arguments.config, arguments.overrides, arguments.scratch
+    )
 
 
 _MEASUREMENTS = {
@@ -104,9 +104,8 @@ _MEASUREMENTS = {
 }
 
 
-def main() -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Measure one thing, and write it with what it depends on."""
-    arguments = parse_arguments()
     check_outputs({"--output": arguments.output})
     found = _MEASUREMENTS[arguments.name](arguments)
     described = "cpu" if arguments.name in ("plan", "resume") else arguments.device
@@ -114,6 +113,4 @@ def main() -> None:
     print(f"{arguments.name}: {arguments.output}")
 
 
-if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megalibi import log
+from megalibi.cli.command import Command, add_overrides
+from megalibi.cli.study.root import find_root
 from megalibi.data.provenance import read_provenance
 from megalibi.data.tokens.token_file import TokenFile
 from megalibi.errors import ConfigError
 from megalibi.files import lock_file, make_folder, write_aside
 from megalibi.metrics.outputs import check_folder
 from megalibi.metrics.provenance import describe_run
-from megalibi.runtime.exit import run_tool
 from megalibi.studies.gpu_visit.random_tokens import write_random_tokens
 from megalibi.studies.gpu_visit.report import format_report
 from megalibi.studies.gpu_visit.results import read_results
@@ -35,23 +35,19 @@ from megalibi.studies.gpu_visit.step import FAILED, SUMMARY_FILE, StepOutcome, V
 from megalibi.studies.gpu_visit.steps import plan_steps
 from megalibi.studies.gpu_visit.visit import Visit, run_visit
 
-ROOT = Path(os.path.relpath(Path(__file__).parents[1]))
 REPORT = "report.md"
 FAILED_STEPS = "failed"
-EXAMPLE = """examples:
-  python tools/measure_gpu.py                          (nine minutes, the dearest findings first)
-  python tools/measure_gpu.py --list
-  python tools/measure_gpu.py --only machine,ceilings,train_alibi train.micro_batch_size=2
-  python tools/measure_gpu.py --seconds 7200 --data data/books-train --valid data/books-valid --again failed
-  python tools/measure_gpu.py --device cpu --seconds 120 --output /tmp/visit
+EXAMPLES = """examples:
+  {command}                          (nine minutes, the dearest findings first)
+  {command} --list
+  {command} --only machine,ceilings,train_alibi train.micro_batch_size=2
+  {command} --seconds 7200 --data data/books-train --valid data/books-valid --again failed
+  {command} --device cpu --seconds 120 --output /tmp/visit
 """
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
     parser.add_argument("--seconds", type=float, default=540.0, metavar="S", help="in all (default: %(default)g)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: results/gpu_NAME")
@@ -61,10 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", metavar="NAME,NAME", help="these steps")
     parser.add_argument("--again", metavar="NAME,NAME", help=f"do these again; {FAILED_STEPS}: all that failed")
     parser.add_argument("--list", action="store_true", help="show the steps and what is known of them, and end")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="section.field=value", help="for the 1.3B model, to fit a smaller card"
-    )
-    return parser.parse_intermixed_args()
+    add_overrides(parser, "for the 1.3B model, to fit a smaller card")
 
 
 def find_gpu() -> dict[str, Any]:
@@ -92,17 +85,24 @@ def describe(device: str, gpu: dict[str, Any], text: str) -> dict[str, Any]:
     return {**facts, "device": device, "text": text}
 
 
+def _relative_root() -> Path:
+    """Return the root so that commands which name it stay short."""
+    return Path(os.path.relpath(find_root()))
+
+
 def name_folder(device: str, gpu: dict[str, Any]) -> Path:
     """Return where results go unless the user says it: results/gpu_h200, or for a trial runs/gpu_cpu."""
     if device == "cpu":
-        return ROOT / "runs" / "gpu_cpu"
+        return _relative_root() / "runs" / "gpu_cpu"
     words = re.split(r"[^a-z0-9]+", gpu["gpu"].lower())
-    return ROOT / "results" / "_".join(["gpu", *(word for word in words if word not in ("nvidia", "tesla", ""))])
+    named = [word for word in words if word not in ("nvidia", "tesla", "")]
+    return _relative_root() / "results" / "_".join(["gpu", *named])
 
 
 def make_environment(device: str) -> dict[str, str]:
     """Return the environment of the steps: our packages are found, and the device is seen, and it alone."""
-    paths = [str(ROOT.resolve()), str((ROOT / "kernels").resolve()), os.environ.get("PYTHONPATH", "")]
+    root = find_root().resolve()
+    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
         return {**os.environ, **ours, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
@@ -183,7 +183,7 @@ def find_vocab_size(prefixes: Sequence[str]) -> int:
 
 def make_setup(arguments: argparse.Namespace, device: str, output: Path) -> Setup:
     """Return what the steps are made of."""
-    scratch = arguments.scratch or ROOT / "runs" / f"{output.name}_scratch"
+    scratch = arguments.scratch or _relative_root() / "runs" / f"{output.name}_scratch"
     peers, compiled = find_peers(device)
     given = [prefix for prefix in (arguments.data, arguments.valid) if prefix]
     return Setup(
@@ -191,7 +191,7 @@ def make_setup(arguments: argparse.Namespace, device: str, output: Path) -> Setu
         seconds=arguments.seconds,
         folder=output,
         scratch=scratch,
-        root=ROOT,
+        root=_relative_root(),
         python=sys.executable,
         data=arguments.data or str(scratch / "random_tokens"),
         vocab_size=find_vocab_size(given) if given else VOCAB_SIZE,
@@ -240,9 +240,8 @@ def visit(arguments: argparse.Namespace, setup: Setup, steps: Sequence[VisitStep
     return 1 if any(record.status == FAILED for record in records) else 0
 
 
-def main() -> int:
-    """Check, and show the plan or do it."""
-    arguments = parse_arguments()
+def run(arguments: argparse.Namespace) -> int:
+    """Check everything, and show the plan or carry it out."""
     if not 0 < arguments.seconds < float("inf"):
         raise ConfigError(f"--seconds={arguments.seconds:g}: must be a number above 0")
     gpu = {} if arguments.device == "cpu" else find_gpu()
@@ -262,6 +261,4 @@ def main() -> int:
     return visit(arguments, setup, steps, gpu)
 
 
-if __name__ == "__main__":
-    log.configure()
-    run_tool(main)
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -1,9 +1,6 @@
 """Time a few steps of a run and measure their memory, in processes of their own; no checkpoint is written.
 
-tools/compare_1p3b.py starts it for each of its turns. It runs under deepspeed, torchrun, srun, or alone as one process.
-
-Example:
-    python launch/measure_turn.py --config configs/books_24m_alibi.yaml --output turn.json train.steps=4
+The comparison starts it for each of its turns. It runs alone, or on ranks of deepspeed, torchrun or srun.
 """
 
 from __future__ import annotations
@@ -11,36 +8,35 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megalibi.config import Config, load_config
+from megalibi.cli.command import RankCommand, add_run
+from megalibi.config import load_config
 from megalibi.runtime.cuda_environment import set_cuda_environment
-from megalibi.runtime.exit import run_rank
 from megalibi.runtime.ranks import Place
 from megalibi.train.start import start_job
 
+EXAMPLES = """example:
+  {command} --config configs/books_24m_alibi.yaml --output turn.json train.steps=4
+"""
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="YAML file of the run; its train.steps are timed")
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    add_run(parser, "YAML file of the run; its train.steps are timed")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .json to write")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # deepspeed's launcher adds it; LOCAL_RANK says it too
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="values that win over the file")
-    return parser.parse_intermixed_args()  # overrides may stand anywhere
 
 
-def run(config: Config, place: Place, output: Path) -> None:
+def run(arguments: argparse.Namespace, place: Place) -> None:
     """Check everything, set up the device and torch.distributed, and measure."""
+    config = load_config(arguments.config, arguments.overrides)
     set_cuda_environment(config)
     from megalibi.metrics.outputs import check_outputs
 
-    check_outputs({"--output": output})
+    check_outputs({"--output": arguments.output})
     job = start_job(config, place)
 
     from megalibi.measure.turn import measure_turn  # not before the device is set up
 
-    measure_turn(job, output)
+    measure_turn(job, arguments.output)
 
 
-if __name__ == "__main__":
-    arguments = parse_arguments()
-    run_rank(lambda place: run(load_config(arguments.config, arguments.overrides), place, arguments.output))
+COMMAND = RankCommand(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -63,8 +63,8 @@ class Turn:
 
     def command(self, slot: int) -> list[str]:
         """Return the command that measures."""
-        arguments = ["--config", str(self.folder / "turn.yaml"), "--output", str(self.output)]
-        return [*self.machine.launch(slot, self.machine.measure_turn), *arguments]
+        measure = self.machine.launch(slot, "study", "measure-turn")
+        return [*measure, "--config", str(self.folder / "turn.yaml"), "--output", str(self.output)]
 
     def environment(self, slot: int) -> dict[str, str]:
         """Return the environment to measure in."""

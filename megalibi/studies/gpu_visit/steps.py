@@ -17,6 +17,7 @@ CONFIG_1_3B = "configs/gpt_1.3b_alibi_2048_1gpu.yaml"
 CONFIG_RESUME = "configs/books_24m_alibi.yaml"
 CONFIG_EXTRAPOLATION = "configs/extrapolation_small.yaml"
 EXTRAPOLATION_FROM_SECONDS = 3600.0
+_MEGALIBI = ("-m", "megalibi")
 _TOY_LEAST, _TESTS_LIMIT = 5.0, 200
 
 
@@ -59,7 +60,7 @@ def _measure(
     setup: Setup, name: str, what: str, limit: float, *arguments: str, expected: float, least: float = 0.0
 ) -> VisitStep:
     output = setup.output(name)
-    command = [setup.python, str(setup.root / "tools" / "measure_device.py"), name, "--device", setup.device]
+    command = [setup.python, *_MEGALIBI, "study", "measure-device", name, "--device", setup.device]
     return VisitStep(
         name=name,
         what=what,
@@ -75,7 +76,7 @@ def _warm(setup: Setup) -> VisitStep:
     return VisitStep(
         name="warm",
         what="Triton's kernels compiled on all cores, beside the next steps",
-        command=(setup.python, str(setup.root / "tools" / "warm_triton.py")),
+        command=(setup.python, *_MEGALIBI, "warm-triton"),
         expected=45,
         limit=90,  # kernels that are not compiled by then are compiled at their first use
         least=30,
@@ -135,7 +136,7 @@ def _model_overrides(setup: Setup) -> tuple[str, ...]:
 
 def _train(setup: Setup, name: str, what: str, shape: str, batch: str, *method: str) -> VisitStep:
     output = setup.output(name)
-    command = (setup.python, str(setup.root / "launch" / "measure_turn.py"))
+    command = (setup.python, *_MEGALIBI, "study", "measure-turn")
     run = ("--config", str(setup.root / CONFIG_1_3B), "--output", str(output))
     overrides = (*_model_overrides(setup), *shape.split(), *batch.split(), *method, *setup.overrides)
     return VisitStep(
@@ -152,7 +153,7 @@ def _train(setup: Setup, name: str, what: str, shape: str, batch: str, *method: 
 
 def _profile(setup: Setup, shape: str) -> VisitStep:
     output = setup.output("profile_step")
-    command = (setup.python, str(setup.root / "launch" / "profile_step.py"))
+    command = (setup.python, *_MEGALIBI, "study", "profile-step")
     run = ("--config", str(setup.root / CONFIG_1_3B), "--output", str(output))
     batch = f"train.global_batch_size={4 if setup.is_toy else 16}"
     steps = f"train.steps={1 if setup.is_toy else 3}"
@@ -231,8 +232,7 @@ def _resume(setup: Setup) -> VisitStep:
         small += ["train.global_batch_size=2", "train.micro_batch_size=2"]
     else:
         small += [f"model.vocab_size={setup.vocab_size}"]
-    pretrain, config = setup.root / "launch" / "pretrain.py", setup.root / CONFIG_RESUME
-    given = ("--pretrain", str(pretrain), "--config", str(config), "--scratch", str(setup.scratch / "resume"))
+    given = ("--config", str(setup.root / CONFIG_RESUME), "--scratch", str(setup.scratch / "resume"))
     return _measure(
         setup, "resume", "20 steps against 10, a resume, and 10", 120, *given, *small, expected=45, least=45
     )
@@ -244,7 +244,7 @@ def _extrapolation(setup: Setup) -> VisitStep:
         impossible = f"it takes an hour: give --seconds {EXTRAPOLATION_FROM_SECONDS:.0f} or more"
     elif not setup.valid:
         impossible = "it needs text: give --data and --valid"
-    tool, config = setup.root / "tools" / "extrapolate.py", setup.root / CONFIG_EXTRAPOLATION
+    config = setup.root / CONFIG_EXTRAPOLATION
     overrides = [f"data.train={setup.data}", f"data.valid={setup.valid}", "data.tokenizer=null", "train.steps=8000"]
     overrides += [f"model.vocab_size={setup.vocab_size}", "optimizer.warmup_steps=600", "train.eval_every_steps=2000"]
     overrides += ["checkpoint.every_steps=1000", f"train.output_dir={setup.scratch / 'extrapolation'}"]
@@ -252,7 +252,7 @@ def _extrapolation(setup: Setup) -> VisitStep:
     return VisitStep(
         name="extrapolation",
         what="the extrapolation study at ten times its tokens",
-        command=(setup.python, str(tool), str(config), *output, *overrides),
+        command=(setup.python, *_MEGALIBI, "study", "extrapolate", str(config), *output, *overrides),
         limit=24 * 3600.0,
         expected=EXTRAPOLATION_FROM_SECONDS,
         least=600,

@@ -16,8 +16,8 @@ from types import FrameType
 from typing import Any, BinaryIO, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from megalibi.console import Progress
 from megalibi.errors import FileError, JobError
 from megalibi.units import format_duration
 
@@ -84,36 +84,46 @@ def run_jobs(jobs: Sequence[StudyJob], *, at_once: int, console: Console) -> Non
         KeyboardInterrupt: A signal came; all running jobs have ended.
     """
     waiting, running, failures = deque(jobs), dict[int, Child](), list[str]()
-    with _signals_interrupt(), _Display(console) as display:
+    with _signals_interrupt(), Progress(console, line_every_seconds=LINE_EVERY_SECONDS) as progress:
         try:
             while waiting or running:
                 for slot in range(at_once):
                     if waiting and slot not in running:
                         running[slot] = Child(waiting.popleft(), slot)
-                        display.say(f"{running[slot].job.name}: started, log {running[slot].job.log}")
+                        progress.say(f"{running[slot].job.name}: started, log {running[slot].job.log}")
                 time.sleep(POLL_SECONDS)
                 for slot, child in list(running.items()):
-                    display.show(child)
+                    _show(child.job, progress)
                     if child.process.poll() is not None:
-                        failures += _end(running.pop(slot), display)
+                        failures += _end(running.pop(slot), progress)
         except BaseException:
             if running:
-                display.say("stopping: running jobs save what they have; the same command goes on")
+                progress.say("stopping: running jobs save what they have; the same command goes on")
             _stop(list(running.values()))
             raise
     if failures:
         raise JobError("; ".join(failures))
 
 
-def _end(child: Child, display: _Display) -> list[str]:
+def _show(job: StudyJob, progress: Progress) -> None:
+    """Show how far a job is; without a terminal it is asked only when a line is due, for that reads files."""
+    if progress.is_due(job.name):
+        known = job.progress()
+        if known is None:
+            progress.begin(job.name)
+        else:
+            progress.show(job.name, known.words, done=known.done, total=known.total)
+
+
+def _end(child: Child, progress: Progress) -> list[str]:
     """Take the result of a child that has ended; return what went wrong, if anything."""
     error = child.job.finish(child.process.returncode)
-    display.drop(child)
+    progress.drop(child.job.name)
     if error is None:
-        display.say(f"{child.job.name}: done in {format_duration(time.monotonic() - child.began)}")
+        progress.say(f"{child.job.name}: done in {format_duration(time.monotonic() - child.began)}")
         return []
     failure = f"{child.job.name} {error}: {child.last_words()} (log {child.job.log})"
-    display.say(failure)
+    progress.say(failure)
     return [failure]
 
 
@@ -130,7 +140,7 @@ class Child:
     """
 
     def __init__(self, job: StudyJob, slot: int) -> None:
-        self.job, self.began, self.next_line = job, time.monotonic(), time.monotonic() + LINE_EVERY_SECONDS
+        self.job, self.began = job, time.monotonic()
         with _open_alone(job) as log:
             self._log_start = log.tell()
             job.prepare()
@@ -204,52 +214,3 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Display:
-    """Shows a bar for each running job on a terminal, and plain lines elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[words]}"),
-        )
-        self._bars = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Display:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()
-
-    def say(self, line: str) -> None:
-        """Print a line that stays."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def show(self, child: Child) -> None:
-        """Show how far a job is; without a terminal as a line, if it is time for the next one."""
-        name, now = child.job.name, time.monotonic()
-        due = now >= child.next_line
-        if not (self._console.is_terminal or due):
-            return
-        progress = child.job.progress()
-        if self._console.is_terminal:
-            if name not in self._tasks:
-                self._tasks[name] = self._bars.add_task(name, total=None, words="starting")
-            if progress is not None:
-                self._bars.update(
-                    self._tasks[name], completed=progress.done, total=progress.total, words=progress.words
-                )
-        elif progress is not None:
-            self.say(f"{name}: {progress.words}")
-            child.next_line = now + LINE_EVERY_SECONDS
-
-    def drop(self, child: Child) -> None:
-        """Remove the bar of a job."""
-        if child.job.name in self._tasks:
-            self._bars.remove_task(self._tasks.pop(child.job.name))

@@ -6,7 +6,7 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,6 @@ from megalibi.errors import ConfigError
 class Machine:
     """The programs that a study starts, and the cores and GPUs that its processes share."""
 
-    pretrain: Path
-    """The program that trains: launch/pretrain.py."""
-    measure_turn: Path
-    """The program that measures one turn: launch/measure_turn.py."""
-    evaluate: Path
-    """The program that evaluates a checkpoint: tools/evaluate.py."""
     environment: Mapping[str, str]
     """The environment of every process."""
     cores: int
@@ -36,7 +30,7 @@ class Machine:
     ranks: int = 1
     """Ranks of a training or of a turn."""
     launcher: tuple[str, ...] = ()
-    """The command that starts the ranks, put before the program; empty means plain python or deepspeed's launcher."""
+    """The user's own command that starts the ranks of a training; empty: this machine's choice."""
 
     def __post_init__(self) -> None:
         """Check that the processes fit the machine."""
@@ -49,21 +43,29 @@ class Machine:
                 f"there are {self.gpus}: run fewer at once (--jobs), or on fewer ranks (study.ranks)"
             )
 
-    def launch(self, slot: int, program: Path) -> list[str]:
-        """Return the command that starts a program on all ranks, without the program's arguments.
+    def launch(self, slot: int, *command: str) -> list[str]:
+        """Return the words that start a command of megalibi on the ranks of a training, before its own arguments.
 
         Args:
             slot: The place of this process among those that run at once, from 0 on; it decides on the GPUs.
-            program: ``pretrain`` or ``measure_turn``.
+            command: The words after ``megalibi``, such as ``pretrain``.
         """
         if self.launcher:
-            return [*self.launcher, str(program)]
+            return [*self.launcher, _module_option(self.launcher), "megalibi", *command]
         if self.ranks == 1:
-            return [sys.executable, str(program)]
+            return self.start(*command)
         gpus = ",".join(map(str, self._gpus(slot, self.ranks)))
         where = ["--include", f"localhost:{gpus}"] if gpus else ["--num_accelerators", str(self.ranks)]
         deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-        return [*deepspeed, *where, "--master_port", str(_find_free_port()), str(program)]
+        return [*deepspeed, *where, "--master_port", str(_find_free_port()), "--module", "megalibi", *command]
+
+    def start(self, *command: str) -> list[str]:
+        """Return the words that start a command of the installed package as one process of this interpreter.
+
+        Args:
+            command: The words after ``megalibi``, such as ``evaluate``.
+        """
+        return [sys.executable, "-m", "megalibi", *command]
 
     def environment_of(self, slot: int, ranks: int) -> dict[str, str]:
         """Return the environment of the ``slot``-th process, which has its share of the cores and its GPU."""
@@ -79,15 +81,15 @@ class Machine:
         return range(slot * ranks, (slot + 1) * ranks) if self.gpus else range(0)
 
 
-def detect_machine(root: Path, environment: Mapping[str, str], *, jobs: int, ranks: int, launcher: str = "") -> Machine:
+def detect_machine(environment: Mapping[str, str], *, jobs: int, ranks: int, launcher: str = "") -> Machine:
     """Return this machine as a study may use it. Processes share the cores unless OMP_NUM_THREADS is set already.
 
     Args:
-        root: The folder with launch/ and tools/.
         environment: The environment of every process.
         jobs: How many processes run at once.
         ranks: Ranks of each training.
-        launcher: The command that starts the ranks, as a user types it; empty means our choice.
+        launcher: The command that starts the ranks, such as ``srun python`` or ``deepspeed --num_gpus 8``; empty means
+            our choice.
 
     Raises:
         ConfigError: There are too few GPUs for so many processes, or the launcher is not a command.
@@ -97,9 +99,6 @@ def detect_machine(root: Path, environment: Mapping[str, str], *, jobs: int, ran
     except ValueError as error:  # a quote without its other
         raise ConfigError(f"--launcher={launcher}: must be a command ({error})") from error
     return Machine(
-        pretrain=root / "launch" / "pretrain.py",
-        measure_turn=root / "launch" / "measure_turn.py",
-        evaluate=root / "tools" / "evaluate.py",
         environment=environment,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         gpus=0 if environment.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count(),
@@ -107,6 +106,12 @@ def detect_machine(root: Path, environment: Mapping[str, str], *, jobs: int, ran
         ranks=ranks,
         launcher=words,
     )
+
+
+def _module_option(launcher: Sequence[str]) -> str:
+    """Return the option by which a launcher takes a module: deepspeed has one of its own, others have Python's."""
+    names = {Path(word).name for word in launcher}
+    return "--module" if names & {"deepspeed", "ds", "deepspeed.launcher.runner"} else "-m"
 
 
 def _find_free_port() -> int:

@@ -1,9 +1,8 @@
-"""The evaluations of a study: each is a process of tools/evaluate.py, and none is done twice."""
+"""The evaluations of a study: each is a process of ``megalibi evaluate``, and none is done twice."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from megalibi.studies.machinery.machine import Machine
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """One call of tools/evaluate.py. Calls that share an output collect their lengths in it."""
+    """One call of ``megalibi evaluate``. Calls that share an output collect their lengths in it."""
 
     label: str
     """The name of the model on the console."""
@@ -58,14 +57,14 @@ class Scoring:
         """Return the command that evaluates."""
         options = {**self._question(), "checkpoint": self.checkpoint, "lengths": self._lengths, "output": self._part}
         arguments = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
-        return [sys.executable, str(self.machine.evaluate), *arguments]
+        return [*self.machine.start("evaluate"), *arguments]
 
     def environment(self, slot: int) -> dict[str, str]:
         """Return the environment to evaluate in."""
         return self.machine.environment_of(slot, 1)
 
     def progress(self) -> JobProgress | None:
-        """Return how far it is, from the last line that evaluate.py has printed."""
+        """Return how far it is, from the last line that the process has printed."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] if self.log.exists() else []
         percent = [word for word in lines[0].split() if word.endswith("%,")] if lines else []
         done = float(percent[0].removesuffix("%,")) if percent else 0.0

@@ -1,4 +1,4 @@
-"""The trainings of a study: each is a process of launch/pretrain.py, and none is done twice.
+"""The trainings of a study: each is a process of ``megalibi pretrain``, and none is done twice.
 
 A study's folder has for each run NAME.yaml (its configuration, which a user could start by hand), NAME.log (its output)
 and NAME/ (its train.output_dir).
@@ -66,7 +66,7 @@ class Training:
 
     def command(self, slot: int) -> list[str]:
         """Return the command that trains."""
-        return [*self.machine.launch(slot, self.machine.pretrain), "--config", str(self.config_path)]
+        return [*self.machine.launch(slot, "pretrain"), "--config", str(self.config_path)]
 
     def environment(self, slot: int) -> dict[str, str]:
         """Return the environment to train in."""

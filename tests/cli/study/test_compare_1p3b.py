@@ -7,17 +7,18 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.in_process import Runner, load_tool, make_runner
+from megalibi.cli.command import spell_script
+from megalibi.cli.study import compare_1p3b
+from tests.support.in_process import Runner, make_runner
 from tests.support.runs import VOCAB_SIZE, write_tokens
 from tests.support.warm_python import warm_python
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "compare_1p3b.py"
 STEPS = 4
 LENGTHS = (16, 32)
@@ -44,15 +45,10 @@ TINY = [
 
 
 @pytest.fixture
-def tool() -> ModuleType:
-    return load_tool(TOOL)
-
-
-@pytest.fixture
-def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
     """Run the tool in this process, which has its imports; turns, trainings and evaluations are processes as ever."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    return make_runner(tool, TOOL, monkeypatch, capsys)
+    return make_runner(compare_1p3b.COMMAND, TOOL, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -184,11 +180,12 @@ def test_plan_reads_nothing_that_was_measured(folder: Path, tmp_path: Path, run:
     assert f"its {len(MODELS)} trainings: {len(MODELS)} x 2 x " in page
 
 
-def test_plan_does_not_write_where_results_are(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_does_not_write_where_results_are() -> None:
     folders = {}
     for more in ([], ["--plan"], ["--plan", "--output", "here"]):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), "--scale", "small", *more])
-        folders[len(more)] = str(tool.find_output(tool.parse_arguments()).relative_to(ROOT if len(more) < 3 else "."))
+        arguments = compare_1p3b.COMMAND.parse(["--scale", "small", *more], spell_script(str(TOOL)))
+        output = compare_1p3b.find_output(arguments)
+        folders[len(more)] = str(output.relative_to(ROOT if len(more) < 3 else "."))
     assert folders == {0: "results/compare_small", 1: "results/compare_small_plan", 3: "here"}
 
 

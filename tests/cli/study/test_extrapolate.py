@@ -16,11 +16,12 @@ import yaml
 
 from megalibi.checkpoint import Checkpoint, find_checkpoint
 from megalibi.checkpoint.lock import LOCK_FILE
+from megalibi.cli.study import extrapolate
 from megalibi.config import config_to_dict
-from tests.support.in_process import Runner, load_tool, make_runner
+from tests.support.in_process import Runner, make_runner
 from tests.support.runs import make_config, write_tokens
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "extrapolate.py"
 METHODS = ("alibi", "sinusoidal")
 STEPS = 120
@@ -55,7 +56,7 @@ def arguments_of(study: Path, *arguments: str) -> list[str]:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
     """Run the tool in this process, which has its imports; trainings and evaluations are processes as ever."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    return make_runner(load_tool(TOOL), TOOL, monkeypatch, capsys)
+    return make_runner(extrapolate.COMMAND, TOOL, monkeypatch, capsys)
 
 
 def step_of(study: Path, method: str) -> int:
@@ -200,4 +201,4 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(study: Path, ru
 def test_help_has_an_example(run: Runner) -> None:
     code, output, _ = run("--help")
     assert code == 0
-    assert "python tools/extrapolate.py configs/extrapolation_small.yaml --jobs 2" in output
+    assert f"python {TOOL} configs/extrapolation_small.yaml --jobs 2" in output

@@ -9,16 +9,16 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
+from megalibi.cli.study import measure_gpu
 from megalibi.studies.gpu_visit.step import DONE, INTERRUPTED, SKIPPED, read_outcomes
 from tests.studies.machinery.test_jobs import signal_when
-from tests.support.in_process import Runner, load_tool, make_runner
+from tests.support.in_process import Runner, make_runner
 from tests.support.warm_python import warm_python
 
-TOOL = Path(__file__).parents[2] / "tools" / "measure_gpu.py"
+TOOL = Path(__file__).parents[3] / "tools" / "measure_gpu.py"
 SECONDS = "570"
 """Not the 120 of ``--help``, which are for a machine that does nothing else: the suite may run beside other work, and
 no step shall be left out for that."""
@@ -26,15 +26,10 @@ IMPOSSIBLE = {"warm", "attention_cuda_graph", "attention_compiled", "extrapolati
 PARTS = ("matmul", "attention", "cross entropy", "layer norm", "GELU", "optimizer", "gradient accumulation")
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    return load_tool(TOOL)
-
-
 @pytest.fixture
-def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
     """Run the tool in this process, which has its imports; the steps are processes as ever."""
-    return make_runner(tool, TOOL, monkeypatch, capsys)
+    return make_runner(measure_gpu.COMMAND, TOOL, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +39,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_every_step_at_toy_size_and_again(
-    tool: ModuleType, python: str, run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    python: str, run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", python)
     folder = tmp_path / "results"
@@ -64,7 +59,7 @@ def test_every_step_at_toy_size_and_again(
     assert {"command", "commit", "date", "hardware", "versions", "device", "text", "steps"} <= set(summary)
     assert summary["text"].startswith("random ids")
     assert records["ceilings"].command.startswith("python ")
-    assert "tools/measure_device.py ceilings --device cpu --output" in records["ceilings"].command
+    assert "-m megalibi study measure-device ceilings --device cpu --output" in records["ceilings"].command
     check_page((folder / "report.md").read_text())
     profile = json.loads((folder / "profile_step.json").read_text())
     assert all(profile["parts_milliseconds"][part] > 0.0 for part in PARTS)
@@ -144,14 +139,14 @@ def test_results_of_another_machine_are_left_alone(run: Runner, tmp_path: Path) 
     assert (tmp_path / "summary.json").read_text() == summary
 
 
-def test_a_card_names_its_folder(tool: ModuleType) -> None:
-    named = [tool.name_folder("cuda", {"gpu": gpu}).name for gpu in ("NVIDIA H200", "NVIDIA H100 80GB HBM3")]
+def test_a_card_names_its_folder() -> None:
+    named = [measure_gpu.name_folder("cuda", {"gpu": gpu}).name for gpu in ("NVIDIA H200", "NVIDIA H100 80GB HBM3")]
     assert named == ["gpu_h200", "gpu_h100_80gb_hbm3"]
 
 
 @pytest.mark.parametrize("visible", [None, "1", ""], ids=["unset", "second card", "none"])
 def test_the_card_is_what_the_driver_says(
-    run: Runner, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None
+    run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None
 ) -> None:
     """Said by a script that answers as nvidia-smi does, for there may be no GPU here."""
     smi = tmp_path / "nvidia-smi"
@@ -163,7 +158,7 @@ def test_the_card_is_what_the_driver_says(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    gpu = tool.find_gpu()
+    gpu = measure_gpu.find_gpu()
     expected = {None: ("NVIDIA H200", "580.159.04"), "1": ("NVIDIA H100 PCIe", "570.1"), "": None}[visible]
     assert gpu == ({} if expected is None else dict(zip(("gpu", "driver"), expected, strict=True)))
     code, output, _ = run("--list", "--output", str(tmp_path / "results"))
@@ -171,12 +166,10 @@ def test_the_card_is_what_the_driver_says(
     assert ("steps of the 1.3B model, ALiBi" in output) == (expected is not None)
     assert (" s, an estimate" in output) == (expected is not None)
     if expected is not None:
-        assert tool.make_environment("cuda")["CUDA_VISIBLE_DEVICES"] == (visible or "0")
+        assert measure_gpu.make_environment("cuda")["CUDA_VISIBLE_DEVICES"] == (visible or "0")
 
 
-def test_a_bad_build_of_a_peer_ends_no_visit(
-    run: Runner, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_build_of_a_peer_ends_no_visit(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c104cuda')\n")
     for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
@@ -184,7 +177,7 @@ def test_a_bad_build_of_a_peer_ends_no_visit(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ImportError, match="undefined symbol"):
         importlib.util.find_spec("flash_attn.cute")  # as it is to be
-    usable, compiled = tool.find_peers("cuda")
+    usable, compiled = measure_gpu.find_peers("cuda")
     assert compiled == ["flex"]
     assert not [name for name in usable if "flash" in name]
     code, _, errors = run("--device", "cpu", "--list", "--output", str(tmp_path / "results"))
@@ -194,4 +187,4 @@ def test_a_bad_build_of_a_peer_ends_no_visit(
 def test_help_has_an_example(run: Runner) -> None:
     code, output, _ = run("--help")
     assert code == 0
-    assert "python tools/measure_gpu.py --device cpu --seconds 120 --output" in output
+    assert f"python {TOOL} --device cpu --seconds 120 --output" in output

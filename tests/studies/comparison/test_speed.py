@@ -27,10 +27,7 @@ HARDWARE = {"cpu": "a CPU", "cores": 2, "threads": 1, "memory_bytes": 1}
 def make_turns(folder: Path, study: CompareStudy = STUDY, **sections: Any) -> dict[Variant, list[Turn]]:
     train = {"output_dir": str(folder), "global_batch_size": 4, "eval_samples": 4}
     base = make_config("tokens", data={"seq_length": 32, "valid": "tokens"}, train=train, **sections)
-    here = Path("launch")
-    machine = Machine(
-        pretrain=here, measure_turn=here / "measure_turn.py", evaluate=here, environment={}, cores=4, jobs=2
-    )
+    machine = Machine(environment={}, cores=4, jobs=2)
     return plan_turns(base, study, machine)
 
 
@@ -91,7 +88,7 @@ def test_every_other_round_is_backwards(tmp_path: Path) -> None:
 def test_a_turn_runs_alone_on_all_cores_whatever_the_jobs(tmp_path: Path) -> None:
     turn = make_turns(tmp_path)[SLOW][1]
     assert turn.environment(0)["OMP_NUM_THREADS"] == "4"
-    assert turn.command(0)[:2] == [sys.executable, "launch/measure_turn.py"]
+    assert turn.command(0)[:5] == [sys.executable, "-m", "megalibi", "study", "measure-turn"]
     assert turn.name == "sinusoidal_32_fast turn 2"
 
 

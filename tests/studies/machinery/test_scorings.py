@@ -15,7 +15,6 @@ from megalibi.studies.machinery.machine import Machine
 from megalibi.studies.machinery.scorings import Scoring, run_scorings
 from tests.support.jobs import run_job, write_job
 
-ROOT = Path(__file__).parents[3]
 TOKENS = 400
 
 
@@ -34,9 +33,6 @@ def scoring(tmp_path_factory: pytest.TempPathFactory) -> Scoring:
         lengths=(16, 32),
         output=folder / "run" / "evaluation_sliding.json",
         machine=Machine(
-            pretrain=ROOT / "launch" / "pretrain.py",
-            measure_turn=ROOT / "launch" / "measure_turn.py",
-            evaluate=ROOT / "tools" / "evaluate.py",
             environment=os.environ | {"OMP_NUM_THREADS": "1"},
             cores=1,
         ),

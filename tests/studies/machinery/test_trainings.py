@@ -16,20 +16,15 @@ from megalibi.studies.machinery.machine import Machine, detect_machine
 from megalibi.studies.machinery.trainings import Training, run_trainings
 from tests.support.jobs import run_job, write_job
 
-ROOT = Path(__file__).parents[3]
-PRETRAIN, MEASURE_TURN = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "measure_turn.py"
-EVALUATE = ROOT / "tools" / "evaluate.py"
-
 
 def make_machine(**changes: Any) -> Machine:
-    fields: dict[str, Any] = {"pretrain": PRETRAIN, "measure_turn": MEASURE_TURN, "evaluate": EVALUATE}
-    return Machine(**(fields | {"environment": {"HOME": "/h"}, "cores": 8} | changes))
+    return Machine(**({"environment": {"HOME": "/h"}, "cores": 8} | changes))
 
 
-def test_this_machine_starts_the_repositorys_scripts() -> None:
-    machine = detect_machine(ROOT, {"OMP_NUM_THREADS": "3"}, jobs=1, ranks=1, launcher="srun -n '2'")
-    assert (machine.pretrain, machine.measure_turn.is_file(), machine.evaluate.is_file()) == (PRETRAIN, True, True)
-    assert machine.launcher == ("srun", "-n", "2")
+def test_this_machine_starts_the_packages_commands() -> None:
+    machine = detect_machine({"OMP_NUM_THREADS": "3"}, jobs=1, ranks=1, launcher="srun -n '2' python")
+    assert machine.start("evaluate") == [sys.executable, "-m", "megalibi", "evaluate"]
+    assert machine.launcher == ("srun", "-n", "2", "python")
     assert machine.environment_of(0, 1)["OMP_NUM_THREADS"] == "3"
     assert machine.cores >= 1
 
@@ -149,13 +144,28 @@ def test_a_failed_training_names_its_log_and_the_last_words(training: Training, 
 
 
 def test_one_rank_is_plain_python_and_several_are_deepspeeds() -> None:
-    assert make_machine().launch(0, PRETRAIN) == [sys.executable, str(PRETRAIN)]
-    two = make_machine(ranks=2).launch(0, PRETRAIN)
+    assert make_machine().launch(0, "pretrain") == [sys.executable, "-m", "megalibi", "pretrain"]
+    two = make_machine(ranks=2).launch(0, "study", "measure-turn")
     assert two[1:3] == ["-m", "deepspeed.launcher.runner"]
     assert two[two.index("--num_accelerators") + 1] == "2"
-    ports = {make_machine(ranks=2).launch(slot, PRETRAIN)[-2] for slot in range(2)}
+    assert two[-4:] == ["--module", "megalibi", "study", "measure-turn"]
+    launches = [make_machine(ranks=2).launch(slot, "pretrain") for slot in range(2)]
+    ports = {launch[launch.index("--master_port") + 1] for launch in launches}
     assert len(ports) == 2  # launchers side by side do not meet
-    assert make_machine(launcher=("srun", "-n", "2")).launch(0, PRETRAIN) == ["srun", "-n", "2", str(PRETRAIN)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "option"),
+    [
+        ("srun -n 2 python", "-m"),
+        ("torchrun --nproc_per_node 2", "-m"),
+        ("/opt/bin/deepspeed --num_gpus 2", "--module"),
+        ("python -m deepspeed.launcher.runner --num_gpus 2", "--module"),
+    ],
+)
+def test_a_launcher_of_the_users_gets_the_module_by_its_own_option(launcher: str, option: str) -> None:
+    words = tuple(launcher.split())
+    assert make_machine(launcher=words).launch(0, "pretrain") == [*words, option, "megalibi", "pretrain"]
 
 
 def test_processes_share_cores_and_gpus() -> None:
@@ -166,7 +176,7 @@ def test_processes_share_cores_and_gpus() -> None:
     assert make_machine(gpus=2, jobs=2).environment_of(1, 1)["CUDA_VISIBLE_DEVICES"] == "1"
     shown = {"CUDA_VISIBLE_DEVICES": "5,7"}
     assert make_machine(gpus=2, jobs=2, environment=shown).environment_of(1, 1)["CUDA_VISIBLE_DEVICES"] == "7"
-    launch = make_machine(gpus=4, jobs=2, ranks=2).launch(1, PRETRAIN)
+    launch = make_machine(gpus=4, jobs=2, ranks=2).launch(1, "pretrain")
     assert launch[launch.index("--include") + 1] == "localhost:2,3"
 
 

@@ -1,0 +1,1 @@
+"""The command line: ``megalibi COMMAND``, a file for each command, which parses, calls the packages and prints."""

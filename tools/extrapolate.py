@@ -1,0 +1,6 @@
+"""Train short, test long: ``megalibi study extrapolate`` as a script."""
+
+from megalibi.cli.main import start_script
+
+if __name__ == "__main__":
+    start_script("study extrapolate")

@@ -1,0 +1,6 @@
+"""Plan a run without a GPU: ``megalibi plan`` as a script."""
+
+from megalibi.cli.main import start_script
+
+if __name__ == "__main__":
+    start_script("plan")

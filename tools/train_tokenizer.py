@@ -1,0 +1,6 @@
+"""Train a tokenizer: ``megalibi tokenizer`` as a script."""
+
+from megalibi.cli.main import start_script
+
+if __name__ == "__main__":
+    start_script("tokenizer")
