@@ -43,7 +43,7 @@ class Progress:
         self._next_line: dict[str, float] = {}
 
     def __enter__(self) -> Progress:
-        self._bars.start()
+        self.start()
         return self
 
     def __exit__(
@@ -51,8 +51,12 @@ class Progress:
     ) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Begin to show bars; the start of a ``with`` block does it."""
+        self._bars.start()
+
     def close(self) -> None:
-        """Leave the terminal as it was found."""
+        """Leave the terminal as it was found; the end of a ``with`` block does it."""
         self._bars.stop()
 
     def is_due(self, task: str) -> bool:

@@ -7,15 +7,9 @@ turn by turn. Every row is written when it is known; a second run with the same 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +37,7 @@ from megalibi import log
 from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 from megalibi.metrics.outputs import check_outputs, check_picture
+from megalibi.metrics.provenance import describe_run
 from megalibi.report.plots import GRID, INK, MUTED, PAPER, SERIES_COLORS, save_figure
 from megalibi.runtime.exit import run_tool
 
@@ -152,7 +147,7 @@ def choose_names(arguments: argparse.Namespace, contestants: Mapping[str, Contes
 def read_record(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the record to go on with: a new one, or what --output has."""
     settings = {name: getattr(arguments, name) for name in ("device", "batch", "head_dim", "qk", "cuda_graph")}
-    record = {**describe_machine(arguments.device), "settings": settings, "notes": NOTES, "flop": FORMULA}
+    record = {**describe_run(arguments.device, PACKAGES), "settings": settings, "notes": NOTES, "flop": FORMULA}
     record |= {"what": {}, "rows": []}
     if arguments.output is None or not arguments.output.exists():
         return record
@@ -166,12 +161,8 @@ def read_record(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, value in ours.items():
         if theirs[name] != value:
             raise ConfigError(f"--output={arguments.output} has {name}={theirs[name]}, this run has {value}")
-    return {**record, "what": old["what"], "rows": rows, "earlier": [*old.get("earlier", []), describe_run(old)]}
-
-
-def describe_run(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return when, how and from what a run was made."""
-    return {name: record[name] for name in ("command", "commit", "date")}
+    made = {name: old[name] for name in ("command", "commit", "date")}
+    return {**record, "what": old["what"], "rows": rows, "earlier": [*old.get("earlier", []), made]}
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -255,35 +246,6 @@ def draw_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], names: Sequence[st
     axes.tick_params(labelsize=8, labelcolor=INK, color=MUTED)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def describe_machine(device: str) -> dict[str, Any]:
-    """Return what a figure depends on besides the code."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    hardware = {"cpu": names[0] if names else platform.machine(), "cores": psutil.cpu_count()}
-    hardware |= {"threads": torch.get_num_threads(), "memory_bytes": psutil.virtual_memory().total}
-    if device == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name()
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "triton", "flash-attn", "transformers"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": commit or "unknown",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "hardware": hardware,
-        "versions": versions,
-    }
 
 
 def run_cases(arguments: argparse.Namespace, cases: Sequence[Case], record: dict[str, Any]) -> None:

@@ -1,19 +1,15 @@
 """Measure the data path: preprocessing against bare sentencepiece, and the loader's tokens per second.
 
-Rates are measured side by side and repeated in turns, for their ratio to hold on a machine that does other work.
+Rates are measured in turns and repeated, so that their ratio holds on a machine that does other work, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -34,8 +30,8 @@ from megalibi.data.preprocess import preprocess
 from megalibi.data.text.documents import DocumentReader, join_pieces
 from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.errors import ConfigError
-from megalibi.files import write_aside
 from megalibi.metrics.outputs import check_folder, check_outputs
+from megalibi.metrics.provenance import describe_run, write_json
 from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """examples:
@@ -53,7 +49,7 @@ def read_documents(inputs: Sequence[str], text_key: str) -> list[str]:
 
 
 def deal(documents: Sequence[str], workers: int) -> list[list[str]]:
-    """Share documents out, the longest first to whom has least: no process waits long for another."""
+    """Share documents out, the longest first, each to the process with the least, so that all end at about one time."""
     shares: list[list[str]] = [[] for _ in range(workers)]
     sizes = [0] * workers
     for document in sorted(documents, key=len, reverse=True):
@@ -64,7 +60,7 @@ def deal(documents: Sequence[str], workers: int) -> list[list[str]]:
 
 
 def serve_bare_encoding(tokenizer_path: str, documents: list[str], connection: Connection) -> None:
-    """In a process of its own: encode the documents with sentencepiece alone, each time one is asked to."""
+    """Encode the documents with sentencepiece alone each time one is asked to; this runs in a process of its own."""
     processor = sentencepiece.SentencePieceProcessor(model_file=tokenizer_path)
     connection.send("ready")
     with contextlib.suppress(EOFError):  # the other end was closed: there is no more to measure
@@ -214,34 +210,11 @@ def benchmark_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def describe_machine() -> dict[str, Any]:
-    """Return what a figure depends on besides the code."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit or "unknown",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "hardware": {
-            "cpu": cpu,
-            "cores": psutil.cpu_count(),
-            "memory_bytes": psutil.virtual_memory().total,
-            "load_average_at_the_end": psutil.getloadavg()[0],
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "sentencepiece": sentencepiece.__version__,
-        },
-    }
+def describe_origin() -> dict[str, Any]:
+    """Return what the figures depend on besides the options, and how busy the machine was."""
+    described = describe_run("cpu", ("numpy", "sentencepiece"))
+    described["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
+    return described
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -259,7 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     loader.add_argument("--gigabytes", type=float, default=4.0, help="size of the token file (default: 4)")
     loader.add_argument("--seq-lengths", type=int, nargs="+", default=[256, 1024, 2048])
     loader.add_argument("--seconds", type=float, default=5.0, help="length of one measurement (default: 5)")
-    loader.add_argument("--folder", help="where to put the token file (default: the system's temporary folder)")
+    loader.add_argument("--folder", help="folder for the token file (default: the system's temporary folder)")
     for command in (preprocess_, loader):
         command.add_argument("--repeats", type=int, default=5)
         command.add_argument("--output", type=Path, metavar="FILE.json", help="where to write the figures")
@@ -267,7 +240,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Find out before the work what cannot be."""
+    """Refuse options that cannot be used, before the work."""
     check_option("--repeats", arguments.repeats, 1)
     check_outputs({"--output": arguments.output})
     if arguments.command == "preprocess":
@@ -279,8 +252,8 @@ def check(arguments: argparse.Namespace) -> None:
         check_option("--seq-lengths", seq_length, 1)
     if max(arguments.seq_lengths) >= arguments.gigabytes * 1e9 / TOKEN_BYTES:
         raise ConfigError(
-            f"--seq-lengths={max(arguments.seq_lengths)} is not allowed: fewer tokens than the file of "
-            f"--gigabytes={arguments.gigabytes} has are"
+            f"--seq-lengths={max(arguments.seq_lengths)}: must be below the "
+            f"{int(arguments.gigabytes * 1e9) // TOKEN_BYTES} tokens of a file of --gigabytes={arguments.gigabytes}"
         )
     if arguments.folder is not None:
         check_folder(Path(arguments.folder), "--folder")
@@ -295,11 +268,11 @@ def main() -> None:
     for name, value in figures.items():
         if isinstance(value, dict):
             console.print(f"{name}: {value['median']:,.2f} ({value['min']:,.2f} to {value['max']:,.2f})")
-    text = json.dumps({**describe_machine(), **figures}, indent=2)
+    record = {**describe_origin(), **figures}
     if arguments.output:
-        write_aside(arguments.output, text + "\n")
+        write_json(record, arguments.output)
     else:
-        print(text)
+        print(json.dumps(record, indent=2))
 
 
 if __name__ == "__main__":

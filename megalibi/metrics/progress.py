@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from megalibi.console import Progress
 from megalibi.metrics.records import StepRecord, ValidationRecord
 from megalibi.units import format_bytes, format_count, format_duration
 
@@ -42,32 +43,25 @@ class ConsoleWriter:
         self._eval_samples = eval_samples
         self._recent_seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._console = console or Console(highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
-        if self._console.is_terminal:
-            self._progress = Progress(
-                BarColumn(bar_width=None),
-                TaskProgressColumn(),
-                TextColumn("{task.description}", markup=False),
-                console=self._console,
-                expand=True,
-            )
-            self._task = self._progress.add_task("first step ...", total=total_steps, completed=resumed_step)
-            self._progress.start()
+        # Its lines are printed here, because they come by steps and not by seconds.
+        self._progress = Progress(self._console, line_every_seconds=math.inf, stays=True)
+        self._progress.start()
+        self._progress.show("", "first step ...", done=resumed_step, total=total_steps)
 
     def step(self, record: StepRecord) -> None:
         """Move the bar, or print a line if one is due at this step."""
         self._recent_seconds.append(record.step_seconds)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=record.step, description=self._brief(record))
+        if self._console.is_terminal:
+            self._progress.show("", self._brief(record), done=record.step, total=self._total_steps)
         elif record.step % self._log_every_steps == 0 or record.step in (self._first_step, self._total_steps):
-            self._print(self._line(record))
+            self._progress.say(self._line(record))
 
     def validation(self, record: ValidationRecord) -> None:
         """Print a line, which stays above the bar on a terminal."""
         samples, few = record.validation_samples, ""
         if samples is not None and samples < self._eval_samples:
             few = f" | {samples} samples, all of data.valid: train.eval_samples={self._eval_samples}"
-        self._print(
+        self._progress.say(
             f"step {record.step}/{self._total_steps} | validation loss {record.validation_loss:.4f} | "
             f"perplexity {record.validation_perplexity:.2f} | {format_count(record.validation_tokens)} tokens | "
             f"{format_duration(record.validation_seconds)}{few}"
@@ -78,11 +72,7 @@ class ConsoleWriter:
 
     def close(self) -> None:
         """Stop the bar and show the cursor again."""
-        if self._progress is not None:
-            self._progress.stop()
-
-    def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._progress.close()
 
     def _seconds_left(self, record: StepRecord) -> float:
         mean_seconds = sum(self._recent_seconds) / len(self._recent_seconds)
@@ -90,7 +80,7 @@ class ConsoleWriter:
 
     def _brief(self, record: StepRecord) -> str:
         return (
-            f"{record.step}/{self._total_steps} | loss {record.loss:.4f} | "
+            f"{record.step / self._total_steps:.0%} {record.step}/{self._total_steps} | loss {record.loss:.4f} | "
             f"{format_count(record.tokens_per_second)} tokens/s | {format_duration(self._seconds_left(record))} left"
         )
 
