@@ -1,7 +1,7 @@
 """Time attention with ALiBi: our back ends and others', against plain causal attention without a bias, in one run.
 
-All contestants of a case are timed in turns, so that the machine's other work hits them alike, and the ratio is taken
-turn by turn. Every row is written when it is known; a second run with the same --output goes on where the first ended.
+All contestants of a case are timed in turns, so that other work of the machine slows them alike, and ratios are taken
+within a turn. Every row is written as soon as it is known; a second run with the same --output resumes the first.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ EXAMPLE = """examples:
 """
 DTYPES = ("float32", "bfloat16", "float16")
 MARKERS = ("o", "s", "D", "^", "v", "P")
+PACKAGES = ("torch", "triton", "flash-attn", "transformers")
+"""Packages whose versions a record names."""
 NOTES = (
     "seconds of one call; ratio_to_plain: divided by plain's seconds of the same turn; low and high are quartiles. "
     "memory_bytes: the most that a call holds beyond q, k, v and the upstream gradient; bias, masks, output and "
@@ -94,23 +96,23 @@ def parse_numbers(option: str, text: str) -> list[int]:
 
 
 def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
-    """Return names, each of which is known."""
+    """Return names that a user gave, separated by commas."""
     names = [] if text == "none" else text.split(",")
     for name in names:
         if name not in known:
-            raise ConfigError(f"{option}={text}: {name!r} is none of {', '.join(known)}")
+            raise ConfigError(f"{option}={text}: must be names of {', '.join(known)}, and {name!r} is none of them")
     return names
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Find out before the work what cannot be."""
+    """Refuse options that cannot be used, before the work."""
     for option, value in (("head-dim", arguments.head_dim), ("batch", arguments.batch), ("repeats", arguments.repeats)):
         if value < 1:
             raise ConfigError(f"--{option}={value}: must be at least 1")
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda: torch sees no GPU")
+        raise ConfigError("--device=cuda: must be cpu here, for torch sees no GPU")
     if arguments.cuda_graph and arguments.device != "cuda":
-        raise ConfigError(f"--cuda-graph: needs --device cuda, and this is {arguments.device}")
+        raise ConfigError(f"--cuda-graph: must stand beside --device cuda, and the device is {arguments.device}")
     check_outputs({"--output": arguments.output, "--picture": arguments.picture})
     check_picture(arguments.picture, "--picture")
 
@@ -135,7 +137,7 @@ def plan(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def choose_names(arguments: argparse.Namespace, contestants: Mapping[str, Contestant]) -> list[str]:
-    """Return who takes part, plain attention first."""
+    """Return the names of the contestants, plain attention first."""
     ours, others = [backend.name for backend in backends()], [peer.name for peer in PEERS]
     if arguments.backends is None:
         chosen = [name for name in ours if not contestants[name].by_name_alone]
@@ -145,7 +147,7 @@ def choose_names(arguments: argparse.Namespace, contestants: Mapping[str, Contes
 
 
 def read_record(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the record to go on with: a new one, or what --output has."""
+    """Return the record to add rows to: a new one, or that of --output."""
     settings = {name: getattr(arguments, name) for name in ("device", "batch", "head_dim", "qk", "cuda_graph")}
     record = {**describe_run(arguments.device, PACKAGES), "settings": settings, "notes": NOTES, "flop": FORMULA}
     record |= {"what": {}, "rows": []}
@@ -156,17 +158,21 @@ def read_record(arguments: argparse.Namespace) -> dict[str, Any]:
         settings_before = {"cuda_graph": False, **old["settings"]}
         rows, theirs = old["rows"], {**settings_before, "hardware": old["hardware"], "torch": old["versions"]["torch"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--output={arguments.output} cannot be gone on with: {error!r}") from error
+        raise ConfigError(
+            f"--output={arguments.output}: must be a file that this command wrote ({error!r}); give another name"
+        ) from error
     ours = {**settings, "hardware": record["hardware"], "torch": record["versions"]["torch"]}
     for name, value in ours.items():
         if theirs[name] != value:
-            raise ConfigError(f"--output={arguments.output} has {name}={theirs[name]}, this run has {value}")
+            raise ConfigError(
+                f"--output={arguments.output}: must hold rows of {name}={value}, and holds some of {theirs[name]}"
+            )
     made = {name: old[name] for name in ("command", "commit", "date")}
     return {**record, "what": old["what"], "rows": rows, "earlier": [*old.get("earlier", []), made]}
 
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return what tells a row from all others."""
+    """Return the fields that no two rows have in common."""
     return tuple(row[name] for name in ("dtype", "heads", "length", "mode", "name"))
 
 

@@ -21,14 +21,14 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType
 
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, FileError
 from megalibi.files import make_folder, open_aside
 from megalibi.runtime.exit import run_tool
 
 EXAMPLE = """example:
   python tools/build_sample_corpus.py --output data/sample      # writes train.jsonl and valid.jsonl
 """
-# Tests are no text one would read, encodings are tables, and what is installed is not the standard library.
+# Nobody reads tests for their text, encodings are tables, and installed packages are not the standard library.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
 VALIDATION_PERCENT = 3
 MIN_BYTES = 10_000_000
@@ -118,7 +118,8 @@ def build(output: Path) -> tuple[int, int]:
         The bytes of text in the training set and in the validation set.
 
     Raises:
-        ConfigError: If this Python ships too little, or the folder cannot be written.
+        ConfigError: This Python ships too little text.
+        FileError: The folder cannot be written.
     """
     num_bytes = [0, 0]
     try:
@@ -135,12 +136,12 @@ def build(output: Path) -> tuple[int, int]:
                     "needed; use a complete Python installation"
                 )
     except OSError as error:
-        raise ConfigError(f"{output}: cannot be written: {error.strerror}") from error
+        raise FileError(f"{output}: cannot be written: {error.strerror}") from error
     return num_bytes[0], num_bytes[1]
 
 
 def main() -> None:
-    """Build, and say what came of it."""
+    """Build the corpus, and print its sizes."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )

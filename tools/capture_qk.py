@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--data", required=True, metavar="PREFIX", help="a token file, without .bin and .idx")
     parser.add_argument("--length", type=int, default=4096, metavar="N", help="tokens (default: %(default)s)")
-    parser.add_argument("--layer", type=int, metavar="N", help="from 0 (default: the middle one)")
+    parser.add_argument("--layer", type=int, metavar="N", help="layer, counted from 0 (default: the middle one)")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.pt", help="where to write q and k")
     return parser.parse_args()
 
@@ -41,7 +41,9 @@ def read_tokens(prefix: str, length: int, vocab_size: int) -> Tensor:
     """Return the first tokens of a file, [1, length + 1]."""
     text = TokenFile(prefix)
     if not 1 <= length < text.num_tokens:
-        raise ConfigError(f"--length={length}: {text.bin_path} allows 1 to {text.num_tokens - 1}")
+        raise ConfigError(
+            f"--length={length}: must be 1 to {text.num_tokens - 1}, for {text.bin_path} has one token more"
+        )
     tokens = text.read(0, length + 1)
     check_ids(tokens, vocab_size, text, 0)
     return torch.from_numpy(tokens.astype("int64"))[None]
@@ -77,7 +79,7 @@ def main() -> None:
     model = checkpoint.config.model
     layer = model.num_layers // 2 if arguments.layer is None else arguments.layer
     if not 0 <= layer < model.num_layers:
-        raise ConfigError(f"--layer={layer}: the model has 0 to {model.num_layers - 1}")
+        raise ConfigError(f"--layer={layer}: must be 0 to {model.num_layers - 1}, a layer of the model")
     tokens = read_tokens(arguments.data, arguments.length, model.vocab_size)
     captured = capture(checkpoint.load_model(torch.device("cpu")), layer, tokens)
     with open_aside(arguments.output) as file:

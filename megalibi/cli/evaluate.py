@@ -1,10 +1,10 @@
 """Evaluate a checkpoint on text at several lengths: loss, perplexity, bits per byte.
 
-Every token but the first is scored once. nonoverlapping: the text is cut into blocks, and a block's first tokens have
-little context. sliding: windows overlap and each scores its last STRIDE tokens, which have LENGTH - STRIDE tokens of
-context or more (but for the first window).
+Every token but the first is scored once. With --protocol nonoverlapping the text is cut into blocks, and the first
+tokens of a block have little context. With --protocol sliding the windows overlap, and each window but the first scores
+its last STRIDE tokens, which have at least LENGTH - STRIDE tokens of context.
 
-Several ranks (torchrun, deepspeed or srun) share the windows; the result is that of one.
+Several ranks (started by torchrun, deepspeed or srun) share the windows; the result is the same as that of one rank.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def parse_lengths(text: str) -> list[int]:
     except ValueError:
         lengths = [0]
     if lengths[0] < 1:
-        raise ConfigError(f"--lengths={text} is not allowed: whole numbers above 0 are, as in 512,1024")
+        raise ConfigError(f"--lengths={text}: must be whole numbers above 0, as in 512,1024")
     return lengths
 
 
@@ -101,44 +101,46 @@ def choose_stride(protocol: str, stride: int | None, lengths: list[int]) -> int 
     """Return the tokens between windows; None for nonoverlapping ones."""
     if protocol == "nonoverlapping":
         if stride is not None:
-            raise ConfigError(f"--stride={stride} does not go with --protocol nonoverlapping: leave it out, or slide")
+            raise ConfigError(
+                f"--stride={stride}: must not stand beside --protocol nonoverlapping; leave it out, or choose sliding"
+            )
         return None
     if stride is None:
         return max(1, lengths[0] // 2)
     if not 1 <= stride <= lengths[0]:
-        raise ConfigError(f"--stride={stride} is not allowed: from 1 to the shortest of --lengths, {lengths[0]}, is")
+        raise ConfigError(f"--stride={stride}: must be from 1 to {lengths[0]}, the shortest of --lengths")
     return stride
 
 
 def count_tokens(text: TokenFile, limit: int | None, lengths: list[int]) -> int:
-    """Return how many tokens of the text are used."""
+    """Return how many tokens of the text are used: all of them, or the first ``limit``."""
     check_option("--tokens", limit, 1)
     num_tokens = text.num_tokens if limit is None else min(limit, text.num_tokens)
     if num_tokens <= lengths[-1]:
-        used = f"--tokens={limit} of it" if limit is not None and limit < text.num_tokens else "it"
-        raise ConfigError(
-            f"{text.bin_path} is too short: {used} has {num_tokens} tokens, and --lengths {lengths[-1]} needs "
-            f"{lengths[-1] + 1} or more"
-        )
+        used = f"--tokens={limit}" if limit is not None and limit < text.num_tokens else f"{num_tokens} tokens"
+        raise ConfigError(f"--lengths={lengths[-1]}: must be below the {used} of {text.bin_path}")
     return num_tokens
 
 
 def open_tokenizer(given: str | None, of_checkpoint: str | None) -> Tokenizer | WordTokenizer | None:
-    """Return the tokenizer of the text; None, said in a line, if it is not at hand."""
+    """Return the tokenizer of the text; None, with a warning, if it is not there."""
     path = given or of_checkpoint
     if path is None or (given is None and not Path(path).is_file()):
-        _LOGGER.warning("no bits per byte: the tokenizer of the checkpoint is %s; --tokenizer names one", path)
+        _LOGGER.warning(
+            "bits per byte are left out: the checkpoint's tokenizer, %s, is not there; name one with --tokenizer", path
+        )
         return None
     return load_tokenizer(path)
 
 
 def byte_counter(tokenizer: Tokenizer | WordTokenizer | None) -> Tokenizer | None:
-    """Return what counts the bytes of the text; None, said in a line, if that is not possible."""
+    """Return the tokenizer that counts the bytes of the text; None, with a warning, if none can."""
     if isinstance(tokenizer, Tokenizer) and tokenizer.is_exact:
         return tokenizer
     if tokenizer is not None:
         _LOGGER.warning(
-            "no bits per byte: %s does not keep texts as they are, so their bytes cannot be counted", tokenizer.path
+            "bits per byte are left out: %s does not keep texts as they are, so their bytes cannot be counted",
+            tokenizer.path,
         )
     return None
 
@@ -153,7 +155,7 @@ def describe(result: EvaluationResult) -> str:
 
 
 def join_ranks(place: Place, device: torch.device, config: Config, tensor_parallel_size: int) -> ProcessGroups:
-    """Join the other ranks, if there are any."""
+    """Join the other ranks, if there are any, and return this rank's process groups."""
     timeout = timedelta(minutes=config.parallel.timeout_minutes)
     if place.world_size > 1:
         init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
@@ -178,7 +180,7 @@ def show_scored(progress: Progress, length: int, num_scored: int) -> Callable[[i
 def evaluate_lengths(
     setup: EvaluationSetup, lengths: list[int]
 ) -> tuple[list[EvaluationResult], dict[int, NDArray[np.float64]]]:
-    """Evaluate at each length; rank 0 prints what came of it.
+    """Evaluate at each length; rank 0 prints each result as soon as it is known.
 
     Returns:
         The results, and by length the sums by position, [2, S].

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--include-path", type=Path, metavar="DIR", help="a folder with task files of your own")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .json to write")
     parser.add_argument(
-        "--tokenizer", metavar="T.model", help="of the model (default: data.tokenizer of the checkpoint)"
+        "--tokenizer", metavar="T.model", help="the model's tokenizer (default: data.tokenizer of the checkpoint)"
     )
     parser.add_argument(
         "--max-length", type=int, metavar="N", help="tokens the model sees at once (default: its training length)"
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(arguments: argparse.Namespace) -> None:
-    """Find out before the work what cannot be."""
+    """Refuse options that cannot be used, before the work."""
     check_outputs({"--output": arguments.output})
     check_option("--max-length", arguments.max_length, 1)
     check_option("--num-fewshot", arguments.num_fewshot, 0)
@@ -70,12 +70,12 @@ def check_model(arguments: argparse.Namespace) -> tuple[Callable[[], Any], dict[
     check_lengths(config, [max_length], "--max-length")
     path = arguments.tokenizer or config.data.tokenizer
     if path is None:
-        raise ConfigError("the checkpoint names no tokenizer: give one, --tokenizer T.model")
+        raise ConfigError("--tokenizer is missing: the checkpoint names none; give --tokenizer T.model")
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"--tokenizer={path} has {tokenizer.vocab_size} pieces: at most model.vocab_size="
-            f"{config.model.vocab_size} is allowed"
+            f"--tokenizer={path}: must have at most model.vocab_size={config.model.vocab_size} pieces, and has "
+            f"{tokenizer.vocab_size}"
         )
     check_same_tokenizer(manifest.data, None, tokenizer)
 

@@ -1,7 +1,7 @@
 """Say what a run will take, without a GPU: parameters, arithmetic, memory, communication, the micro batch that fits.
 
-Memory is that of the first rank at the peak of a step, by the model's own code on the meta device and a replay of what
-DeepSpeed allocates. Tests hold it to the bytes that real steps hold.
+Memory is that of the first rank at the peak of a step. It comes from the model's own code on the meta device and from a
+replay of what DeepSpeed allocates; tests compare it with the bytes that real steps hold.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a run's YAML, or a study's")
     add_overrides(parser)
-    parser.add_argument("--ranks", type=int, metavar="N", help="of the job (default: parallel.tensor_parallel_size)")
-    parser.add_argument("--gpu", metavar="NAME", help="find out what fits it: H100, A100-80GB, V100-32GB, ...")
+    parser.add_argument(
+        "--ranks", type=int, metavar="N", help="number of ranks (default: parallel.tensor_parallel_size)"
+    )
+    parser.add_argument("--gpu", metavar="NAME", help="say what fits this GPU: H100, A100-80GB, V100-32GB, ...")
     parser.add_argument("--gpu-memory-gib", type=float, metavar="G", help="memory of another GPU, or less of this one")
     parser.add_argument(
         "--attention", default="fused", metavar="KIND", help="fused, or unfused: scores written out (default: fused)"
@@ -57,19 +59,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
-    """Return the run; what a study varies is left out."""
+    """Return the configuration of the run; the section ``study`` of a study's file is left out."""
     tree = load_tree(arguments.config, arguments.overrides)
     tree.pop("study", None)
     return config_from_dict(tree)
 
 
 def choose_gpu(arguments: argparse.Namespace) -> Gpu | None:
-    """Return the GPU to hold the plan against."""
+    """Return the GPU that the plan is compared with; None: no GPU was asked for."""
     gpu = None if arguments.gpu is None else get_gpu(arguments.gpu)
     if arguments.gpu_memory_gib is None:
         return gpu
     if not 0 < arguments.gpu_memory_gib < MAX_WHOLE_NUMBER / GIB:  # false for what is no number
-        raise ConfigError(f"--gpu-memory-gib={arguments.gpu_memory_gib:g} is not allowed: a finite number above 0 is")
+        raise ConfigError(f"--gpu-memory-gib={arguments.gpu_memory_gib:g}: must be a finite number above 0")
     memory_bytes = int(arguments.gpu_memory_gib * GIB)
     if gpu is None:
         return Gpu(name="the GPU", memory_bytes=memory_bytes, peak_flops_per_second=0.0, memory_bytes_per_second=0.0,

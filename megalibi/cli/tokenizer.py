@@ -64,12 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_output(output: str, inputs: list[str], *, overwrite: bool) -> None:
-    """Find out before the work whether the tokenizer can be written."""
+    """Refuse an output that cannot be written, before the work."""
     if os.path.realpath(output) in map(os.path.realpath, inputs):
-        raise ConfigError(f"--output={output} is one of the inputs: it would be lost")
+        raise ConfigError(f"--output={output}: must not be one of the inputs, which would be lost")
     check_outputs({"--output": Path(output)})
     if Path(output).exists() and not overwrite:
-        raise ConfigError(f"{output} exists; choose another --output, or replace it with --overwrite")
+        raise ConfigError(f"--output={output}: must not exist yet; choose another name, or replace it with --overwrite")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     is_word_level = arguments.output.endswith(SUFFIX)
     check_output(arguments.output, arguments.input, overwrite=arguments.overwrite)
     if not is_word_level and arguments.vocab_size is None:
-        raise ConfigError("--vocab-size is missing: a number of token ids, 32000 for example")
+        raise ConfigError("--vocab-size is missing: give the number of token ids, for example 32000")
     reader = DocumentReader(
         arguments.input,
         text_key=arguments.text_key,

@@ -1,7 +1,7 @@
 """Compile the Triton kernels of attention on all cores, before a GPU waits for them one by one.
 
-What is compiled goes where Triton keeps it, TRITON_CACHE_DIR or ~/.triton, and later processes find it there. Nothing
-is taken of the GPU, and there need not be one.
+The compiled kernels go into Triton's cache, TRITON_CACHE_DIR or ~/.triton, where later processes find them. No GPU is
+used, and none has to be there.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     cores = len(os.sched_getaffinity(0))
     parser.add_argument(
-        "--capability", type=int, metavar="N", help="of the GPU, 90 for an H100 (default: as it is here)"
+        "--capability",
+        type=int,
+        metavar="N",
+        help="compute capability of the GPU, 90 for an H100 (default: that of the GPU here)",
     )
     parser.add_argument("--dtype", metavar="TYPE", help="bfloat16, float16 or float32 (default: all)")
-    parser.add_argument("--head-dim", type=int, metavar="N", help="default: all that models have")
+    parser.add_argument("--head-dim", type=int, metavar="N", help="head dimension (default: all that models have)")
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (default: the cores)")
 
 
@@ -38,12 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
     chosen = {"dtype": arguments.dtype, "head_dim": arguments.head_dim}
     calls = [c for c in plan_calls() if all(value in (None, getattr(c, name)) for name, value in chosen.items())]
     if not calls:
-        raise ConfigError(f"--dtype={arguments.dtype} with --head-dim={arguments.head_dim}: no call has them")
+        raise ConfigError(
+            f"--dtype={arguments.dtype} with --head-dim={arguments.head_dim}: must be a type and a head dimension of a "
+            "kernel"
+        )
     try:
         target = find_target(arguments.capability)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    os.environ.pop("TRITON_INTERPRET", None)  # of whoever has set it: nothing would be compiled
+    os.environ.pop("TRITON_INTERPRET", None)  # with it Triton would compile nothing
     began, failures = time.monotonic(), 0
     for call, found in compile_calls(calls, target, arguments.workers):
         failures += isinstance(found, str)

@@ -104,7 +104,7 @@ def say_unrecorded(prefixes: Iterable[str]) -> None:
     for prefix in prefixes:
         if _read(provenance_path(prefix)) is None:
             _LOGGER.warning(
-                "it is not known which tokenizer made %s: beside it is no %s, which tools/preprocess_data.py writes",
+                "it is not known which tokenizer made %s: beside it is no %s, which megalibi preprocess writes",
                 prefix,
                 provenance_path(prefix).name,
             )
@@ -178,7 +178,7 @@ def read_provenance(token_file: TokenFile) -> Provenance | None:
     if provenance.identity != token_file.identity:
         raise DataError(
             f"{path} describes another token file than the one beside it: make the token file again with "
-            "tools/preprocess_data.py --overwrite, or delete the .json if the tokens are the right ones"
+            "megalibi preprocess --overwrite, or delete the .json if the tokens are the right ones"
         )
     return provenance
 

@@ -253,7 +253,10 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
     try:
         done = evaluate(run_dir, tokens=40, lengths=16)
         assert done.returncode == 0, done.stderr
-        assert f"no bits per byte: the tokenizer of the checkpoint is {run_dir / 't.model'}" in done.stderr
+        assert (
+            f"bits per byte are left out: the checkpoint's tokenizer, {run_dir / 't.model'}, is not there"
+            in done.stderr
+        )
         assert read_evaluation(run_dir / "out.json").results[0].bits_per_byte is None
         done = evaluate(run_dir, tokens=40, lengths=16, tokenizer=run_dir / "elsewhere.model")
         assert re.fullmatch(ONLY_THE_BACK_END, done.stderr), done.stderr
@@ -265,10 +268,10 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lengths": "16,x"}, "--lengths=16,x is not allowed: whole numbers above 0 are, as in 512,1024"),
-        ({"lengths": "0"}, "--lengths=0 is not allowed"),
-        ({"stride": 4}, "--stride=4 does not go with --protocol nonoverlapping"),
-        ({"protocol": "sliding", "stride": 17}, "--stride=17 is not allowed: from 1 to the shortest of --lengths, 16"),
+        ({"lengths": "16,x"}, "--lengths=16,x: must be whole numbers above 0, as in 512,1024"),
+        ({"lengths": "0"}, "--lengths=0: must be whole numbers above 0"),
+        ({"stride": 4}, "--stride=4: must not stand beside --protocol nonoverlapping; leave it out, or choose sliding"),
+        ({"protocol": "sliding", "stride": 17}, "--stride=17: must be from 1 to 16, the shortest of --lengths"),
         ({"lengths": "16,400", "tokens": 400}, "--tokens=400 of it has 400 tokens, and --lengths 400 needs 401"),
         ({"data": "none"}, "none.idx: no such token file"),
         ({"checkpoint": "none"}, "none is no checkpoint and has none: give a step's folder, a run's folder"),

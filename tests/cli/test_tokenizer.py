@@ -75,7 +75,7 @@ def test_a_sentencepiece_model_needs_a_size(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     done = run("--input", tmp_path / "a.txt", "--output", tmp_path / "t.model")
     assert done.returncode == 2
-    assert done.stderr == "error: --vocab-size is missing: a number of token ids, 32000 for example\n"
+    assert done.stderr == "error: --vocab-size is missing: give the number of token ids, for example 32000\n"
 
 
 def test_an_existing_tokenizer_is_kept_unless_told(corpus):
@@ -84,7 +84,9 @@ def test_an_existing_tokenizer_is_kept_unless_told(corpus):
     arguments = ["--input", corpus / "a.txt", "--vocab-size", 500, "--output", output]
     done = run(*arguments)
     assert done.returncode == 2
-    assert done.stderr == f"error: {output} exists; choose another --output, or replace it with --overwrite\n"
+    assert done.stderr == (
+        f"error: --output={output}: must not exist yet; choose another name, or replace it with --overwrite\n"
+    )
     assert output.read_text() == "precious"
     assert run(*arguments, "--overwrite").returncode == 0
     assert Tokenizer(output).vocab_size == 500
@@ -117,7 +119,7 @@ def test_an_input_is_not_written_over(corpus):
     done = run("--input", corpus / "a.txt", "--vocab-size", 500, "--output", corpus / "a.txt", "--overwrite")
     assert (done.returncode, done.stderr) == (
         2,
-        f"error: --output={corpus / 'a.txt'} is one of the inputs: it would be lost\n",
+        f"error: --output={corpus / 'a.txt'}: must not be one of the inputs, which would be lost\n",
     )
     assert (corpus / "a.txt").read_bytes() == content
 

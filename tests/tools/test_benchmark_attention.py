@@ -85,7 +85,7 @@ def test_a_record_of_other_settings_is_refused(run, tmp_path):
     assert run(*short).returncode == 0
     done = run(*short, "--batch", 2)
     assert done.returncode == 2
-    assert done.stderr == f"error: --output={output} has batch=1, this run has 2\n"
+    assert done.stderr == f"error: --output={output}: must hold rows of batch=2, and holds some of 1\n"
 
 
 def test_without_a_ratio_there_is_no_picture_and_no_traceback(run, tmp_path):
@@ -108,15 +108,21 @@ def test_q_and_k_from_a_file(run, tmp_path):
     ("arguments", "message"),
     [
         (["--lengths", "512,many"], "error: --lengths=512,many: must be whole numbers above 0, as in 512,1024"),
-        (["--backends", "flahs"], "error: --backends=flahs: 'flahs' is none of"),
-        (["--peers", "torch"], "error: --peers=torch: 'torch' is none of"),
-        (["--dtype", "int8"], "error: --dtype=int8: 'int8' is none of float32, bfloat16, float16"),
+        (["--backends", "flahs"], "error: --backends=flahs: must be names of "),
+        (["--peers", "torch"], "error: --peers=torch: must be names of "),
+        (
+            ["--dtype", "int8"],
+            "error: --dtype=int8: must be names of float32, bfloat16, float16, and 'int8' is none of them",
+        ),
         (["--repeats", "0"], "error: --repeats=0: must be at least 1"),
         (["--picture", "a.xyz"], "error: --picture=a.xyz: must end in one of .eps"),
         (["--picture", str(ROOT)], f"error: --picture={ROOT} is a folder: give the name of a file"),
         (["--output", str(ROOT)], f"error: --output={ROOT} is a folder: give the name of a file"),
         (["--output", str(TOOL / "a")], f"error: --output={TOOL / 'a'} cannot be written: {TOOL} is no folder"),
-        (["--device", "cpu", "--cuda-graph"], "error: --cuda-graph: needs --device cuda, and this is cpu"),
+        (
+            ["--device", "cpu", "--cuda-graph"],
+            "error: --cuda-graph: must stand beside --device cuda, and the device is cpu",
+        ),
         (["--device", "cpu", "--qk", "no_such_file.pt"], "error: --qk: no_such_file.pt cannot be read as q and k"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_mistake_is_one_line(monkeypatch, capsys):
         (["loader", "--seq-lengths", 64, 0], "--seq-lengths=0: must be at least 1"),
         (
             ["loader", "--gigabytes", 0.001, "--seq-lengths", 10**6],
-            "--seq-lengths=1000000 is not allowed: fewer",
+            "--seq-lengths=1000000: must be below the 500000 tokens of a file of --gigabytes=0.001",
         ),
         (["loader", "--folder", TOOL], f"--folder={TOOL} cannot be written: {TOOL} is no folder"),
         (["loader", "--output", ROOT], f"--output={ROOT} is a folder: give the name of a file"),

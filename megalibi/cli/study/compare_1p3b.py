@@ -86,10 +86,10 @@ def find_output(arguments: argparse.Namespace) -> Path:
 
 
 def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryByKind], gpus: int) -> None:
-    """Refuse what cannot run here.
+    """Refuse a scale that cannot run on this machine.
 
     Raises:
-        ConfigError: With what is needed and what to do instead.
+        ConfigError: The models need another GPU; the message says what to do instead.
     """
     from megalibi.plan.gpus import GIB
     from megalibi.studies.comparison.plan import check_fits
@@ -100,8 +100,8 @@ def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryB
     elif arguments.scale.startswith("1.3b"):
         largest = max(memory.total for memory in plans.values())
         raise ConfigError(
-            f"--scale={arguments.scale} needs a GPU with room for {largest / GIB:.1f} GiB, and there is none: --plan "
-            "computes shapes, parameters and memory without one, --scale small runs on a CPU"
+            f"--scale={arguments.scale}: must have a GPU with room for {largest / GIB:.1f} GiB, and there is none; "
+            "--plan computes shapes, parameters and memory without one, and --scale small runs on a CPU"
         )
 
 

@@ -1,8 +1,8 @@
 """Train short, test long: train a model for each position method, evaluate all past their training length, compare.
 
-Trains each of study.methods at data.seq_length, evaluates it at study.lengths by both protocols, and writes what the
-paper's Figure 4 shows: results.json, table.md and figure.png. Interrupt it, and the same command goes on; what is
-trained or evaluated is not done again.
+Trains a model with each of study.methods at data.seq_length, evaluates it at study.lengths by both protocols, and
+writes what the paper's Figure 4 shows: results.json, table.md and figure.png. After an interruption the same command
+resumes: finished trainings and evaluations are not done again.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def plan_scorings(
     study: ExtrapolationStudy, base: Config, checkpoints: dict[str, Path], machine: Machine
 ) -> list[Scoring]:
-    """Return every evaluation: quick ones first, and sliding ones apart, so that little is lost to an interruption."""
+    """Return all evaluations: quick ones first, sliding ones length by length: an interruption costs little."""
     from megalibi.studies.machinery.scorings import Scoring
 
     calls = [
@@ -96,7 +96,7 @@ def plan_scorings(
 
 
 def evaluation_path(base: Config, method: str, protocol: str) -> Path:
-    """Return where the evaluations of a run by a protocol are: in its folder, where its report finds them."""
+    """Return the file of a run's evaluations by a protocol; it is in the run's folder, where its report finds it."""
     return Path(method_config(base, method).train.output_dir) / f"evaluation_{protocol}.json"
 
 
@@ -112,7 +112,7 @@ def read_results(study: ExtrapolationStudy, base: Config) -> Results:
 
 
 def describe_training(base: Config, method: str) -> dict[str, Any]:
-    """Return what a run's metrics say of it."""
+    """Return the last loss, the tokens and the time of a run, from its metrics."""
     summary = summarize(read_metrics(method_config(base, method).train.output_dir))
     if summary is None:
         return {}

@@ -1,6 +1,6 @@
-"""One small measurement of a device: what it is, its ceilings, planned memory beside measured, exact resume.
+"""Make one small measurement of a device: its description, its ceilings, planned memory, or exact resume.
 
-tools/measure_gpu.py starts it for some of its steps.
+``megalibi study measure-gpu`` starts it for some of its steps.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="plan: an output of megalibi study measure-turn",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="resume: the run's YAML")
-    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="resume: for its runs")
+    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="resume: folder for its runs")
     add_overrides(parser, "resume: values that win over it")
 
 
 def measure_machine(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what nvidia-smi and torch say of the device."""
+    """Return what nvidia-smi and torch report about the device."""
     import torch
 
     if arguments.device == "cpu":
@@ -68,7 +68,7 @@ def measure_machine(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_the_ceilings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the device does at best."""
+    """Return the highest rates of matrix products and copies that the device reaches."""
     import torch
 
     from megalibi.measure.ceilings import measure_ceilings
@@ -77,20 +77,20 @@ def measure_the_ceilings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_plan(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return planned memory beside measured."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is computed here, and another step has the GPU
+    """Return the planned memory of training steps beside the measured."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # nothing is computed here, and another step uses the GPU
     from megalibi.measure.check_plan import compare_with_plan
 
     return {"turns": compare_with_plan(arguments.turn, arguments.device)}
 
 
 def measure_resume(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return whether a resumed training is that which was not cut."""
+    """Return whether a training that was stopped and resumed equals one that was not."""
     from megalibi.measure.check_resume import check_resume
 
-    missing = [name for name in ("config", "scratch") if getattr(arguments, name) is None]
-    if missing:
-        raise ConfigError(f"resume needs --{', --'.join(missing)}")
+    for name in ("config", "scratch"):
+        if getattr(arguments, name) is None:
+            raise ConfigError(f"--{name} is missing: the measurement resume needs it")
     return check_resume(
         [sys.executable, "-m", "megalibi", "pretrain"], arguments.config, arguments.overrides, arguments.scratch
     )

@@ -1,9 +1,9 @@
 """Find out what a machine with one GPU gives, in minutes: ceilings, exactness, tests, a 1.3B model's steps, attention.
 
-Each step is a process with a limit of its own: one that fails or hangs does not stop the next. Results are written
-after every step, under results/gpu_NAME: summary.json, a JSON file of each step, logs, and report.md, a page that says
-what failed and what bounds each part of a training step. The same command goes on: steps that came to an end are not
-done again. On a CPU a toy is measured, to try the visit itself.
+Each step is a process with a time limit: a step that fails or hangs does not stop the next. Results are written after
+every step under results/gpu_NAME: summary.json, a JSON file of each step, logs, and report.md, a page that says what
+failed and what bounds each part of a training step. The same command resumes: finished steps are not done again. On a
+CPU a toy model is measured, to try out the command itself.
 """
 
 from __future__ import annotations
@@ -48,16 +48,22 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument("--seconds", type=float, default=540.0, metavar="S", help="in all (default: %(default)g)")
+    parser.add_argument(
+        "--seconds", type=float, default=540.0, metavar="S", help="time of all steps together (default: %(default)g)"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: results/gpu_NAME")
-    parser.add_argument("--scratch", type=Path, metavar="FOLDER", help="for runs (default: runs/gpu_NAME_scratch)")
+    parser.add_argument(
+        "--scratch", type=Path, metavar="FOLDER", help="folder for training runs (default: runs/gpu_NAME_scratch)"
+    )
     parser.add_argument("--data", metavar="PREFIX", help="token file to train on (default: random ids)")
-    parser.add_argument("--valid", metavar="PREFIX", help="the same for the extrapolation study")
-    parser.add_argument("--only", metavar="NAME,NAME", help="these steps")
-    parser.add_argument("--again", metavar="NAME,NAME", help=f"do these again; {FAILED_STEPS}: all that failed")
-    parser.add_argument("--list", action="store_true", help="show the steps and what is known of them, and end")
-    add_overrides(parser, "for the 1.3B model, to fit a smaller card")
+    parser.add_argument("--valid", metavar="PREFIX", help="token file to evaluate the extrapolation study on")
+    parser.add_argument("--only", metavar="NAME,NAME", help="do only these steps")
+    parser.add_argument(
+        "--again", metavar="NAME,NAME", help=f"do these steps again; {FAILED_STEPS} stands for all that failed"
+    )
+    parser.add_argument("--list", action="store_true", help="only show the steps and what is known of them")
+    add_overrides(parser, "values that win over the 1.3B model's file, for example to fit a smaller GPU")
 
 
 def find_gpu() -> dict[str, Any]:
@@ -100,7 +106,7 @@ def name_folder(device: str, gpu: dict[str, Any]) -> Path:
 
 
 def make_environment(device: str) -> dict[str, str]:
-    """Return the environment of the steps: our packages are found, and the device is seen, and it alone."""
+    """Return the environment of the steps, in which our packages are found and only one device is seen."""
     root = find_root().resolve()
     paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
@@ -122,35 +128,37 @@ def find_peers(device: str) -> tuple[list[str], list[str]]:
 
 
 def choose(names: str, known: Sequence[str], option: str) -> list[str]:
-    """Return names, each of which is known.
+    """Return names that a user gave, separated by commas.
 
     Raises:
-        ConfigError: One is not.
+        ConfigError: A name is not known.
     """
     chosen = names.split(",")
     for name in chosen:
         if name not in known:
-            raise ConfigError(f"{option}={names}: {name!r} is none of {', '.join(known)}")
+            raise ConfigError(f"{option}={names}: must be names of {', '.join(known)}, and {name!r} is none of them")
     return chosen
 
 
 def check_same_machine(folder: Path, facts: dict[str, Any]) -> None:
-    """Find out whether the folder's results are of this machine.
+    """Refuse a folder that holds results of another machine.
 
     Raises:
-        ConfigError: They are of another device.
+        ConfigError: They are results of another device.
     """
     path = folder / SUMMARY_FILE
     if not path.exists():
         return
-    read_outcomes(folder)  # what it is at all
+    read_outcomes(folder)  # it refuses a file that is no summary
     theirs = json.loads(path.read_text(encoding="utf-8"))
     for what, ours, other in (
         ("device", facts["device"], theirs.get("device")),
         ("hardware.gpu", facts["hardware"].get("gpu"), theirs.get("hardware", {}).get("gpu")),
     ):
         if ours != other:
-            raise ConfigError(f"--output={folder} has {what}={other}, this machine {ours}: give another folder")
+            raise ConfigError(
+                f"--output={folder}: must hold results of {what}={ours}, and holds some of {other}; give another folder"
+            )
 
 
 def show_command(command: Sequence[str]) -> str:

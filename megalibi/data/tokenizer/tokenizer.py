@@ -36,7 +36,7 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         if not Path(path).is_file():
-            raise DataError(f"{self.path}: no such tokenizer; train one with tools/train_tokenizer.py")
+            raise DataError(f"{self.path}: no such tokenizer; train one with megalibi tokenizer")
         model = Path(path).read_bytes()
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
@@ -45,7 +45,7 @@ class Tokenizer:
         except (RuntimeError, UnicodeDecodeError):  # the second of an entry that is not UTF-8
             loaded = False
         if not loaded:
-            raise DataError(f"{self.path}: not a sentencepiece model; train one with tools/train_tokenizer.py")
+            raise DataError(f"{self.path}: not a sentencepiece model; train one with megalibi tokenizer")
         self.vocab_size: int = self._processor.vocab_size()
         self.end_of_document_id: int = self._processor.eos_id()
         if self.end_of_document_id < 0:

@@ -45,7 +45,7 @@ class WordTokenizer:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = os.fspath(path)
         if not Path(path).is_file():
-            raise DataError(f"{self.path}: no such vocabulary; make one with tools/train_tokenizer.py")
+            raise DataError(f"{self.path}: no such vocabulary; make one with megalibi tokenizer")
         content = Path(path).read_bytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()
         try:

@@ -62,7 +62,7 @@ class TokenFile:
         self.idx_path = Path(f"{self.prefix}.idx")
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise DataError(f"{path}: no such token file; write it with tools/preprocess_data.py")
+                raise DataError(f"{path}: no such token file; write it with megalibi preprocess")
         with self.idx_path.open("rb") as file:
             index = _map(file)
             num_sequences, num_boundaries = self._read_header(index)
@@ -111,7 +111,7 @@ class TokenFile:
             raise DataError(f"{self.idx_path}: truncated, {len(index)} bytes; write it again or copy it again")
         magic, version, code, num_sequences, num_boundaries = _HEADER.unpack(index[: _HEADER.size])
         if magic != _MAGIC:
-            raise DataError(f"{self.idx_path}: not a Megatron-LM index; write one with tools/preprocess_data.py")
+            raise DataError(f"{self.idx_path}: not a Megatron-LM index; write one with megalibi preprocess")
         if version != _VERSION:
             raise DataError(f"{self.idx_path}: index version {version}; only version {_VERSION} can be read")
         name = _DTYPES.get(code, f"unknown code {code}")

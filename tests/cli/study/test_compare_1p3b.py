@@ -162,8 +162,8 @@ def test_bad_input_is_one_line(folder: Path, run: Runner, more: list[str], messa
 def test_large_scale_without_a_gpu_says_what_it_needs(tmp_path: Path, run: Runner, scale: str) -> None:
     code, _, errors = run("--scale", scale, "--output", str(tmp_path), "model.num_layers=1")
     assert code == 2
-    needs = r"needs a GPU with room for \d+\.\d GiB, and there is none: --plan computes .*\n"
-    assert re.fullmatch(f"error: --scale={scale} {needs}", errors)
+    needs = r"must have a GPU with room for \d+\.\d GiB, and there is none; --plan computes .*\n"
+    assert re.fullmatch(f"error: --scale={scale}: {needs}", errors)
 
 
 def test_plan_reads_nothing_that_was_measured(folder: Path, tmp_path: Path, run: Runner) -> None:

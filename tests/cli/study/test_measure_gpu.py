@@ -101,9 +101,9 @@ def check_page(page: str) -> None:
 
 BAD_INPUT = {
     "seconds": (["--seconds", "0"], "--seconds=0: must be a number above 0"),
-    "only": (["--only", "ceiling"], "--only=ceiling: 'ceiling' is none of warm, machine, ceilings, "),
+    "only": (["--only", "ceiling"], "--only=ceiling: must be names of warm, machine, ceilings, "),
     "data": (["--data", "nowhere"], "nowhere.idx: no such token file"),
-    "again": (["--again", "no"], "--again=no: 'no' is none of "),
+    "again": (["--again", "no"], "--again=no: must be names of "),
     "output": (["--output", str(TOOL)], f"--output={TOOL} cannot be written: {TOOL} is no folder"),
 }
 
@@ -135,7 +135,9 @@ def test_results_of_another_machine_are_left_alone(run: Runner, tmp_path: Path) 
     (tmp_path / "summary.json").write_text(summary)
     code, _, errors = run("--device", "cpu", "--output", str(tmp_path), "--scratch", str(tmp_path / "s"))
     assert code == 2
-    assert errors == f"error: --output={tmp_path} has device=cuda, this machine cpu: give another folder\n"
+    assert errors == (
+        f"error: --output={tmp_path}: must hold results of device=cpu, and holds some of cuda; give another folder\n"
+    )
     assert (tmp_path / "summary.json").read_text() == summary
 
 

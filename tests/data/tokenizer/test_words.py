@@ -221,7 +221,7 @@ def test_the_suffix_tells_the_kind(folder: Path, tokenizer_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such vocabulary; make one with tools/train_tokenizer.py"),
+        (None, "no such vocabulary; make one with megalibi tokenizer"),
         ("", "not a vocabulary, which has a word and its count in each line"),
         ("a 1\nb\n", "not a vocabulary, which has a word and its count in each line"),
         ("a one\n", "not a vocabulary, which has a word and its count in each line"),
