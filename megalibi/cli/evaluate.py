@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, required=True, metavar="DIR", help="a step's folder, or a run's: its latest step"
     )
     parser.add_argument("--data", required=True, metavar="PREFIX", help="a token file, without .bin and .idx")
-    parser.add_argument("--lengths", required=True, metavar="N,N", help="tokens that the model sees at once")
+    parser.add_argument("--lengths", required=True, metavar="N,N", help="numbers of tokens that the model sees at once")
     parser.add_argument("--protocol", choices=["nonoverlapping", "sliding"], default="nonoverlapping")
     parser.add_argument(
         "--stride", type=int, metavar="S", help="tokens between sliding windows (default: half the shortest length)"
@@ -75,19 +75,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .json to write")
     parser.add_argument("--tokens", type=int, metavar="N", help="use the first N tokens of the text (default: all)")
     parser.add_argument(
-        "--tokenizer", metavar="T.model", help="for bits per byte (default: data.tokenizer of the checkpoint)"
+        "--tokenizer",
+        metavar="T.model",
+        help="tokenizer of the text, for bits per byte (default: data.tokenizer of the checkpoint)",
     )
     parser.add_argument(
-        "--by-position", action="store_true", help="print and write the loss by the tokens seen of the window, too"
+        "--by-position", action="store_true", help="print and write the loss by position in the window, too"
     )
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the loss by the tokens seen")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the loss by position in the window")
     parser.add_argument(
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks that share one model (default: 1)"
     )
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Return the lengths in rising order."""
+    """Return the lengths of --lengths in rising order."""
     try:
         lengths = sorted({int(part) for part in text.split(",")})
     except ValueError:

@@ -52,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--roofline", action="store_true", help="estimate the time of each part on --gpu, and the MFU")
     parser.add_argument(
-        "--rates", default="", metavar="NAME=SHARE,...", help="of the data sheet's figures: matmul, attention, memory, "
-        "link (defaults: Rates in megalibi/plan/roofline.py)"
+        "--rates", default="", metavar="NAME=SHARE,...", help="share of the data sheet's rates that is reached: of "
+        "matmul, attention, memory, link (defaults: Rates in megalibi/plan/roofline.py)"
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan to this file, too")
 
 
 def read_config(arguments: argparse.Namespace) -> Config:
@@ -70,7 +70,7 @@ def choose_gpu(arguments: argparse.Namespace) -> Gpu | None:
     gpu = None if arguments.gpu is None else get_gpu(arguments.gpu)
     if arguments.gpu_memory_gib is None:
         return gpu
-    if not 0 < arguments.gpu_memory_gib < MAX_WHOLE_NUMBER / GIB:  # false for what is no number
+    if not 0 < arguments.gpu_memory_gib < MAX_WHOLE_NUMBER / GIB:  # false for NaN
         raise ConfigError(f"--gpu-memory-gib={arguments.gpu_memory_gib:g}: must be a finite number above 0")
     memory_bytes = int(arguments.gpu_memory_gib * GIB)
     if gpu is None:

@@ -64,17 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text-unit",
         choices=["document", "line", "paragraph"],
         default="document",
-        help="what is one document in a .txt or .tokens file: all of it (default), a line, or a paragraph",
+        help="what one document is in a .txt or .tokens file: the whole file (default), a line, or a paragraph",
     )
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument(
-        "--workers", type=int, default=num_cores, metavar="N", help="encoding processes (default: one a core)"
+        "--workers",
+        type=int,
+        default=num_cores,
+        metavar="N",
+        help="processes that encode text (default: one for each core)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing token file")
     parser.add_argument(
         "--skip-bad-records",
         action="store_true",
-        help="count and list the records whose text cannot be had, and go on; without it the first one is an error",
+        help="leave out records without usable text, and list them; without this option the first one is an error",
     )
 
 

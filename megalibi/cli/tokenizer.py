@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad-records",
         action="store_true",
-        help="count and list the records whose text cannot be had, and go on; without it the first one is an error",
+        help="leave out records without usable text, and list them; without this option the first one is an error",
     )
 
 

@@ -1,8 +1,9 @@
-"""ALiBi against sinusoidal positions at twice the length, and both at every length: the paper's 1.3B comparison.
+"""Compare ALiBi with sinusoidal positions at twice the length, and both at every length: the paper's 1.3B comparison.
 
-Part one, speed: every model with attention that holds its scores (unfused) and with the fast one, in turns of fresh
-processes. Part two, quality: the models trained to equal updates, their checkpoints evaluated. Writes report.md,
-figure5.png and results.json. Interrupt it, and the same command goes on; nothing is done twice.
+Part one measures speed: every model takes steps with attention that holds its scores (unfused) and with fast attention,
+in turns of fresh processes. Part two measures quality: the models are trained to equal updates, and their checkpoints
+are evaluated. The results are report.md, figure5.png and results.json. After an interruption the same command resumes;
+nothing is done twice.
 """
 
 from __future__ import annotations
@@ -43,20 +44,24 @@ EXAMPLES = """examples:
   {command} --scale small --data data/books-train --valid data/books-valid --jobs 2
   {command} --scale 1.3b --plan
   {command} --scale 1.3b --part speed --data data/train --valid data/valid study.turns=5
-smoke: minutes on 2 CPU cores, on the text of `make quickstart`; its numbers mean nothing. small: hours of CPU, minutes
-of a GPU. 1.3b: --part speed takes one GPU of 80 GB, or more ranks; --part quality is meant for a cluster. 1.3b_10min:
-one turn of --part speed, with an eighth of its batch.
+scales:
+  smoke       takes minutes on 2 CPU cores, on the text of `make quickstart`; its numbers mean nothing
+  small       takes hours on a CPU, or minutes on a GPU
+  1.3b        --part speed takes one GPU of 80 GB, or more ranks; --part quality is meant for a cluster
+  1.3b_10min  is one turn of --part speed, with an eighth of its batch
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    add_overrides(parser, "values that win over the scale's")
+    add_overrides(parser, "values that win over those of the scale's file")
     parser.add_argument("--scale", choices=SCALES, required=True, help="configs/compare_SCALE.yaml")
     parser.add_argument("--data", metavar="PREFIX", help="token file to train on (data.train)")
     parser.add_argument("--valid", metavar="PREFIX", help="token file to evaluate on (data.valid)")
     parser.add_argument("--part", choices=["speed", "quality", "all"], default="all", help="default: %(default)s")
-    parser.add_argument("--plan", action="store_true", help="run nothing: shapes, parameters, memory, from no device")
+    parser.add_argument(
+        "--plan", action="store_true", help="run nothing; compute shapes, parameters and memory without a device"
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -64,7 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: results/compare_SCALE, and with --plan results/compare_SCALE_plan",
     )
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="trainings and evaluations at once; turns run alone"
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trainings and evaluations that run at once (default: %(default)s); turns run alone",
     )
     parser.add_argument(
         "--launcher", default="", metavar="COMMAND", help="what starts the ranks: 'srun python', for example"
@@ -72,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load(arguments: argparse.Namespace) -> tuple[CompareStudy, Config]:
-    """Return the study of the scale, on the text that is given."""
+    """Return the study of --scale on the text of --data and --valid, and the run that it varies."""
     given = {"data.train": arguments.data, "data.valid": arguments.valid}
     overrides = [f"{field}={prefix}" for field, prefix in given.items() if prefix is not None]
     return load_study(

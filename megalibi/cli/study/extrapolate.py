@@ -59,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("config", metavar="CONFIG", type=Path, help="a study's YAML: a run, and the section study")
     add_overrides(parser)
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes at once (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes that run at once (default: %(default)s)"
+    )
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: results/ and the name of CONFIG")
     parser.add_argument(
         "--launcher",
