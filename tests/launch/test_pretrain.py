@@ -72,7 +72,10 @@ BAD_INPUT = {
     "foreign tokens": ("data.train={folder}/foreign", "foreign.idx: not a Megatron-LM index"),
     "ids": ("model.vocab_size=100", "past vocab_size=100"),
     "no tokenizer": ("data.tokenizer={folder}/none.model", "none.model: no such tokenizer"),
-    "large tokenizer": ("data.tokenizer={folder}/large.model", "model.vocab_size=509: must be at least 600, the numbe"),
+    "large tokenizer": (
+        "data.tokenizer={folder}/large.model",
+        "model.vocab_size=509: must be at least 600, the number of ids of data.tokenizer={folder}/large.model",
+    ),
     "small tokenizer": ("data.tokenizer={folder}/small.model", "past vocab_size=400; the file was made with another"),
     "other tokenizer": (
         "data.train={folder}/recorded data.tokenizer={folder}/other.model",
