@@ -83,8 +83,8 @@ def build_on_meta(config: Config, derived: Derived, *, attention: str, group: Gr
         attention: fused or unfused, whatever the run's own back end is.
         group: The tensor group.
     """
-    # On the meta device "auto" has the shapes of a fused kernel.
-    backend = "unfused" if attention == "unfused" else "auto"
+    # By name: of a choice by "auto" a line would be logged, which is no concern of who plans.
+    backend = "unfused" if attention == "unfused" else "meta"
     with torch.device("meta"):
         return GPT(
             replace(config.model, attention_backend=backend),
