@@ -210,7 +210,7 @@ def benchmark_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def describe_origin() -> dict[str, Any]:
+def describe_busy_machine() -> dict[str, Any]:
     """Return what the figures depend on besides the options, and how busy the machine was."""
     described = describe_run("cpu", ("numpy", "sentencepiece"))
     described["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
@@ -268,7 +268,7 @@ def main() -> None:
     for name, value in figures.items():
         if isinstance(value, dict):
             console.print(f"{name}: {value['median']:,.2f} ({value['min']:,.2f} to {value['max']:,.2f})")
-    record = {**describe_origin(), **figures}
+    record = {**describe_busy_machine(), **figures}
     if arguments.output:
         write_json(record, arguments.output)
     else:

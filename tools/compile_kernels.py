@@ -63,7 +63,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Job(NamedTuple):
+class Compilation(NamedTuple):
     """A kernel to compile."""
 
     arch: str
@@ -74,7 +74,7 @@ class Job(NamedTuple):
     tile: tuple[int, ...]
 
 
-def list_jobs(arguments: argparse.Namespace) -> Iterator[Job]:
+def list_jobs(arguments: argparse.Namespace) -> Iterator[Compilation]:
     """Yield every kernel and tile asked for."""
     from alibi_attention.backends.triton import tiles as triton_tiles
 
@@ -86,16 +86,16 @@ def list_jobs(arguments: argparse.Namespace) -> Iterator[Job]:
             for head_dim in arguments.head_dim:
                 for name, choice in tiles.items():
                     if choice is None:
-                        yield Job(arch, dtype, head_dim, arguments.packed, name, _UNTILED)
+                        yield Compilation(arch, dtype, head_dim, arguments.packed, name, _UNTILED)
                         continue
                     fitting = [
                         limits for limits in choice.candidates if limits[0] == itemsize and head_dim <= limits[1]
                     ]
                     for tile in choice.candidates[min(fitting)]:
-                        yield Job(arch, dtype, head_dim, arguments.packed, name, tile)
+                        yield Compilation(arch, dtype, head_dim, arguments.packed, name, tile)
 
 
-def compile_kernel(job: Job) -> Any:
+def compile_kernel(job: Compilation) -> Any:
     """Return what Triton makes of a kernel, as it would be launched for contiguous inputs."""
     arch, dtype, head_dim, packed, name, tile = job
     import torch
@@ -158,7 +158,7 @@ def assemble(ptx: str, arch: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
-def make_row(job: Job) -> dict[str, Any]:
+def make_row(job: Compilation) -> dict[str, Any]:
     """Return a kernel's figures; bytes spilled are those that a thread stores."""
     compiled = compile_kernel(job)
     ptx = compiled.asm["ptx"]

@@ -8,8 +8,7 @@ import time
 
 from megalibi.cli.command import Command
 from megalibi.console import Progress
-from megalibi.data.preprocess import Progress as Written
-from megalibi.data.preprocess import preprocess
+from megalibi.data.preprocess import Written, preprocess
 from megalibi.data.text.estimate import estimate_text_bytes
 from megalibi.data.text.sources import INPUT_HELP
 

@@ -15,7 +15,7 @@ from megalibi.config.identity import (
     NO_WEIGHT_DEPENDS_ON,
     ON_RESUME,
     find_changes,
-    find_weight_changes,
+    find_differences,
     flatten_config,
 )
 from megalibi.config.load import config_from_dict, config_to_dict, load_config, save_config
@@ -54,7 +54,7 @@ __all__ = [
     "config_to_dict",
     "derive",
     "find_changes",
-    "find_weight_changes",
+    "find_differences",
     "flatten_config",
     "learning_rate_at",
     "load_config",

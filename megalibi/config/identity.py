@@ -44,17 +44,7 @@ NO_WEIGHT_DEPENDS_ON = frozenset(name for name, decides in DECIDES.items() if de
 
 def find_changes(theirs: Config, ours: Config) -> dict[str, tuple[Any, Any]]:
     """Return the fields that differ, by section.field, with both values; fields that name files are left out."""
-    return {name: values for name, values in _find_differences(theirs, ours).items() if name not in BY_CONTENT}
-
-
-def find_weight_changes(theirs: Config, ours: Config) -> dict[str, tuple[Any, Any]]:
-    """Return the fields that differ and that a weight depends on, by section.field, with both values.
-
-    Fields that name files are compared by their paths.
-    """
-    return {
-        name: values for name, values in _find_differences(theirs, ours).items() if name not in NO_WEIGHT_DEPENDS_ON
-    }
+    return {name: values for name, values in find_differences(theirs, ours).items() if name not in BY_CONTENT}
 
 
 def flatten_config(config: Config) -> dict[str, Any]:
@@ -63,7 +53,8 @@ def flatten_config(config: Config) -> dict[str, Any]:
     return {f"{section}.{name}": value for section, fields in tree.items() for name, value in fields.items()}
 
 
-def _find_differences(theirs: Config, ours: Config) -> dict[str, tuple[Any, Any]]:
+def find_differences(theirs: Config, ours: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the fields that differ, by section.field, with both values; files are compared by their names."""
     theirs_flat = flatten_config(theirs)
     return {
         name: (theirs_flat[name], value) for name, value in flatten_config(ours).items() if value != theirs_flat[name]

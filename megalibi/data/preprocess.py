@@ -33,15 +33,19 @@ _MAX_WORKERS = 1_024
 _TASKS_PER_WORKER = 4  # being encoded or waiting: this bounds the memory
 
 
-class Progress(NamedTuple):
-    """What has been written so far."""
+class Written(NamedTuple):
+    """How much has been written so far."""
 
     documents: int
+    """The number of documents in the token file."""
     tokens: int
+    """The number of tokens in the token file."""
     text_bytes: int
+    """The number of UTF-8 bytes of text that were read for it."""
     characters: int = 0
+    """The number of characters that were read for it."""
     lost_characters: int = 0
-    """Characters for which the tokenizer has no id."""
+    """The number of characters for which the tokenizer has no id."""
 
 
 class _Encoded(NamedTuple):
@@ -62,8 +66,8 @@ def preprocess(
     workers: int = 1,
     overwrite: bool = False,
     skip_bad_records: bool = False,
-    report: Callable[[Progress], None] = lambda progress: None,
-) -> Progress:
+    report: Callable[[Written], None] = lambda progress: None,
+) -> Written:
     """Encode documents, each ended as the tokenizer ends one, into OUTPUT.bin and OUTPUT.idx; OUTPUT.json says how.
 
     The files do not depend on the number of workers, and appear only when they are complete. What was left out of the
@@ -126,7 +130,7 @@ def preprocess(
     return progress
 
 
-def _warn(reader: DocumentReader, tokenizer: Tokenizer | WordTokenizer, progress: Progress) -> None:
+def _warn(reader: DocumentReader, tokenizer: Tokenizer | WordTokenizer, progress: Written) -> None:
     """Say what of the text is not in the tokens."""
     if left_out := reader.describe_left_out():
         _LOGGER.warning("%s", left_out)
@@ -191,15 +195,15 @@ def _start_resource_tracker() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def _write(writer: TokenFileWriter, results: Iterable[_Encoded], report: Callable[[Progress], None]) -> Progress:
-    progress = Progress(0, 0, 0)
+def _write(writer: TokenFileWriter, results: Iterable[_Encoded], report: Callable[[Written], None]) -> Written:
+    progress = Written(0, 0, 0)
     for encoded in results:
         start = 0
         for end in encoded.document_ends:
             writer.add_document(encoded.tokens[start:end])
             start = end
         writer.add_tokens(encoded.tokens[start:])
-        progress = Progress(
+        progress = Written(
             documents=writer.num_documents,
             tokens=writer.num_tokens,
             text_bytes=progress.text_bytes + encoded.text_bytes,

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from megalibi.checkpoint import CHECKPOINTS, LATEST, Checkpoint, find_checkpoint
-from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, config_from_dict, flatten_config, save_config
+from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, config_from_dict, find_differences, save_config
 from megalibi.errors import ConfigError, UserError
 from megalibi.files import rename_synced
 from megalibi.log import get_logger
@@ -124,12 +124,8 @@ def check_unchanged(config: Config, saved: Mapping[str, Any], *, free: Collectio
     Raises:
         ConfigError: Fields that matter differ. The message names them with both values.
     """
-    ours, theirs = flatten_config(config), flatten_config(config_from_dict(dict(saved)))
-    changed = [
-        f"{field}={ours[field]}, not {theirs[field]}"
-        for field in ours
-        if field not in free and ours[field] != theirs[field]
-    ]
+    differences = find_differences(config_from_dict(dict(saved)), config)
+    changed = [f"{field}={ours}, not {theirs}" for field, (theirs, ours) in differences.items() if field not in free]
     if changed:
         raise ConfigError(
             f"{what} with another configuration than this study's: {'; '.join(changed)}; give the values of that "

@@ -60,8 +60,8 @@ def find_missing() -> str:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One call of the kernel: blocks of queries, one after the other, each with its keys."""
+class KernelCall:
+    """One call of PyTorch's kernel: blocks of queries, one after the other, each with its keys."""
 
     first_query: int
     """First query of the first block."""
@@ -84,7 +84,7 @@ class Part:
 
 def plan_head(
     horizon: int, slope: float, num_queries: int, num_keys: int, query_offset: int, dtype: torch.dtype
-) -> tuple[Part, ...]:
+) -> tuple[KernelCall, ...]:
     """Return the cheapest calls that show every query at least all keys within a distance of ``horizon``."""
     furthest = query_offset + num_queries - 1
     is_16_bit = dtype.itemsize == 2
@@ -97,7 +97,7 @@ def plan_head(
     wide_block = max(_MIN_WIDE_BLOCK, -(-num_queries // _WIDE_BLOCKS))
     choices = [_split(0, wide_block, furthest, num_queries, num_keys, query_offset)]
     if is_small(num_queries):
-        choices.append((Part(0, num_queries, 0, min(num_queries, num_keys), causal=True),))
+        choices.append((KernelCall(0, num_queries, 0, min(num_queries, num_keys), causal=True),))
     for blocks_per_window in range(1, _MAX_BLOCKS_PER_WINDOW + 1):
         block = max(_MIN_BLOCK, _round_up(-(-horizon // blocks_per_window), multiple))
         window = _round_up(max(horizon, 1), block)
@@ -109,9 +109,11 @@ def plan_head(
     return min(choices, key=lambda parts: sum(part.cost(overhead) for part in parts))
 
 
-def _split(lead: int, block: int, window: int, num_queries: int, num_keys: int, query_offset: int) -> tuple[Part, ...]:
+def _split(
+    lead: int, block: int, window: int, num_queries: int, num_keys: int, query_offset: int
+) -> tuple[KernelCall, ...]:
     """Return a causal call for the first ``lead`` queries, and calls for blocks that see the ``window`` keys before."""
-    parts = [Part(0, lead, 0, min(lead, num_keys), causal=True)] if lead else []
+    parts = [KernelCall(0, lead, 0, min(lead, num_keys), causal=True)] if lead else []
     # Blocks with all their keys are one call; near the ends of queries and keys each block is one.
     first_whole = lead + _round_up(max(0, window - query_offset - lead), block)
     whole_blocks = (min(num_queries, num_keys - query_offset) - first_whole) // block
@@ -121,7 +123,7 @@ def _split(lead: int, block: int, window: int, num_queries: int, num_keys: int, 
         queries = min(block, num_queries - start)
         position = query_offset + start
         first_key = max(0, position - window)
-        parts.append(Part(start, queries, first_key, min(position + queries, num_keys) - first_key, blocks))
+        parts.append(KernelCall(start, queries, first_key, min(position + queries, num_keys) - first_key, blocks))
         start += blocks * queries
     return tuple(parts)
 
@@ -130,10 +132,10 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def group_heads(plans: Sequence[tuple[Part, ...]]) -> list[tuple[slice, tuple[Part, ...]]]:
+def group_heads(plans: Sequence[tuple[KernelCall, ...]]) -> list[tuple[slice, tuple[KernelCall, ...]]]:
     """Return runs of heads with one plan; a head with several blocks in a call stands alone."""
 
-    def key(head: int) -> tuple[tuple[Part, ...], int]:
+    def key(head: int) -> tuple[tuple[KernelCall, ...], int]:
         return plans[head], head if any(part.blocks > 1 for part in plans[head]) else -1
 
     runs = [list(run) for _, run in groupby(range(len(plans)), key)]
@@ -150,7 +152,7 @@ class AttendInParts(torch.autograd.Function):
         k_BSHK: torch.Tensor,
         v_BSHK: torch.Tensor,
         slopes_H: torch.Tensor,
-        groups: list[tuple[slice, tuple[Part, ...]]],
+        groups: list[tuple[slice, tuple[KernelCall, ...]]],
         softmax_scale: float,
         query_offset: int,
     ) -> torch.Tensor:
@@ -210,7 +212,7 @@ class AttendInParts(torch.autograd.Function):
         return grad_q_BSHK, grad_k_BSHK, grad_v_BSHK, None, None, None, None
 
 
-def _bias(part: Part, slopes_H: torch.Tensor, query_offset: int) -> torch.Tensor | None:
+def _bias(part: KernelCall, slopes_H: torch.Tensor, query_offset: int) -> torch.Tensor | None:
     """Return the bias of a call as the kernel wants it, [1, G or 1, Q or 1, T]."""
     if part.causal:
         if not slopes_H.any():
@@ -223,19 +225,19 @@ def _bias(part: Part, slopes_H: torch.Tensor, query_offset: int) -> torch.Tensor
     return reversed_bias(slopes_H, part.queries, part.keys, first_position + part.queries - 1).unsqueeze(0)
 
 
-def _queries(part: Part, heads: slice, x_BSHK: torch.Tensor) -> torch.Tensor:
+def _queries(part: KernelCall, heads: slice, x_BSHK: torch.Tensor) -> torch.Tensor:
     """Return the queries of a call, or what belongs to them, in the order in which the call reads them."""
     x_CGQK = _cut(x_BSHK, heads, part.first_query, part.queries, part.blocks, part.queries)
     return x_CGQK if part.causal else x_CGQK.flip(2)
 
 
-def _set_queries(part: Part, heads: slice, x_BSHK: torch.Tensor, value_CGQK: torch.Tensor) -> None:
+def _set_queries(part: KernelCall, heads: slice, x_BSHK: torch.Tensor, value_CGQK: torch.Tensor) -> None:
     """Undo ``_queries``: put a call's results for its queries in their place."""
     x_CGQK = _cut(x_BSHK, heads, part.first_query, part.queries, part.blocks, part.queries)
     x_CGQK.copy_(value_CGQK if part.causal else value_CGQK.flip(2))
 
 
-def _keys(part: Part, heads: slice, x_BSHK: torch.Tensor) -> torch.Tensor:
+def _keys(part: KernelCall, heads: slice, x_BSHK: torch.Tensor) -> torch.Tensor:
     """Return the keys or values that a call reads: a view, overlapping if there are several blocks."""
     return _cut(x_BSHK, heads, part.first_key, part.keys, part.blocks, part.queries)
 
@@ -258,13 +260,13 @@ _ALL_HEADS = slice(0, None)
 class _KeySum:
     """The gradient of some heads' keys or values, summed over calls in fp32 at least."""
 
-    def __init__(self, parts: tuple[Part, ...], result_BSHK: torch.Tensor) -> None:
+    def __init__(self, parts: tuple[KernelCall, ...], result_BSHK: torch.Tensor) -> None:
         self._result_BSHK = result_BSHK
         is_one_call = len(parts) == 1 and parts[0].keys == result_BSHK.shape[1]
         sum_dtype = torch.promote_types(result_BSHK.dtype, torch.float32)
         self._sum_BSHK = None if is_one_call else torch.zeros(result_BSHK.shape, dtype=sum_dtype)
 
-    def add(self, part: Part, grad_CGTK: torch.Tensor) -> None:
+    def add(self, part: KernelCall, grad_CGTK: torch.Tensor) -> None:
         """Add what one call gives; of several blocks, piece by piece, since their keys overlap."""
         if self._sum_BSHK is None:
             self._result_BSHK.copy_(grad_CGTK.transpose(1, 2))
