@@ -59,6 +59,17 @@ def test_every_room_says_what_it_is_for() -> None:
         assert len(said.split()) >= 5, f"{level}: {said}"
 
 
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    places: dict[str, list[str]] = {}
+    for place in [*PACKAGES, "tools"]:
+        for path in (ROOT / place).rglob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    places.setdefault(node.name, []).append(str(path.relative_to(ROOT)))
+    assert len(places) > 100
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/house.md"])
 def test_the_maps_have_every_room(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
