@@ -111,7 +111,7 @@ def read_evaluation(path: Path | str) -> Evaluation:
         in_order = tuple(sorted(results, key=lambda result: result.length))
         return record_from_fields(Evaluation, {**fields, "results": in_order, "name": path.stem})
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: not an evaluation file ({error}); write it with tools/evaluate.py") from error
+        raise CheckpointError(f"{path}: not an evaluation file ({error}); write it with megalibi evaluate") from error
 
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
