@@ -1,14 +1,12 @@
 """Real jobs for tests: each rank is a process of its own that runs a script, and can be signalled and killed.
 
-The ranks are forked from a server that has imported torch and DeepSpeed once, so that a job starts in a second or two
-instead of ten; from there on they are what a launcher starts. On a GPU each begins anew: to import DeepSpeed is to look
-for GPUs, and CUDA does not survive a fork.
+The ranks are forked from a server that has their imports (``tests.support.processes``); from there on they are what a
+launcher starts.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
 import runpy
 import signal
@@ -21,7 +19,7 @@ from typing import Any
 import torch
 
 from megalibi.config import Config, save_config
-from tests.support.device import ON_GPU
+from tests.support.processes import CONTEXT
 from tests.support.ranks import find_free_port
 from tests.support.runs import make_config, write_tokens
 
@@ -39,11 +37,6 @@ LAUNCHER_VARIABLES = (
     "LOCAL_SIZE",
     "MASTER_ADDR",
     "MASTER_PORT",
-)
-
-CONTEXT = mp.get_context("spawn" if ON_GPU else "forkserver")
-CONTEXT.set_forkserver_preload(
-    ["megalibi.train.loop", "torch._dynamo", "torch.utils.tensorboard", "deepspeed.runtime.zero.muon.muon_optimizer"]
 )
 
 

@@ -1,6 +1,6 @@
 """Real ranks for tests: processes, started once per world size and kept for the whole test session.
 
-They are on gloo, or with TEST_DEVICE=cuda on NCCL and a GPU each.
+They are on gloo, or with TEST_DEVICE=cuda on NCCL and a GPU each. ``processes`` says where they come from.
 
 ``run_on_ranks(4, fn, *args)`` calls ``fn(*args)`` in four processes that have initialised torch.distributed, and
 returns the four results by rank. ``fn`` is a top-level function of a test file; it is found again in the ranks by
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import importlib.util
-import multiprocessing as mp
 import os
 import socket
 import sys
@@ -23,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from tests.support.device import COLLECTIVES, ON_GPU
+from tests.support.processes import CONTEXT
 
 RANK_TIMEOUT_SECONDS = 300.0
 
@@ -69,13 +69,12 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
 
 class _Pool:
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
         port = find_free_port()
         self.connections: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.connections.append(ours)

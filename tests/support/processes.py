@@ -1,0 +1,22 @@
+"""How the tests start a process of their own: forked from a server that has imported torch and DeepSpeed.
+
+Importing both costs four seconds of a core in every process, a fork a hundredth of one. On a GPU each process begins
+anew: to import DeepSpeed is to look for GPUs, and CUDA does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+
+from tests.support.device import ON_GPU
+
+PRELOADED = (
+    "megalibi.train.loop",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
+"""Beside the loop itself: what torch and DeepSpeed import only when a training begins."""
+
+CONTEXT = mp.get_context("spawn" if ON_GPU else "forkserver")
+CONTEXT.set_forkserver_preload(list(PRELOADED))
