@@ -21,16 +21,16 @@ def test_a_resumed_training_is_compared_with_the_whole_one(tmp_path: Path, monke
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     run = tmp_path / "run.yaml"
     save_config(make_config(write_tokens(tmp_path, 5000)), run)
-    with warm_python(tmp_path) as python:
-        found = check_resume.check_resume([str(python), str(PRETRAIN)], run, [], tmp_path / "runs")
-        assert found["equal"] is True
-        assert (found["steps"], found["resumed_from"]) == (20, 10)
-        assert found["equal_by_step"] == dict.fromkeys(("loss", "grad_norm", "sample_hash"), [True] * 10)
-        assert found["losses"] == found["losses_resumed"]
-        assert len(set(found["losses"])) == 10
+    python = warm_python()
+    found = check_resume.check_resume([python, str(PRETRAIN)], run, [], tmp_path / "runs")
+    assert found["equal"] is True
+    assert (found["steps"], found["resumed_from"]) == (20, 10)
+    assert found["equal_by_step"] == dict.fromkeys(("loss", "grad_norm", "sample_hash"), [True] * 10)
+    assert found["losses"] == found["losses_resumed"]
+    assert len(set(found["losses"])) == 10
 
-        with pytest.raises(JobError, match=r"the training in .*whole failed with exit code 2: see the lines above"):
-            check_resume.check_resume([str(python), str(PRETRAIN)], run, ["train.stepz=1"], tmp_path / "runs")
+    with pytest.raises(JobError, match=r"the training in .*whole failed with exit code 2: see the lines above"):
+        check_resume.check_resume([python, str(PRETRAIN)], run, ["train.stepz=1"], tmp_path / "runs")
 
 
 def test_a_difference_is_seen(tmp_path: Path) -> None:

@@ -1,30 +1,61 @@
-"""A Python for studies under test that starts in a moment: its processes are forked from a server that has imported
-torch and DeepSpeed already.
+"""A Python that starts in a moment: its processes are forked from a server that has imported torch and DeepSpeed.
 
 ``PYTHON SCRIPT ARGUMENTS`` and ``PYTHON -m MODULE ARGUMENTS`` are what they always are: a process of its own with its
-own arguments, environment, output and exit code, and the script or module is run as ``__main__``.
+own arguments, environment, output and exit code, and the script or module is run as ``__main__``. Two things differ.
+What is read from the environment when torch or DeepSpeed is imported was read by the server; and a signal that is sent
+to the process reaches a client that waits for the real one, which is then killed. Tests of either need sys.executable.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import json
 import os
+import select
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-PRELOADED = (
-    "megalibi.train.loop",
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-)
 START_SECONDS = 120.0
 SERVE = "--serve"
+DIED = b"\1"
+
+
+@functools.cache
+def warm_python() -> str:
+    """Return an executable that stands for Python; the first call starts its server, which ends with the test session.
+
+    Never call it where a module is imported: to collect the tests would start it.
+    """
+    from tests.support.processes import PRELOADED
+
+    folder = Path(tempfile.mkdtemp(prefix="warm_python_"))
+    address, python = str(folder / "socket"), folder / "python"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    server = subprocess.Popen([sys.executable, __file__, SERVE, address, *PRELOADED], env=environment)
+    atexit.register(_stop, server, folder)
+    deadline = time.monotonic() + START_SECONDS
+    while not os.path.exists(address):
+        assert server.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {__file__} {address} "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def _stop(server: subprocess.Popen[bytes], folder: Path) -> None:
+    server.kill()
+    server.wait()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def ask(address: str, command: list[str]) -> int:
@@ -32,32 +63,48 @@ def ask(address: str, command: list[str]) -> int:
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
         request = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
-        socket.send_fds(connection, [len(request).to_bytes(8, "big")], [1, 2])
+        socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
         connection.sendall(request)
-        return int.from_bytes(connection.recv(1) or b"\1", "big")
+        return int.from_bytes(connection.recv(1) or DIED, "big")
 
 
-def serve(address: str) -> None:
-    """Fork a process for each request, one after the other, until standard input ends."""
+def serve(address: str, modules: list[str]) -> None:
+    """Fork a process for each request, until it is killed."""
     import importlib
 
-    for module in PRELOADED:
+    for module in modules:
         importlib.import_module(module)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the processes that attend to a request
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
-        listener.listen()
+        listener.listen(64)
         while True:
             connection, _ = listener.accept()
-            with connection:
-                size, files, *_ = socket.recv_fds(connection, 8, 2)
-                request = json.loads(_receive(connection, int.from_bytes(size, "big")))
-                pid = os.fork()
-                if pid == 0:
-                    listener.close()
-                    _become(request, files)
-                for file in files:
-                    os.close(file)
-                connection.sendall(bytes([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255]))
+            if os.fork() == 0:
+                listener.close()
+                _attend(connection)
+            connection.close()
+
+
+def _attend(connection: socket.socket) -> NoReturn:
+    """Start what is asked for, and answer with its exit code, or kill it when whoever asked has gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, files, *_ = socket.recv_fds(connection, 8, 3)
+    request = json.loads(_receive(connection, int.from_bytes(size, "big")))
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        _become(request, files)
+    for file in (0, 1, 2, *files):
+        os.close(file)
+    ended = os.pidfd_open(pid)
+    readable, _, _ = select.select([ended, connection], [], [])
+    if ended not in readable:
+        os.kill(pid, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with contextlib.suppress(OSError):
+        connection.sendall(bytes([code & 255]))
+    os._exit(0)
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
@@ -67,47 +114,41 @@ def _receive(connection: socket.socket, size: int) -> bytes:
     return bytes(parts)
 
 
-def _become(request: dict, files: list[int]) -> None:
+def _become(request: dict, files: list[int]) -> NoReturn:
     import runpy
+    import threading
+    import traceback
 
-    for place, file in enumerate(files, start=1):
+    for place, file in enumerate(files):
         os.dup2(file, place)
+        os.close(file)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
-    if request["command"][0] == "-m":
-        sys.argv, sys.path[0] = request["command"][1:], request["folder"]
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        os._exit(0)
-    sys.argv = request["command"]
-    sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")  # its end is os._exit
-    os._exit(0)
-
-
-@contextlib.contextmanager
-def warm_python(folder: Path) -> Iterator[Path]:
-    """Start a server; give an executable that stands for Python, and stop the server in the end."""
-    address = str(folder / "socket")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    server = subprocess.Popen([sys.executable, __file__, SERVE, address], env=environment)
+    code: object = 0
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not os.path.exists(address):
-            assert server.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        python = folder / "python"
-        python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {__file__} {address} "$@"\n')
-        python.chmod(0o755)
-        yield python
-    finally:
-        server.kill()
-        server.wait()
+        if request["command"][0] == "-m":
+            sys.argv, sys.path[0] = request["command"][1:], request["folder"]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = request["command"]
+            sys.path[0] = str(Path(sys.argv[0]).parent)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()  # type: ignore[attr-defined]
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == SERVE:
-        serve(sys.argv[2])
+        serve(sys.argv[2], sys.argv[3:])
     else:
         sys.exit(ask(sys.argv[1], sys.argv[2:]))

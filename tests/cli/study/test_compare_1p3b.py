@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +50,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return make_runner(compare_1p3b.COMMAND, TOOL, monkeypatch, capsys)
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with warm_python(tmp_path_factory.mktemp("python")) as executable:
-        yield str(executable)
+@pytest.fixture
+def python() -> str:
+    return warm_python()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,10 +31,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return make_runner(measure_gpu.COMMAND, TOOL, monkeypatch, capsys)
 
 
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with warm_python(tmp_path_factory.mktemp("python")) as executable:
-        yield str(executable)
+@pytest.fixture
+def python() -> str:
+    return warm_python()
 
 
 def test_every_step_at_toy_size_and_again(
