@@ -1,5 +1,7 @@
 # make quickstart   from nothing to a small ALiBi GPT, trained, evaluated past its training length, and its report
-# make test         every test that needs no GPU; on the CPU wherever it runs
+# make test         every test that needs no GPU, on the CPU wherever it runs; JOBS=4 for four at a time in place of two
+# make test-fast    for the inner loop: of each test function the cases that cost a second of a processor together or less
+# make test-costs   every test, and tests/costs.json is written anew: what each costs, from which test-fast is chosen
 # make test-gpu     what makes sense on one GPU, on that GPU
 # make check        what must pass before a commit: format, lint, types, import law, tests
 
@@ -10,6 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE := sample
 RUN := runs/quickstart
+# A file's tests stay together, for they share what is dear to make; tests/support/costs.py says which file comes first.
+JOBS := 2
+PYTEST = pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 STEPS := $(shell sed -n 's/^  steps: //p' configs/quickstart.yaml)
 FINAL := $(RUN)/checkpoints/step_$(shell printf %08d $(STEPS))/manifest.json
 # Of the quickstart. DS_ACCELERATOR=cpu is how one computes on the CPU of a machine with GPUs.
@@ -19,7 +24,7 @@ RANKS = $(if $(filter 1,$(GPUS)),1,2)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PRECIOUS: $(FINAL)
-.PHONY: quickstart install test test-gpu check lint clean
+.PHONY: quickstart install test test-fast test-costs test-gpu check lint clean
 
 quickstart: $(RUN)/report.html
 	@echo "report: $(RUN)/report.html"
@@ -69,7 +74,13 @@ $(RUN)/report.html: $(RUN)/evaluation.json
 	python tools/report.py $(RUN)
 
 test: install $(VENV)/.flash-attn
-	pytest
+	$(PYTEST)
+
+test-fast: install $(VENV)/.flash-attn
+	$(PYTEST) --fast
+
+test-costs: install $(VENV)/.flash-attn
+	$(PYTEST) --write-costs
 
 test-gpu: install
 	TEST_DEVICE=cuda python -m pytest -m gpu

@@ -7,16 +7,18 @@ import pytest
 
 import tests.support.device
 import tests.support.flash_attn_on_cpu  # before alibi_attention, which asks it for its operators
+from tests.support.costs import measure_costs, pytest_addoption, pytest_collection_modifyitems
 from tests.support.run_folder import make_step, make_validation, write_run
 from tests.support.runs import write_tokens
 
-__all__ = ["make_step", "make_validation", "write_run"]
+__all__ = ["make_step", "make_validation", "pytest_addoption", "pytest_collection_modifyitems", "write_run"]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A shell starts what runs in its background with SIGINT ignored, and children inherit that: tests send SIGINT."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    measure_costs(config)
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

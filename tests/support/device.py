@@ -14,3 +14,4 @@ ON_GPU = DEVICE == "cuda"
 COLLECTIVES = "nccl" if ON_GPU else "gloo"
 if not ON_GPU:
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads would wait for each other
