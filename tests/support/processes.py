@@ -10,13 +10,5 @@ import multiprocessing as mp
 
 from tests.support.device import ON_GPU
 
-PRELOADED = (
-    "megalibi.train.loop",
-    "torch._dynamo",
-    "torch.utils.tensorboard",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-)
-"""Beside the loop itself: what torch and DeepSpeed import only when a training begins."""
-
 CONTEXT = mp.get_context("spawn" if ON_GPU else "forkserver")
-CONTEXT.set_forkserver_preload(list(PRELOADED))
+CONTEXT.set_forkserver_preload(["tests.support.preloaded"])

@@ -1,9 +1,10 @@
 """A Python that starts in a moment: its processes are forked from a server that has imported torch and DeepSpeed.
 
 ``PYTHON SCRIPT ARGUMENTS`` and ``PYTHON -m MODULE ARGUMENTS`` are what they always are: a process of its own with its
-own arguments, environment, output and exit code, and the script or module is run as ``__main__``. Two things differ.
-What is read from the environment when torch or DeepSpeed is imported was read by the server; and a signal that is sent
-to the process reaches a client that waits for the real one, which is then killed. Tests of either need sys.executable.
+own arguments, environment, input, output and exit code, and the script or module is run as ``__main__``. It is the
+child of another process than of the one that asked, to which signals are passed on; it is killed when that one dies.
+Its ``sys.executable`` is this Python again. What torch and DeepSpeed read from the environment when they are imported
+was read by the server: tests of that need a new Python, and ``PYTHON -c`` is one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import os
 import select
@@ -26,7 +28,10 @@ from typing import NoReturn
 
 START_SECONDS = 120.0
 SERVE = "--serve"
+PRELOADED = ("tests.support.preloaded", "megalibi.report.plots")
+"""Tools draw."""
 DIED = b"\1"
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @functools.cache
@@ -35,19 +40,17 @@ def warm_python() -> str:
 
     Never call it where a module is imported: to collect the tests would start it.
     """
-    from tests.support.processes import PRELOADED
-
     folder = Path(tempfile.mkdtemp(prefix="warm_python_"))
     address, python = str(folder / "socket"), folder / "python"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    server = subprocess.Popen([sys.executable, __file__, SERVE, address, *PRELOADED], env=environment)
+    server = subprocess.Popen([sys.executable, __file__, SERVE, address], env=environment)
     atexit.register(_stop, server, folder)
     deadline = time.monotonic() + START_SECONDS
     while not os.path.exists(address):
         assert server.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {__file__} {address} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S {__file__} {address} "$0" "$@"\n')
     python.chmod(0o755)
     return str(python)
 
@@ -58,22 +61,29 @@ def _stop(server: subprocess.Popen[bytes], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def ask(address: str, command: list[str]) -> int:
+def ask(address: str, python: str, command: list[str]) -> int:
     """Ask the server for a process that does a command; return its exit code."""
+    if command[0].startswith("-") and command[0] != "-m":
+        os.execv(sys.executable, [sys.executable, *command])
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(address)
-        request = json.dumps({"command": command, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+        fields = {"python": python, "command": command, "environment": dict(os.environ), "folder": os.getcwd()}
+        request = json.dumps(fields).encode()
         socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
         connection.sendall(request)
+        process = int.from_bytes(_receive(connection, 8), "big")
+        for number in PASSED_ON:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, _: os.kill(process, number))
         return int.from_bytes(connection.recv(1) or DIED, "big")
 
 
-def serve(address: str, modules: list[str]) -> None:
+def serve(address: str) -> None:
     """Fork a process for each request, until it is killed."""
-    import importlib
-
-    for module in modules:
+    sys.path.insert(1, str(Path(__file__).parents[2]))
+    for module in PRELOADED:
         importlib.import_module(module)
+
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system buries the processes that attend to a request
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -95,6 +105,8 @@ def _attend(connection: socket.socket) -> NoReturn:
     if pid == 0:
         connection.close()
         _become(request, files)
+    with contextlib.suppress(OSError):
+        connection.sendall(pid.to_bytes(8, "big"))
     for file in (0, 1, 2, *files):
         os.close(file)
     ended = os.pidfd_open(pid)
@@ -110,7 +122,10 @@ def _attend(connection: socket.socket) -> NoReturn:
 def _receive(connection: socket.socket, size: int) -> bytes:
     parts = bytearray()
     while len(parts) < size:
-        parts += connection.recv(size - len(parts))
+        part = connection.recv(size - len(parts))
+        if not part:
+            raise EOFError
+        parts += part
     return bytes(parts)
 
 
@@ -122,6 +137,7 @@ def _become(request: dict, files: list[int]) -> NoReturn:
     for place, file in enumerate(files):
         os.dup2(file, place)
         os.close(file)
+    sys.executable = request["python"]
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -149,6 +165,6 @@ def _become(request: dict, files: list[int]) -> NoReturn:
 
 if __name__ == "__main__":
     if sys.argv[1] == SERVE:
-        serve(sys.argv[2], sys.argv[3:])
+        serve(sys.argv[2])
     else:
-        sys.exit(ask(sys.argv[1], sys.argv[2:]))
+        sys.exit(ask(sys.argv[1], sys.argv[2], sys.argv[3:]))
