@@ -30,6 +30,7 @@ from megalibi.runtime.ranks import Place
 from tests.support.jobs import ScriptJob, torchrun_environment
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import CPU, identify, iterate_ours, make_config, process_groups
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "evaluate.py"
@@ -90,7 +91,7 @@ def arguments(run_dir: Path, **options: object) -> list[str]:
 
 
 def evaluate(run_dir: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *arguments(run_dir, **options)]
+    command = [warm_python(), str(TOOL), *arguments(run_dir, **options)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -187,7 +188,7 @@ def test_by_position_tells_the_loss_of_every_number_of_tokens_seen(run_dir: Path
     num_tokens, length, stride = 300, 16, 6
     picture = run_dir / "positions.png"
     command = [*arguments(run_dir, tokens=num_tokens, protocol="sliding", stride=stride, picture=picture)]
-    done = subprocess.run([sys.executable, str(TOOL), *command, "--by-position"], capture_output=True, text=True)
+    done = subprocess.run([warm_python(), str(TOOL), *command, "--by-position"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seen = [min(place, length) if place <= length else 0 for place in range(1, num_tokens)]
     for place in range(length + 1, num_tokens):  # the first window that has it, counted from its end

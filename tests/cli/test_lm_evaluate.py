@@ -25,6 +25,7 @@ from megalibi.model import GPT
 from tests.support.planted import plant
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import CPU, identify, iterate_ours, make_config, process_groups
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "lm_evaluate.py"
@@ -171,7 +172,7 @@ def choose(trained: Trained, document: dict[str, Any], *, most: bool) -> int:
 
 def run_tool(trained: Trained, tasks: str, *options: str) -> subprocess.CompletedProcess[str]:
     folder = trained.folder
-    command = [sys.executable, str(TOOL), "--checkpoint", str(folder), "--tasks", tasks, "--offline"]
+    command = [warm_python(), str(TOOL), "--checkpoint", str(folder), "--tasks", tasks, "--offline"]
     command += ["--include-path", str(folder / "tasks"), "--output", str(folder / "out.json"), *options]
     environment = {**os.environ, "HF_HOME": str(folder / "cache")}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megalibi.metrics.records import StepRecord
+from tests.support.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 def run_tool(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools" / "report.py"), *map(str, arguments)],
+        [warm_python(), str(REPOSITORY / "tools" / "report.py"), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,

@@ -30,7 +30,16 @@ def test_preprocess(tmp_path):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     train_tokenizer(texts, 500, tmp_path / "t.model")
     output = tmp_path / "new" / "out.json"
-    arguments = ["--input", tmp_path / "corpus.jsonl", "--tokenizer", tmp_path / "t.model", "--repeats", 2]
+    arguments = [
+        "--input",
+        tmp_path / "corpus.jsonl",
+        "--tokenizer",
+        tmp_path / "t.model",
+        "--repeats",
+        2,
+        "--workers",
+        1,
+    ]
     done = run("preprocess", *arguments, "--output", output)
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from megalibi.data.tokens.token_file import TokenFileWriter
 from tests.cli.test_evaluate import train_and_save
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import CPU, make_config
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "capture_qk.py"
@@ -37,7 +37,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(run_dir: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     fixed = ["--checkpoint", run_dir, "--data", run_dir / "text"]
-    return subprocess.run([sys.executable, TOOL, *map(str, [*fixed, *arguments])], capture_output=True, text=True)
+    return subprocess.run([warm_python(), TOOL, *map(str, [*fixed, *arguments])], capture_output=True, text=True)
 
 
 def test_what_is_saved_is_the_layers_q_and_k(run_dir):

@@ -20,6 +20,7 @@ from megalibi.cli.study import extrapolate
 from megalibi.config import config_to_dict
 from tests.support.in_process import Runner, make_runner
 from tests.support.runs import make_config, write_tokens
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "extrapolate.py"
@@ -56,6 +57,7 @@ def arguments_of(study: Path, *arguments: str) -> list[str]:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Runner:
     """Run the tool in this process, which has its imports; trainings and evaluations are processes as ever."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(sys, "executable", warm_python())  # the interrupted study starts them cold
     return make_runner(extrapolate.COMMAND, TOOL, monkeypatch, capsys)
 
 
