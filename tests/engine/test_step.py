@@ -23,6 +23,8 @@ from tests.support.runs import (
 
 FP32_RELATIVE_BOUND = 1e-5
 STEPS = 30
+SOME_STEPS = 12
+"""Clipping begins with the fourth. A wrong sum is seen at the first; others take all steps, to see that none drifts."""
 FEW_STEPS = 8
 gpu = pytest.mark.gpu
 TOPOLOGIES = [pytest.param(1, 1, marks=gpu), (1, 2), (2, 1), (2, 2), (4, 1), (4, 2)]
@@ -59,7 +61,8 @@ def test_trap_1_6_8_16_every_topology_and_zero_stage_equals_plain_pytorch(prefix
     configs = make_stages(
         prefix, parallel={"tensor_parallel_size": tensor}, train={"micro_batch_size": 4 // data}
     )  # two micro batches each
-    check_equal_plain(run_on(tensor * data, configs, STEPS), plain_curve(prefix))
+    steps = STEPS if (tensor, data) in ((1, 1), (2, 2)) else SOME_STEPS
+    check_equal_plain(run_on(tensor * data, configs, steps), plain_curve(prefix)[:steps])
 
 
 @pytest.mark.parametrize(("heads", "hidden_size"), [(12, 48), (20, 80)])
@@ -70,7 +73,7 @@ def test_heads_that_are_no_power_of_two_on_4_tensor_ranks(prefix: str, heads: in
         model={"num_attention_heads": heads, "hidden_size": hidden_size},
         train={"micro_batch_size": 8},
     )
-    check_equal_plain(run_on(4, configs, STEPS), plain_curve(prefix, heads, hidden_size))
+    check_equal_plain(run_on(4, configs, SOME_STEPS), plain_curve(prefix, heads, hidden_size)[:SOME_STEPS])
 
 
 NESTEROV = {"kind": "nesterov", "learning_rate": 0.3, "warmup_init_learning_rate": 1e-7, "weight_decay": 0.01}
