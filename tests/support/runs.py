@@ -37,12 +37,18 @@ Curve = list[tuple[float, float]]
 """Loss and gradient norm of each step."""
 
 
-def write_tokens(folder: Path, num_tokens: int = 40_000) -> str:
-    """Write a token file with something to learn: each token depends on the one before."""
+@cache
+def _draw_tokens(num_tokens: int) -> np.ndarray:
     random = np.random.default_rng(0)
     tokens = np.zeros(num_tokens, np.int64)
     for i in range(1, num_tokens):
         tokens[i] = (tokens[i - 1] * 31 + random.integers(0, 4)) % VOCAB_SIZE
+    return tokens
+
+
+def write_tokens(folder: Path, num_tokens: int = 40_000) -> str:
+    """Write a token file with something to learn: each token depends on the one before."""
+    tokens = _draw_tokens(num_tokens)
     prefix = str(folder / "tokens")
     with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
         for start in range(0, num_tokens, 997):
