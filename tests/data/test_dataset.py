@@ -68,10 +68,10 @@ def test_an_order_of_ten_to_the_twelve_samples_is_read_at_once(write_tokens):
     """Nothing in a dataset has the size of the data."""
     token_file = TokenFile(write_tokens([[1, 2, 3]]))
     token_file.num_tokens = 10**15 + 1
-    start = time.perf_counter()
+    start = time.process_time()
     dataset = TokenDataset(token_file, 1000, seed=1)
     ids = dataset.sample_ids(indices(0, 10**12 - 1, 10**12))
-    assert time.perf_counter() - start < 0.1
+    assert time.process_time() - start < 0.1
     assert ids.max() < 10**12
     assert len(set(ids[:, 1].tolist())) == 3
 
@@ -149,9 +149,9 @@ def test_until_a_set_is_used_up_the_distinct_samples_are_the_order_itself(write_
 def test_a_set_of_little_weight_is_reached_without_a_walk(write_tokens):
     files = [TokenFile(write_tokens([[1] * length], str(length))) for length in (5, 4001)]
     sets = [TokenDataset(file, 4, 0, dataset_id=i) for i, file in enumerate(files)]
-    start = time.perf_counter()
+    start = time.process_time()
     ids = BlendedDataset(sets, [1, 0.000001]).distinct_sample_ids(1000)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert ids[:, 0].tolist() == [0] + [1] * 999
 
 

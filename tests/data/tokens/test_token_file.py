@@ -139,10 +139,10 @@ def test_opening_does_not_depend_on_the_size(tmp_path):
         except OSError:
             pytest.fail("this file system has no sparse files of 2 TB; set --basetemp to one that has")
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     token_file = TokenFile(tmp_path / "a")
     token_file.read(num_tokens - 10, 10)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     memory = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert token_file.num_tokens == num_tokens
