@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
         return None
     files = collection_path.rglob("test_*.py") if collection_path.is_dir() else [collection_path]
     return None if any("mark.gpu" in path.read_text() for path in files) else True
+
+
+def pytest_collection_finish() -> None:
+    """Where a test starts processes, let their server be the first one, with our imports."""
+    if "tests.support.processes" in sys.modules:
+        sys.modules["tests.support.processes"].start_server()
 
 
 @pytest.fixture(scope="session")
