@@ -12,6 +12,7 @@ from alibi_attention.bench.contract import exact_rows, measured_rows
 from tests.alibi_attention.every_backend.support import (
     BOUNDS,
     HEAD_DIM,
+    HERE,
     best_dtype,
     every_backend,
     every_backend_and_dtype,
@@ -28,9 +29,14 @@ TOTAL_VARIATION_UNFUSED_BF16 = 1.2e-3  # its scores are rounded to the type of q
 TOTAL_VARIATION_OF_BF16_BIAS = 0.05
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [2, 4])
-@pytest.mark.parametrize("num_heads", [12, 20])
-@every_backend
+@pytest.mark.parametrize(
+    ("backend", "num_heads", "tensor_parallel_size"),
+    [
+        pytest.param(backend, num_heads, size, id=f"{backend.name}-{num_heads}-{size}")
+        for backend in HERE
+        for num_heads, size in pick(backend, ((12, 2), (12, 4), (20, 2), (20, 4)), ((12, 2), (20, 4)))
+    ],
+)
 def test_trap_2_shards_of_the_heads_are_the_whole(
     make_inputs, forward_backward, relative_errors, backend, num_heads, tensor_parallel_size
 ):
