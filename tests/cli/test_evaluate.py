@@ -43,7 +43,7 @@ SAME_SUMS_RELATIVE_BOUND = 1e-13
 """Of fp64 sums of the same fp32 losses in another order."""
 
 ONLY_THE_BACK_END = (
-    r"\S+ WARNING which tokenizer made \S+ is not known: [^\n]+\n\S+ INFO attention back end for [^\n]+\n"
+    r"\S+ WARNING it is not known which tokenizer made \S+: [^\n]+\n\S+ INFO attention back end for [^\n]+\n"
 )
 """All that is said beside the results: that these token files have no .json, and which back end the model took."""
 
@@ -273,7 +273,7 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
         ({"lengths": "0"}, "--lengths=0: must be whole numbers above 0"),
         ({"stride": 4}, "--stride=4: must not stand beside --protocol nonoverlapping; leave it out, or choose sliding"),
         ({"protocol": "sliding", "stride": 17}, "--stride=17: must be from 1 to 16, the shortest of --lengths"),
-        ({"lengths": "16,400", "tokens": 400}, "--tokens=400 of it has 400 tokens, and --lengths 400 needs 401"),
+        ({"lengths": "16,400", "tokens": 400}, "--lengths=400: must be below the --tokens=400 of "),
         ({"data": "none"}, "none.idx: no such token file"),
         ({"checkpoint": "none"}, "none is no checkpoint and has none: give a step's folder, a run's folder"),
         ({"data": "foreign"}, "foreign.bin: token 200 is id 509, past vocab_size=509"),

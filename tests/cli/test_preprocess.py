@@ -170,8 +170,8 @@ def test_bad_records_are_an_error_or_listed(tmp_path, model):
     done = subprocess.run(command(*arguments), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {tmp_path / 'a.jsonl'}, line 2: text is a number, not text; mend it, or leave such records out with "
-        "--skip-bad-records\n"
+        f"error: {tmp_path / 'a.jsonl'}, line 2: text is a number, not text; "
+        "correct it, or leave such records out with --skip-bad-records\n"
     )
     assert not list(tmp_path.glob("out*"))
     done = subprocess.run(command(*arguments, "--skip-bad-records"), capture_output=True, text=True)

@@ -95,11 +95,11 @@ def test_an_existing_tokenizer_is_kept_unless_told(corpus):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocab-size", "0"], "vocab_size=0 is not allowed: more than 258 is"),
-        (["--vocab-size", "500", "--character-coverage", "2"], "character_coverage=2.0 is not allowed: a share from"),
-        (["--vocab-size", "500", "--character-coverage", "nan"], "character_coverage=nan is not allowed"),
-        (["--vocab-size", "500", "--max-sentences", "0"], "max_sentences=0 is not allowed: 1 or more is"),
-        (["--vocab-size", str(2**40)], f"vocab_size={2**40} is not allowed"),
+        (["--vocab-size", "0"], "vocab_size=0: must be above 258, "),
+        (["--vocab-size", "500", "--character-coverage", "2"], "character_coverage=2.0: must be a share from"),
+        (["--vocab-size", "500", "--character-coverage", "nan"], "character_coverage=nan: must be a share from"),
+        (["--vocab-size", "500", "--max-sentences", "0"], "max_sentences=0: must be at least 1"),
+        (["--vocab-size", str(2**40)], f"vocab_size={2**40}: must be above 258"),
         (["--vocab-size", "500", "--output", "."], "--output=. is a folder: give the name of a file"),
         (["--vocab-size", "500", "--output", "a.txt/t.model"], "--output=a.txt/t.model cannot be written: a.txt is"),
     ],
