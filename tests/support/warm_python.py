@@ -137,6 +137,9 @@ def _become(request: dict, files: list[int]) -> NoReturn:
     for place, file in enumerate(files):
         os.dup2(file, place)
         os.close(file)
+    # The server's streams remember what its own files were: a file can be sought in, and a pipe cannot.
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.executable = request["python"]
     os.environ.clear()
     os.environ.update(request["environment"])
