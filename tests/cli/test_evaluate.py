@@ -69,7 +69,8 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             writer.add_document([*tokenizer.encode(text), tokenizer.end_of_document_id])
     with TokenFileWriter(folder / "foreign", 600) as writer:
         writer.add_document([5] * 200 + [509] + [5] * 100)
-    train_tokenizer([*texts[1:], "another"], 500, folder / "other.model")
+    train_tokenizer(texts[: len(texts) // 2], 500, folder / "other.model")
+    assert Tokenizer(folder / "other.model").fingerprint != tokenizer.fingerprint
     (folder / "some.txt").write_text(texts[0])
     for name in ("t", "other"):
         tokens = {"tokenizer_path": str(folder / f"{name}.model"), "output": str(folder / f"some_by_{name}")}
