@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from importlinter.api import read_configuration
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +46,8 @@ def test_every_module_can_be_imported(name: str) -> None:
 
 
 def test_configuration_is_read_without_torch() -> None:
-    result = run_python("import sys, megalibi.config, megalibi.log; sys.exit('torch' in sys.modules)")
+    modules = "megalibi.config, megalibi.console, megalibi.errors, megalibi.files, megalibi.log, megalibi.units"
+    result = run_python(f"import sys, {modules}; sys.exit('torch' in sys.modules)")
     assert result.returncode == 0, result.stderr
 
 
@@ -58,21 +60,69 @@ def test_library_does_not_print() -> None:
 
 # Which names the folder of compiled kernels: PyTorch's public function for that folder does not ask it.
 EXTENSIONS_DIR = 'os.environ.get("TORCH_EXTENSIONS_DIR")'
+NATIVE_LIBRARY = "kernels/alibi_attention/backends/native/library.py"
+ENVIRONMENT_READERS = {
+    "megalibi/runtime/cuda_environment.py",  # what CUDA reads as it begins
+    "megalibi/runtime/device.py",  # DS_ACCELERATOR, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS
+    "megalibi/runtime/exit.py",  # hands it to find_place, and asks which rank speaks if that fails
+    "megalibi/runtime/ranks.py",  # what a launcher says of a rank, and what DeepSpeed reads of it
+    # A command sets what a library reads as it is imported, or hands the environment on to processes that it starts.
+    "megalibi/cli/lm_evaluate.py",
+    "megalibi/cli/plan.py",
+    "megalibi/cli/study/compare_1p3b.py",
+    "megalibi/cli/study/extrapolate.py",
+    "megalibi/cli/study/measure_device.py",
+    "megalibi/cli/study/measure_gpu.py",
+    "megalibi/cli/warm_triton.py",
+    NATIVE_LIBRARY,
+}
 
 
-def test_environment_is_read_in_one_place() -> None:
-    runtime = ROOT / "megalibi" / "runtime"
-    native = ROOT / "kernels" / "alibi_attention" / "backends" / "native" / "library.py"
-    assert native.read_text(encoding="utf-8").count("environ") == native.read_text().count(EXTENSIONS_DIR) == 1
+def test_environment_is_read_in_these_modules_only() -> None:
+    readers = set()
     for path in LIBRARY:
-        if path == native or path.parent == runtime or path.is_relative_to(CLI):  # a command is a process's own
-            continue
         for node in nodes_of(path):
             names = {getattr(node, "attr", None), getattr(node, "id", None)}
             if isinstance(node, ast.ImportFrom):
                 names |= {alias.name for alias in node.names}
-            assert not names & {"environ", "environb", "getenv", "putenv"}, f"{path}:{node.lineno}"  # type: ignore[attr-defined]
-    assert "environ" in (runtime / "ranks.py").read_text(encoding="utf-8")
+            if names & {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}:
+                readers.add(str(path.relative_to(ROOT)))
+    assert readers == ENVIRONMENT_READERS
+    native = (ROOT / NATIVE_LIBRARY).read_text(encoding="utf-8")
+    assert native.count("environ") == native.count(EXTENSIONS_DIR) == 1
+
+
+CONTRACTS = {
+    contract["name"]: contract for contract in read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"]
+}
+ROOMS = {path.stem for path in (ROOT / "megalibi").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+ROOMS -= {"__init__"}
+
+
+def sources_of(contract: str) -> set[str]:
+    """Return the packages and modules of megalibi that a contract binds."""
+    names = CONTRACTS[contract]["source_modules"]
+    return {name.removeprefix("megalibi.") for name in names if name.startswith("megalibi.")}
+
+
+@pytest.mark.parametrize(
+    ("contract", "may"),
+    [
+        ("Only megalibi.model knows alibi_attention", {"model"}),
+        ("Only megalibi.model and megalibi.parallel know fused_ops", {"model", "parallel"}),
+        ("Only megalibi.engine and megalibi.checkpoint know DeepSpeed", {"engine", "checkpoint"}),
+    ],
+)
+def test_a_contract_binds_every_package_but_those_that_it_names(contract: str, may: set[str]) -> None:
+    bound = sources_of(contract)
+    assert not bound & may
+    assert bound | may == ROOMS
+
+
+def test_all_that_stands_at_or_below_the_configuration_imports_no_torch() -> None:
+    layers = CONTRACTS["Imports go down the life of a training step, and siblings do not know each other"]["layers"]
+    below = {name.strip() for layer in layers[layers.index("config") :] for name in layer.split("|")}
+    assert sources_of("A configuration and what stands below it import no torch") == below
 
 
 def test_trap_11_kernels_is_a_source_root_and_no_package() -> None:
