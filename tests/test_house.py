@@ -79,7 +79,7 @@ def test_the_maps_have_every_room(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_documents_name_what_is_there(document: str) -> None:
-    """Links, and the paths in backticks that begin with a folder of the repository."""
+    """Links, paths in backticks that begin with a folder of the repository, and names of test files anywhere."""
     path = ROOT / document
     text = path.read_text(encoding="utf-8")
     links = [link.partition("#")[0] for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)]
@@ -87,4 +87,6 @@ def test_documents_name_what_is_there(document: str) -> None:
     quoted = re.findall(r"`([^`\s]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     named = [name for name in quoted if name.startswith(PLACES) and not NOT_THERE.search(name)]
     missing += [name for name in named if not (ROOT / name).exists() and not (path.parent / name).exists()]
+    tests = {test.name for test in (ROOT / "tests").rglob("test_*.py")}
+    missing += [name for name in re.findall(r"\btest_\w+\.py\b", text) if name not in tests and "NAME" not in name]
     assert not missing

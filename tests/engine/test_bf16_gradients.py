@@ -17,7 +17,7 @@ STEPS = 6
 
 def _run(config: Config, known_sources: frozenset[str]) -> tuple[str, Curve]:
     """The name of the optimizer's class, and losses and norms."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as launch/ does for a run that is deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as in a deterministic run
     with patch.object(bf16_gradients, "KNOWN_SOURCES", known_sources):
         engine, _ = build(config)
         name = type(engine.optimizer).__name__

@@ -23,7 +23,7 @@ class Setup:
     scratch: Path
     """The folder for runs and token files."""
     root: Path
-    """The folder with launch/, tools/, configs/ and tests/."""
+    """The folder of the repository, whose tools/, configs/ and tests/ the steps use."""
     python: str
     """The Python interpreter to start."""
     data: str
