@@ -87,7 +87,7 @@ class TokenDataset:
         if self.samples_per_epoch < 1:
             raise ConfigError(
                 f"data.seq_length={seq_length}: must be below the number of tokens in {token_file.bin_path}, "
-                f"which holds {token_file.num_tokens}"
+                f"which holds {token_file.num_tokens}: a sample takes {seq_length + 1}"
             )
 
     def sample_ids(self, indices_N: Int64Array) -> Int64Array:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
@@ -36,7 +37,11 @@ def test_every_epoch_reads_every_sample_once(tmp_path_factory, num_tokens, seq_l
     with TokenFileWriter(prefix, 100) as writer:
         writer.add_document(range(num_tokens))
     if num_tokens <= seq_length:
-        with pytest.raises(ConfigError, match=rf"data\.seq_length={seq_length}: must be below .* holds {num_tokens}"):
+        message = (
+            f"data.seq_length={seq_length}: must be below the number of tokens in {prefix}.bin, which holds "
+            f"{num_tokens}: a sample takes {seq_length + 1}"
+        )
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
             TokenDataset(TokenFile(prefix), seq_length, seed)
         return
     dataset = TokenDataset(TokenFile(prefix), seq_length, seed)

@@ -19,7 +19,12 @@ from tests.support.jobs import Job, run_job, write_job
 from tests.support.ranks import find_free_port
 
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-NO_ACCELERATOR = "cpu" if torch.cuda.is_available() else "cuda"
+NO_ACCELERATOR = "xpu"
+HERE, FOUND = ("cuda", "a GPU") if torch.cuda.is_available() else ("cpu", "no GPU")
+ACCELERATOR_REFUSED = (
+    f"DS_ACCELERATOR={NO_ACCELERATOR} in the environment: must be {HERE} or unset, since torch finds {FOUND} on "
+    f"{socket.gethostname()}"
+)
 HUGE = 2**62
 
 
@@ -68,7 +73,7 @@ def test_a_value_that_cannot_be(config: Path, override: str) -> None:
         ("metrics.jsonl", True, "metrics.jsonl is a folder, the name of a file is needed"),
         ("config.yaml", True, "config.yaml is a folder, the name of a file is needed"),
         ("run_info.json", True, "run_info.json is a folder, the name of a file is needed"),
-        ("config.yaml.tmp", True, "config.yaml.tmp is a folder, and is written first: move it away"),
+        ("config.yaml.tmp", True, "config.yaml.tmp is a folder, but the file is written there first: move it away"),
     ],
 )
 def test_a_run_folder_in_which_a_name_is_taken(config: Path, name: str, is_folder: bool, message: str) -> None:
@@ -87,7 +92,7 @@ def test_a_run_folder_in_which_a_name_is_taken(config: Path, name: str, is_folde
             LAUNCHED | {"MASTER_PORT": "99999999"},
             "MASTER_PORT='99999999' in the launcher's environment: must be a whole number from 1 to 65535",
         ),
-        ({"DS_ACCELERATOR": NO_ACCELERATOR}, f"DS_ACCELERATOR={NO_ACCELERATOR} in the environment: must be "),
+        ({"DS_ACCELERATOR": NO_ACCELERATOR}, ACCELERATOR_REFUSED),
     ],
 )
 def test_an_environment_that_cannot_be(config: Path, environment: dict[str, str], message: str) -> None:
@@ -170,8 +175,7 @@ def test_a_rank_that_alone_meets_something_says_it(config: Path) -> None:
     job.kill()
     assert job.processes[1].exitcode == 2, job.output
     (line,) = job.read_log(1).splitlines()
-    assert line.startswith(f"error: DS_ACCELERATOR={NO_ACCELERATOR} in the environment: must be ")
-    assert line.endswith(f" [rank 1/2 on {socket.gethostname()}]")
+    assert line == f"error: {ACCELERATOR_REFUSED} [rank 1/2 on {socket.gethostname()}]"
 
 
 @pytest.mark.parametrize(("utf8", "code"), [("", 0), ("0", 2)])

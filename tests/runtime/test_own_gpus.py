@@ -6,7 +6,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from megalibi.errors import UserError
+from megalibi.errors import ConfigError
 from megalibi.runtime.own_gpus import check_own_gpus, describe_shared_gpu
 from tests.support.ranks import find_free_port, run_on_ranks
 
@@ -36,7 +36,7 @@ def _meet(gpus: list[str], port: int) -> str:
     store = torch.distributed.TCPStore("127.0.0.1", port, size, rank == 0, timedelta(seconds=30))
     try:
         check_own_gpus(rank, size, gpus[rank], torch.distributed.PrefixStore("gpus", store))
-    except UserError as error:
+    except ConfigError as error:
         return str(error)
     torch.distributed.barrier()  # a run keeps its store; here it ends with rank 0's, which others may still read
     return ""

@@ -91,7 +91,8 @@ def test_going_back_names_what_will_go_and_keeps_the_lines(tmp_path: Path) -> No
     log = job.read_log(0)
     assert "resumed from" in log
     assert "goes back to step_00000002: step_00000004, step_00000006 will be deleted or written over" in log
-    assert f"4 lines of {run}/metrics.jsonl that are of later steps than 2, or cannot be read, are in metrics.dr" in log
+    lines = f"4 lines of {run}/metrics.jsonl that belong to steps after 2 or cannot be read"
+    assert f"{lines} were moved to metrics.dropped.jsonl" in log
     assert exact_records(run) == before
     dropped = (run / "metrics.dropped.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in dropped] == [3, 4, 5, 6]

@@ -348,7 +348,7 @@ def test_an_xz_file_may_be_padded(tmp_path):
 FLIPS = """
 import sys
 from pathlib import Path
-from megalibi.errors import UserError
+from megalibi.errors import DataError
 from megalibi.data.text.records import read_records
 from megalibi.data.text.saved_datasets import read_dataset
 from megalibi.data.text.sources import Source
@@ -368,7 +368,7 @@ for place in range(0, len(whole), max(1, len(whole) // (100 if is_saved else 300
         # The bytes of a text have no checksum in this format; which rows have one, and where it begins, must hold.
         differ = sum(text != other for text, other in zip(texts, expected))
         assert differ <= 2, (place, differ)
-    except UserError as error:
+    except DataError as error:
         assert str(error).startswith(source.name), error
 print("held")
 """

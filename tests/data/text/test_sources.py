@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megalibi.data.preprocess import preprocess
 from megalibi.data.text.documents import DocumentReader
 from megalibi.data.text.sources import find_format, find_sources
-from megalibi.errors import DataError, UserError
+from megalibi.errors import ConfigError, DataError
 
 
 def write(path: Path, text: str) -> Path:
@@ -54,24 +54,24 @@ def test_a_pattern_that_is_no_file_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "kind", "message"),
     [
-        ("", "--input='': must be the name of a file"),
-        ("a" * 300 + ".jsonl", "a" * 100 + "...: cannot be read: File name too long"),
-        ("a\0b.txt", "a\0b.txt: no such file"),
-        ("none.jsonl.zst", "none.jsonl.zst: no such file"),
-        ("a.parquet.gz", "a.parquet.gz: its name ends in no known format"),
-        ("a.gz", "a.gz: its name ends in no known format"),
-        ("pipe.txt", "pipe.txt: not a regular file"),
-        ("no good : name", "no good : name: neither a file, nor a folder, nor a hub name"),
+        ("", ConfigError, "--input='': must be the name of a file"),
+        ("a" * 300 + ".jsonl", DataError, "a" * 100 + "...: cannot be read: File name too long"),
+        ("a\0b.txt", DataError, "a\0b.txt: no such file"),
+        ("none.jsonl.zst", DataError, "none.jsonl.zst: no such file"),
+        ("a.parquet.gz", DataError, "a.parquet.gz: its name ends in no known format"),
+        ("a.gz", DataError, "a.gz: its name ends in no known format"),
+        ("pipe.txt", DataError, "pipe.txt: not a regular file"),
+        ("no good : name", DataError, "no good : name: neither a file, nor a folder, nor a hub name"),
     ],
 )
-def test_names_of_nothing(tmp_path, monkeypatch, name, message):
+def test_names_of_nothing(tmp_path, monkeypatch, name, kind, message):
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe.txt")
     for existing in ("a.parquet.gz", "a.gz"):
         Path(existing).touch()
-    with pytest.raises(UserError) as error:
+    with pytest.raises(kind) as error:
         find_sources([name])
     assert str(error.value).startswith(message)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
-from megalibi.errors import ConfigError, DataError, UserError
+from megalibi.errors import ConfigError, DataError
 
 # Text that looks like text, and text that looks like trouble.
 texts = st.text(
@@ -241,7 +241,7 @@ def test_a_damaged_model(tmp_path, tokenizer_path):
         model[place] ^= 0x80
         try:
             Tokenizer(tmp_path / "a.model")
-        except UserError as error:
+        except DataError as error:
             refused += 1
             assert "a.model: " in str(error)  # noqa: PT017
     assert refused > 10

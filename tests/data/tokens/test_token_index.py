@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import megalibi.data.tokens.token_index as token_index
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
-from megalibi.errors import DataError, UserError
+from megalibi.errors import DataError
 from tests.data.tokens.test_token_file import pack_token_file, write_packed
 
 Documents = list[list[list[int]]]
@@ -44,7 +44,7 @@ def assert_flips_show(prefix: Path) -> int:
             os.pwrite(file.fileno(), bytes([whole[place] ^ 1 << bit]), place)
             try:
                 assert look(TokenFile(prefix)) == seen, f"bit {bit} of byte {place} of {len(whole)}"
-            except UserError as error:
+            except DataError as error:
                 said.append(str(error))
             os.pwrite(file.fileno(), whole[place : place + 1], place)
     assert all("a.idx" in message and "\n" not in message for message in said)
