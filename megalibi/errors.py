@@ -1,5 +1,10 @@
 """What a user can mend: each kind of error is one line that says what, where and what to do; no traceback."""
 
+from __future__ import annotations
+
+import errno
+import os
+
 
 class UserError(Exception):
     """Something that the user can mend. The command line prints the message as one line and exits with ``exit_code``.
@@ -35,3 +40,21 @@ class DivergenceError(UserError):
     """The loss or the gradient is not finite: the run cannot go on as it is."""
 
     exit_code = 1
+
+
+_MAX_NAME = 100
+"""The most characters that a message shows of a name that is too long."""
+
+
+def describe_os_error(error: OSError, path: str | os.PathLike[str]) -> str:
+    """Return "FILE: what is wrong", in the words of the system.
+
+    Args:
+        error: What the system said.
+        path: What was read or written; named if the error names no file, as that of a failing disk.
+    """
+    is_named = isinstance(error.filename, (str, bytes, os.PathLike))
+    name = os.fsdecode(error.filename if is_named else path)
+    if error.errno == errno.ENAMETOOLONG:
+        name = f"{name[:_MAX_NAME]}..."
+    return f"{name}: {error.strerror or error}"

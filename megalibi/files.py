@@ -13,7 +13,8 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -200,6 +201,23 @@ def _names(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def write_json(fields: Mapping[str, Any], output: Path) -> None:
+    """Write a JSON file aside and rename it: an interruption leaves the old file or the new one, never a part.
+
+    Args:
+        fields: The content. A list of numbers stands on one line of the file.
+        output: The file to write; its folder must exist.
+
+    Raises:
+        FileError: The file cannot be written.
+    """
+    text = re.sub(r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(fields, indent=1))
+    try:
+        write_aside(output, text + "\n")
+    except OSError as error:
+        raise FileError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import stat
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megalibi.errors import FileError
 from megalibi.files import (
     AsideFile,
     FileInUseError,
@@ -20,6 +22,7 @@ from megalibi.files import (
     rename_synced,
     sync_folder,
     write_aside,
+    write_json,
     write_synced,
 )
 from tests.power_failure.c_library import build_library
@@ -230,3 +233,19 @@ def test_a_folder_is_renamed_and_takes_no_full_ones_place(tmp_path: Path) -> Non
     with pytest.raises(OSError, match="not empty"):
         rename_synced(tmp_path / "new", tmp_path / "final")
     assert names(tmp_path) == ["final", "new"]
+
+
+def test_a_json_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileError, match=r"folder cannot be written: "):
+        write_json({}, tmp_path / "folder")
+
+
+def test_a_json_file_is_replaced_whole_and_its_numbers_stand_on_one_line(tmp_path: Path) -> None:
+    output = tmp_path / "record.json"
+    output.write_text("old")
+    fields = {"losses": [1.5, -2e-7, 3], "names": ["[1,  2]", "b"], "rows": [{"x": [1, 2]}], "none": []}
+    write_json(fields, output)
+    assert json.loads(output.read_text()) == fields
+    assert "[ 1.5, -2e-07, 3 ]" in output.read_text()
+    assert list(tmp_path.iterdir()) == [output]

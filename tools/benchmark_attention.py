@@ -36,13 +36,14 @@ from alibi_attention.bench.timing import (
 from megalibi import log
 from megalibi.errors import ConfigError
 from megalibi.files import write_aside
-from megalibi.metrics.outputs import check_outputs, check_picture
 from megalibi.metrics.provenance import describe_run
 from megalibi.report.plots import GRID, INK, MUTED, PAPER, SERIES_COLORS, save_figure
 from megalibi.runtime.exit import run_tool
+from megalibi.runtime.outputs import check_outputs, check_picture
 
-EXAMPLE = """examples:
-  python tools/benchmark_attention.py --output results/attention_cpu.json --picture results/attention_cpu.png
+EXAMPLE = r"""examples:
+  python tools/benchmark_attention.py --output results/attention_cpu/random.json \
+    --picture results/attention_cpu/random.png
   python tools/benchmark_attention.py --dtype bfloat16 --lengths 4096 --backends native,sdpa --peers none
   python tools/capture_qk.py --checkpoint runs/quickstart --data sample/valid --length 4096 --output qk.pt
   python tools/benchmark_attention.py --qk qk.pt --heads 8 --head-dim 32 --lengths 512,4096

@@ -30,9 +30,10 @@ from megalibi.data.preprocess import preprocess
 from megalibi.data.text.documents import DocumentReader, join_pieces
 from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.errors import ConfigError
-from megalibi.metrics.outputs import check_folder, check_outputs
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.files import write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.runtime.exit import run_tool
+from megalibi.runtime.outputs import check_folder, check_outputs
 
 EXAMPLE = """examples:
   python tools/benchmark_data.py preprocess --input books.parquet --tokenizer books.model --workers 2

@@ -14,8 +14,8 @@ from megalibi import log
 from megalibi.data.tokens.token_file import TokenFile, check_ids
 from megalibi.errors import ConfigError
 from megalibi.files import open_aside
-from megalibi.metrics.outputs import check_outputs
 from megalibi.runtime.exit import run_tool
+from megalibi.runtime.outputs import check_outputs
 
 EXAMPLE = """example:
   python tools/capture_qk.py --checkpoint runs/quickstart --data sample/valid --length 4096 --output qk.pt

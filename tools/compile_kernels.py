@@ -27,14 +27,15 @@ from rich.console import Console
 
 from megalibi import log
 from megalibi.errors import ConfigError
-from megalibi.files import write_aside
-from megalibi.metrics.outputs import check_outputs
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.files import write_aside, write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.runtime.exit import run_tool
+from megalibi.runtime.outputs import check_outputs
 
-EXAMPLE = """examples:
+EXAMPLE = r"""examples:
   python tools/compile_kernels.py --arch sm_90
-  python tools/compile_kernels.py --arch sm_80 sm_90 --commit e4f2636 HEAD --output results/kernels_compiled/table.json
+  python tools/compile_kernels.py --arch sm_80 sm_90 --commit e4f2636 HEAD \
+    --output results/kernels_compiled/before_and_after.json
 """
 ARCHITECTURES = ("sm_80", "sm_90")
 DTYPES = ("bfloat16", "float32")

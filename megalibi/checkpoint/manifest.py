@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.checkpoint.parameters import ParameterEntry
-from megalibi.errors import CheckpointError, FileError
+from megalibi.errors import CheckpointError, FileError, describe_os_error
 from megalibi.files import write_synced
 
 MANIFEST = "manifest.json"
@@ -102,11 +102,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
         expected = (checkpoint / MANIFEST_CHECKSUM).read_bytes().decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(
-            f"{checkpoint} is no complete checkpoint: {error.filename}: {error.strerror}; give the path of a folder "
-            "named step_NNNNNNNN"
+            f"{checkpoint} is no complete checkpoint: {describe_os_error(error, checkpoint)}; give the path of a "
+            "folder named step_NNNNNNNN"
         ) from error
     except OSError as error:
-        raise FileError(f"{error.filename or checkpoint / MANIFEST}: {error.strerror}") from error
+        raise FileError(describe_os_error(error, checkpoint / MANIFEST)) from error
     if hashlib.sha256(text).hexdigest() != expected:
         raise CheckpointError(
             f"{checkpoint / MANIFEST} is damaged: it does not match {MANIFEST_CHECKSUM}; resume from another checkpoint"

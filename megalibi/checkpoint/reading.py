@@ -22,8 +22,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from megalibi.errors import CheckpointError, FileError
-from megalibi.parallel import describe_os_error
+from megalibi.errors import CheckpointError, FileError, describe_os_error
 
 
 def _get_stage(kind: Any, name: str) -> Any:

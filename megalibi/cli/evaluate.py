@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -43,12 +42,12 @@ from megalibi.evaluate.run import (
     check_tensor_parallel_size,
     evaluate,
 )
-from megalibi.metrics.outputs import check_outputs, check_picture
 from megalibi.metrics.provenance import describe_run
 from megalibi.parallel import ProcessGroups, build_process_groups
 from megalibi.report.plots import save_figure
 from megalibi.report.position_plot import position_curve
-from megalibi.runtime.device import set_up_device
+from megalibi.runtime.device import describe_device, set_up_device
+from megalibi.runtime.outputs import check_outputs, check_picture
 from megalibi.runtime.ranks import Place, init_distributed
 from megalibi.units import format_duration
 
@@ -243,7 +242,7 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
         stride=stride,
         data=arguments.data,
         results=tuple(results),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        device=describe_device(device),
         ranks=place.world_size,
         tensor_parallel_size=arguments.tensor_parallel_size,
         **describe_run(str(device)),

@@ -17,9 +17,10 @@ from megalibi.config.checks import check_option
 from megalibi.data.tokenizer.tokenizer import load_tokenizer
 from megalibi.errors import ConfigError
 from megalibi.evaluate.run import check_lengths, check_same_tokenizer
-from megalibi.metrics.outputs import check_outputs
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.files import write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.runtime.device import set_up_device
+from megalibi.runtime.outputs import check_outputs
 from megalibi.runtime.ranks import find_place
 
 EXAMPLES = """examples:

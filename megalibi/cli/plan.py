@@ -20,10 +20,11 @@ from megalibi.config import Config, config_from_dict, config_to_dict
 from megalibi.config.checks import MAX_WHOLE_NUMBER, check_option
 from megalibi.config.load import load_tree
 from megalibi.errors import ConfigError
-from megalibi.metrics.outputs import check_outputs
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.files import write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.plan.gpus import GIB, USABLE, Gpu, get_gpu
 from megalibi.plan.memory_trace import MemoryByKind
+from megalibi.runtime.outputs import check_outputs
 from megalibi.units import format_bytes
 
 if TYPE_CHECKING:

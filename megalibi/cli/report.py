@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from megalibi.cli.command import Command
-from megalibi.metrics.outputs import check_folder, check_outputs
 from megalibi.report.page import PICTURES, REPORT_FILE, write_pictures, write_report
+from megalibi.runtime.outputs import check_folder, check_outputs
 
 EXAMPLES = """\
 examples:

@@ -14,7 +14,7 @@ from megalibi.data.tokenizer.tokenizer import load_tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokenizer.words import SUFFIX, count_words
 from megalibi.errors import ConfigError
-from megalibi.metrics.outputs import check_outputs
+from megalibi.runtime.outputs import check_outputs
 
 EXAMPLES = """examples:
   {command} --input books.parquet notes.jsonl --vocab-size 32000 --output books.model

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.errors import CheckpointError
-from megalibi.files import read_json_object
-from megalibi.metrics.provenance import write_json
+from megalibi.files import read_json_object, write_json
 from megalibi.metrics.records import record_from_fields
 
 EVALUATION_PATTERN = "evaluation*.json"

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.engine.build import build_engine
+from megalibi.files import write_json
 from megalibi.measure.step_parts import (
     ATTENTION,
     BACKWARD_RANGE,
@@ -26,7 +27,7 @@ from megalibi.measure.step_parts import (
     STEP_RANGE,
     find_part,
 )
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.model import count_parameters
 from megalibi.plan import work_trace
 from megalibi.plan.roofline import count_after_gradients, trace_work

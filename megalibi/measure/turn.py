@@ -11,8 +11,9 @@ import torch
 from megalibi.config import config_to_dict
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult
+from megalibi.files import write_json
 from megalibi.metrics.memory import memory_peak_bytes
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.plan.memory_trace import measure_memory
 from megalibi.runtime.stop import read_together
 from megalibi.train.job import Job, open_loader

@@ -1,14 +1,12 @@
-"""Where a run or a measurement comes from: command, commit, date, hardware and versions; and JSON files that say so."""
+"""Where a run or a measurement comes from: command, commit, date, hardware and versions."""
 
 from __future__ import annotations
 
-import json
 import platform
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,8 +15,6 @@ from typing import Any
 import psutil
 
 import megalibi
-from megalibi.errors import FileError
-from megalibi.files import write_aside
 
 
 def describe_origin() -> dict[str, str]:
@@ -48,23 +44,6 @@ def describe_run(device: str, packages: Sequence[str] = ("torch",)) -> dict[str,
         except PackageNotFoundError:
             continue
     return {**describe_origin(), "hardware": _describe_hardware(device), "versions": versions}
-
-
-def write_json(fields: Mapping[str, Any], output: Path) -> None:
-    """Write a JSON file aside and rename it: an interruption leaves the old file or the new one, never a part.
-
-    Args:
-        fields: The content. A list of numbers stands on one line of the file.
-        output: The file to write; its folder must exist.
-
-    Raises:
-        FileError: The file cannot be written.
-    """
-    text = re.sub(r"\[\n[-+.\deE,\s]+\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(fields, indent=1))
-    try:
-        write_aside(output, text + "\n")
-    except OSError as error:
-        raise FileError(f"{output} cannot be written: {error.strerror}") from error
 
 
 def _describe_command() -> str:

@@ -1,6 +1,6 @@
 """Tensor parallelism over torch.distributed: groups, layout, collectives, sharded layers, loss, keyed randomness."""
 
-from megalibi.parallel.agreement import check_same, describe_os_error, gather_objects, refusing_together
+from megalibi.parallel.agreement import check_same, gather_objects, refusing_together
 from megalibi.parallel.collectives import (
     all_gather_raw,
     all_reduce_raw,
@@ -44,7 +44,6 @@ __all__ = [
     "check_same",
     "copy_to_tensor_group",
     "derive_key",
-    "describe_os_error",
     "dropout_key",
     "fork_rng",
     "gather_from_sequence",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalibi.errors import ConfigError, FileError, UserError
+from megalibi.errors import ConfigError, FileError, UserError, describe_os_error
 from megalibi.parallel.collectives import all_gather_tensor
 from megalibi.parallel.groups import Group
 
@@ -55,11 +55,6 @@ def refusing_together(world: Group, path: Path, advice: str = "") -> Iterator[No
         if met is not None:
             kind, message = met
             raise kind(message + (f" (rank {rank} on {host})" if world.size > 1 else "") + advice)
-
-
-def describe_os_error(error: OSError, path: Path) -> str:
-    """Return "FILE: what is wrong"; ``path`` is named if the error names no file, as that of a failing disk."""
-    return f"{error.filename or path}: {error.strerror or error}"
 
 
 def check_same(facts: Mapping[str, str], device: torch.device) -> None:

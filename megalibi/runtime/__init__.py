@@ -1,1 +1,1 @@
-"""How a process of a job begins and ends: its rank, its device, its signals and its exit code."""
+"""How a process begins and ends: its rank, its device, the files it will write, its signals and its exit code."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -51,3 +52,10 @@ def set_up_device(place: Place) -> torch.device:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     return torch.device("cpu")
+
+
+def describe_device(device: torch.device) -> str:
+    """Return the name of a GPU, or of the kind of processor where torch computes on a CPU."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megalibi import log
-from megalibi.errors import FileError, UserError
+from megalibi.errors import FileError, UserError, describe_os_error
 from megalibi.runtime.ranks import Place, find_place
 
 EXIT_FAILED = 1
@@ -25,8 +25,6 @@ EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 SPOKESMAN_SECONDS = 10
 """How long the other ranks wait for the spokesman's line: a launcher that sees one rank end kills the rest."""
-_MAX_NAME = 100
-"""The most characters that an error shows of a name that is too long."""
 _MAX_REASON = 200
 """The most characters that an error shows of what a library said."""
 # What torch says of a CPU, of CUDA, and of a tensor of more bytes than there are addresses.
@@ -95,11 +93,8 @@ def refuse_files() -> Iterator[None]:
     except OSError as error:
         if not isinstance(error.filename, (str, bytes, os.PathLike)):  # a connection, or our own mistake
             raise
-        name = os.fsdecode(error.filename)
-        if error.errno == errno.ENAMETOOLONG:
-            name = f"{name[:_MAX_NAME]}..."
         advice = _ADVICE.get(error.errno or 0, "give another path, or mend that one")
-        raise FileError(f"{name}: {error.strerror}; {advice}") from error
+        raise FileError(f"{describe_os_error(error, os.fsdecode(error.filename))}; {advice}") from error
     except UnicodeEncodeError as error:
         raise FileError(
             f"{error.object!a} holds letters that cannot be written in this locale's encoding, {error.encoding}: "

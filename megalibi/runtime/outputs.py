@@ -9,8 +9,6 @@ from pathlib import Path
 
 from megalibi.errors import ConfigError, FileError
 from megalibi.files import ASIDE_SUFFIX, make_folder
-from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE
-from megalibi.metrics.tensorboard import TENSORBOARD_FOLDER
 
 PICTURE_SUFFIXES = (".eps", ".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp")
 """Endings of the names of pictures that matplotlib can draw without other packages."""
@@ -74,20 +72,6 @@ def check_folder(folder: Path, name: str, *, files: Sequence[str] = (), folders:
         _check_place(folder / entry, what, is_folder=False)
     for entry in folders:
         _check_place(folder / entry, what, is_folder=True)
-
-
-def check_run_folder(folder: Path, name: str, *, folders: Sequence[str] = ()) -> None:
-    """Check that a run can write its configuration, its metrics, its TensorBoard files and some more folders.
-
-    Args:
-        folder: The run's folder.
-        name: The option or field that names the folder.
-        folders: The names of more folders that the run will make there.
-
-    Raises:
-        FileError: One of them cannot be written.
-    """
-    check_folder(folder, name, files=(CONFIG_FILE, INFO_FILE, METRICS_FILE), folders=(TENSORBOARD_FOLDER, *folders))
 
 
 def _check_place(path: Path, what: str, *, is_folder: bool) -> None:

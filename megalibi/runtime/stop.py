@@ -13,8 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from megalibi.errors import DataError, UserError
-from megalibi.parallel import ProcessGroups, all_reduce_raw, describe_os_error, gather_objects
+from megalibi.errors import DataError, UserError, describe_os_error
+from megalibi.parallel import ProcessGroups, all_reduce_raw, gather_objects
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """The signals that end a run in order; the last one is sent at the end of the terminal."""

@@ -9,7 +9,9 @@ from megalibi.config import Config, Derived, derive
 from megalibi.config.checks import refuse
 from megalibi.data.provenance import identify_data
 from megalibi.data.tokenizer.tokenizer import load_tokenizer
-from megalibi.metrics.outputs import check_run_folder
+from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE
+from megalibi.metrics.tensorboard import TENSORBOARD_FOLDER
+from megalibi.runtime.outputs import check_folder
 from megalibi.train.job import RunData, open_split
 from megalibi.train.resume import find_resume
 
@@ -24,7 +26,7 @@ def check_run(config: Config, world_size: int) -> tuple[Derived, RunData]:
         UserError: With the field, its value and what it must be; or with what is wrong with data, checkpoint or folder.
     """
     derived = derive(config, world_size)
-    check_run_folder(Path(config.train.output_dir), "train.output_dir", folders=(CHECKPOINTS,))
+    check_run_folder(Path(config.train.output_dir))
     train = open_split(config, config.data.train)
     valid = open_split(config, config.data.valid) if config.data.valid else None
     tokenizer = None if config.data.tokenizer is None else load_tokenizer(config.data.tokenizer)
@@ -36,3 +38,16 @@ def check_run(config: Config, world_size: int) -> tuple[Derived, RunData]:
     if checkpoint is not None:
         check_resumable(checkpoint, config, identity, world_size)
     return derived, RunData(train=train, valid=valid, identity=identity)
+
+
+def check_run_folder(folder: Path) -> None:
+    """Check that a run can write its configuration, its metrics, its TensorBoard files and its checkpoints.
+
+    Args:
+        folder: The run's folder, train.output_dir.
+
+    Raises:
+        FileError: One of them cannot be written.
+    """
+    files, folders = (CONFIG_FILE, INFO_FILE, METRICS_FILE), (TENSORBOARD_FOLDER, CHECKPOINTS)
+    check_folder(folder, "train.output_dir", files=files, folders=folders)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import socket
 from pathlib import Path
-
-import torch
 
 from megalibi.config import learning_rate_at, save_config
 from megalibi.data.hashing import format_sample_hash
@@ -25,6 +22,7 @@ from megalibi.metrics.records import (
     ValidationRecord,
 )
 from megalibi.model import count_parameters, model_flops_per_token
+from megalibi.runtime.device import describe_device
 from megalibi.train.job import Job
 from megalibi.train.resume import Start
 
@@ -41,7 +39,7 @@ def record_start(job: Job, start: Start) -> None:
     info = {
         "run_id": start.run_id,
         "num_parameters": parameters,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": describe_device(device),
         "host": socket.gethostname(),
         "deterministic": config.train.deterministic,
         "ranks": f"{groups.world.size}: tensor {groups.tensor.size} x data {groups.data.size}",

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -9,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import megalibi
-from megalibi.errors import FileError
-from megalibi.metrics.provenance import describe_origin, describe_run, write_json
+from megalibi.metrics.provenance import describe_origin, describe_run
 
 
 def test_a_record_says_what_its_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,19 +60,3 @@ def test_the_commit_is_that_of_megalibi_and_of_no_other_repository(
     assert describe_origin()["commit"] == git("rev-parse", "--short=12", "HEAD")
     package.write_text("changed")
     assert describe_origin()["commit"] == f"{git('rev-parse', '--short=12', 'HEAD')}-dirty"
-
-
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(FileError, match=r"folder cannot be written: "):
-        write_json({}, tmp_path / "folder")
-
-
-def test_a_file_is_replaced_whole_and_numbers_stand_on_one_line(tmp_path: Path) -> None:
-    output = tmp_path / "record.json"
-    output.write_text("old")
-    fields = {"losses": [1.5, -2e-7, 3], "names": ["[1,  2]", "b"], "rows": [{"x": [1, 2]}], "none": []}
-    write_json(fields, output)
-    assert json.loads(output.read_text()) == fields
-    assert "[ 1.5, -2e-07, 3 ]" in output.read_text()
-    assert list(tmp_path.iterdir()) == [output]

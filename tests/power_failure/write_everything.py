@@ -15,8 +15,8 @@ from megalibi.data.text.documents import Piece
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokenizer.words import count_words
 from megalibi.data.tokens.token_file import TokenFileWriter
+from megalibi.files import write_json
 from megalibi.metrics.jsonl import JsonlWriter
-from megalibi.metrics.provenance import write_json
 from megalibi.report.plots import save_figure
 from tests.support.checkpoints import save_files
 from tests.support.jobs import SCRIPT, write_job

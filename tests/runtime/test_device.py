@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from megalibi.errors import ConfigError
-from megalibi.runtime.device import check_accelerator
+from megalibi.runtime.device import check_accelerator, describe_device
 
 ON_THE_CPU = """
 import os
@@ -35,3 +37,9 @@ def test_an_accelerator_that_is_not_here_is_refused(told: str) -> None:
         check_accelerator({"DS_ACCELERATOR": told})
     check_accelerator({"DS_ACCELERATOR": "cpu"})
     check_accelerator({})
+
+
+def test_a_cpu_is_described_by_the_kind_of_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for processor, name in (("x86_64", "x86_64"), ("", "cpu")):  # some systems do not say
+        monkeypatch.setattr(platform, "processor", lambda processor=processor: processor)
+        assert describe_device(torch.device("cpu")) == name

@@ -22,11 +22,11 @@ from megalibi.cli.command import Command, add_overrides
 from megalibi.cli.study.root import find_root
 from megalibi.config import Config, config_to_dict
 from megalibi.errors import ConfigError
-from megalibi.files import make_folder, write_aside
-from megalibi.metrics.outputs import check_folder
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.files import make_folder, write_aside, write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.model import count_parameters
 from megalibi.report.plots import save_figure
+from megalibi.runtime.outputs import check_folder
 from megalibi.studies.comparison.study import CompareStudy
 from megalibi.studies.machinery.machine import detect_machine
 from megalibi.studies.study import load_study

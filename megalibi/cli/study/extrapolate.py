@@ -20,12 +20,12 @@ from megalibi.cli.command import Command, add_overrides
 from megalibi.cli.study.root import find_root
 from megalibi.config import Config, config_to_dict
 from megalibi.evaluate.result import EvaluationResult, read_evaluation
-from megalibi.files import make_folder, write_aside
-from megalibi.metrics.outputs import check_folder
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.files import make_folder, write_aside, write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.metrics.records import read_metrics
 from megalibi.metrics.summary import summarize
 from megalibi.report.plots import save_figure
+from megalibi.runtime.outputs import check_folder
 from megalibi.studies.extrapolation.findings import judge_extrapolation
 from megalibi.studies.extrapolation.plot import extrapolation_figure
 from megalibi.studies.extrapolation.report import format_report

@@ -14,8 +14,9 @@ from typing import Any
 
 from megalibi.cli.command import Command, add_overrides
 from megalibi.errors import ConfigError
-from megalibi.metrics.outputs import check_outputs
-from megalibi.metrics.provenance import describe_run, write_json
+from megalibi.files import write_json
+from megalibi.metrics.provenance import describe_run
+from megalibi.runtime.outputs import check_outputs
 
 EXAMPLES = """examples:
   {command} ceilings --device cuda --output ceilings.json

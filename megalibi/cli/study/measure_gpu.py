@@ -25,8 +25,8 @@ from megalibi.data.provenance import read_provenance
 from megalibi.data.tokens.token_file import TokenFile
 from megalibi.errors import ConfigError
 from megalibi.files import lock_file, make_folder, write_aside
-from megalibi.metrics.outputs import check_folder
 from megalibi.metrics.provenance import describe_run
+from megalibi.runtime.outputs import check_folder
 from megalibi.studies.gpu_visit.random_tokens import write_random_tokens
 from megalibi.studies.gpu_visit.report import format_report
 from megalibi.studies.gpu_visit.results import read_results

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
     """Check everything, set up the device and torch.distributed, and measure."""
     config = load_config(arguments.config, arguments.overrides)
     set_cuda_environment(config)
-    from megalibi.metrics.outputs import check_outputs
+    from megalibi.runtime.outputs import check_outputs
 
     check_outputs({"--output": arguments.output})
     job = start_job(config, place)

@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
     set_cuda_environment(config)
     if place.world_size != 1:
         raise ConfigError(f"{place.world_size} ranks: a step is profiled on one rank; start it without a launcher")
-    from megalibi.metrics.outputs import check_outputs
+    from megalibi.runtime.outputs import check_outputs
 
     check_outputs({"--output": arguments.output})
     job = start_job(config, place)

@@ -17,8 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from megalibi.files import make_folder
-from megalibi.metrics.provenance import write_json
+from megalibi.files import make_folder, write_json
 from megalibi.studies.gpu_visit.step import (
     DONE,
     FAILED,
