@@ -71,7 +71,7 @@ class Progress:
         return now >= self._next_line.setdefault(task, now + self._line_every_seconds)
 
     def begin(self, task: str) -> None:
-        """Show that a task has begun, of which nothing else is known yet; elsewhere than on a terminal do nothing."""
+        """Show on a terminal that a task has begun, before its progress is known; without a terminal do nothing."""
         if self._console.is_terminal and task not in self._tasks:
             self._tasks[task] = self._bars.add_task(task, total=None, words="starting")
 

@@ -54,7 +54,7 @@ class Call(NamedTuple):
     dropout: bool = False
     """Whether attention weights are dropped."""
     documents: bool = False
-    """Whether ``cu_seqlens`` is given."""
+    """Whether rows are packed documents, so that ``cu_seqlens`` is given."""
     gap: bool = False
     """Whether a query stands beyond the last key, so that aligning the ends does not give its distances."""
     bias: str = "alibi"
@@ -121,6 +121,7 @@ class Backend(Protocol):
     """A back end is a module with a NAME and these two functions, and is listed once, in attention.py."""
 
     NAME: str
+    """The name that selects the back end."""
 
     def capability(self) -> Capability:
         """Return what it can do here."""

@@ -43,7 +43,7 @@ class ParameterEntry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The same precision as PyTorch's own object."""
+        """The precision as the object that PyTorch has for it."""
         return _DTYPES[self.dtype]
 
     def local_shape(self, tensor_parallel_size: int) -> tuple[int, ...]:

@@ -37,8 +37,8 @@ def assemble_weights(
 
     Args:
         folder: The checkpoint's folder.
-        manifest: Its manifest.
-        parameters: Its parameters by name.
+        manifest: The manifest of that checkpoint.
+        parameters: What is said of each of its parameters, by name.
 
     Raises:
         CheckpointError: A file cannot be loaded, would run code, or does not hold what the manifest says.

@@ -36,7 +36,7 @@ class Provenance:
     tokenizer: dict[str, Any]
     """The tokenizer's path, sha256 and vocab_size."""
     sources: list[dict[str, Any]]
-    """Of each source its name, size_bytes, documents, and what was left out: empty, bad_records."""
+    """The name, size_bytes and documents of each source, and the numbers of what was left out: empty, bad_records."""
     options: dict[str, Any]
     """The options text_key and text_unit with which the text was read."""
     characters: int

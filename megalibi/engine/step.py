@@ -47,7 +47,7 @@ def train_step(
     division by the number of data ranks is undone.
 
     Args:
-        engine: From build_engine.
+        engine: The engine that build_engine returned.
         batches: This rank's micro batches.
         groups: The groups of this process.
         device: Where this rank computes.

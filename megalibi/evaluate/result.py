@@ -25,7 +25,7 @@ class EvaluationResult:
     loss: float
     """Mean cross entropy, in nats per token."""
     perplexity: float
-    """exp(loss)."""
+    """The perplexity per token, exp(loss)."""
     bits_per_byte: float | None = None
     """Loss in bits per byte of text, which compares models with different tokenizers; null if no tokenizer is known."""
     tokens: int
@@ -50,7 +50,7 @@ class Evaluation:
     """
 
     checkpoint: str = ""
-    """Folder of the checkpoint."""
+    """The folder of the evaluated checkpoint."""
     step: int
     """Optimizer steps that the checkpoint was trained for."""
     train_seq_length: int

@@ -53,7 +53,7 @@ class Slice:
     name: str
     """Name of the kernel or operation."""
     seconds: float
-    """Seconds that it took."""
+    """Seconds that it took in the profiled step."""
     path: tuple[str, ...]
     """What was running on the host when it was launched, innermost first."""
 

@@ -86,7 +86,7 @@ class ValidationRecord:
     validation_loss: float
     """Mean cross entropy over the validation tokens, in nats per token."""
     validation_perplexity: float
-    """exp(validation_loss)."""
+    """The perplexity per token, exp(validation_loss)."""
     validation_tokens: int
     """Number of tokens that validation_loss is the mean of."""
     validation_seconds: float
@@ -107,9 +107,9 @@ class RunMetrics:
     """The records of a run: each step once and each validation once, in the order of steps."""
 
     steps: tuple[StepRecord, ...]
-    """The recorded steps."""
+    """The recorded steps, in their order."""
     validations: tuple[ValidationRecord, ...]
-    """The recorded validations."""
+    """The recorded validations, in the order of their steps."""
 
 
 def parse_line(line: str) -> StepRecord | ValidationRecord:

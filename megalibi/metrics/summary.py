@@ -19,11 +19,11 @@ class Quartiles:
     """The median of a measurement and its interquartile range."""
 
     low: float
-    """The first quartile."""
+    """The first quartile of the values."""
     median: float
-    """The median."""
+    """The median of the values."""
     high: float
-    """The third quartile."""
+    """The third quartile of the values."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
@@ -37,7 +37,7 @@ class Summary:
     """The numbers one quotes of a run."""
 
     steps: int
-    """The last recorded step."""
+    """The number of the last recorded step."""
     tokens: int
     """Training tokens consumed until the last step."""
     loss: float

@@ -29,7 +29,7 @@ class GPT(nn.Module):
         model: The network.
         padded_vocab_size: Rows of the whole embedding table; adaptive bands are padded each on its own.
         layout: How the ranks share the layers and the activations between them.
-        compute_dtype: Of the activations.
+        compute_dtype: The type of the activations.
     """
 
     def __init__(

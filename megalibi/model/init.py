@@ -23,6 +23,7 @@ class Constant:
     """Every element starts with the same value."""
 
     value: float
+    """The value that every element starts with."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Normal:
     """Elements start as normal numbers around zero, with this standard deviation."""
 
     std: float
+    """The standard deviation of the normal numbers."""
 
 
 def set_init(parameter: nn.Parameter, init: Constant | Normal) -> None:

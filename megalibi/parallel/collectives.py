@@ -28,17 +28,14 @@ _reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.re
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective on its way: work on something else, then ``wait`` for its result.
-
-    Attributes:
-        buffer: The tensor that the collective fills; nobody may touch it before ``wait``.
-        work: The handle of torch; None if nothing is on its way.
-        arrange: Makes the result from the filled buffer; None if the buffer is the result.
-    """
+    """A collective on its way: work on something else, then ``wait`` for its result."""
 
     buffer: Tensor
+    """The tensor that the collective fills; nobody may touch it before ``wait``."""
     work: dist.Work | None = None
+    """The handle of torch for the collective; None if nothing is on its way."""
     arrange: Callable[[Tensor], Tensor] | None = None
+    """Makes the result from the filled buffer; None if the buffer is the result."""
 
     def wait(self) -> Tensor:
         """Return the result; on a GPU this orders the streams and does not block the host."""

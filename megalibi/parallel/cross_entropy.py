@@ -92,7 +92,7 @@ class _VocabParallelCrossEntropy(Function):
 
 
 class _FusedCrossEntropy(Function):
-    """The same losses and gradients, by the kernels of fused_ops."""
+    """The losses and gradients of _VocabParallelCrossEntropy, by the kernels of fused_ops."""
 
     @staticmethod
     def forward(

@@ -17,19 +17,16 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that share a collective, seen from one of them.
-
-    Attributes:
-        rank: This process's position in the group.
-        size: Number of ranks in the group. A collective over a group of one returns at once.
-        ranks: Global ranks of the members, by position.
-        handle: What torch.distributed calls the group; None where torch.distributed was never initialised.
-    """
+    """The ranks that share a collective, seen from one of them."""
 
     rank: int
+    """This process's position in the group."""
     size: int
+    """The number of ranks in the group. A collective over a group of one returns at once."""
     ranks: tuple[int, ...]
+    """The global ranks of the members, by position."""
     handle: dist.ProcessGroup | None
+    """What torch.distributed calls the group; None where torch.distributed was never initialised."""
 
 
 ALONE = Group(rank=0, size=1, ranks=(0,), handle=None)
@@ -38,17 +35,14 @@ ALONE = Group(rank=0, size=1, ranks=(0,), handle=None)
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """The groups of this process.
-
-    Attributes:
-        world: All ranks.
-        tensor: The ranks that hold the other slices of this rank's layers.
-        data: The ranks that hold the same slices as this rank and see other samples.
-    """
+    """The groups of this process."""
 
     world: Group
+    """The group of all ranks of the job."""
     tensor: Group
+    """The ranks that hold the other slices of this rank's layers, and this rank."""
     data: Group
+    """The ranks that hold the same slices as this rank and see other samples, and this rank."""
 
 
 def single_process_groups() -> ProcessGroups:

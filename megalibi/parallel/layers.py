@@ -100,8 +100,8 @@ class ColumnParallelLinear(nn.Module):
         bias: Adds a bias, sharded like the output.
         gather_output: Returns all output features on every rank instead of this rank's.
         parts: Number of equal parts of the output that are sharded each on its own, 3 for a fused q, k, v.
-        dtype: Of the parameters; None takes torch's default.
-        device: Of the parameters.
+        dtype: The type of the parameters; None takes torch's default.
+        device: The device of the parameters.
 
     Raises:
         ValueError: The group does not divide the parts.
@@ -151,8 +151,8 @@ class RowParallelLinear(nn.Module):
         layout: Under sequence parallelism the output is this rank's slice of the sequence; the input always has the
             whole sequence.
         bias: Adds a bias, once, after the sum; every rank holds all of it.
-        dtype: Of the parameters; None takes torch's default.
-        device: Of the parameters.
+        dtype: The type of the parameters; None takes torch's default.
+        device: The device of the parameters.
 
     Raises:
         ValueError: The group does not divide the input features.
@@ -197,8 +197,8 @@ class VocabParallelEmbedding(nn.Module):
         padded_vocab_size: V with padding, which the group divides.
         hidden_size: H.
         layout: Under sequence parallelism the output is this rank's slice of the sequence.
-        dtype: Of the weight; None takes torch's default.
-        device: Of the weight.
+        dtype: The type of the weight; None takes torch's default.
+        device: The device of the weight.
 
     Attributes:
         vocab_start: The first token of this rank.

@@ -34,7 +34,7 @@ class Collective:
     size_bytes: int
     """Bytes of the whole tensor, before it is scattered or after it is gathered."""
     ranks: int
-    """Ranks of the group."""
+    """The number of ranks in the group."""
 
     @property
     def sent_bytes(self) -> int:

@@ -82,7 +82,7 @@ class Part:
     bytes: float
     """Bytes that it reads and writes; for communication, bytes that the rank sends."""
     seconds: float
-    """Estimated seconds."""
+    """Seconds that the part is estimated to take."""
     bound_by: str
     """What takes the time: arithmetic, memory or link."""
 
@@ -104,7 +104,7 @@ class Roofline:
     flops_full: float
     """FLOP of the model for these tokens, attention counted in full."""
     ranks: int
-    """Ranks of the job."""
+    """The number of ranks of the job."""
 
     @property
     def seconds(self) -> float:

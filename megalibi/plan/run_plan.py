@@ -39,7 +39,7 @@ class RunPlan:
     """What a run will need."""
 
     ranks: int
-    """Ranks of the job."""
+    """The number of ranks of the job."""
     data_parallel_size: int
     """Ranks that see different data."""
     accumulation_steps: int

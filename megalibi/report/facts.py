@@ -21,7 +21,7 @@ class Fact:
     group: str
     """Name of the group; the rows of a group stand together."""
     label: str
-    """Name of the fact."""
+    """The name of the fact, as the page shows it."""
     value: str
     """Value of the fact for one run."""
     note: str = ""

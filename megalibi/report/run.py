@@ -24,7 +24,7 @@ class Run:
     info: dict[str, Any]
     """Content of run_info.json; empty if there is no such file."""
     metrics: RunMetrics
-    """Recorded steps and validations."""
+    """The recorded steps and validations of the run."""
     evaluations: tuple[Evaluation, ...]
     """Evaluations of the folder, in the order of their file names."""
 

@@ -23,7 +23,7 @@ class Finding:
     """One statement of the paper, and whether it holds here."""
 
     expected: str
-    """What the paper found."""
+    """What the paper found, in words."""
     rule: str
     """The condition on our numbers under which the statement holds here."""
     measured: str

@@ -62,7 +62,7 @@ class Quote:
     text: str
     """The sentence, word for word."""
     source: str
-    """Its section and page."""
+    """The section and the page of the sentence."""
     value: float | None = None
     """The number that the sentence states, if it states one."""
 

@@ -36,7 +36,7 @@ _NUM_BLOCKS = 4
 _MIN_BLOCK_QUERIES = 256
 
 MakeMask = Callable[[int, int, int], torch.Tensor]
-"""From the numbers of queries and keys of a block and the position of its last query to its mask [H, Q, T]."""
+"""Returns the mask [H, Q, T] of a block, for its numbers of queries and keys and the position of its last query."""
 
 
 def capability() -> Capability:

@@ -49,7 +49,7 @@ class Row:
     dtype: str
     """Type of q, k and v, as torch writes it."""
     length: int
-    """Number of tokens."""
+    """The number of tokens in a row."""
     heads: str
     """Head counts of the models, and how many of their heads were measured if not all."""
     errors: tuple[float, ...]

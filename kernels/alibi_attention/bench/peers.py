@@ -33,7 +33,7 @@ class Peer:
     name: str
     """Its name in a table."""
     what: str
-    """What exactly is timed."""
+    """What exactly is timed, in words."""
     build: Callable[[torch.Tensor, torch.Tensor], Attend]
     """Returns the function that is timed, for a q of the right shape, type and device, and the slopes [H]."""
     package: str = ""

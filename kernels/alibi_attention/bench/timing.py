@@ -42,19 +42,19 @@ class Case:
     """The problem that all contestants are given."""
 
     device: str
-    """``cpu`` or ``cuda``."""
+    """The device type, ``cpu`` or ``cuda``."""
     dtype: str
     """Type of q, k and v, as torch writes it."""
     batch: int
-    """Number of rows."""
+    """The number of rows in the batch."""
     length: int
     """Number of queries, and of keys."""
     num_heads: int
     """Number of heads; their slopes are those of a model with this number of heads."""
     head_dim: int
-    """Head dimension."""
+    """The head dimension of q, k and v."""
     mode: str
-    """One of ``MODES``."""
+    """What is timed: one of ``MODES``."""
     qk: str | None = None
     """File with q and k of a trained model, or None for standard normal inputs."""
     cuda_graph: bool = False
@@ -74,7 +74,7 @@ class Contestant:
     what: str
     """What is timed, in words."""
     build: Callable[[torch.Tensor, torch.Tensor], Attend]
-    """From a sample of q and the slopes to the function."""
+    """Returns the function that is timed, for a sample of q and the slopes."""
     refusal: str | None = None
     """Why it cannot run here, or None if it can."""
     bytes_per_score: int = 0

@@ -22,9 +22,9 @@ from megalibi.errors import ConfigError, DataError
 from megalibi.log import get_logger
 
 TEXT_FORMATS = (".txt", ".tokens")
-"""Of plain text; WikiText's files are called wiki.train.tokens."""
+"""The endings of files of plain text; WikiText's files are called wiki.train.tokens."""
 RECORD_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrow", ".feather")
-"""Of records with fields."""
+"""The endings of files of records, in which a field holds the text."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _WHOLE_FORMATS = (".parquet", ".arrow", ".feather")
 """They are compressed inside, and read from any place: not as a stream."""

@@ -25,7 +25,7 @@ from megalibi.errors import ConfigError, DataError, FileError
 from megalibi.files import make_folder, write_aside
 
 SUFFIX = ".words"
-"""Of vocabulary files; it tells them from sentencepiece models."""
+"""How the name of a vocabulary file ends, which tells it from a sentencepiece model."""
 _SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 _LINE_END = _SPECIAL.index("</s>")
 _UNKNOWN = _SPECIAL.index("<unk>")

@@ -20,7 +20,7 @@ class Identity:
     tokens: int
     """The number of tokens in all documents."""
     documents: int
-    """The number of documents."""
+    """The number of documents in the token file."""
     idx_sha256: str
     """The checksum of the index: of all of it up to 64 MiB, of 256 places spread evenly over a larger one."""
     bin_sha256: str

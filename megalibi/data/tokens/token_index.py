@@ -34,7 +34,7 @@ class IndexReader:
 
     Args:
         path: The .idx file.
-        descriptor: Of the same file, open.
+        descriptor: The descriptor of the same file, which is open.
         start: Bytes before the lengths.
         num_sequences: What the header says, as num_boundaries; the size of the file agrees with both.
         num_boundaries: Number of document indices.

@@ -19,7 +19,7 @@ METHODS: dict[str, type[PositionMethod]] = {
     "learned": Learned,
     "none": PositionMethod,
 }
-"""One for each of ``config.model.POSITION_METHODS``."""
+"""The class of each method that ``model.position_method`` can name, all of ``config.model.POSITION_METHODS``."""
 
 
 def build_position_method(model: ModelConfig, group: Group) -> PositionMethod:

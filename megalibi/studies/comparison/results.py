@@ -47,9 +47,9 @@ class Results:
     """Everything that is known of a comparison; what is not measured yet is missing."""
 
     study: CompareStudy
-    """The section ``study``."""
+    """The section ``study`` of the file."""
     updates: int
-    """Updates of every training."""
+    """The number of updates of every training."""
     plans: Mapping[Variant, MemoryByKind]
     """Computed memory of a rank at the peak of a step."""
     speeds: Mapping[Variant, Speed]

@@ -35,7 +35,7 @@ class Turn:
     number: int
     """The number of the turn, from 1 on."""
     machine: Machine
-    """Where to measure."""
+    """The machine to measure on."""
 
     @property
     def folder(self) -> Path:
@@ -101,7 +101,7 @@ class Speed:
     turn_medians: Mapping[int, float]
     """Number of a turn -> median seconds of its counted steps."""
     batch_tokens: int
-    """Tokens of an update."""
+    """The number of tokens of an update."""
     memory: MemoryByKind
     """Bytes of rank 0 at the allocator's peak, of the turn where they were most."""
     device_bytes: int

@@ -98,6 +98,7 @@ class Variant:
     """A model with a kind of attention, whose speed is measured."""
 
     model: ComparedModel
+    """The model whose kind of attention varies."""
     attention: str
     """The kind of attention, a key of ATTENTIONS."""
 

@@ -46,7 +46,7 @@ class ExtrapolationStudy:
     sliding_tokens: int
     """Tokens of data.valid that sliding evaluation scores; each takes length / stride times as long."""
     ranks: int = 1
-    """Processes of each training."""
+    """The number of processes of each training."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without the run's own sections."""

@@ -19,7 +19,7 @@ class Setup:
     seconds: float
     """Seconds that the whole visit may take."""
     folder: Path
-    """The folder for results."""
+    """The folder that gets the visit's results."""
     scratch: Path
     """The folder for runs and token files."""
     root: Path

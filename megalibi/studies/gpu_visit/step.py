@@ -22,7 +22,7 @@ class VisitStep:
     what: str
     """What it finds out, in words."""
     command: tuple[str, ...]
-    """The command to start."""
+    """The command that starts the process, by arguments."""
     limit: float
     """Seconds after which the process is killed."""
     expected: float = 0.0
@@ -63,7 +63,7 @@ class StepOutcome:
     status: str
     """How it ended: done, failed, out of time, skipped or interrupted."""
     seconds: float = 0.0
-    """Seconds that it took."""
+    """Seconds that the process took."""
     said: str = ""
     """Why it was not done; empty if it was."""
     command: str = ""

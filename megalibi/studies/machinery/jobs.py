@@ -37,7 +37,7 @@ class JobProgress:
     total: float
     """How much there is to do."""
     words: str
-    """The same for people, as one line."""
+    """How far the job is, in words on one line."""
 
 
 class StudyJob(Protocol):

@@ -38,7 +38,7 @@ class Scoring:
     output: Path
     """The JSON file to write, or to add results to."""
     machine: Machine
-    """Where to evaluate."""
+    """The machine to evaluate on."""
 
     @property
     def name(self) -> str:

@@ -38,7 +38,7 @@ class Training:
     config: Config
     """The configuration of the run."""
     machine: Machine
-    """Where to train."""
+    """The machine to train on."""
 
     @property
     def folder(self) -> Path:

@@ -72,7 +72,7 @@ class KernelCall:
     keys: int
     """Number of keys that each block is shown; those of neighbouring blocks overlap."""
     blocks: int = 1
-    """Number of blocks."""
+    """The number of blocks of queries."""
     causal: bool = False
     """Whether queries and keys start at one position and the kernel leaves out the future."""
 

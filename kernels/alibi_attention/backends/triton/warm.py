@@ -32,7 +32,7 @@ class Target:
     shared_bytes: int
     """Most shared memory that a program may have, in bytes."""
     multiprocessors: int
-    """Number of its multiprocessors."""
+    """The number of the GPU's multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class SampleCall:
     head_dim: int
     """Head dimension of q, k and v."""
     length: int
-    """Number of tokens."""
+    """The number of tokens in a row."""
     slopes: bool = True
-    """Whether there are slopes."""
+    """Whether slopes are given, as for ALiBi."""
     packed: bool = False
-    """Whether documents are packed."""
+    """Whether rows are packed documents."""
 
 
 def plan_calls() -> list[SampleCall]:

@@ -68,9 +68,10 @@ def check_encodes(text: str) -> str:
 
 
 def not_utf8(source: Source) -> DataError:
-    """Return the error for a file that is not UTF-8, with the place at which it stops to be: it is read once more.
+    """Return the error for a file that is not UTF-8, with the place of the first byte that is not.
 
-    A damaged compressed file gives bytes that are no text before it is found to be damaged: then that is the error.
+    The file is read once more to find that place. A damaged compressed file may give bytes that are no text before it
+    is found to be damaged; then the damage is the error.
     """
     try:
         return _find_not_utf8(source)
