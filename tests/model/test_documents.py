@@ -91,7 +91,6 @@ def test_what_reads_a_number_back_is_seen() -> None:
 
 @pytest.mark.gpu
 def test_all_layers_and_their_recomputations_have_the_same_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    step = make_step(recompute="full", attention_backend="auto" if ON_GPU else "triton")
     given: list[PackedDocuments] = []
     attention = megalibi.model.attention.attention
 
@@ -100,6 +99,7 @@ def test_all_layers_and_their_recomputations_have_the_same_documents(monkeypatch
         return attention(*tensors, **arguments)
 
     monkeypatch.setattr(megalibi.model.attention, "attention", spy)
+    step = make_step(recompute="full", attention_backend="auto" if ON_GPU else "triton")
     step()
     assert len(given) == LAYERS * PASSES
     assert len({id(documents) for documents in given}) == 1

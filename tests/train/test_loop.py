@@ -14,7 +14,7 @@ from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
 from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.engine.step import StepResult
-from megalibi.errors import DivergenceError
+from megalibi.errors import DataError, DivergenceError
 from megalibi.train.loop import check_finite
 from tests.support.device import ON_GPU
 from tests.support.jobs import Job, exact_records, last_step, read_records, run_job, write_job
@@ -183,7 +183,7 @@ def spoil_one_sample(prefix: str, first: int = 12) -> int:
         tokens.flush()
         try:  # the look at some places before the start must miss it
             open_dataset(prefix, seq_length=33, seed=train.seed, vocab_size=VOCAB_SIZE)
-        except ValueError:
+        except DataError:
             tokens[place] = good
         else:
             return place
