@@ -19,12 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from alibi_attention.backend import AttentionInputs, Capability
+from alibi_attention.backends.sdpa import MIN_BLOCK_QUERIES
 from alibi_attention.packed import empty_gradients
 
 NAME = "meta"
 
 _ROWS_KEPT = 2  # fp32 numbers of each query and head: its largest score and its sum
-_BLOCK_QUERIES = 256  # of sdpa.py, where the bias is learned
 
 _device_type: ContextVar[str] = ContextVar("alibi_attention.meta", default="cuda")
 
@@ -111,10 +111,10 @@ def _attend_with_distance_bias(
             mask_BHQT = mask_HQT.unsqueeze(0).to(q_BHQK.dtype)
             return F.scaled_dot_product_attention(q_BHQK, k_BHTK, v_BHTK, attn_mask=mask_BHQT).transpose(1, 2).flip(1)
 
-    starts = range(0, q_BSHK.shape[1], _BLOCK_QUERIES)
+    starts = range(0, q_BSHK.shape[1], MIN_BLOCK_QUERIES)
     outputs = []
     for start in starts:
-        stop = start + _BLOCK_QUERIES
+        stop = start + MIN_BLOCK_QUERIES
         block = (q_BSHK[:, start:stop], k_BSHK[:, :stop], v_BSHK[:, :stop])
         outputs.append(
             attend_block(*block) if len(starts) == 1 else checkpoint(attend_block, *block, use_reentrant=False)

@@ -33,7 +33,8 @@ NAME = "sdpa"
 # Of 1, 2, 4, 8 and 16 blocks, 4 were the fastest or close to it on a CPU at 1024 and 4096 tokens; each further block
 # saves less work and adds another pass over the gradients of k and v.
 _NUM_BLOCKS = 4
-_MIN_BLOCK_QUERIES = 256
+MIN_BLOCK_QUERIES = 256
+"""Queries of a block where the bias or the weights are written out, and the fewest of any other block."""
 
 MakeMask = Callable[[int, int, int], torch.Tensor]
 """Returns the mask [H, Q, T] of a block, for its numbers of queries and keys and the position of its last query."""
@@ -63,18 +64,15 @@ def attend(inputs: AttentionInputs) -> torch.Tensor:
         no_bias = inputs.alibi_slopes is None and inputs.distance_bias is None
         if no_bias and aligned and (inputs.dropout_p == 0.0 or q_BSHK.device.type != "cpu"):
             q_BHSK, k_BHSK, v_BHSK = (x.transpose(1, 2) for x in (q_BSHK, k_BSHK, v_BSHK))
-            return _call_sdpa(inputs, q_BHSK, k_BHSK, v_BHSK, is_causal=True).transpose(1, 2)
+            return _bind_sdpa(inputs)(q_BHSK, k_BHSK, v_BHSK, is_causal=True).transpose(1, 2)
         return _attend_blocks(inputs, q_BSHK, k_BSHK, v_BSHK)
 
     return attend_per_document(attend_rows, *inputs.qkv, inputs.documents)
 
 
-def _call_sdpa(
-    inputs: AttentionInputs, q_BHQK: torch.Tensor, k_BHTK: torch.Tensor, v_BHTK: torch.Tensor, **mask: Any
-) -> torch.Tensor:
-    return F.scaled_dot_product_attention(
-        q_BHQK, k_BHTK, v_BHTK, scale=inputs.softmax_scale, dropout_p=inputs.dropout_p, **mask
-    )
+def _bind_sdpa(inputs: AttentionInputs) -> Callable[..., torch.Tensor]:
+    """Return PyTorch's SDPA with the numbers of a call, and without its tensors."""
+    return partial(F.scaled_dot_product_attention, scale=inputs.softmax_scale, dropout_p=inputs.dropout_p)
 
 
 def _attend_blocks(
@@ -86,19 +84,22 @@ def _attend_blocks(
         # The CUDA kernels want the mask in the type of q: an exact bias has to be fp32, and so the rest.
         q_BSHK, k_BSHK, v_BSHK = (x.float() for x in (q_BSHK, k_BSHK, v_BSHK))
     make_mask, choose_kernel = _choose_mask(inputs, torch.promote_types(q_BSHK.dtype, torch.float32))
+    call_sdpa = _bind_sdpa(inputs)
 
+    # The backward pass keeps what this function refers to: with ``inputs`` it would keep q, k and v in 16 bits beside
+    # their fp32 copies.
     def attend_block(q_BQHK: torch.Tensor, k_BTHK: torch.Tensor, v_BTHK: torch.Tensor, end: int) -> torch.Tensor:
         mask_HQT = make_mask(q_BQHK.shape[1], k_BTHK.shape[1], end - 1)
         if not on_cpu:
             mask_HQT = mask_HQT.contiguous()  # the CUDA kernels read a mask in aligned rows
         q_BHQK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BQHK.flip(1), k_BTHK, v_BTHK))
         with choose_kernel():
-            output_BHQK = _call_sdpa(inputs, q_BHQK, k_BHTK, v_BHTK, attn_mask=mask_HQT.unsqueeze(0))
+            output_BHQK = call_sdpa(q_BHQK, k_BHTK, v_BHTK, attn_mask=mask_HQT.unsqueeze(0))
         return output_BHQK.transpose(1, 2).flip(1)
 
     num_queries, num_keys = q_BSHK.shape[1], k_BSHK.shape[1]
     written_out = not on_cpu or inputs.dropout_p > 0.0 or inputs.distance_bias is not None
-    block_queries = _MIN_BLOCK_QUERIES if written_out else max(_MIN_BLOCK_QUERIES, -(-num_queries // _NUM_BLOCKS))
+    block_queries = MIN_BLOCK_QUERIES if written_out else max(MIN_BLOCK_QUERIES, -(-num_queries // _NUM_BLOCKS))
     recompute = written_out and torch.is_grad_enabled() and num_queries > block_queries
     outputs, end = [], inputs.query_offset
     for q_BQHK in q_BSHK.split(block_queries, dim=1):
