@@ -114,8 +114,12 @@ def attention(
 
 
 def backends() -> list[Capability]:
-    """Return what each back end can do here, in the order in which "auto" tries them."""
-    return [backend.capability() for backend in _ORDER]
+    """Return what each back end can do here, in the order in which "auto" tries them.
+
+    Left out is what computes no attention: the one of the meta device alone, which a plan takes by itself or by name.
+    """
+    capabilities = [backend.capability() for backend in _ORDER]
+    return [capability for capability in capabilities if capability.devices != (meta.NAME,)]
 
 
 def resolve_backend(
@@ -150,7 +154,7 @@ def resolve_backend(
 def _resolve(name: str, call: Call) -> str:
     """Resolve a name; cached, so that capabilities are asked once and "auto" logs its choice once."""
     if name not in ("auto", *_BACKENDS):
-        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(_BACKENDS)}")
+        raise ValueError(f"backend={name!r}: must be one of auto, {', '.join(backend.name for backend in backends())}")
     passed_over: list[str] = []
     order = _ORDER_WITHOUT_BIAS if call.bias == "no" else _ORDER
     for candidate in [backend.NAME for backend in order] if name == "auto" else (name,):

@@ -108,7 +108,10 @@ def test_q_and_k_from_a_file(run, tmp_path):
     ("arguments", "message"),
     [
         (["--lengths", "512,many"], "error: --lengths=512,many: must be whole numbers above 0, as in 512,1024"),
-        (["--backends", "flahs"], "error: --backends=flahs: must be names of "),
+        (
+            ["--backends", "flahs"],
+            "error: --backends=flahs: must be names of native, triton, flash, folded, sdpa, reference, unfused, and ",
+        ),
         (["--peers", "torch"], "error: --peers=torch: must be names of "),
         (
             ["--dtype", "int8"],

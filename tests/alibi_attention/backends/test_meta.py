@@ -37,7 +37,12 @@ def test_auto_takes_it_on_the_meta_device_and_it_takes_no_other(dtype, bias):
         resolve_backend("meta", "cpu", dtype, 64, bias=bias)
     on_a_cpu = resolve_backend("auto", "cpu", torch.float32, 64, bias=bias)
     assert on_a_cpu != "meta"
-    assert [backend.name for backend in backends() if "meta" in backend.devices] == ["meta", "unfused"]
+
+
+def test_it_is_taken_by_name_and_is_not_listed_among_what_computes_attention():
+    assert [backend.name for backend in backends() if "meta" in backend.devices] == ["unfused"]
+    assert resolve_backend("meta", "meta", torch.float32, 64) == "meta"
+    assert attend(draw(20, "meta"), unbind, backend="meta").device.type == "meta"
 
 
 DISTANCE_BIAS = {"alibi_slopes": None, "distance_bias": True}
