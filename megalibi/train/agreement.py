@@ -16,6 +16,9 @@ from megalibi.data.tokens.identity import DataIdentity
 
 _PACKAGES = ("torch", "deepspeed", "numpy", "triton", "flash-attn")
 """The packages that decide what is computed; ranks must have the same versions of them."""
+_OUR_PACKAGES = ("megalibi", "alibi_attention", "fused_ops")
+"""The packages of this project, of which ranks must have the same sources."""
+_SOURCES = ("*.py", "*.cpp", "*.h")
 
 
 def describe_facts(config: Config, data: DataIdentity) -> dict[str, str]:
@@ -43,10 +46,15 @@ def describe_facts(config: Config, data: DataIdentity) -> dict[str, str]:
 
 @cache
 def _hash_code() -> str:
-    """Return a checksum of the sources of both packages: hosts may have other checkouts of one version."""
+    """Return a checksum of the sources of our packages: hosts may have other checkouts of one version."""
     digest = hashlib.sha256()
-    for package in ("megalibi", "alibi_attention"):
-        folder = Path(str(find_spec(package).origin)).parent  # type: ignore[union-attr]
-        for path in sorted(path for pattern in ("*.py", "*.cpp", "*.h") for path in folder.rglob(pattern)):
-            digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    for name, path in sorted(_find_sources().items()):
+        digest.update(f"{name}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _find_sources() -> dict[str, Path]:
+    """Return the source files of our packages by the name that they have on every host, such as megalibi/log.py."""
+    folders = [Path(str(find_spec(package).origin)).parent for package in _OUR_PACKAGES]  # type: ignore[union-attr]
+    found = [(folder, path) for folder in folders for pattern in _SOURCES for path in folder.rglob(pattern)]
+    return {path.relative_to(folder.parent).as_posix(): path for folder, path in found}
