@@ -80,7 +80,9 @@ def test_a_stage_is_read_whatever_python_wrote_it_and_getattr_gets_nothing_else(
     torch.save({"zero_stage": _ByName(ZeroStageEnum, "gradients")}, tmp_path / "a.pt")
     assert open_states(tmp_path / "a.pt") == {"zero_stage": ZeroStageEnum.gradients}
     torch.save({"zero_stage": _ByName(LossScaler, "__init__")}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="would run code when loaded, for it names getattr; it is not a"):
+    with pytest.raises(
+        CheckpointError, match="would run code when loaded, for it names getattr; it is not a checkpoint"
+    ):
         open_states(tmp_path / "a.pt")
 
 

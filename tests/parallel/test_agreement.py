@@ -21,7 +21,7 @@ BASE = {"code": "1", "optimizer.learning_rate": "0.001", "train.seed": "7"}
 def compare(by_rank: list[dict[str, str]]) -> str | None:
     try:
         check_same(by_rank[dist.get_rank()], CPU)
-    except UserError as error:
+    except ConfigError as error:
         return str(error)
     return None
 

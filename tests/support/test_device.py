@@ -30,6 +30,8 @@ sys.meta_path.insert(0, Missing())
 FOR_A_GPU = (
     "tests/alibi_attention/backends/triton/test_attend.py",
     "tests/alibi_attention/bench/test_contract.py",
+    "tests/alibi_attention/every_backend/test_bias.py",
+    "tests/alibi_attention/every_backend/test_dropout.py",
     "tests/alibi_attention/every_backend/test_exact.py",
     "tests/alibi_attention/every_backend/test_horizon.py",
     "tests/alibi_attention/every_backend/test_horizon_margins.py",
