@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from megalibi.parallel import (
     Group,
     Layout,
     ProcessGroups,
+    gather_objects,
     get_shard_spec,
     refusing_together,
     shard,
@@ -71,21 +73,27 @@ class Checkpoint:
         )
         return describe_parameters(model, DTYPES[self.config.train.precision])
 
-    def verify(self, world: Group = ALONE, advice: str = USE_ANOTHER) -> None:
-        """Compare every file with the manifest. The ranks share the work: each file is read once, by one of them.
+    def verify(self, world: Group = ALONE, advice: str = USE_ANOTHER, *, host: str | None = None) -> None:
+        """Compare every file with the manifest. The ranks of one host share the work: it reads each file once.
 
-        Every rank must call it. Where each host has a copy of its own, a file is read on one host only.
+        Every rank must call it. Each host reads all files, for it may have a copy of its own.
 
         Args:
-            world: All ranks.
-            advice: What the user can do, put after what is wrong.
+            world: All ranks. They must have opened the same checkpoint, by whatever path.
+            advice: What the user can do about a damaged file, put after what is wrong.
+            host: The name of this rank's host; None: what the system calls it.
 
         Raises:
-            CheckpointError: On every rank, with the same line: a file is missing or damaged, and named with the host.
+            CheckpointError: On every rank, with the same line: the ranks opened different checkpoints, and both are
+                named; or a file is missing or damaged, and named with the host.
             FileError: On every rank: a file may not be read.
         """
+        host = host or socket.gethostname()
+        opened = gather_objects((self.manifest.step, self.manifest.checksum, str(self.path), host), world)
+        _check_same_checkpoint(opened)
+        neighbours = [rank for rank, (*_, theirs) in enumerate(opened) if theirs == host]
         with refusing_together(world, self.path, advice):
-            for damage in self.find_damage(part=world.rank, parts=world.size):
+            for damage in self.find_damage(part=neighbours.index(world.rank), parts=len(neighbours)):
                 raise CheckpointError(damage)
 
     def find_damage(self, *, part: int = 0, parts: int = 1) -> Iterator[str]:
@@ -123,11 +131,11 @@ class Checkpoint:
         Args:
             device: Where the model will compute.
             groups: The ranks that load it together, every one of which must call it: those of ``groups.tensor`` share
-                the layers, and those of ``groups.world`` the verification. None: this process is alone.
+                the layers, and those of ``groups.world`` on one host the verification. None: this process is alone.
 
         Raises:
-            CheckpointError: On every rank, with the same line: a file is missing, damaged, would run code, or does not
-                hold what the manifest says.
+            CheckpointError: On every rank, with the same line: the ranks opened different checkpoints, or a file is
+                missing, damaged, would run code, or does not hold what the manifest says.
             FileError: On every rank: a file may not be read.
         """
         groups = groups or single_process_groups()
@@ -151,6 +159,19 @@ class Checkpoint:
             spec = get_shard_spec(parameters[name])
             parameters[name].copy_(full if spec is None else shard(full, spec, group.rank, group.size))
         return model
+
+
+def _check_same_checkpoint(opened: list[tuple[int, str, str, str]]) -> None:
+    """Check that all ranks have the step and the checksum of rank 0; of each rank these, the path and the host."""
+    for rank, (step, checksum, path, host) in enumerate(opened):
+        first_step, first_checksum, first_path, first_host = opened[0]
+        if (step, checksum) != (first_step, first_checksum):
+            raise CheckpointError(
+                f"the ranks opened different checkpoints: {first_path} (step {first_step}, manifest sha256 "
+                f"{first_checksum[:12]}) on rank 0 (host {first_host}) and {path} (step {step}, manifest sha256 "
+                f"{checksum[:12]}) on rank {rank} (host {host}); give the folder of one step, and all hosts the same "
+                "copy of it"
+            )
 
 
 def _share_files(manifest: Manifest, parts: int) -> list[list[str]]:

@@ -63,6 +63,11 @@ class Manifest:
     ties: dict[str, str] = field(default_factory=dict)
     """Further names of parameters that have several: a tied output layer is that of the embedding."""
 
+    @property
+    def checksum(self) -> str:
+        """The SHA-256 of what the manifest says; that of its file, if this version of megalibi wrote it."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     def to_json(self) -> str:
         """Return the text of ``manifest.json``: a file and a parameter take a line each."""
         parts = []

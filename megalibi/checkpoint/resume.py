@@ -95,7 +95,8 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGr
         The checkpoint's manifest.
 
     Raises:
-        CheckpointError: On every rank, with the same line: a file is missing, damaged or would run code, and is named.
+        CheckpointError: On every rank, with the same line: a file is missing, damaged or would run code, and is named;
+            or hosts have different checkpoints in the folder.
         FileError: On every rank: a file may not be read.
     """
     advice = f"; to resume from another checkpoint write its name into {LATEST}"

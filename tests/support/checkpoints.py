@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megalibi.checkpoint import Checkpoint, prune
 from megalibi.checkpoint.folder import checkpoint_name, commit
@@ -34,3 +37,27 @@ def assert_whole(checkpoint: Path | None) -> int:
     opened = Checkpoint.open(checkpoint)
     assert list(opened.find_damage()) == []
     return opened.manifest.step
+
+
+@contextlib.contextmanager
+def counting_hashed_bytes() -> Iterator[list[int]]:
+    """Count what this process hashes with SHA-256: a list that has one number, from the end on."""
+    original, counted = hashlib.sha256, [0]
+
+    class Counting:
+        def __init__(self, data: bytes = b"") -> None:
+            self._digest = original()
+            self.update(data)
+
+        def update(self, data: Any) -> None:
+            counted[0] += memoryview(data).nbytes
+            self._digest.update(data)
+
+        def hexdigest(self) -> str:
+            return self._digest.hexdigest()
+
+    hashlib.sha256 = Counting  # type: ignore[assignment,misc]
+    try:
+        yield counted
+    finally:
+        hashlib.sha256 = original  # type: ignore[misc]
