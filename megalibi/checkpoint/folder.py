@@ -41,6 +41,8 @@ def commit(partial: Path, manifest: Manifest) -> Path:
 
     Raises:
         OSError: The disk is full or fails; the checkpoints before are untouched.
+        CheckpointError: ``latest`` is a folder.
+        FileError: ``latest`` may not be read.
     """
     write_manifest(partial, manifest)
     sync_folder(partial)
@@ -67,7 +69,7 @@ def _read_latest(folder: Path) -> str | None:
     """Return the name that ``latest`` holds, or that of the checkpoint it is a link to; None: there is none."""
     latest = folder / LATEST
     if latest.is_symlink() and not latest.is_file():
-        target = latest.resolve()
+        target = Path(os.path.realpath(latest))  # which, unlike resolve(), raises nothing for a link to itself
         return target.name if target.parent == folder.resolve() else os.readlink(latest)
     if latest.is_dir():
         raise CheckpointError(f"{latest} is a folder: must be a file with the name of a checkpoint, or a link to one")

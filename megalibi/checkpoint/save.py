@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,7 +21,7 @@ from megalibi.checkpoint.manifest import FileEntry, Manifest
 from megalibi.checkpoint.parameters import describe_parameters, find_ties
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.data.tokens.identity import DataIdentity
-from megalibi.errors import FileError
+from megalibi.errors import FileError, UserError
 from megalibi.files import make_folder, sync_file
 from megalibi.model import DTYPES
 from megalibi.parallel import ProcessGroups, gather_objects
@@ -53,7 +54,8 @@ def save_checkpoint(
         The checkpoint's folder.
 
     Raises:
-        FileError: On every rank, if a rank could not write; the checkpoints before are whole.
+        FileError: On every rank, if a rank could not write or ``latest`` cannot be used; the checkpoints before are
+            whole.
     """
     partial = folder / (checkpoint_name(step) + PARTIAL_SUFFIX)
     error = _prepare(partial) if groups.world.rank == 0 else None
@@ -61,8 +63,9 @@ def save_checkpoint(
     files, error = _write_states(engine, partial)
     files_by_rank = gather_objects(files, groups.world)
     _raise_together(error, groups, partial)
-    if groups.world.rank == 0:
-        manifest = Manifest(
+
+    def describe() -> Manifest:
+        return Manifest(
             step=step,
             samples_consumed=step * config.train.global_batch_size,
             topology=describe_topology(config, groups),
@@ -75,7 +78,9 @@ def save_checkpoint(
             parameters=describe_parameters(engine.module, DTYPES[config.train.precision]),
             ties=find_ties(engine.module),
         )
-        error = _try_commit(partial, manifest)
+
+    if groups.world.rank == 0:
+        error = _try_commit(partial, describe)
     _raise_together(error, groups, partial)
     return folder / checkpoint_name(step)
 
@@ -161,16 +166,23 @@ def _write_states(engine: DeepSpeedEngine, partial: Path) -> tuple[dict[str, Fil
     return files, recording.error
 
 
-def _try_commit(partial: Path, manifest: Manifest) -> str | None:
-    """Turn the folder into a checkpoint, and return what went wrong."""
-    for name, entry in manifest.files.items():
-        path = partial / name
-        if not path.is_file() or path.stat().st_size != entry.size_bytes:
-            return f"{path}: rank 0 does not see what another rank wrote; put train.output_dir on a disk of all hosts"
+def _try_commit(partial: Path, describe: Callable[[], Manifest]) -> str | None:
+    """Turn the folder into a checkpoint that its manifest describes, and return what went wrong.
+
+    It runs on one rank while the others wait: all that a user can mend is returned and not raised.
+    """
     try:
+        manifest = describe()
+        for name, entry in manifest.files.items():
+            path = partial / name
+            if not path.is_file() or path.stat().st_size != entry.size_bytes:
+                place = "put train.output_dir on a disk of all hosts"
+                return f"{path}: rank 0 does not see what another rank wrote; {place}"
         commit(partial, manifest)
     except OSError as error:
         return f"{partial}: {error}"
+    except UserError as error:
+        return str(error)
     return None
 
 

@@ -61,7 +61,7 @@ def test_latest_may_be_a_link_to_a_checkpoint_and_to_nothing_else(tmp_path: Path
     assert not latest.is_symlink()
     assert find_checkpoint(folder) == folder / "step_00000003"
     save_files(tmp_path / "other", 1)
-    for target in (str(tmp_path / "other" / "step_00000001"), "step_00000009"):
+    for target in (str(tmp_path / "other" / "step_00000001"), "step_00000009", "latest"):
         latest.unlink()
         latest.symlink_to(target)
         with pytest.raises(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from megalibi.engine.build import DeepSpeedEngine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.errors import CheckpointError, FileError
 from megalibi.parallel import ProcessGroups
+from tests.support.checkpoints import assert_whole
 from tests.support.full_disk import FREE_BYTES
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import CPU, STAGES, build, identify, make_config, open_loader, write_tokens
@@ -134,7 +137,7 @@ def load_damaged(config: Config, folder: str) -> dict[str, str]:
             _on_rank_0(groups, path, data)
             try:
                 load_checkpoint(engine, checkpoint, groups)
-            except (CheckpointError, FileError) as error:
+            except CheckpointError as error:
                 said[f"{path.name} {damage}"] = str(error)
             _on_rank_0(groups, path, whole)
     load_checkpoint(engine, checkpoint, groups)
@@ -187,13 +190,45 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     assert result["after"] == {"codes": [0, 0], "last_step": 4}
 
 
+def save_again(config: Config, folder: str, kind: str) -> str:
+    """Save a step again when ``latest`` cannot be used; return the line with which this rank refuses."""
+    engine, groups = build(config)
+    for step in (1, 2):
+        save(config, engine, groups, folder, step)
+    latest = Path(folder) / "latest"
+    if groups.world.rank == 0:
+        latest.unlink()
+        latest.mkdir() if kind == "a folder" else os.mknod(latest, stat.S_IFSOCK | 0o600)
+    with pytest.raises(FileError) as refusal:
+        save(config, engine, groups, folder, 2)
+    engine.destroy()
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("a folder", "is a folder: must be a file with the name of a checkpoint, or a link to one"),
+        ("a socket", "cannot be read: No such device or address"),
+    ],
+)
+def test_a_latest_that_cannot_be_used_ends_all_ranks_with_one_line(
+    prefix: str, tmp_path: Path, kind: str, problem: str
+) -> None:
+    """Rank 0 alone reads it, while the others wait for its word."""
+    line = f"checkpoint not written, the one before it stays: {tmp_path / 'latest'} {problem}"
+    assert run_on_ranks(2, save_again, make_config(prefix), str(tmp_path), kind) == [line] * 2
+    assert [assert_whole(checkpoint) for checkpoint in list_checkpoints(tmp_path)] == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001", "step_00000002"]
+
+
 def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path) -> None:
     """As where each host has a disk of its own: renaming it would let the last whole checkpoint be deleted."""
     partial = tmp_path / "step_00000002.partial"
     partial.mkdir()
     files = {"of_another_host.pt": FileEntry(size_bytes=1, sha256="")}
     manifest = Manifest(step=2, samples_consumed=0, topology={}, config={}, derived={}, versions={}, files=files)
-    error = _try_commit(partial, manifest)
+    error = _try_commit(partial, lambda: manifest)
     assert error is not None
     assert "rank 0 does not see" in error
     assert list_checkpoints(tmp_path) == []
