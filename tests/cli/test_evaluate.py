@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -165,6 +167,28 @@ def evaluate_on_ranks(run_dir: Path, world_size: int, **options: object) -> tupl
     job.succeed()
     assert not any(job.read_log(rank) for rank in range(1, world_size)), job.output
     return json.loads(output.read_text()), job.read_log(0)
+
+
+def test_ranks_that_open_different_checkpoints_score_nothing(run_dir: Path, tmp_path: Path) -> None:
+    """As where hosts have copies of their own, or ``latest`` moves while the job starts."""
+    checkpoint = Checkpoint.open(run_dir).path
+    other = tmp_path / checkpoint.name
+    shutil.copytree(checkpoint, other)
+    manifest = (other / "manifest.json").read_text().replace('"run_id": "a"', '"run_id": "b"')
+    (other / "manifest.json").write_text(manifest)
+    (other / "manifest.sha256").write_text(hashlib.sha256(manifest.encode()).hexdigest())
+    output = tmp_path / "out.json"
+    by_rank = [arguments(run_dir, checkpoint=path, output=output) for path in (checkpoint, other)]
+    job = ScriptJob(TOOL, by_rank, tmp_path, torchrun_environment(2))
+    assert job.wait() == [2, 2], job.output
+    (line,) = (line for line in job.output.splitlines() if line.startswith("error: "))
+    assert line.startswith(
+        f"error: the ranks opened different checkpoints: {checkpoint} (step {STEPS}, manifest sha256 "
+    )
+    assert (
+        f") and {other} (step {STEPS}, manifest sha256 {hashlib.sha256(manifest.encode()).hexdigest()[:12]}) on" in line
+    )
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(("world_size", "tensor", "protocol"), [(2, 1, "sliding"), (4, 2, "nonoverlapping")])
