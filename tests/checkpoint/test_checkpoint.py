@@ -129,7 +129,7 @@ def count_hashed(configs: list[Config]) -> list[tuple[int, int]]:
     return counts
 
 
-def test_each_file_is_hashed_once_on_a_host_whose_ranks_share_the_work(configs: list[Config]) -> None:
+def test_each_file_is_hashed_once_and_the_ranks_share_the_work(configs: list[Config]) -> None:
     by_rank = run_on_ranks(RANKS, count_hashed, configs)
     for number, config in enumerate(configs):
         checkpoint = Checkpoint.open(Path(config.train.output_dir))
