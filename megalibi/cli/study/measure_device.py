@@ -88,12 +88,13 @@ def measure_plan(arguments: argparse.Namespace) -> dict[str, Any]:
 def measure_resume(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return whether a training that was stopped and resumed equals one that was not."""
     from megalibi.measure.check_resume import check_resume
+    from megalibi.studies.machinery.machine import COMMAND_SCRIPT
 
     for name in ("config", "scratch"):
         if getattr(arguments, name) is None:
             raise ConfigError(f"--{name} is missing: the measurement resume needs it")
     return check_resume(
-        [sys.executable, "-m", "megalibi", "pretrain"], arguments.config, arguments.overrides, arguments.scratch
+        [sys.executable, COMMAND_SCRIPT, "pretrain"], arguments.config, arguments.overrides, arguments.scratch
     )
 
 

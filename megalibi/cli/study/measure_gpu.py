@@ -34,6 +34,7 @@ from megalibi.studies.gpu_visit.setup import TOY_VOCAB_SIZE, VOCAB_SIZE, VOCAB_S
 from megalibi.studies.gpu_visit.step import FAILED, SUMMARY_FILE, StepOutcome, VisitStep, expect_seconds, read_outcomes
 from megalibi.studies.gpu_visit.steps import plan_steps
 from megalibi.studies.gpu_visit.visit import Visit, run_visit
+from megalibi.studies.machinery.machine import COMMAND_SCRIPT
 
 REPORT = "report.md"
 FAILED_STEPS = "failed"
@@ -163,7 +164,8 @@ def check_same_machine(folder: Path, facts: dict[str, Any]) -> None:
 
 def show_command(command: Sequence[str]) -> str:
     """Return a command as a user would type it."""
-    return shlex.join(["python" if word == sys.executable else word for word in command])
+    words = ["megalibi", *command[2:]] if command[1] == COMMAND_SCRIPT else command
+    return shlex.join(["python" if word == sys.executable else word for word in words])
 
 
 def show_plan(steps: Sequence[VisitStep], records: dict[str, StepOutcome]) -> None:

@@ -12,12 +12,12 @@ from dataclasses import replace
 
 from megalibi.studies.gpu_visit.setup import TOY_VOCAB_SIZE, VOCAB_SIZE_1_3B, Setup
 from megalibi.studies.gpu_visit.step import VisitStep
+from megalibi.studies.machinery.machine import COMMAND_SCRIPT
 
 CONFIG_1_3B = "configs/gpt_1.3b_alibi_2048_1gpu.yaml"
 CONFIG_RESUME = "configs/books_24m_alibi.yaml"
 CONFIG_EXTRAPOLATION = "configs/extrapolation_small.yaml"
 EXTRAPOLATION_FROM_SECONDS = 3600.0
-_MEGALIBI = ("-m", "megalibi")
 _TOY_LEAST, _TESTS_LIMIT = 5.0, 200
 
 
@@ -60,7 +60,7 @@ def _measure(
     setup: Setup, name: str, what: str, limit: float, *arguments: str, expected: float, least: float = 0.0
 ) -> VisitStep:
     output = setup.output(name)
-    command = [setup.python, *_MEGALIBI, "study", "measure-device", name, "--device", setup.device]
+    command = [setup.python, COMMAND_SCRIPT, "study", "measure-device", name, "--device", setup.device]
     return VisitStep(
         name=name,
         what=what,
@@ -76,7 +76,7 @@ def _warm(setup: Setup) -> VisitStep:
     return VisitStep(
         name="warm",
         what="Triton's kernels compiled on all cores, beside the next steps",
-        command=(setup.python, *_MEGALIBI, "warm-triton"),
+        command=(setup.python, COMMAND_SCRIPT, "warm-triton"),
         expected=45,
         limit=90,  # kernels that are not compiled by then are compiled at their first use
         least=30,
@@ -136,7 +136,7 @@ def _model_overrides(setup: Setup) -> tuple[str, ...]:
 
 def _train(setup: Setup, name: str, what: str, shape: str, batch: str, *method: str) -> VisitStep:
     output = setup.output(name)
-    command = (setup.python, *_MEGALIBI, "study", "measure-turn")
+    command = (setup.python, COMMAND_SCRIPT, "study", "measure-turn")
     run = ("--config", str(setup.root / CONFIG_1_3B), "--output", str(output))
     overrides = (*_model_overrides(setup), *shape.split(), *batch.split(), *method, *setup.overrides)
     return VisitStep(
@@ -153,7 +153,7 @@ def _train(setup: Setup, name: str, what: str, shape: str, batch: str, *method: 
 
 def _profile(setup: Setup, shape: str) -> VisitStep:
     output = setup.output("profile_step")
-    command = (setup.python, *_MEGALIBI, "study", "profile-step")
+    command = (setup.python, COMMAND_SCRIPT, "study", "profile-step")
     run = ("--config", str(setup.root / CONFIG_1_3B), "--output", str(output))
     batch = f"train.global_batch_size={4 if setup.is_toy else 16}"
     steps = f"train.steps={1 if setup.is_toy else 3}"
@@ -252,7 +252,7 @@ def _extrapolation(setup: Setup) -> VisitStep:
     return VisitStep(
         name="extrapolation",
         what="the extrapolation study at ten times its tokens",
-        command=(setup.python, *_MEGALIBI, "study", "extrapolate", str(config), *output, *overrides),
+        command=(setup.python, COMMAND_SCRIPT, "study", "extrapolate", str(config), *output, *overrides),
         limit=24 * 3600.0,
         expected=EXTRAPOLATION_FROM_SECONDS,
         least=600,

@@ -6,13 +6,17 @@ import os
 import shlex
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import megalibi
 from megalibi.errors import ConfigError
+
+COMMAND_SCRIPT = str(Path(megalibi.__file__).with_name("cli") / "script" / "megalibi_command.py")
+"""The command line as a file: a folder called megalibi beside a user's data cannot hide it, as it would ``-m``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +55,13 @@ class Machine:
             command: The words after ``megalibi``, such as ``pretrain``.
         """
         if self.launcher:
-            return [*self.launcher, _module_option(self.launcher), "megalibi", *command]
+            return [*self.launcher, COMMAND_SCRIPT, *command]
         if self.ranks == 1:
             return self.start(*command)
         gpus = ",".join(map(str, self._gpus(slot, self.ranks)))
         where = ["--include", f"localhost:{gpus}"] if gpus else ["--num_accelerators", str(self.ranks)]
         deepspeed = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-        return [*deepspeed, *where, "--master_port", str(_find_free_port()), "--module", "megalibi", *command]
+        return [*deepspeed, *where, "--master_port", str(_find_free_port()), COMMAND_SCRIPT, *command]
 
     def start(self, *command: str) -> list[str]:
         """Return the words that start a command of the installed package as one process of this interpreter.
@@ -65,7 +69,7 @@ class Machine:
         Args:
             command: The words after ``megalibi``, such as ``evaluate``.
         """
-        return [sys.executable, "-m", "megalibi", *command]
+        return [sys.executable, COMMAND_SCRIPT, *command]
 
     def environment_of(self, slot: int, ranks: int) -> dict[str, str]:
         """Return the environment of the ``slot``-th process, which has its share of the cores and its GPU."""
@@ -88,8 +92,8 @@ def detect_machine(environment: Mapping[str, str], *, jobs: int, ranks: int, lau
         environment: The environment of every process.
         jobs: How many processes run at once.
         ranks: Ranks of each training.
-        launcher: The command that starts the ranks, such as ``srun python`` or ``deepspeed --num_gpus 8``; empty means
-            our choice.
+        launcher: The command that starts the ranks, such as ``srun python`` or ``deepspeed --num_gpus 8``; a script's
+            path and arguments are put behind it. Empty means our choice.
 
     Raises:
         ConfigError: There are too few GPUs for so many processes, or the launcher is not a command.
@@ -106,12 +110,6 @@ def detect_machine(environment: Mapping[str, str], *, jobs: int, ranks: int, lau
         ranks=ranks,
         launcher=words,
     )
-
-
-def _module_option(launcher: Sequence[str]) -> str:
-    """Return the option by which a launcher takes a module: deepspeed has one of its own, others have Python's."""
-    names = {Path(word).name for word in launcher}
-    return "--module" if names & {"deepspeed", "ds", "deepspeed.launcher.runner"} else "-m"
 
 
 def _find_free_port() -> int:

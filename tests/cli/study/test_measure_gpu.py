@@ -56,8 +56,8 @@ def test_every_step_at_toy_size_and_again(
     summary = json.loads((folder / "summary.json").read_text())
     assert {"command", "commit", "date", "hardware", "versions", "device", "text", "steps"} <= set(summary)
     assert summary["text"].startswith("random ids")
-    assert records["ceilings"].command.startswith("python ")
-    assert "-m megalibi study measure-device ceilings --device cpu --output" in records["ceilings"].command
+    assert records["contract"].command.startswith("python ")
+    assert records["ceilings"].command.startswith("megalibi study measure-device ceilings --device cpu --output")
     check_page((folder / "report.md").read_text())
     profile = json.loads((folder / "profile_step.json").read_text())
     assert all(profile["parts_milliseconds"][part] > 0.0 for part in PARTS)

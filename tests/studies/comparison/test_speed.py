@@ -13,7 +13,7 @@ from megalibi.errors import ConfigError
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.studies.comparison.speed import Turn, order_turns, plan_turns, read_speeds, summarize_turns
 from megalibi.studies.comparison.study import ComparedModel, CompareStudy, Variant
-from megalibi.studies.machinery.machine import Machine
+from megalibi.studies.machinery.machine import COMMAND_SCRIPT, Machine
 from tests.support.runs import make_config
 
 STUDY = CompareStudy(lengths=(16, 32), turns=3, warm_steps=1, steps_per_turn=2, valid_tokens=1000)
@@ -88,7 +88,7 @@ def test_every_other_round_is_backwards(tmp_path: Path) -> None:
 def test_a_turn_runs_alone_on_all_cores_whatever_the_jobs(tmp_path: Path) -> None:
     turn = make_turns(tmp_path)[SLOW][1]
     assert turn.environment(0)["OMP_NUM_THREADS"] == "4"
-    assert turn.command(0)[:5] == [sys.executable, "-m", "megalibi", "study", "measure-turn"]
+    assert turn.command(0)[:4] == [sys.executable, COMMAND_SCRIPT, "study", "measure-turn"]
     assert turn.name == "sinusoidal_32_fast turn 2"
 
 
