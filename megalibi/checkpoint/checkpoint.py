@@ -104,13 +104,26 @@ class Checkpoint:
             parts: The number of shares; they are of about equal size.
         """
         for name in _share_files(self.manifest, parts)[part]:
-            entry, path = self.manifest.files[name], self.path / name
-            if not path.is_file():
-                yield f"{path} is missing"
-            elif path.stat().st_size != entry.size_bytes:
-                yield f"{path} has {path.stat().st_size} bytes instead of {entry.size_bytes}"
-            elif hash_file(path) != entry.sha256:
-                yield f"{path} is damaged: its checksum is not the one in {MANIFEST}"
+            if (damage := self.find_damage_of(name)) is not None:
+                yield damage
+
+    def find_damage_of(self, name: str) -> str | None:
+        """Read one file, and return what is wrong with it in a line; None if it is as it was written.
+
+        Args:
+            name: The file, as the manifest names it.
+
+        Raises:
+            OSError: The file may not be read.
+        """
+        entry, path = self.manifest.files[name], self.path / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != entry.size_bytes:
+            return f"{path} has {path.stat().st_size} bytes instead of {entry.size_bytes}"
+        if hash_file(path) != entry.sha256:
+            return f"{path} is damaged: its checksum is not the one in {MANIFEST}"
+        return None
 
     def read_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Verify every file; then yield every parameter with its name, one after the other.

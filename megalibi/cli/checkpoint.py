@@ -1,0 +1,143 @@
+"""Show what a checkpoint holds, or verify that its files are as they were written.
+
+``show`` reads the manifest alone. ``verify`` reads every file and compares its checksum with the manifest's; damaged
+files are named, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megalibi.cli.command import Command
+from megalibi.console import Progress
+from megalibi.errors import CheckpointError, ConfigError, FileError
+from megalibi.metrics.outputs import check_outputs
+from megalibi.metrics.provenance import write_json
+from megalibi.units import format_bytes
+
+if TYPE_CHECKING:
+    from megalibi.checkpoint import Checkpoint
+
+EXAMPLES = """examples:
+  {command} show runs/quickstart
+  {command} show runs/quickstart/checkpoints/step_00000100 --json checkpoint.json
+  {command} verify runs/quickstart
+"""
+TABLE_WIDTH = 120
+_CHECKSUM_DIGITS = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("action", choices=["show", "verify"], help="what to do")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="DIR", help="a step's folder, or a run's, whose latest checkpoint is taken"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="show: write it to a file, too")
+
+
+def read_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the manifest says of a checkpoint; parameters are counted whole, without padding."""
+    manifest = checkpoint.manifest
+    return {
+        "path": str(checkpoint.path),
+        "step": manifest.step,
+        "samples_consumed": manifest.samples_consumed,
+        "format_version": manifest.format_version,
+        "run_id": manifest.run_id,
+        "topology": manifest.topology,
+        "precision": checkpoint.config.train.precision,
+        "parameter_tensors": len(checkpoint.parameters),
+        "parameters": sum(math.prod(entry.shape) for entry in checkpoint.parameters.values()),
+        "data": manifest.data,
+        "files": {name: entry.size_bytes for name, entry in manifest.files.items()},
+        "file_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
+        "versions": manifest.versions,
+    }
+
+
+def make_table(facts: dict[str, Any]) -> Table:
+    """Return the facts as a table."""
+    table = Table("", "", box=None, show_header=False, pad_edge=False)
+    topology = facts["topology"]
+    ranks = "{world_size} = tensor {tensor_parallel_size} x data {data_parallel_size}, ZeRO {zero_stage}"
+    rows = {
+        "checkpoint": facts["path"],
+        "step": f"{facts['step']:,} ({facts['samples_consumed']:,} samples)",
+        "format": str(facts["format_version"]),
+        "run": facts["run_id"] or "unknown",
+        "ranks": ranks.format(**topology),
+        "precision": facts["precision"],
+        "parameters": f"{facts['parameters']:,} in {facts['parameter_tensors']:,} tensors, without padding",
+        "files": f"{len(facts['files']):,}, {format_bytes(facts['file_bytes'])}",
+        "versions": ", ".join(f"{name} {number}" for name, number in facts["versions"].items()),
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    for name, value in _describe_text(facts["data"]):
+        table.add_row(name, value)
+    return table
+
+
+def _describe_text(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a row for the tokenizer and for each token file."""
+    if not data:
+        return [("data", "unknown: the checkpoint is older than this field")]
+    tokenizer = data["tokenizer_sha256"]
+    rows = [("tokenizer", f"sha256 {tokenizer[:_CHECKSUM_DIGITS]}" if tokenizer else "unknown")]
+    for part in ("train", "valid"):
+        for file in data[part]:
+            size = f"{file['tokens']:,} tokens in {file['documents']:,} documents"
+            rows.append((f"data.{part}", f"{size}, sha256 {file['bin_sha256'][:_CHECKSUM_DIGITS]}"))
+    return rows
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Read every file, and print that all are whole.
+
+    Raises:
+        CheckpointError: Files are missing or damaged; the message names them all.
+        FileError: A file may not be read.
+    """
+    files = checkpoint.manifest.files
+    total, done, damage = sum(entry.size_bytes for entry in files.values()), 0, []
+    with Progress() as progress:
+        for number, (name, entry) in enumerate(files.items()):
+            progress.show("verify", f"{number} of {len(files)} files, {name}", done=done, total=total)
+            try:
+                damage.append(checkpoint.find_damage_of(name))
+            except OSError as error:
+                raise FileError(f"{checkpoint.path / name} cannot be read: {error.strerror}") from error
+            done += entry.size_bytes
+    found = [line for line in damage if line is not None]
+    if found:
+        raise CheckpointError(f"{len(found)} of {len(files)} files: {'; '.join(found)}; use another checkpoint")
+    print(f"{checkpoint.path}: {len(files):,} files, {format_bytes(total)}, all as they were written")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Open the checkpoint, and show or verify it."""
+    if arguments.action == "verify" and arguments.json is not None:
+        raise ConfigError(f"--json={arguments.json}: must be given to show; verify writes no file")
+    check_outputs({"--json": arguments.json})
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed warns of no GPU
+    from megalibi.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint.open(arguments.checkpoint)
+    if arguments.action == "verify":
+        verify(checkpoint)
+        return
+    facts = read_facts(checkpoint)
+    Console(highlight=False, width=TABLE_WIDTH).print(make_table(facts))
+    if arguments.json is not None:
+        write_json(facts, arguments.json)
+
+
+COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -1,0 +1,95 @@
+"""``megalibi checkpoint`` on a checkpoint of two ranks in either format: what it shows, and what damage it names."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.jobs import run_job, write_job
+from tests.support.warm_python import warm_python
+
+FORMAT_1 = Path(__file__).parents[1] / "checkpoint" / "e4f2636" / "step_00000003"
+PARAMETERS = 61 * 16 + 2 * (2 * 2 * 16 + 16 * 48 + 48 + 16 * 16 + 16 + 16 * 32 + 32 + 32 * 16 + 16) + 2 * 16
+"""Of the model that e4f2636/make.py trains: the embedding without padding, two blocks, the last norm."""
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [warm_python(), "-m", "megalibi", "checkpoint", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    run_job(write_job(folder))
+    return folder / "run"
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    return shutil.copytree(FORMAT_1, tmp_path / FORMAT_1.name)
+
+
+def test_an_old_checkpoint_is_shown_from_its_manifest_alone(damaged: Path, tmp_path: Path) -> None:
+    files = list(damaged.glob("*.pt"))
+    size = sum(path.stat().st_size for path in files)
+    for path in files:
+        path.unlink()
+    done = run("show", damaged, "--json", tmp_path / "shown.json")
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert rows["step"].rstrip() == "3 (12 samples)"
+    assert rows["format"].rstrip() == "1"
+    assert rows["ranks"].rstrip() == "2 = tensor 2 x data 1, ZeRO 1"
+    assert rows["parameters"].startswith(f"{PARAMETERS:,} in ")
+    shown = json.loads((tmp_path / "shown.json").read_text())
+    assert (shown["step"], shown["parameters"], shown["precision"]) == (3, PARAMETERS, "fp32")
+    assert (sorted(shown["files"]), shown["file_bytes"]) == (sorted(path.name for path in files), size)
+
+
+def test_the_latest_checkpoint_of_a_run_is_shown_with_its_text(finished: Path) -> None:
+    done = run("show", finished)
+    assert done.returncode == 0, done.stderr
+    assert "step_00000006" in done.stdout
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    (text,) = [value for name, value in rows if name == "data.train"]
+    assert " tokens in " in text
+    assert "format" in dict(rows)
+
+
+def test_whole_files_are_said_to_be_so(finished: Path) -> None:
+    done = run("verify", finished)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("all as they were written")
+
+
+def test_every_damaged_file_is_named_on_one_line(damaged: Path) -> None:
+    missing, flipped, *_ = sorted(damaged.glob("*.pt"))
+    missing.unlink()
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    done = run("verify", damaged)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert f"{missing} is missing" in done.stderr
+    assert f"{flipped} is damaged: its checksum is not the one in manifest.json" in done.stderr
+    assert done.stderr.startswith("error: 2 of 4 files: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show", "nowhere"], "error: nowhere"),
+        (["verify", str(FORMAT_1), "--json", "a.json"], "error: --json=a.json: must be given to show"),
+        (["show", str(FORMAT_1), "--json", "/"], "error: --json=/ is a folder"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], message: str) -> None:
+    done = run(*words)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith(message)
