@@ -29,8 +29,8 @@ from alibi_attention.bench.timing import (
     Case,
     Contestant,
     find_contestants,
-    make_inputs,
-    measure_memory,
+    make_case_inputs,
+    measure_call_memory,
     measure_times,
 )
 from megalibi import log
@@ -105,7 +105,7 @@ def parse_names(option: str, text: str, known: Sequence[str]) -> list[str]:
     return names
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check_attention_options(arguments: argparse.Namespace) -> None:
     """Refuse options that cannot be used, before the work."""
     for option, value in (("head-dim", arguments.head_dim), ("batch", arguments.batch), ("repeats", arguments.repeats)):
         if value < 1:
@@ -177,11 +177,11 @@ def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in ("dtype", "heads", "length", "mode", "name"))
 
 
-def measure(case: Case, names: Sequence[str], repeats: int) -> Iterator[dict[str, Any]]:
+def measure_case(case: Case, names: Sequence[str], repeats: int) -> Iterator[dict[str, Any]]:
     """Yield a row for each contestant; plain attention is measured beside them in any case."""
     for name, figures in measure_times(case, names, repeats).items():
         if name in names:
-            memory = None if "skipped" in figures else measure_memory(case, name)
+            memory = None if "skipped" in figures else measure_call_memory(case, name)
             row = {"dtype": case.dtype, "heads": case.num_heads, "length": case.length, "mode": case.mode, "name": name}
             yield {**row, **figures, "memory_bytes": memory}
 
@@ -263,7 +263,7 @@ def run_cases(arguments: argparse.Namespace, cases: Sequence[Case], record: dict
         contestants = find_contestants(case.device, case.dtype, case.head_dim)
         names = choose_names(arguments, contestants)
         missing = [name for name in names if (case.dtype, case.num_heads, case.length, case.mode, name) not in done]
-        for row in measure(case, missing, arguments.repeats) if missing else ():
+        for row in measure_case(case, missing, arguments.repeats) if missing else ():
             record["rows"].append(row)
             record["what"][row["name"]] = contestants[row["name"]].what
             write(record, arguments.output)
@@ -277,12 +277,12 @@ def run_cases(arguments: argparse.Namespace, cases: Sequence[Case], record: dict
 def main() -> None:
     """Check, measure, print, write and draw."""
     arguments = parse_arguments()
-    check(arguments)
+    check_attention_options(arguments)
     cases, record = list(plan(arguments)), read_record(arguments)
     try:
         for case in cases:
             if case.qk is not None:
-                make_inputs(case)
+                make_case_inputs(case)
     except ValueError as error:
         raise ConfigError(f"--qk: {error}") from error
     run_cases(arguments, cases, record)

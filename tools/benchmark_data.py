@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import sentencepiece
 from rich.console import Console
@@ -28,7 +27,7 @@ from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import Loader
 from megalibi.data.preprocess import preprocess
 from megalibi.data.text.documents import DocumentReader, join_pieces
-from megalibi.data.tokens.token_file import TokenFileWriter
+from megalibi.data.tokens.random_tokens import write_random_tokens
 from megalibi.errors import ConfigError
 from megalibi.files import write_json
 from megalibi.metrics.provenance import describe_run
@@ -133,7 +132,7 @@ def benchmark_preprocess(arguments: argparse.Namespace) -> dict[str, Any]:
         "workers": arguments.workers,
         "documents": final.documents,
         "tokens": final.tokens,
-        **{name: summarize(values) for name, values in {**rates, **ratios}.items()},
+        **{name: summarize_repeats(values) for name, values in {**rates, **ratios}.items()},
         "notes": "preprocess: from opening the input to renamed files, start of the worker processes included. bare: "
         "SentencePieceProcessor.encode of whole documents that are in memory, as many processes. bare_short: the same "
         "of documents cut into 1,000 characters, on which sentencepiece is faster. Ratios are taken within a repeat.",
@@ -147,19 +146,9 @@ def describe_rates(rates: dict[str, list[float]], repeat: int) -> str:
     )
 
 
-def summarize(values: Sequence[float]) -> dict[str, Any]:
+def summarize_repeats(values: Sequence[float]) -> dict[str, Any]:
     """Return the median and the spread of repeats."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": list(values)}
-
-
-def write_random_tokens(prefix: str, num_bytes: int) -> None:
-    """Write a token file of random ids in documents of 1,000 tokens."""
-    generator = np.random.default_rng(0)
-    block_tokens = 1 << 23
-    with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
-        while writer.num_tokens * TOKEN_BYTES < num_bytes:
-            for document in generator.integers(0, VOCAB_SIZE, block_tokens, dtype=np.uint16).reshape(-1, 1024):
-                writer.add_document(document)
 
 
 def measure_loader(prefix: str, seq_length: int, document_mask: bool, seconds: float, first_step: int) -> float:
@@ -192,7 +181,7 @@ def benchmark_loader(arguments: argparse.Namespace) -> dict[str, Any]:
         Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         console.print(f"writing {num_bytes / 1e9:.1f} GB of random tokens")
-        write_random_tokens(f"{folder}/random", num_bytes)
+        write_random_tokens(Path(folder) / "random", VOCAB_SIZE, num_bytes // TOKEN_BYTES)
         for repeat in range(arguments.repeats):
             for seq_length in arguments.seq_lengths:
                 for document_mask in (False, True):
@@ -205,7 +194,7 @@ def benchmark_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "file_bytes": num_bytes,
         "processes": 1,
-        **{name: summarize(values) for name, values in rates.items()},
+        **{name: summarize_repeats(values) for name, values in rates.items()},
         "notes": "one process, random order, token ids checked and samples hashed; what reads ahead is that process's "
         "one thread. The file was just written: what fits into the page cache comes from there.",
     }
@@ -240,7 +229,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check(arguments: argparse.Namespace) -> None:
+def check_data_options(arguments: argparse.Namespace) -> None:
     """Refuse options that cannot be used, before the work."""
     check_option("--repeats", arguments.repeats, 1)
     check_outputs({"--output": arguments.output})
@@ -263,7 +252,7 @@ def check(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Measure, print, and write."""
     arguments = parse_arguments()
-    check(arguments)
+    check_data_options(arguments)
     measure = {"preprocess": benchmark_preprocess, "loader": benchmark_loader}[arguments.command]
     figures = measure(arguments)
     for name, value in figures.items():

@@ -88,11 +88,11 @@ def collect_compiled_docstrings(name: str) -> str:
         return ""
     sections = [f"{name}\n\n{module.__doc__}\n"] if module.__doc__ else []
     for attribute, value in sorted(vars(module).items()):
-        sections.extend(describe(f"{name}.{attribute}", value))
+        sections.extend(find_docstrings(f"{name}.{attribute}", value))
     return "\n".join(sections)
 
 
-def describe(path: str, value: object) -> Iterator[str]:
+def find_docstrings(path: str, value: object) -> Iterator[str]:
     """Yield the docstrings of a function, or of a class and its methods."""
     docstring = getattr(value, "__doc__", None)
     if isinstance(value, ModuleType) or not callable(value) or not isinstance(docstring, str):

@@ -221,7 +221,7 @@ def compile_commits(arguments: argparse.Namespace) -> dict[str, list[dict[str, A
     return rows
 
 
-def to_markdown(rows_by_commit: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def format_compiled(rows_by_commit: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Return a table of all kernels and tiles, the commits' figures beside each other."""
     key = ("arch", "dtype", "head_dim", "kernel", "tile")
     figures: dict[str, dict[str, list[str]]] = {}
@@ -248,7 +248,7 @@ def main() -> None:
         return
     check_outputs({"--output": arguments.output})
     rows_by_commit = compile_commits(arguments)
-    table = to_markdown(rows_by_commit)
+    table = format_compiled(rows_by_commit)
     console.print(table)
     if arguments.output is not None:
         said = subprocess.run([find_ptxas(), "--version"], check=True, capture_output=True, text=True).stdout

@@ -23,10 +23,10 @@ from alibi_attention.bench.contract import (
     INTERPRETED_LENGTHS,
     LENGTHS,
     Row,
+    format_contract,
     is_interpreted,
-    measure,
+    measure_contract,
     measure_type,
-    to_markdown,
 )
 
 README = Path(__file__).with_name("README.md")
@@ -141,7 +141,7 @@ def _describe_contract(capabilities: Sequence[Capability], lengths: Sequence[int
     """Measure, with progress on stderr, and return the table below a description of what it depends on."""
     rows: list[Row] = []
     start = time.monotonic()
-    for row in measure(capabilities, lengths, device):
+    for row in measure_contract(capabilities, lengths, device):
         rows.append(row)
         seconds = time.monotonic() - start
         print(
@@ -160,7 +160,7 @@ def _describe_contract(capabilities: Sequence[Capability], lengths: Sequence[int
         for capability in capabilities
         if capability.name not in measured
     ]
-    return "\n".join([*lines, "", to_markdown(rows)])
+    return "\n".join([*lines, "", format_contract(rows)])
 
 
 def _command() -> str:

@@ -18,8 +18,8 @@ from rich.table import Table
 from megalibi.cli.command import Command
 from megalibi.console import Progress
 from megalibi.errors import CheckpointError, ConfigError, FileError
-from megalibi.metrics.outputs import check_outputs
-from megalibi.metrics.provenance import write_json
+from megalibi.files import write_json
+from megalibi.runtime.outputs import check_outputs
 from megalibi.units import format_bytes
 
 if TYPE_CHECKING:

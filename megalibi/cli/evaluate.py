@@ -146,7 +146,7 @@ def byte_counter(tokenizer: Tokenizer | WordTokenizer | None) -> Tokenizer | Non
     return None
 
 
-def describe(result: EvaluationResult) -> str:
+def format_result(result: EvaluationResult) -> str:
     """Return the line that is printed for a length."""
     bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits/byte, "
     return (
@@ -193,7 +193,7 @@ def evaluate_lengths(
             results.append(result)
             progress.drop(f"length {length}")
             if speaks:
-                print(describe(result), flush=True)
+                print(format_result(result), flush=True)
     return results, sums
 
 

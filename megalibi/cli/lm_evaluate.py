@@ -87,7 +87,7 @@ def check_model(arguments: argparse.Namespace) -> tuple[Callable[[], Any], dict[
     return load, {**facts, "max_length": max_length, "tokenizer": path}
 
 
-def describe(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+def format_figures(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Yield a line for each task and metric, with its standard error where the harness has one."""
     for task, figures in results.items():
         for key, value in figures.items():
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
     kept = ("results", "groups", "n-shot", "n-samples", "higher_is_better")
     fields = {**facts, "tasks": names, **{name: results[name] for name in kept if name in results}}
     write_json({**fields, **describe_run(str(model.device), ("torch", "lm_eval"))}, arguments.output)
-    for line in describe(results["results"]):
+    for line in format_figures(results["results"]):
         print(line)
 
 

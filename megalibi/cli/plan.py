@@ -80,7 +80,7 @@ def choose_gpu(arguments: argparse.Namespace) -> Gpu | None:
     return dataclasses.replace(gpu, memory_bytes=memory_bytes)
 
 
-def describe(config: Config, plan: RunPlan) -> Table:
+def tabulate_plan(config: Config, plan: RunPlan) -> Table:
     """Return the plan as a table."""
     table = Table("", "", "", box=None, show_header=False, pad_edge=False)
     parallel, train = config.parallel, config.train
@@ -173,7 +173,7 @@ def run(arguments: argparse.Namespace) -> None:
         check_estimate(config, gpu)
     plan = plan_run(config, ranks, gpu, arguments.attention)
     console = Console(highlight=False, width=TABLE_WIDTH)
-    console.print(describe(config, plan))
+    console.print(tabulate_plan(config, plan))
     if plan.replay_note is not None:
         console.print(plan.replay_note, soft_wrap=True)
     for line in describe_fit(plan, gpu) if gpu is not None else ():

@@ -12,15 +12,12 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from megalibi.data.hashing import hash64
 from megalibi.data.permutation import permute
-from megalibi.data.schedule import BlendSchedule
+from megalibi.data.schedule import BlendSchedule, Int64Array
 from megalibi.data.tokens.token_file import TokenFile, check_ids, check_token_ids
 from megalibi.errors import ConfigError
-
-Int64Array = npt.NDArray[np.int64]
 
 
 class Dataset(Protocol):

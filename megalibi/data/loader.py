@@ -11,15 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from megalibi.data.dataset import Dataset
 from megalibi.data.hashing import hash_samples, sum_hashes
+from megalibi.data.schedule import Int64Array
 from megalibi.errors import ConfigError
 from megalibi.parallel import IGNORED_LABEL
-
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megalibi.data.provenance import check_replaceable, describe, provenance_path, to_json
+from megalibi.data.provenance import check_replaceable, describe_token_file, provenance_path, to_json
 from megalibi.data.text.documents import DocumentReader, Piece, TextUnit, join_pieces
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
@@ -113,7 +113,7 @@ def preprocess(
             progress = _write(writer, _encode_tasks(tasks, tokenizer_path, workers), report)
             if progress.documents == 0:
                 raise DataError(f"{', '.join(inputs)}: there is no text in what was read")
-        provenance = describe(
+        provenance = describe_token_file(
             output,
             tokenizer,
             reader,

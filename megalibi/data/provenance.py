@@ -110,7 +110,7 @@ def say_unrecorded(prefixes: Iterable[str]) -> None:
             )
 
 
-def describe(
+def describe_token_file(
     prefix: str,
     tokenizer: Tokenizer | WordTokenizer,
     reader: DocumentReader,

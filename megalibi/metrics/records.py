@@ -99,7 +99,7 @@ class ValidationRecord:
         return _to_json(self)
 
 
-Record = TypeVar("Record", bound="DataclassInstance")
+_Record = TypeVar("_Record", bound="DataclassInstance")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ def _to_json(record: StepRecord | ValidationRecord) -> str:
     return json.dumps(fields, allow_nan=False)
 
 
-def record_from_fields(record_type: type[Record], fields: Mapping[str, Any]) -> Record:
+def record_from_fields(record_type: type[_Record], fields: Mapping[str, Any]) -> _Record:
     """Build a record from the fields of a JSON object; unknown fields are ignored.
 
     Args:

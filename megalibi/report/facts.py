@@ -28,7 +28,7 @@ class Fact:
     """Remark in small print after the value: a spread, a unit, or where it was measured."""
 
 
-def describe(run: Run) -> str:
+def describe_model(run: Run) -> str:
     """Return one sentence on what a run trains."""
     if not run.config:
         return "A run without config.yaml."

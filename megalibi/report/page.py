@@ -21,7 +21,7 @@ from megalibi.evaluate.result import Evaluation
 from megalibi.files import make_folder, write_aside
 from megalibi.metrics.records import RunMetrics
 from megalibi.report import plots
-from megalibi.report.facts import Fact, describe, environment_facts, result_facts, setup_facts
+from megalibi.report.facts import Fact, describe_model, environment_facts, result_facts, setup_facts
 from megalibi.report.run import Run, read_run
 from megalibi.units import format_bytes, format_count
 
@@ -134,7 +134,7 @@ def render_report(runs: Sequence[Run]) -> str:
     return _template().render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
-        describe=describe,
+        describe=describe_model,
         results=_side_by_side([result_facts(run) for run in runs]),
         training_figures=_draw_training(_metrics_by_name(runs)),
         extrapolation_figure=_draw_extrapolation(evaluations),

@@ -5,21 +5,21 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from megalibi.report.facts import describe, environment_facts, result_facts, setup_facts
+from megalibi.report.facts import describe_model, environment_facts, result_facts, setup_facts
 from megalibi.report.run import read_run
 
 
 def test_a_run_is_described_in_one_sentence(write_run: Callable[..., Path]) -> None:
     folder = write_run("described")
     (folder / "run_info.json").write_text(json.dumps({"num_parameters": 33_412_096}))
-    assert describe(read_run(folder)) == (
+    assert describe_model(read_run(folder)) == (
         "A GPT of 33.4M parameters with ALiBi positions: 3 layers, 96 wide, 12 heads; trained at 64 tokens in bf16."
     )
 
 
 def test_what_a_configuration_does_not_say_is_not_described(write_run: Callable[..., Path]) -> None:
     run = dataclasses.replace(read_run(write_run("short")), config={"model": {"num_layers": 2}})
-    assert describe(run) == "A GPT: 2 layers."
+    assert describe_model(run) == "A GPT: 2 layers."
 
 
 def test_results_are_the_summary_in_words(write_run: Callable[..., Path]) -> None:

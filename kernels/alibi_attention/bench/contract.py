@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from alibi_attention.attention import attention
 from alibi_attention.backend import Call, Capability
+from alibi_attention.bench.peers import Attend
 from alibi_attention.slopes import alibi_slopes
 
 _LOGGER = logging.getLogger("alibi_attention")
@@ -37,7 +38,6 @@ _BLOCK_BYTES = 1 << 25
 _IDENTITY_BYTES = 1 << 27
 
 Tensors = Sequence[torch.Tensor]
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Row:
     """Whether Triton's interpreter ran it."""
 
 
-def measure(capabilities: Iterable[Capability], lengths: Sequence[int], device: str = "cpu") -> Iterator[Row]:
+def measure_contract(capabilities: Iterable[Capability], lengths: Sequence[int], device: str = "cpu") -> Iterator[Row]:
     """Measure every usable back end in every type it takes, and yield a row as soon as it is known.
 
     Args:
@@ -154,7 +154,7 @@ def plain_attention(q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, v_BSHK: torch.Te
     return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=True).transpose(1, 2)
 
 
-def make_inputs(length: int, num_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
+def draw_inputs(length: int, num_heads: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return q, k, v and an upstream gradient, [1, length, num_heads, 64], standard normal."""
     generator = torch.Generator().manual_seed(length)
     shape = (1, length, num_heads, HEAD_DIM)
@@ -182,7 +182,7 @@ def measure_type(
     by_backend: dict[str, list[tuple[list[float], float, float, float, float]]] = {c.name: [] for c in able}
     models = [choose_slopes(head_counts, _SOME_HEADS)] if some else [alibi_slopes(count) for count in head_counts]
     for slopes in (slopes.to(device) for slopes in models):
-        inputs = [x.to(device) for x in make_inputs(length, len(slopes), dtype)]
+        inputs = [x.to(device) for x in draw_inputs(length, len(slopes), dtype)]
         plain = forward_backward(plain_attention, inputs), exact_attention(inputs, None)
         exact = exact_attention(inputs, slopes)
         for name in tuple(by_backend):
@@ -244,7 +244,7 @@ def _errors(results: Tensors, exact: Tensors, *, by_head: bool = False) -> torch
     return torch.stack([norm(x.double() - y) / norm(y) for x, y in zip(results, exact, strict=True)])
 
 
-def to_markdown(rows: Iterable[Row]) -> str:
+def format_contract(rows: Iterable[Row]) -> str:
     """Return the rows as a table; ``ratio`` is what the bars are about."""
     columns = ("back end", "type", "tokens", "heads", "output", "dq", "dk", "dv", "max", "ratio", "of a head", "rows")
     lines = ["| " + " | ".join(columns) + " |", "|---|---|" + "--:|---|" + "--:|" * 8]

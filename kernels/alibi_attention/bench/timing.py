@@ -101,7 +101,7 @@ def find_contestants(device: str, dtype: str, head_dim: int) -> dict[str, Contes
     return found
 
 
-def make_inputs(case: Case) -> list[torch.Tensor]:
+def make_case_inputs(case: Case) -> list[torch.Tensor]:
     """Return q, k, v and an upstream gradient.
 
     Raises:
@@ -119,7 +119,7 @@ def measure_times(case: Case, names: Sequence[str], repeats: int) -> dict[str, d
     """Time contestants in turns, plain attention among them; return figures, or why there are none, by name."""
     figures: dict[str, dict[str, Any]] = {}
     calls: dict[str, tuple[Callable[[], None], int]] = {}
-    inputs, contestants = make_inputs(case), find_contestants(case.device, case.dtype, case.head_dim)
+    inputs, contestants = make_case_inputs(case), find_contestants(case.device, case.dtype, case.head_dim)
     for name in dict.fromkeys((PLAIN, *names)):
         skipped = contestants[name].refusal or _find_lack_of_memory(contestants[name], case)
         if skipped is None:
@@ -150,7 +150,7 @@ def measure_times(case: Case, names: Sequence[str], repeats: int) -> dict[str, d
     return figures
 
 
-def measure_memory(case: Case, name: str) -> int | None:
+def measure_call_memory(case: Case, name: str) -> int | None:
     """Return the most bytes that a call holds beyond q, k, v and the upstream gradient: bias, output, gradients, all.
 
     None if the process that measures it died, as one does that the system ends for its memory.
@@ -178,8 +178,8 @@ def _peak_bytes(case: Case, name: str, num_threads: int = 0) -> int:
         torch.set_num_threads(num_threads)
     contestant = find_contestants(case.device, case.dtype, case.head_dim)[name]
     small = replace(case, length=min(case.length, _WARM_UP_LENGTH))
-    _make_call(contestant, make_inputs(small), small)()  # libraries load, thread pools start
-    inputs = make_inputs(case)
+    _make_call(contestant, make_case_inputs(small), small)()  # libraries load, thread pools start
+    inputs = make_case_inputs(case)
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

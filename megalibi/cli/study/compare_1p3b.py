@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,24 +19,18 @@ from rich.console import Console
 
 from megalibi.cli.command import Command, add_overrides
 from megalibi.cli.study.root import find_root
-from megalibi.config import Config, config_to_dict
+from megalibi.config import Config
 from megalibi.errors import ConfigError
-from megalibi.files import make_folder, write_aside, write_json
-from megalibi.metrics.provenance import describe_run
-from megalibi.model import count_parameters
-from megalibi.report.plots import save_figure
 from megalibi.runtime.outputs import check_folder
-from megalibi.studies.comparison.study import CompareStudy
+from megalibi.studies.comparison.study import COMPARISON_FILES, FIGURE_5, CompareStudy
 from megalibi.studies.machinery.machine import detect_machine
 from megalibi.studies.study import load_study
-from megalibi.units import format_bytes
 
 if TYPE_CHECKING:
     from megalibi.plan.memory_trace import MemoryByKind
     from megalibi.studies.comparison.results import Results
     from megalibi.studies.comparison.study import Variant
 
-PICTURE = "figure5.png"
 SCALES = ("smoke", "small", "1.3b", "1.3b_10min")
 EXAMPLES = """examples:
   {command} --scale smoke
@@ -80,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(arguments: argparse.Namespace) -> tuple[CompareStudy, Config]:
+def load_comparison(arguments: argparse.Namespace) -> tuple[CompareStudy, Config]:
     """Return the study of --scale on the text of --data and --valid, and the run that it varies."""
     given = {"data.train": arguments.data, "data.valid": arguments.valid}
     overrides = [f"{field}={prefix}" for field, prefix in given.items() if prefix is not None]
@@ -114,71 +107,12 @@ def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryB
         )
 
 
-def describe_disk(study: CompareStudy, base: Config) -> str:
-    """Return how much part two keeps on disk."""
-    a_model = -(-base.train.steps // base.checkpoint.every_steps)  # and one at the end
-    # fp32 weights and two moments of each, beside the weights that the model computes with.
-    a_checkpoint = count_parameters(base.model) * (12 if base.train.precision == "fp32" else 14)
-    models = len(study.models())
-    return (
-        f"Part two keeps all checkpoints of its {models} trainings: {models} x {a_model} x "
-        f"{format_bytes(a_checkpoint)} = {format_bytes(models * a_model * a_checkpoint)} on disk."
-    )
-
-
-def describe_study(arguments: argparse.Namespace, study: CompareStudy, base: Config, gpus: int) -> list[str]:
-    """Return sentences on what was run, and where."""
-    model, batch, micro = base.model, base.train.global_batch_size, base.train.micro_batch_size
-    unfused = study.unfused_micro_batch_size or micro
-    and_unfused = f" ({unfused * base.data.seq_length:,} with unfused attention, which holds its scores)"
-    where = torch.cuda.get_device_name() if gpus else "a CPU; no GPU has run this, and no number here is of one"
-    layers = count_parameters(model) - model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    sentences = [
-        f"{count_parameters(model):,} parameters, {layers:,} of them outside the embedding: {model.num_layers} layers, "
-        f"{model.hidden_size} wide, {model.num_attention_heads} heads, feed-forward {model.ffn_hidden_size}. At every "
-        f"length {batch * base.data.seq_length:,} tokens in an update and {micro * base.data.seq_length:,} in a micro "
-        f"batch{and_unfused if unfused != micro else ''}; {base.train.precision}, ZeRO {base.zero.stage}, ranks: "
-        f"{study.ranks}. One training of each model (n = 1).",
-        describe_disk(study, base),
-    ]
-    if arguments.plan:
-        sentences.append("The plan alone: nothing was run, measured columns are empty.")
-    else:
-        sentences.append(f"On {where}.")
-    if arguments.scale == "smoke":
-        sentences.append("A rehearsal: these numbers mean nothing.")
-    return sentences
-
-
-def write_results(output: Path, arguments: argparse.Namespace, base: Config, results: Results, gpus: int) -> None:
-    """Write results.json, report.md and, once there are curves, figure5.png."""
-    from megalibi.studies.comparison.plan import find_shapes
-    from megalibi.studies.comparison.report.findings import judge_comparison
-    from megalibi.studies.comparison.report.page import format_report
-    from megalibi.studies.comparison.report.plot import training_curves
-
-    record = {
-        **describe_run("cuda" if gpus else "cpu", ("torch", "deepspeed")),
-        "config": config_to_dict(base),
-        "shapes": find_shapes(base),
-        **results.to_json(),
-        "findings": [asdict(finding) for finding in judge_comparison(results)],
-    }
-    make_folder(output)
-    write_json(record, output / "results.json")
-    picture = PICTURE if results.has_curves else None
-    if picture:
-        save_figure(training_curves(results), output / picture)
-    facts = describe_study(arguments, results.study, base, gpus)
-    write_aside(output / "report.md", format_report(results, facts=facts, picture=picture))
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Check everything, measure, train, evaluate, write the results, and print the findings."""
-    study, base = load(arguments)
+    study, base = load_comparison(arguments)
     machine = detect_machine(os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
     output = find_output(arguments)
-    check_folder(output, "--output", files=("results.json", "report.md", PICTURE))
+    check_folder(output, "--output", files=COMPARISON_FILES)
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.
@@ -191,6 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
         train_models,
     )
     from megalibi.studies.comparison.report.findings import judge_comparison
+    from megalibi.studies.comparison.report.write import describe_comparison, write_comparison
     from megalibi.studies.comparison.results import Results
     from megalibi.studies.comparison.speed import plan_turns, read_speeds, run_turns
 
@@ -201,6 +136,9 @@ def run(arguments: argparse.Namespace) -> None:
     if not arguments.plan:
         check_devices(arguments, select_plans(plans, base, arguments.part), machine.gpus)
 
+    gpu = torch.cuda.get_device_name() if machine.gpus else ""
+    facts = describe_comparison(study, base, gpu=gpu, is_plan=arguments.plan, is_rehearsal=arguments.scale == "smoke")
+
     def write() -> Results:
         results = Results(
             study=study,
@@ -209,7 +147,7 @@ def run(arguments: argparse.Namespace) -> None:
             speeds={} if arguments.plan else read_speeds(turns, study),
             qualities={} if arguments.plan else read_qualities(base, plan_scorings(base, study, machine)),
         )
-        write_results(output, arguments, base, results, machine.gpus)
+        write_comparison(output, base, results, facts=facts, device="cuda" if machine.gpus else "cpu")
         return results
 
     if not arguments.plan and arguments.part != "quality":
@@ -221,7 +159,7 @@ def run(arguments: argparse.Namespace) -> None:
     results = write()
     for finding in judge_comparison(results):
         print(finding)
-    print(f"results: {output}/results.json, report.md{f', {PICTURE}' if results.has_curves else ''}")
+    print(f"results: {output}/results.json, report.md{f', {FIGURE_5}' if results.has_curves else ''}")
 
 
 COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -9,11 +9,7 @@ CPU a toy model is measured, to try out the command itself.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,20 +17,24 @@ from typing import Any
 
 from megalibi.cli.command import Command, add_overrides
 from megalibi.cli.study.root import find_root
-from megalibi.data.provenance import read_provenance
-from megalibi.data.tokens.token_file import TokenFile
+from megalibi.data.tokens.random_tokens import write_random_tokens
 from megalibi.errors import ConfigError
 from megalibi.files import lock_file, make_folder, write_aside
-from megalibi.metrics.provenance import describe_run
 from megalibi.runtime.outputs import check_folder
-from megalibi.studies.gpu_visit.random_tokens import write_random_tokens
-from megalibi.studies.gpu_visit.report import format_report
-from megalibi.studies.gpu_visit.results import read_results
-from megalibi.studies.gpu_visit.setup import TOY_VOCAB_SIZE, VOCAB_SIZE, VOCAB_SIZE_1_3B, Setup
+from megalibi.studies.gpu_visit.machine import (
+    check_same_machine,
+    describe_visit,
+    find_gpu,
+    make_environment,
+    name_folder,
+    show_command,
+)
+from megalibi.studies.gpu_visit.report import format_visit
+from megalibi.studies.gpu_visit.results import read_visit_results
+from megalibi.studies.gpu_visit.setup import RANDOM_TOKENS, TOY_VOCAB_SIZE, VOCAB_SIZE, Setup, find_vocab_size
 from megalibi.studies.gpu_visit.step import FAILED, SUMMARY_FILE, StepOutcome, VisitStep, expect_seconds, read_outcomes
 from megalibi.studies.gpu_visit.steps import plan_steps
 from megalibi.studies.gpu_visit.visit import Visit, run_visit
-from megalibi.studies.machinery.machine import COMMAND_SCRIPT
 
 REPORT = "report.md"
 FAILED_STEPS = "failed"
@@ -67,55 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overrides(parser, "values that win over the 1.3B model's file, for example to fit a smaller GPU")
 
 
-def find_gpu() -> dict[str, Any]:
-    """Return name and driver of the first GPU; empty: there is none.
-
-    Not from torch, which would take memory of the GPU for as long as this process lives.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible in ("", "-1"):
-        return {}
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    query += [] if visible is None else ["-i", visible.split(",")[0]]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, check=False)
-    except OSError:
-        return {}
-    name, _, driver = said.stdout.partition("\n")[0].partition(",")
-    return {"gpu": name.strip(), "driver": driver.strip()} if said.returncode == 0 and driver else {}
-
-
-def describe(device: str, gpu: dict[str, Any], text: str) -> dict[str, Any]:
-    """Return what summary.json begins with."""
-    facts = describe_run("cpu", ("torch", "triton", "deepspeed", "flash-attn"))
-    facts["hardware"] = {**facts["hardware"], **gpu}
-    return {**facts, "device": device, "text": text}
-
-
 def _relative_root() -> Path:
     """Return the root so that commands which name it stay short."""
     return Path(os.path.relpath(find_root()))
-
-
-def name_folder(device: str, gpu: dict[str, Any]) -> Path:
-    """Return where results go unless the user says it: results/gpu_h200, or for a trial runs/gpu_cpu."""
-    if device == "cpu":
-        return _relative_root() / "runs" / "gpu_cpu"
-    words = re.split(r"[^a-z0-9]+", gpu["gpu"].lower())
-    named = [word for word in words if word not in ("nvidia", "tesla", "")]
-    return _relative_root() / "results" / "_".join(["gpu", *named])
-
-
-def make_environment(device: str) -> dict[str, str]:
-    """Return the environment of the steps, in which our packages are found and only one device is seen."""
-    root = find_root().resolve()
-    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
-    if device == "cpu":
-        return {**os.environ, **ours, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DS_ACCELERATOR")}
-    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return {**kept, **ours, "CUDA_VISIBLE_DEVICES": card}
 
 
 def find_peers(device: str) -> tuple[list[str], list[str]]:
@@ -141,33 +95,6 @@ def choose(names: str, known: Sequence[str], option: str) -> list[str]:
     return chosen
 
 
-def check_same_machine(folder: Path, facts: dict[str, Any]) -> None:
-    """Refuse a folder that holds results of another machine.
-
-    Raises:
-        ConfigError: They are results of another device.
-    """
-    path = folder / SUMMARY_FILE
-    if not path.exists():
-        return
-    read_outcomes(folder)  # it refuses a file that is no summary
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    for what, ours, other in (
-        ("device", facts["device"], theirs.get("device")),
-        ("hardware.gpu", facts["hardware"].get("gpu"), theirs.get("hardware", {}).get("gpu")),
-    ):
-        if ours != other:
-            raise ConfigError(
-                f"--output={folder}: must hold results of {what}={ours}, and holds some of {other}; give another folder"
-            )
-
-
-def show_command(command: Sequence[str]) -> str:
-    """Return a command as a user would type it."""
-    words = ["megalibi", *command[2:]] if command[1] == COMMAND_SCRIPT else command
-    return shlex.join(["python" if word == sys.executable else word for word in words])
-
-
 def show_plan(steps: Sequence[VisitStep], records: dict[str, StepOutcome]) -> None:
     """Print the steps with the seconds they may take, and what is known of them."""
     for step in steps:
@@ -179,16 +106,6 @@ def show_plan(steps: Sequence[VisitStep], records: dict[str, StepOutcome]) -> No
     total = expect_seconds(steps)
     if total:
         print(f"in all about {total:.0f} s, an estimate")
-
-
-def find_vocab_size(prefixes: Sequence[str]) -> int:
-    """Return the vocabulary's size of token files, the 1.3B model's if they do not say it.
-
-    Raises:
-        ConfigError: One is missing or damaged.
-    """
-    known = [read_provenance(TokenFile(prefix)) for prefix in prefixes]
-    return max((said.tokenizer["vocab_size"] for said in known if said is not None), default=VOCAB_SIZE_1_3B)
 
 
 def make_setup(arguments: argparse.Namespace, device: str, output: Path) -> Setup:
@@ -215,7 +132,7 @@ def make_setup(arguments: argparse.Namespace, device: str, output: Path) -> Setu
 def visit(arguments: argparse.Namespace, setup: Setup, steps: Sequence[VisitStep], gpu: dict[str, Any]) -> int:
     """Do the steps, with the report written after each; return the exit code."""
     text = arguments.data or f"random ids of a vocabulary of {TOY_VOCAB_SIZE if setup.is_toy else VOCAB_SIZE}"
-    facts, names = describe(setup.device, gpu, text), [step.name for step in steps]
+    facts, names = describe_visit(setup.device, gpu, text), [step.name for step in steps]
     check_same_machine(setup.folder, facts)
     known = read_outcomes(setup.folder)
     again = choose(arguments.again, [*names, FAILED_STEPS], "--again") if arguments.again else []
@@ -225,19 +142,19 @@ def visit(arguments: argparse.Namespace, setup: Setup, steps: Sequence[VisitStep
         make_folder(folder)
 
     def write_page(records: Sequence[StepOutcome]) -> None:
-        write_aside(setup.folder / REPORT, format_report(read_results(setup.folder, facts, records)))
+        write_aside(setup.folder / REPORT, format_visit(read_visit_results(setup.folder, facts, records)))
 
     lock = setup.scratch / "visit.lock"
     with lock.open("w") as held:
         lock_file(held.fileno(), lock)
         if not arguments.data:
-            write_random_tokens(Path(setup.data), TOY_VOCAB_SIZE if setup.is_toy else VOCAB_SIZE)
+            write_random_tokens(Path(setup.data), TOY_VOCAB_SIZE if setup.is_toy else VOCAB_SIZE, RANDOM_TOKENS)
         records = run_visit(
             steps,
             Visit(
                 folder=setup.folder,
                 seconds=arguments.seconds,
-                environment=make_environment(setup.device),
+                environment=make_environment(setup.root, setup.device),
                 facts=facts,
                 say=lambda line: print(line, flush=True),
                 changed=write_page,
@@ -258,7 +175,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device or ("cuda" if gpu else "cpu")
     if device == "cuda" and not gpu:
         raise ConfigError("--device=cuda: nvidia-smi finds no GPU; --device cpu tries the visit at toy size")
-    output = arguments.output or name_folder(device, gpu)
+    output = arguments.output or name_folder(_relative_root(), device, gpu)
     check_folder(output, "--output", files=(SUMMARY_FILE, REPORT))
     setup = make_setup(arguments, device, output)
     steps = plan_steps(setup)

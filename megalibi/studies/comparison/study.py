@@ -14,6 +14,9 @@ from pathlib import Path
 from megalibi.config import Config
 from megalibi.errors import ConfigError
 
+FIGURE_5 = "figure5.png"
+COMPARISON_FILES = ("results.json", "report.md", FIGURE_5)
+"""The files of a comparison's results; the picture is the analogue of the paper's Figure 5."""
 ALIBI, SINUSOIDAL = "alibi", "sinusoidal"
 ATTENTIONS = {"unfused": "unfused", "fast": "auto"}
 """Kind of attention -> model.attention_backend. Unfused attention holds the scores of all pairs of tokens, as the

@@ -48,7 +48,7 @@ def find_published(method: str, protocol: str, multiple: float, train_length: in
     return length, curve[length]
 
 
-def format_report(
+def format_extrapolation(
     curves: Curves, findings: Sequence[Finding], *, train_length: int, stride: int, facts: Sequence[str]
 ) -> str:
     """Return the Markdown page of a study.

@@ -14,6 +14,8 @@ from megalibi.config import Config
 from megalibi.config.model import POSITION_METHODS
 from megalibi.errors import ConfigError
 
+EXTRAPOLATION_FILES = ("results.json", "table.md", "figure.png")
+"""The files of a study's results."""
 NONOVERLAPPING, SLIDING = PROTOCOLS = ("nonoverlapping", "sliding")
 METHOD_NAMES = {
     "sinusoidal": "sinusoidal",

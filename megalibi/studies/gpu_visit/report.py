@@ -21,7 +21,7 @@ _MAX_SAID = 300
 _NONE = "-"
 
 
-def format_report(found: VisitResults) -> str:
+def format_visit(found: VisitResults) -> str:
     """Return the page in Markdown; what is not measured is left out or becomes a dash.
 
     Args:

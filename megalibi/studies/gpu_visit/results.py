@@ -53,7 +53,7 @@ class VisitResults:
         return None if self.ceilings is None or name not in self.ceilings else self.ceilings[name]["median"] * 1e12
 
 
-def read_results(folder: Path, facts: Mapping[str, Any], outcomes: Sequence[StepOutcome]) -> VisitResults:
+def read_visit_results(folder: Path, facts: Mapping[str, Any], outcomes: Sequence[StepOutcome]) -> VisitResults:
     """Read the results that a visit has so far.
 
     Args:

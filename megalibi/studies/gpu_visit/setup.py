@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalibi.data.provenance import read_provenance
+from megalibi.data.tokens.token_file import TokenFile
+
+RANDOM_TOKENS = 1 << 22
+"""Random ids to train on where there is no text: enough for every step of a visit."""
 VOCAB_SIZE, TOY_VOCAB_SIZE, VOCAB_SIZE_1_3B = 8192, 509, 50257
 """Vocabulary sizes of the random ids, of those for a toy, and of the 1.3B model."""
 
@@ -47,3 +52,13 @@ class Setup:
     def output(self, name: str) -> Path:
         """Return the file that a step writes."""
         return self.folder / f"{name}.json"
+
+
+def find_vocab_size(prefixes: Sequence[str]) -> int:
+    """Return the vocabulary's size of token files, the 1.3B model's if they do not say it.
+
+    Raises:
+        ConfigError: One is missing or damaged.
+    """
+    known = [read_provenance(TokenFile(prefix)) for prefix in prefixes]
+    return max((said.tokenizer["vocab_size"] for said in known if said is not None), default=VOCAB_SIZE_1_3B)

@@ -20,14 +20,14 @@ from alibi_attention.bench.contract import (
     LENGTHS,
     Row,
     choose_slopes,
+    draw_inputs,
     exact_attention,
     exact_rows,
+    format_contract,
     forward_backward,
     is_interpreted,
-    make_inputs,
     measure_type,
     measured_rows,
-    to_markdown,
 )
 from tests.support.device import DEVICE, ON_GPU
 
@@ -166,7 +166,7 @@ def test_a_back_end_that_rounds_the_bias_misses_the_bars(monkeypatch, dtype):
 @pytest.mark.parametrize("slopes", [alibi_slopes(3), None], ids=["alibi", "no bias"])
 def test_the_truth_by_blocks_is_the_reference_in_fp64(monkeypatch, slopes):
     monkeypatch.setattr("alibi_attention.bench.contract._BLOCK_BYTES", 8 * 3 * 150 * 64)  # 64 queries at a time
-    inputs = make_inputs(150, 3, torch.float64)
+    inputs = draw_inputs(150, 3, torch.float64)
     whole = forward_backward(partial(attention, alibi_slopes=slopes, backend="reference"), inputs)
     for by_blocks, expected in zip(exact_attention(inputs, slopes), whole, strict=True):
         torch.testing.assert_close(by_blocks, expected, rtol=0, atol=FP64_ATOL)
@@ -174,7 +174,7 @@ def test_the_truth_by_blocks_is_the_reference_in_fp64(monkeypatch, slopes):
 
 def test_rows_measured_through_the_identity_are_the_rows(monkeypatch):
     monkeypatch.setattr("alibi_attention.bench.contract._IDENTITY_BYTES", 8 * 3 * 150 * HEAD_DIM)  # a piece at a time
-    q, k, _, _ = make_inputs(150, 3, torch.float64)
+    q, k, _, _ = draw_inputs(150, 3, torch.float64)
     rows = measured_rows(partial(attention, alibi_slopes=alibi_slopes(3), backend="reference"), q[:, -7:], k)
     exact = exact_rows(q[:, -7:].transpose(1, 2), k.transpose(1, 2), alibi_slopes(3), 143)
     torch.testing.assert_close(rows, exact[0], rtol=0, atol=FP64_ATOL)
@@ -196,4 +196,4 @@ def test_a_table_can_be_read_back():
             "triton", "float16", 97, "5 of 8, 12, 20", (1e-3, 2e-3, 3e-3, 4e-3), 5e-3, 0.75, 1.0, 6e-4, interpreted=True
         ),
     ]
-    assert parse_rows(to_markdown(reversed(rows))) == rows
+    assert parse_rows(format_contract(reversed(rows))) == rows

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from alibi_attention.bench import timing as benchmark
-from alibi_attention.bench.timing import PLAIN, Case, find_contestants, make_inputs, measure_memory, measure_times
+from alibi_attention.bench.timing import (
+    PLAIN,
+    Case,
+    find_contestants,
+    make_case_inputs,
+    measure_call_memory,
+    measure_times,
+)
 from tests.support.device import DEVICE, ON_GPU
 
 CASE = Case(device="cpu", dtype="float32", batch=1, length=48, num_heads=2, head_dim=16, mode="forward")
@@ -57,23 +64,23 @@ def test_a_contestant_that_fails_is_left_out_with_its_error(monkeypatch):
 
 def test_memory_counts_what_is_s_by_s():
     case = replace(CASE, length=1024, mode="forward_backward")
-    assert measure_memory(case, "reference") > 2 * SCORES_BYTES  # the weights and their gradient, at least
-    assert SCORES_BYTES <= measure_memory(case, "sdpa_dense") < 2 * SCORES_BYTES  # the bias
-    assert 0 < measure_memory(case, "sdpa") < SCORES_BYTES
+    assert measure_call_memory(case, "reference") > 2 * SCORES_BYTES  # the weights and their gradient, at least
+    assert SCORES_BYTES <= measure_call_memory(case, "sdpa_dense") < 2 * SCORES_BYTES  # the bias
+    assert 0 < measure_call_memory(case, "sdpa") < SCORES_BYTES
 
 
 def test_a_trained_models_q_and_k_are_what_is_timed(tmp_path):
     q, k = torch.randn(2, 1, 60, 2, 16)
     torch.save({"q": q.bfloat16(), "k": k.bfloat16()}, tmp_path / "qk.pt")
     case = replace(CASE, batch=2, qk=str(tmp_path / "qk.pt"))
-    inputs = make_inputs(case)
+    inputs = make_case_inputs(case)
     assert torch.equal(inputs[0], q[:, :48].bfloat16().float().expand(2, -1, -1, -1))
     assert torch.equal(inputs[1], k[:, :48].bfloat16().float().expand(2, -1, -1, -1))
     with pytest.raises(ValueError, match="holds 60 tokens, 2 heads of 16, not 61 tokens, 2 heads of 16"):
-        make_inputs(replace(case, length=61))
+        make_case_inputs(replace(case, length=61))
     (tmp_path / "qk.pt").write_text("no tensors")
     with pytest.raises(ValueError, match="cannot be read as q and k"):
-        make_inputs(case)
+        make_case_inputs(case)
 
 
 def test_what_an_interpreter_runs_takes_part_by_name_alone():

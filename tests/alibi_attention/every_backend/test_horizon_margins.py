@@ -172,7 +172,7 @@ def test_every_margin_of_the_native_kernel_is_needed(monkeypatch, tmp_path, writ
     subprocess.run(
         ["c++", *native_library._FLAGS, "-fPIC", "-shared", tmp_path / "native.cpp", "-o", library], check=True
     )
-    monkeypatch.setattr(native_library, "load", lambda: (ctypes.CDLL(str(library)), ""))
+    monkeypatch.setattr(native_library, "load_library", lambda: (ctypes.CDLL(str(library)), ""))
     assert_broken("native", inputs)
 
 

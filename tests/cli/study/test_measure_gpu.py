@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megalibi.cli.study import measure_gpu
+from megalibi.studies.gpu_visit.machine import find_gpu, make_environment
 from megalibi.studies.gpu_visit.step import DONE, INTERRUPTED, SKIPPED, read_outcomes
 from tests.studies.machinery.test_jobs import signal_when
 from tests.support.in_process import Runner, make_runner
@@ -101,9 +103,12 @@ def check_page(page: str) -> None:
 
 BAD_INPUT = {
     "seconds": (["--seconds", "0"], "--seconds=0: must be a number above 0"),
-    "only": (["--only", "ceiling"], "--only=ceiling: must be names of warm, machine, ceilings, "),
+    "only": (
+        ["--only", "ceiling"],
+        "--only=ceiling: must be names of warm, machine, ceilings, .*, and 'ceiling' is none of them",
+    ),
     "data": (["--data", "nowhere"], "nowhere.idx: no such token file"),
-    "again": (["--again", "no"], "--again=no: must be names of "),
+    "again": (["--again", "no"], "--again=no: must be names of warm, .*, failed, and 'no' is none of them"),
     "output": (["--output", str(TOOL)], f"--output={TOOL} cannot be written: {TOOL} is no folder"),
 }
 
@@ -113,7 +118,7 @@ def test_bad_input_is_one_line(run: Runner, tmp_path: Path, more: list[str], mes
     folder = tmp_path / "results"
     code, _, errors = run("--device", "cpu", "--output", str(folder), "--scratch", str(tmp_path / "s"), *more)
     assert (code, len(errors.splitlines())) == (2, 1)
-    assert message in errors
+    assert re.search(message, errors)
     assert not folder.exists()
 
 
@@ -141,11 +146,6 @@ def test_results_of_another_machine_are_left_alone(run: Runner, tmp_path: Path) 
     assert (tmp_path / "summary.json").read_text() == summary
 
 
-def test_a_card_names_its_folder() -> None:
-    named = [measure_gpu.name_folder("cuda", {"gpu": gpu}).name for gpu in ("NVIDIA H200", "NVIDIA H100 80GB HBM3")]
-    assert named == ["gpu_h200", "gpu_h100_80gb_hbm3"]
-
-
 @pytest.mark.parametrize("visible", [None, "1", ""], ids=["unset", "second card", "none"])
 def test_the_card_is_what_the_driver_says(
     run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None
@@ -160,7 +160,7 @@ def test_the_card_is_what_the_driver_says(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    gpu = measure_gpu.find_gpu()
+    gpu = find_gpu()
     expected = {None: ("NVIDIA H200", "580.159.04"), "1": ("NVIDIA H100 PCIe", "570.1"), "": None}[visible]
     assert gpu == ({} if expected is None else dict(zip(("gpu", "driver"), expected, strict=True)))
     code, output, _ = run("--list", "--output", str(tmp_path / "results"))
@@ -168,7 +168,7 @@ def test_the_card_is_what_the_driver_says(
     assert ("steps of the 1.3B model, ALiBi" in output) == (expected is not None)
     assert (" s, an estimate" in output) == (expected is not None)
     if expected is not None:
-        assert measure_gpu.make_environment("cuda")["CUDA_VISIBLE_DEVICES"] == (visible or "0")
+        assert make_environment(tmp_path, "cuda")["CUDA_VISIBLE_DEVICES"] == (visible or "0")
 
 
 def test_a_bad_build_of_a_peer_ends_no_visit(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megalibi.studies.comparison.report.page import format_report
+from megalibi.studies.comparison.report.page import format_comparison
 from megalibi.studies.comparison.results import format_percent
 from megalibi.studies.comparison.study import ALIBI, SINUSOIDAL, variants
 from tests.support.paper_comparison import PAIR, STUDY, UPDATES, empty_results, paper_results, slow_alibi_results
@@ -45,7 +45,7 @@ def test_an_alibi_that_is_slower_is_the_one_stopped_early() -> None:
     assert (equal.sinusoidal.updates, equal.sinusoidal.perplexity) == (UPDATES, 8.83)
     assert equal.alibi.updates == pytest.approx(UPDATES / 1.25)
     assert equal.alibi.perplexity > 8.92
-    page = format_report(results, facts=[], picture=None)
+    page = format_comparison(results, facts=[], picture=None)
     assert "come down: sinusoidal, 1,024 beside ALiBi, 512 (unfused); " in page
     assert "ALiBi, 1,024 beside sinusoidal, 2,048 (fast). " in page
     assert "sinusoidal, 2,048 beside" not in page
@@ -57,8 +57,8 @@ def test_two_that_end_at_once_are_not_stopped() -> None:
     equal = results.equal_time(PAIR, "fast")
     assert equal is not None
     assert equal.stopped is None
-    assert "ALiBi, 1,024 beside" not in format_report(results, facts=[], picture=None)
-    assert "Stopped early" not in format_report(empty_results(), facts=[], picture=None)
+    assert "ALiBi, 1,024 beside" not in format_comparison(results, facts=[], picture=None)
+    assert "Stopped early" not in format_comparison(empty_results(), facts=[], picture=None)
 
 
 def test_every_number_is_in_the_json() -> None:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from megalibi.studies.extrapolation.findings import judge_extrapolation
-from megalibi.studies.extrapolation.report import find_published, format_report, nearest_train_length
+from megalibi.studies.extrapolation.report import find_published, format_extrapolation, nearest_train_length
 from megalibi.studies.extrapolation.study import PROTOCOLS
 
 COMMITTED = Path(__file__).parents[3] / "results" / "extrapolation_small"
@@ -22,7 +22,7 @@ def test_the_papers_nearest_row_is_at_the_same_multiple() -> None:
 
 def test_the_page_has_every_number_with_the_papers_beside() -> None:
     curves = {protocol: {"sinusoidal": {256: 50.0, 512: 123456.0}, "none": {256: 40.25}} for protocol in PROTOCOLS}
-    page = format_report(curves, judge_extrapolation(curves, 256), train_length=256, stride=64, facts=["Facts."])
+    page = format_extrapolation(curves, judge_extrapolation(curves, 256), train_length=256, stride=64, facts=["Facts."])
     rows = [line for line in page.splitlines() if re.match(r"\| [\d,]+ \(", line)]
     assert rows == [
         "| 256 (1 x) | 50.00 | 40.25 | 512 (1 x) | 20.05 |",
@@ -44,7 +44,7 @@ def test_the_committed_page_is_that_of_the_committed_results() -> None:
     }
     train_length = results["config"]["data"]["seq_length"]
     _, facts, _ = committed.split("\n\n", 2)
-    page = format_report(
+    page = format_extrapolation(
         curves,
         judge_extrapolation(curves, train_length),
         train_length=train_length,

@@ -13,8 +13,8 @@ import pytest
 
 from megalibi.config import config_from_dict, derive
 from megalibi.measure.step_profile import Slice, count_work, summarize_profile
-from megalibi.studies.gpu_visit.report import format_report
-from megalibi.studies.gpu_visit.results import VisitResults, read_results
+from megalibi.studies.gpu_visit.report import format_visit
+from megalibi.studies.gpu_visit.results import VisitResults, read_visit_results
 from megalibi.studies.gpu_visit.step import DONE, FAILED, OUT_OF_TIME, StepOutcome
 
 RECORDED = Path(__file__).parents[3] / "results" / "gpu_h200"
@@ -70,7 +70,7 @@ def page() -> str:
         | {"attention_cuda_graph": recorded_as_cuda_graph()},
         resume={"equal": False},
     )
-    return format_report(found)
+    return format_visit(found)
 
 
 def cells(page: str, first: str) -> list[str]:
@@ -137,7 +137,7 @@ def test_it_says_that_a_trained_models_attention_takes_another_time(page: str) -
 
 def test_a_visit_that_has_found_nothing_has_a_page(tmp_path: Path) -> None:
     outcome = StepOutcome(name="machine", what="driver", status=FAILED, said="exit code 1")
-    page = format_report(read_results(tmp_path, {"hardware": {"gpu": "NVIDIA H200"}}, [outcome]))
+    page = format_visit(read_visit_results(tmp_path, {"hardware": {"gpu": "NVIDIA H200"}}, [outcome]))
     assert "- **machine** failed: exit code 1" in page
     assert "| machine | driver | failed | 0.0 |" in page
     assert "## Training" not in page
@@ -148,7 +148,7 @@ def test_failed_tests_are_named(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(f"{code}def test_c(): pass\n")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml", "test_gpu.xml", "test_it.py"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 1
-    page = format_report(read_results(tmp_path, {}, []))
+    page = format_visit(read_visit_results(tmp_path, {}, []))
     lines = [line for line in page.splitlines() if line.startswith("- ")]
     assert lines == [
         "- `test_it::test_a`: assert 1 == 2",

@@ -23,7 +23,7 @@ _BLOCK = 64  # kBlock of native.cpp
 
 def capability() -> Capability:
     """Return what this back end can do; the first call compiles the kernel if this machine has not done so yet."""
-    library, reason = native_library.load()
+    library, reason = native_library.load_library()
     return Capability(
         name=NAME,
         usable=library is not None,
@@ -134,7 +134,7 @@ class _Problem(ctypes.Structure):
 
 def _run(direction: str, tensors: dict[str, torch.Tensor], constants: dict[str, float]) -> None:
     """Call the kernel, which writes its results into the tensors that forward and backward have made for them."""
-    library, reason = native_library.load()
+    library, reason = native_library.load_library()
     assert library is not None, reason
     q_BSHK = tensors["q"]
     fields: dict[str, Any] = {name: tensor.data_ptr() for name, tensor in tensors.items()}

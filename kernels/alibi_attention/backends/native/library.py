@@ -31,7 +31,7 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trappin
 
 
 @cache
-def load() -> tuple[ctypes.CDLL | None, str]:
+def load_library() -> tuple[ctypes.CDLL | None, str]:
     """Return the compiled kernel, or None and why there is none; the first call compiles it if need be."""
     try:
         # How PyTorch finds the user's compiler and cache for its own extensions; this import needs setuptools.

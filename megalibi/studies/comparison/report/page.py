@@ -28,7 +28,7 @@ _PAPER_CAPTION = (
 )
 
 
-def format_report(results: Results, *, facts: Sequence[str], picture: str | None) -> str:
+def format_comparison(results: Results, *, facts: Sequence[str], picture: str | None) -> str:
     """Return the Markdown page.
 
     Args:

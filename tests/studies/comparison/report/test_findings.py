@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megalibi.studies.comparison.report.findings import judge_comparison
-from megalibi.studies.comparison.report.page import format_report
+from megalibi.studies.comparison.report.page import format_comparison
 from megalibi.studies.comparison.study import ATTENTIONS
 from tests.support.paper_comparison import (
     PAIR,
@@ -29,7 +29,7 @@ def test_a_model_without_a_checkpoint_by_then_is_not_judged() -> None:
     assert equal is not None
     assert equal.alibi is None
     assert not [finding for finding in judge_comparison(results) if "after equal time" in finding.expected]
-    assert "| ALiBi, 1,024 | fast |" in format_report(results, facts=[], picture=None)
+    assert "| ALiBi, 1,024 | fast |" in format_comparison(results, facts=[], picture=None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from megalibi.metrics.summary import Quartiles
 from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.studies.comparison.quality import Quality
 from megalibi.studies.comparison.report.findings import judge_comparison
-from megalibi.studies.comparison.report.page import format_report
+from megalibi.studies.comparison.report.page import format_comparison
 from megalibi.studies.comparison.results import Results
 from megalibi.studies.comparison.speed import Speed
 from megalibi.studies.comparison.study import ATTENTIONS, CompareStudy, Variant, variants
@@ -23,14 +23,14 @@ COMMITTED = Path(__file__).parents[4] / "results"
 def test_nothing_measured_is_nothing_judged_and_a_page_of_dashes() -> None:
     results = empty_results()
     assert judge_comparison(results) == []
-    page = format_report(results, facts=["Facts."], picture=None)
+    page = format_comparison(results, facts=["Facts."], picture=None)
     assert "Nothing is measured yet." in page
     assert "| ALiBi, 1,024 | - | - |" in page
     assert not results.has_curves
 
 
 def test_the_page_says_what_the_papers_11_percent_are_and_has_its_numbers_beside() -> None:
-    page = format_report(paper_results(), facts=["Facts."], picture="figure5.png")
+    page = format_comparison(paper_results(), facts=["Facts."], picture="figure5.png")
     assert '"11% faster" is the time to a given perplexity' in page
     assert "which is 13.1% higher: 50.0k against 44.2k" in page
     for caveat in (
@@ -51,7 +51,7 @@ def test_the_page_says_what_the_papers_11_percent_are_and_has_its_numbers_beside
 
 def test_other_lengths_have_no_paper_beside() -> None:
     study = dataclasses.replace(STUDY, lengths=(512, 1024))
-    page = format_report(dataclasses.replace(empty_results(), study=study), facts=[], picture=None)
+    page = format_comparison(dataclasses.replace(empty_results(), study=study), facts=[], picture=None)
     assert "*26.2*" not in page
 
 
@@ -95,7 +95,7 @@ def test_the_committed_page_is_that_of_the_committed_results(folder: str) -> Non
     results = read_committed(json.loads((COMMITTED / folder / "results.json").read_text()))
     committed = (COMMITTED / folder / "report.md").read_text()
     _, facts, _ = committed.split("\n\n", 2)
-    page = format_report(results, facts=facts.splitlines(), picture="figure5.png" if results.has_curves else None)
+    page = format_comparison(results, facts=facts.splitlines(), picture="figure5.png" if results.has_curves else None)
     if folder == "compare_small":
         # It was measured before there was a back end ``unfused``: ATTENTIONS had ``reference`` in its place.
         (now, then) = (f"**unfused** attention, `model.attention_backend={name}`" for name in ("unfused", "reference"))

@@ -9,12 +9,11 @@ import numpy as np
 from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.files import make_folder
 
-TOKENS = 1 << 22
-"""Tokens of the file: enough for every step of a visit."""
-_DOCUMENT_TOKENS = 997
+DOCUMENT_TOKENS = 997
+_BLOCK_DOCUMENTS = 1 << 13
 
 
-def write_random_tokens(prefix: Path, vocab_size: int, num_tokens: int = TOKENS) -> None:
+def write_random_tokens(prefix: Path, vocab_size: int, num_tokens: int) -> None:
     """Write a token file of random ids, to train on where there is no text.
 
     In the first steps of a model everything but attention takes as long as on text. The time of attention differs: how
@@ -23,7 +22,7 @@ def write_random_tokens(prefix: Path, vocab_size: int, num_tokens: int = TOKENS)
     Args:
         prefix: Prefix of the files; files that are there already stay as they are.
         vocab_size: Vocabulary size of the ids.
-        num_tokens: Number of ids to write.
+        num_tokens: Number of ids to write, in documents of ``DOCUMENT_TOKENS``.
 
     Raises:
         FileError: The files cannot be written.
@@ -31,7 +30,9 @@ def write_random_tokens(prefix: Path, vocab_size: int, num_tokens: int = TOKENS)
     if prefix.with_name(f"{prefix.name}.idx").exists():
         return
     make_folder(prefix.parent)
-    ids = np.random.default_rng(0).integers(0, vocab_size, num_tokens)
+    generator = np.random.default_rng(0)
     with TokenFileWriter(prefix, vocab_size) as writer:
-        for start in range(0, num_tokens, _DOCUMENT_TOKENS):
-            writer.add_document(ids[start : start + _DOCUMENT_TOKENS])
+        while (left := num_tokens - writer.num_tokens) > 0:
+            ids = generator.integers(0, vocab_size, min(left, _BLOCK_DOCUMENTS * DOCUMENT_TOKENS))
+            for start in range(0, len(ids), DOCUMENT_TOKENS):
+                writer.add_document(ids[start : start + DOCUMENT_TOKENS])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megalibi.data.tokens.random_tokens import write_random_tokens
 from megalibi.data.tokens.token_file import TokenFile
-from megalibi.studies.gpu_visit.random_tokens import write_random_tokens
 
 
 def test_random_tokens_are_written_once(tmp_path: Path) -> None:
