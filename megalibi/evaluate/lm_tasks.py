@@ -33,7 +33,7 @@ def open_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:
         DataError: The task files cannot be read.
     """
     if include_path is not None and not include_path.is_dir():
-        raise ConfigError(f"--include-path={include_path}: there is no such folder")
+        raise ConfigError(f"--include-path={include_path}: must be a folder, and there is none of that name")
     with _blame(f"--include-path={include_path} cannot be read"):
         tasks = TaskManager(include_path=None if include_path is None else str(include_path))
     for name in names:
@@ -42,7 +42,7 @@ def open_tasks(names: Sequence[str], include_path: Path | None) -> TaskManager:
             hint = f"did you mean {near[0]}?" if near else "`lm-eval ls tasks` lists those of the harness"
             broken = None if include_path is None else find_broken_file(include_path)
             also = "" if broken is None else f"; and a task file cannot be read, {broken}"
-            raise ConfigError(f"--tasks={name} is no task: {hint}{also}")
+            raise ConfigError(f"--tasks={name}: must be a task; {hint}{also}")
     return tasks
 
 

@@ -59,7 +59,7 @@ def trace_step(config: Config, derived: Derived, *, attention: str = "fused", de
         ConfigError: The kind of attention is not known.
     """
     if attention not in ATTENTION_KINDS:
-        raise ConfigError(f"attention={attention}: must be one of {', '.join(ATTENTION_KINDS)}")
+        raise ConfigError(f"--attention={attention}: must be one of {', '.join(ATTENTION_KINDS)}")
     tensor = make_group(config.parallel.tensor_parallel_size)
     data = make_group(derived.data_parallel_size)
     model = build_on_meta(config, derived, attention=attention, group=tensor)

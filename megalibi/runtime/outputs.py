@@ -29,7 +29,7 @@ def check_outputs(outputs: Mapping[str, Path | None]) -> None:
         if path is None:
             continue
         if os.path.isdir(path):
-            raise ConfigError(f"{option}={path} is a folder: give the name of a file")
+            raise ConfigError(f"{option}={path}: must be the name of a file, and is a folder")
         _check_place(path, f"{option}={path}", is_folder=False)
         try:
             make_folder(path.parent)
@@ -93,8 +93,8 @@ def _check_place(path: Path, what: str, *, is_folder: bool) -> None:
     if is_folder and not path.is_dir():
         raise FileError(f"{what} cannot be written: {path} is no folder")
     if not is_folder and not path.is_file():
-        kind = "a folder" if path.is_dir() else "no file"
-        raise FileError(f"{what} cannot be written: {path} is {kind}, the name of a file is needed")
+        kind = "a folder" if path.is_dir() else "no regular file"
+        raise FileError(f"{what} cannot be written: {path} must be a file, and is {kind}")
     if not os.access(path, os.W_OK | os.X_OK if is_folder else os.W_OK):
         raise FileError(f"{what} cannot be written: {path} is read-only")
     if is_folder:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
     assert __main__.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(message)
+    assert re.match(message, err)
     assert err.count("\n") == 1
 
 

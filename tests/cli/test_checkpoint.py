@@ -86,7 +86,7 @@ def test_every_damaged_file_is_named_on_one_line(damaged: Path) -> None:
     [
         (["show", "nowhere"], "error: nowhere"),
         (["verify", str(FORMAT_1), "--json", "a.json"], "error: --json=a.json: must be given to show"),
-        (["show", str(FORMAT_1), "--json", "/"], "error: --json=/ is a folder"),
+        (["show", str(FORMAT_1), "--json", "/"], "error: --json=/: must be the name of a file, and is a folder"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], message: str) -> None:

@@ -302,7 +302,7 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
         ({"data": "none"}, "none.idx: no such token file"),
         ({"checkpoint": "none"}, "none is no checkpoint and has none: give a step's folder, a run's folder"),
         ({"data": "foreign"}, "foreign.bin: token 200 is id 509, past vocab_size=509"),
-        ({"output": "."}, "--output=. is a folder: give the name of a file"),
+        ({"output": "."}, "--output=.: must be the name of a file, and is a folder"),
         ({"tokenizer": "none.model"}, "none.model: no such tokenizer"),
         ({"tokenizer": "other.model"}, "--tokenizer=other.model (sha256 "),
         ({"tokenizer": "other.model"}, ") is not the tokenizer that the checkpoint was trained with (sha256 "),
@@ -310,7 +310,7 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
         ({"data": "some_by_other", "tokenizer": "other.model"}, "is not the tokenizer that the checkpoint was trained"),
         ({"tensor-parallel-size": 0}, "--tensor-parallel-size=0: must be at least 1"),
         ({"tensor-parallel-size": 2}, "--tensor-parallel-size=2: must divide the number of ranks=1"),
-        ({"picture": "."}, "--picture=. is a folder: give the name of a file"),
+        ({"picture": "."}, "--picture=.: must be the name of a file, and is a folder"),
         ({"picture": "a.xyz"}, "--picture=a.xyz: must end in one of .eps"),
         ({"picture": "new/a"}, "--picture=new/a: must end in one of .eps"),
         (

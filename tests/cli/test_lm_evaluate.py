@@ -264,7 +264,10 @@ def test_a_continuation_longer_than_the_window_is_refused(trained: Trained) -> N
 
 def test_drawing_at_random_is_refused(trained: Trained) -> None:
     options = {"until": ["\n"], "do_sample": True, "temperature": 0.7}
-    with pytest.raises(DataError, match="must have do_sample: false, nothing is drawn at random here"):
+    with pytest.raises(
+        DataError,
+        match="^generation_kwargs=.*'do_sample': True.*: must have do_sample: false, nothing is drawn at random here$",
+    ):
         trained.harness.generate_until([Request(("x", options))], disable_tqdm=True)
 
 
@@ -356,7 +359,7 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
     write_task(folder, "texts", [{**ANSWERED[0], "answer": "a"}, *texts], **CHOICE)
     (folder / "no_yaml.yaml").write_text("task: a\n  b: [c\n")
     with pytest.raises(
-        ConfigError, match=r"--tasks=a is no task: .*; and a task file cannot be read, .*no_yaml\.yaml: "
+        ConfigError, match=r"--tasks=a: must be a task; .*; and a task file cannot be read, .*no_yaml\.yaml: "
     ):
         open_tasks(["a"], folder)
     return open_tasks(list(BROKEN_TASKS), folder)
@@ -397,7 +400,7 @@ def test_options_that_cannot_be_are_one_line(trained: Trained) -> None:
         (("--limit", "-1"), "--limit=-1: must be at least 1"),
         (("--num-fewshot", "-1"), "--num-fewshot=-1: must be at least 0"),
         (("--max-length", "0"), "--max-length=0: must be at least 1"),
-        (("--output", "."), "--output=. is a folder: give the name of a file"),
+        (("--output", "."), "--output=.: must be the name of a file, and is a folder"),
     ):
         done = run_tool(trained, "our_choice", *options)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
@@ -415,9 +418,9 @@ def test_options_that_cannot_be_are_one_line(trained: Trained) -> None:
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_name(trained: Trained) -> None:
-    with pytest.raises(ConfigError, match=r"--tasks=our_choise is no task: did you mean our_choice\?"):
+    with pytest.raises(ConfigError, match=r"--tasks=our_choise: must be a task; did you mean our_choice\?"):
         open_tasks(["our_text", "our_choise"], trained.folder / "tasks")
-    with pytest.raises(ConfigError, match=r"--include-path=none: there is no such folder"):
+    with pytest.raises(ConfigError, match=r"--include-path=none: must be a folder, and there is none of that name"):
         open_tasks(["our_text"], Path("none"))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from megalibi import __version__
 from megalibi.cli.main import COMMANDS, load_command
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
@@ -105,6 +106,19 @@ def test_a_script_stands_for_every_promised_path() -> None:
             (found[path.relative_to(ROOT).as_posix()],) = named
     assert found == SCRIPTS
     assert set(SCRIPTS.values()) <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_runs(script: str) -> None:
+    def run_script(word: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([warm_python(), ROOT / script, word], capture_output=True, text=True, check=False)
+
+    done = run_script("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python {ROOT / script} ")
+    done = run_script("--no-such-option")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"python {ROOT / script}: error: " in done.stderr
 
 
 def test_a_script_shows_the_path_that_was_typed() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
+from pathlib import Path
 
 import pytest
 
 from megalibi.cli.command import spell_command
 from megalibi.cli.main import COMMANDS, load_command
 
+ROOT = Path(__file__).parents[2]
 TAKING = {
     "pretrain": (["--config", "run.yaml"], ["--local_rank", "0"]),
     "plan": (["run.yaml", "--ranks", "2"], ["--gpu", "H100"]),
@@ -30,6 +33,15 @@ def takes_overrides(name: str) -> bool:
 
 def test_these_are_all_commands_that_take_overrides() -> None:
     assert sorted(filter(takes_overrides, COMMANDS)) == sorted(TAKING)
+
+
+def test_no_script_takes_overrides_in_its_own_way() -> None:
+    """Those of launch/ and tools/ that take them stand for commands."""
+    scripts = [path for place in ("launch", "tools", "kernels") for path in (ROOT / place).rglob("*.py")]
+    parsing = [path for path in scripts if "ArgumentParser(" in path.read_text(encoding="utf-8")]
+    assert len(parsing) > 5
+    words = re.compile(r"overrides|section\.field|parse_known_args|parse_intermixed_args")
+    assert [path for path in parsing if words.search(path.read_text(encoding="utf-8"))] == []
 
 
 @pytest.mark.parametrize("name", TAKING)

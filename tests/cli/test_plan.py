@@ -132,9 +132,9 @@ def test_an_estimate_needs_a_gpu_whose_speed_is_known(run):
             ["zero={stage: !!set {a}}"],
             "override 'zero={stage: !!set {a}}' cannot be read: the tag !!set must be left out",
         ),
-        (["--attention", "flash"], "attention=flash: must be one of fused, unfused"),
+        (["--attention", "flash"], "--attention=flash: must be one of fused, unfused"),
         (["zero.stag=1"], "zero.stag is unknown"),
-        (["--json", str(ROOT)], f"--json={ROOT} is a folder"),
+        (["--json", str(ROOT)], f"--json={ROOT}: must be the name of a file, and is a folder"),
     ],
 )
 def test_a_mistake_is_one_line(run, arguments, message):

@@ -73,7 +73,7 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path: Path) -> 
 def test_what_cannot_be_written_is_said_before_anything_is(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures" / "loss.png").mkdir(parents=True)
     for options, message in (
-        (["--output", tmp_path], f"--output={tmp_path} is a folder: give the name of a file"),
+        (["--output", tmp_path], f"--output={tmp_path}: must be the name of a file, and is a folder"),
         (["--pictures", run_dir / "config.yaml"], f"--pictures={run_dir}/config.yaml cannot be written: "),
         (["--pictures", tmp_path / "pictures"], f"--pictures={tmp_path}/pictures cannot be written: "),
     ):

@@ -95,12 +95,12 @@ def test_an_existing_tokenizer_is_kept_unless_told(corpus):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vocab-size", "0"], "vocab_size=0: must be above 258, "),
-        (["--vocab-size", "500", "--character-coverage", "2"], "character_coverage=2.0: must be a share from"),
-        (["--vocab-size", "500", "--character-coverage", "nan"], "character_coverage=nan: must be a share from"),
-        (["--vocab-size", "500", "--max-sentences", "0"], "max_sentences=0: must be at least 1"),
-        (["--vocab-size", str(2**40)], f"vocab_size={2**40}: must be above 258"),
-        (["--vocab-size", "500", "--output", "."], "--output=. is a folder: give the name of a file"),
+        (["--vocab-size", "0"], "--vocab-size=0: must be above 258, "),
+        (["--vocab-size", "500", "--character-coverage", "2"], "--character-coverage=2.0: must be a share from"),
+        (["--vocab-size", "500", "--character-coverage", "nan"], "--character-coverage=nan: must be a share from"),
+        (["--vocab-size", "500", "--max-sentences", "0"], "--max-sentences=0: must be at least 1"),
+        (["--vocab-size", str(2**40)], f"--vocab-size={2**40}: must be above 258"),
+        (["--vocab-size", "500", "--output", "."], "--output=.: must be the name of a file, and is a folder"),
         (["--vocab-size", "500", "--output", "a.txt/t.model"], "--output=a.txt/t.model cannot be written: a.txt is"),
     ],
 )  # fmt: skip

@@ -89,6 +89,16 @@ def test_the_console_script_lists_the_commands(installed: Path, environment: dic
     assert "\n  pretrain " in done.stdout
 
 
+@pytest.mark.parametrize("words", ["compare-1p3b --scale smoke", "measure-gpu --device cpu --list"])
+def test_a_study_that_needs_the_repository_says_so(environment: dict[str, str], tmp_path: Path, words: str) -> None:
+    command = [sys.executable, "-m", "megalibi", "study", *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    name = words.partition(" ")[0]
+    lacking = "must have the repository's configs/, tests/, tools/, which an installed package lacks; get the source of"
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert done.stderr.startswith(f"error: megalibi study {name}: {lacking} megalibi ")
+
+
 def test_two_ranks_pretrain_from_it_as_they_do_from_the_repository(
     installed: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:

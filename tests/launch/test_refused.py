@@ -70,9 +70,9 @@ def test_a_value_that_cannot_be(config: Path, override: str) -> None:
     [
         ("tensorboard", False, "tensorboard is no folder"),
         ("checkpoints", False, "checkpoints is no folder"),
-        ("metrics.jsonl", True, "metrics.jsonl is a folder, the name of a file is needed"),
-        ("config.yaml", True, "config.yaml is a folder, the name of a file is needed"),
-        ("run_info.json", True, "run_info.json is a folder, the name of a file is needed"),
+        ("metrics.jsonl", True, "metrics.jsonl must be a file, and is a folder"),
+        ("config.yaml", True, "config.yaml must be a file, and is a folder"),
+        ("run_info.json", True, "run_info.json must be a file, and is a folder"),
         ("config.yaml.tmp", True, "config.yaml.tmp is a folder, but the file is written there first: move it away"),
     ],
 )

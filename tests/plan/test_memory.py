@@ -196,5 +196,5 @@ def test_plan_is_what_a_process_of_its_own_holds(stage: int, backend: str, recom
 
 def test_unknown_kind_of_attention_is_refused() -> None:
     config = make_config()
-    with pytest.raises(ConfigError, match=r"^attention=flash: must be one of fused, unfused$"):
+    with pytest.raises(ConfigError, match=r"^--attention=flash: must be one of fused, unfused$"):
         plan_memory(config, derive(config, 1), attention="flash")

@@ -43,16 +43,16 @@ def test_what_cannot_be_a_file_is_said_with_its_option(folder: Path) -> None:
     for name, reason in {
         "file/x": "file is no folder",
         "file/x/y": "file is no folder",
-        "dangling": "dangling is no file, the name of a file is needed",
+        "dangling": "dangling must be a file, and is no regular file",
         "loop/x": "Too many levels of symbolic links",
         "n" * 300: "File name too long",
     }.items():
         path = folder / name
         assert_refused(f"--output={path} cannot be written: ", check_outputs, {"--output": path})
         assert_refused(reason, check_outputs, {"--picture": None, "--output": path})
-    message = f"--output={folder / 'folder'} is a folder: give the name of a file"
+    message = f"--output={folder / 'folder'}: must be the name of a file, and is a folder"
     assert_refused(message, check_outputs, {"--output": folder / "folder"}, kind=ConfigError)
-    assert_refused("/dev/null is no file", check_outputs, {"--output": Path("/dev/null")})
+    assert_refused("/dev/null must be a file, and is no regular file", check_outputs, {"--output": Path("/dev/null")})
 
 
 def test_two_options_name_two_files(folder: Path) -> None:

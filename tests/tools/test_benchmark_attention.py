@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,17 +111,18 @@ def test_q_and_k_from_a_file(run, tmp_path):
         (["--lengths", "512,many"], "error: --lengths=512,many: must be whole numbers above 0, as in 512,1024"),
         (
             ["--backends", "flahs"],
-            "error: --backends=flahs: must be names of native, triton, flash, folded, sdpa, reference, unfused, and ",
+            "error: --backends=flahs: must be names of native, triton, flash, folded, sdpa, reference, unfused, and "
+            "'flahs' is none of them",
         ),
-        (["--peers", "torch"], "error: --peers=torch: must be names of "),
+        (["--peers", "torch"], "error: --peers=torch: must be names of .*, and 'torch' is none of them"),
         (
             ["--dtype", "int8"],
             "error: --dtype=int8: must be names of float32, bfloat16, float16, and 'int8' is none of them",
         ),
         (["--repeats", "0"], "error: --repeats=0: must be at least 1"),
         (["--picture", "a.xyz"], "error: --picture=a.xyz: must end in one of .eps"),
-        (["--picture", str(ROOT)], f"error: --picture={ROOT} is a folder: give the name of a file"),
-        (["--output", str(ROOT)], f"error: --output={ROOT} is a folder: give the name of a file"),
+        (["--picture", str(ROOT)], f"error: --picture={ROOT}: must be the name of a file, and is a folder"),
+        (["--output", str(ROOT)], f"error: --output={ROOT}: must be the name of a file, and is a folder"),
         (["--output", str(TOOL / "a")], f"error: --output={TOOL / 'a'} cannot be written: {TOOL} is no folder"),
         (
             ["--device", "cpu", "--cuda-graph"],
@@ -133,7 +135,7 @@ def test_a_mistake_is_one_line(run, arguments, message):
     done = run("--lengths", "32", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(message)
+    assert re.match(message, done.stderr)
     assert done.stderr.count("\n") == 1
 
 

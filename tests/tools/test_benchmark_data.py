@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line(monkeypatch, capsys):
             "--seq-lengths=1000000: must be below the 500000 tokens of a file of --gigabytes=0.001",
         ),
         (["loader", "--folder", TOOL], f"--folder={TOOL} cannot be written: {TOOL} is no folder"),
-        (["loader", "--output", ROOT], f"--output={ROOT} is a folder: give the name of a file"),
+        (["loader", "--output", ROOT], f"--output={ROOT}: must be the name of a file, and is a folder"),
         ([*preprocess, "--workers", 0], "--workers=0: must be at least 1"),
         ([*preprocess, "--output", TOOL / "a"], f"--output={TOOL / 'a'} cannot be written: {TOOL} is no folder"),
     ):

@@ -62,7 +62,7 @@ def test_what_is_saved_is_the_layers_q_and_k(run_dir):
     [
         (["--layer", 99], "error: --layer=99: must be 0 to "),
         (["--length", 2000], "error: --length=2000: "),
-        (["--output", ROOT], f"error: --output={ROOT} is a folder: give the name of a file"),
+        (["--output", ROOT], f"error: --output={ROOT}: must be the name of a file, and is a folder"),
         (["--output", TOOL / "a.pt"], f"error: --output={TOOL / 'a.pt'} cannot be written: {TOOL} is no folder"),
     ],
 )

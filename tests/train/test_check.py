@@ -22,8 +22,8 @@ def test_what_a_run_writes_can_be_in_its_way(tmp_path: Path) -> None:
     ):
         taken = tmp_path / name
         taken.mkdir() if is_folder else taken.touch()
-        what = "a folder, the name of a file is needed" if is_folder else "no folder"
-        message = f"train.output_dir={tmp_path} cannot be written: {taken} is {what}"
+        what = "must be a file, and is a folder" if is_folder else "is no folder"
+        message = f"train.output_dir={tmp_path} cannot be written: {taken} {what}"
         with pytest.raises(FileError, match=f"^{re.escape(message)}$"):
             check_run_folder(tmp_path)
         taken.rmdir() if is_folder else taken.unlink()

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from megalibi.cli.command import Command, add_overrides
-from megalibi.cli.study.root import find_root
+from megalibi.cli.study.root import find_root, get_repository
 from megalibi.config import Config
 from megalibi.errors import ConfigError
 from megalibi.runtime.outputs import check_folder
@@ -78,7 +78,9 @@ def load_comparison(arguments: argparse.Namespace) -> tuple[CompareStudy, Config
     given = {"data.train": arguments.data, "data.valid": arguments.valid}
     overrides = [f"{field}={prefix}" for field, prefix in given.items() if prefix is not None]
     return load_study(
-        find_root() / "configs" / f"compare_{arguments.scale}.yaml", [*overrides, *arguments.overrides], CompareStudy
+        get_repository("megalibi study compare-1p3b") / "configs" / f"compare_{arguments.scale}.yaml",
+        [*overrides, *arguments.overrides],
+        CompareStudy,
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.cli.command import Command, add_overrides
-from megalibi.cli.study.root import find_root
+from megalibi.cli.study.root import get_repository
 from megalibi.data.tokens.random_tokens import write_random_tokens
 from megalibi.errors import ConfigError
 from megalibi.files import lock_file, make_folder, write_aside
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _relative_root() -> Path:
     """Return the root so that commands which name it stay short."""
-    return Path(os.path.relpath(find_root()))
+    return Path(os.path.relpath(get_repository("megalibi study measure-gpu")))
 
 
 def find_peers(device: str) -> tuple[list[str], list[str]]:
@@ -174,7 +174,9 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = {} if arguments.device == "cpu" else find_gpu()
     device = arguments.device or ("cuda" if gpu else "cpu")
     if device == "cuda" and not gpu:
-        raise ConfigError("--device=cuda: nvidia-smi finds no GPU; --device cpu tries the visit at toy size")
+        raise ConfigError(
+            "--device=cuda: must be cpu here, for nvidia-smi finds no GPU; --device cpu tries the visit at toy size"
+        )
     output = arguments.output or name_folder(_relative_root(), device, gpu)
     check_folder(output, "--output", files=(SUMMARY_FILE, REPORT))
     setup = make_setup(arguments, device, output)

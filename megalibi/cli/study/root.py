@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import megalibi
+from megalibi.errors import ConfigError
+
+_NEEDED = ("configs", "tests", "tools")
 
 
 def find_root() -> Path:
@@ -14,3 +17,22 @@ def find_root() -> Path:
     """
     around = Path(megalibi.__file__).parents[1]
     return around if (around / "configs").is_dir() else Path()
+
+
+def get_repository(command: str) -> Path:
+    """Return the repository, for a command that needs its configurations, its tests and its tools.
+
+    Args:
+        command: What the user typed, without its options.
+
+    Raises:
+        ConfigError: The package is installed without it, and the current folder is not it.
+    """
+    root = find_root()
+    missing = [f"{name}/" for name in _NEEDED if not (root / name).is_dir()]
+    if missing:
+        raise ConfigError(
+            f"{command}: must have the repository's {', '.join(missing)}, which an installed package lacks; get the "
+            f"source of megalibi {megalibi.__version__}, and start the command in its folder"
+        )
+    return root

@@ -106,7 +106,7 @@ def train_tokenizer(
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or str(error)
         raise ConfigError(
-            f"vocab_size={vocab_size}: must fit the text, and sentencepiece says of it: {reason}"
+            f"--vocab-size={vocab_size}: must fit the text, and sentencepiece says of it: {reason}"
         ) from error
     write_vocabulary(output, model.getvalue())
     return TrainingText(sentences=sample.num_sentences, used=len(sample.drawn), reserved=sample.num_reserved)
@@ -115,13 +115,13 @@ def train_tokenizer(
 def _check_training(vocab_size: int, character_coverage: float, max_sentences: int) -> None:
     if not _FIXED_IDS < vocab_size <= _MAX_IDS:
         raise ConfigError(
-            f"vocab_size={vocab_size}: must be above {_FIXED_IDS}, the ids of 256 bytes, <unk> and </s>, "
+            f"--vocab-size={vocab_size}: must be above {_FIXED_IDS}, the ids of 256 bytes, <unk> and </s>, "
             f"and at most {_MAX_IDS}"
         )
     if not _MIN_COVERAGE <= character_coverage <= 1.0:
-        raise ConfigError(f"character_coverage={character_coverage}: must be a share from {_MIN_COVERAGE} to 1")
+        raise ConfigError(f"--character-coverage={character_coverage}: must be a share from {_MIN_COVERAGE} to 1")
     if max_sentences < 1:
-        raise ConfigError(f"max_sentences={max_sentences}: must be at least 1")
+        raise ConfigError(f"--max-sentences={max_sentences}: must be at least 1")
 
 
 class _Sample:

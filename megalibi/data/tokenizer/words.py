@@ -123,7 +123,7 @@ def count_words(pieces: Iterable[Piece], output: str | os.PathLike[str], *, voca
     num_all = len(special) + len(counts)
     size = vocab_size or math.ceil(num_all / _MULTIPLE) * _MULTIPLE
     if vocab_size is not None and not len(special) < vocab_size <= num_all:
-        raise ConfigError(f"vocab_size={vocab_size}: must be from {len(special) + 1} to {num_all} for this text")
+        raise ConfigError(f"--vocab-size={vocab_size}: must be from {len(special) + 1} to {num_all} for this text")
     words = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[: size - len(special)]
     unused = [(word, 0) for word in itertools.islice(_made_up(dict(words)), size - len(special) - len(words))]
     write_vocabulary(output, "".join(f"{word} {count}\n" for word, count in (*special, *words, *unused)))

@@ -38,9 +38,9 @@ class Machine:
 
     def __post_init__(self) -> None:
         """Check that the processes fit the machine."""
-        for name in ("jobs", "ranks"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name, value in (("--jobs", self.jobs), ("study.ranks", self.ranks)):
+            if value < 1:
+                raise ConfigError(f"{name}={value}: must be at least 1")
         if self.gpus and self.jobs * self.ranks > self.gpus:
             raise ConfigError(
                 f"{self.jobs} trainings at once of {self.ranks} ranks each need {self.jobs * self.ranks} GPUs, and "

@@ -166,10 +166,10 @@ BAD_INPUT = {
     "unknown key": ("study.strid=3", "study.strid is unknown: did you mean study.stride?"),
     "training length": (
         "data.seq_length=20",
-        "study.lengths=[16, 32]: must begin with the training length, data.seq_",
+        "study.lengths=[16, 32]: must begin with the training length, data.seq_length=20",
     ),
     "batch": ("train.global_batch_size=5", "train.global_batch_size=5: must be a multiple of"),
-    "jobs": ("--jobs=0", "jobs=0: must be at least 1"),
+    "jobs": ("--jobs=0", "error: --jobs=0: must be at least 1"),
     "launcher": ("--launcher=srun '", "--launcher=srun ': must be a command (No closing quotation)"),
     "output": (f"--output={TOOL}", f"--output={TOOL} cannot be written: {TOOL} is no folder"),
     "output below a file": (f"--output={TOOL}/a/b", f"--output={TOOL}/a/b cannot be written: {TOOL} is no folder"),
@@ -195,7 +195,7 @@ def test_a_result_that_cannot_be_written_is_said_before_the_work(study: Path, ru
         code, _, errors = run(*arguments_of(study, f"--output={tmp_path}", target))
         (tmp_path / name).rmdir()
         assert code == 2
-        reason = f"{tmp_path / name} is a folder, the name of a file is needed"
+        reason = f"{tmp_path / name} must be a file, and is a folder"
         assert errors == f"error: --output={tmp_path} cannot be written: {reason}\n"
         assert not list(tmp_path.iterdir())
 

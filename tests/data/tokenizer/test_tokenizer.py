@@ -145,7 +145,7 @@ def test_training_is_deterministic(tmp_path, english):
 
 @pytest.mark.parametrize("vocab_size", [262, 50_000])
 def test_a_vocabulary_that_the_text_does_not_give(tmp_path, english, vocab_size):
-    with pytest.raises(ConfigError, match=f"vocab_size={vocab_size}: must fit the text, .*ocabulary") as error:
+    with pytest.raises(ConfigError, match=f"--vocab-size={vocab_size}: must fit the text, .*ocabulary") as error:
         train_tokenizer(english[:3], vocab_size, tmp_path / "a")
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -154,12 +154,12 @@ def test_a_vocabulary_that_the_text_does_not_give(tmp_path, english, vocab_size)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"vocab_size": 0}, "vocab_size=0: must be above 258, "),
-        ({"vocab_size": 258}, "vocab_size=258: must be above 258"),
-        ({"character_coverage": 2.0}, "character_coverage=2.0: must be a share from 0.98 to 1"),
-        ({"character_coverage": 0.0}, "character_coverage=0.0: must be a share"),
-        ({"character_coverage": float("nan")}, "character_coverage=nan: must be a share"),
-        ({"max_sentences": 0}, "max_sentences=0: must be at least 1"),
+        ({"vocab_size": 0}, "--vocab-size=0: must be above 258, "),
+        ({"vocab_size": 258}, "--vocab-size=258: must be above 258"),
+        ({"character_coverage": 2.0}, "--character-coverage=2.0: must be a share from 0.98 to 1"),
+        ({"character_coverage": 0.0}, "--character-coverage=0.0: must be a share"),
+        ({"character_coverage": float("nan")}, "--character-coverage=nan: must be a share"),
+        ({"max_sentences": 0}, "--max-sentences=0: must be at least 1"),
     ],
 )
 def test_arguments_that_are_not_allowed(tmp_path, english, arguments, message):

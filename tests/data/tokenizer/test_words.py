@@ -127,7 +127,7 @@ def test_a_smaller_vocabulary_leaves_the_rare_words_unknown(folder: Path, tmp_pa
     assert few.vocab_size == 7
     assert few.encode("= The a lobster") == [4, 5, 6, 3]
     for size in (4, 19):
-        with pytest.raises(ConfigError, match=f"vocab_size={size}: must be from 5 to 18 for this text"):
+        with pytest.raises(ConfigError, match=f"--vocab-size={size}: must be from 5 to 18 for this text"):
             count_words(pieces, tmp_path / "other.words", vocab_size=size)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["few.words"]
     with pytest.raises(DataError, match="there are no words"):

@@ -175,8 +175,8 @@ def test_processes_share_cores_and_gpus() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"jobs": 0}, "jobs=0: must be at least 1"),
-        ({"ranks": 0}, "ranks=0: must be at least 1"),
+        ({"jobs": 0}, "--jobs=0: must be at least 1"),
+        ({"ranks": 0}, "study.ranks=0: must be at least 1"),
         ({"gpus": 3, "jobs": 2, "ranks": 2}, "need 4 GPUs, and there are 3"),
     ],
 )
