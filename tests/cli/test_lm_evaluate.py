@@ -266,7 +266,7 @@ def test_drawing_at_random_is_refused(trained: Trained) -> None:
     options = {"until": ["\n"], "do_sample": True, "temperature": 0.7}
     with pytest.raises(
         DataError,
-        match="^generation_kwargs=.*'do_sample': True.*: must have do_sample: false, nothing is drawn at random here$",
+        match=r"^generation_kwargs=.*'do_sample': True.*: must have do_sample: false, nothing is drawn at random here",
     ):
         trained.harness.generate_until([Request(("x", options))], disable_tqdm=True)
 
