@@ -67,6 +67,7 @@ ENVIRONMENT_READERS = {
     "megalibi/runtime/exit.py",  # hands it to find_place, and asks which rank speaks if that fails
     "megalibi/runtime/ranks.py",  # what a launcher says of a rank, and what DeepSpeed reads of it
     # A command sets what a library reads as it is imported, or hands the environment on to processes that it starts.
+    "megalibi/cli/checkpoint.py",
     "megalibi/cli/lm_evaluate.py",
     "megalibi/cli/plan.py",
     "megalibi/cli/study/compare_1p3b.py",

@@ -154,7 +154,7 @@ def visit(arguments: argparse.Namespace, setup: Setup, steps: Sequence[VisitStep
             Visit(
                 folder=setup.folder,
                 seconds=arguments.seconds,
-                environment=make_environment(setup.root, setup.device),
+                environment=make_environment(os.environ, setup.root, setup.device),
                 facts=facts,
                 say=lambda line: print(line, flush=True),
                 changed=write_page,
@@ -171,7 +171,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check everything, and show the plan or carry it out."""
     if not 0 < arguments.seconds < float("inf"):
         raise ConfigError(f"--seconds={arguments.seconds:g}: must be a number above 0")
-    gpu = {} if arguments.device == "cpu" else find_gpu()
+    gpu = {} if arguments.device == "cpu" else find_gpu(os.environ)
     device = arguments.device or ("cuda" if gpu else "cpu")
     if device == "cuda" and not gpu:
         raise ConfigError(

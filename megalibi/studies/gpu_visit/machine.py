@@ -18,12 +18,15 @@ from megalibi.studies.gpu_visit.step import SUMMARY_FILE, read_outcomes
 from megalibi.studies.machinery.machine import COMMAND_SCRIPT
 
 
-def find_gpu() -> dict[str, Any]:
+def find_gpu(environment: Mapping[str, str]) -> dict[str, Any]:
     """Return name and driver of the first GPU; empty: there is none.
 
     Not from torch, which would take memory of the GPU for as long as this process lives.
+
+    Args:
+        environment: The environment of this process; CUDA_VISIBLE_DEVICES says which GPU is the first.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         return {}
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -64,19 +67,20 @@ def name_folder(root: Path, device: str, gpu: Mapping[str, Any]) -> Path:
     return root / "results" / "_".join(["gpu", *named])
 
 
-def make_environment(root: Path, device: str) -> dict[str, str]:
+def make_environment(environment: Mapping[str, str], root: Path, device: str) -> dict[str, str]:
     """Return the environment of the steps, in which our packages are found and only one device is seen.
 
     Args:
+        environment: The environment of this process.
         root: The repository.
         device: The device: cuda, or cpu for a trial.
     """
-    paths = [str(root.resolve()), str(root.resolve() / "kernels"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(root.resolve()), str(root.resolve() / "kernels"), environment.get("PYTHONPATH", "")]
     ours = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
     if device == "cpu":
-        return {**os.environ, **ours, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "DS_ACCELERATOR")}
-    card = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        return {**environment, **ours, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    kept = {name: value for name, value in environment.items() if name not in ("TRITON_INTERPRET", "DS_ACCELERATOR")}
+    card = environment.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return {**kept, **ours, "CUDA_VISIBLE_DEVICES": card}
 
 

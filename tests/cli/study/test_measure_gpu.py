@@ -160,7 +160,7 @@ def test_the_card_is_what_the_driver_says(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    gpu = find_gpu()
+    gpu = find_gpu(os.environ)
     expected = {None: ("NVIDIA H200", "580.159.04"), "1": ("NVIDIA H100 PCIe", "570.1"), "": None}[visible]
     assert gpu == ({} if expected is None else dict(zip(("gpu", "driver"), expected, strict=True)))
     code, output, _ = run("--list", "--output", str(tmp_path / "results"))
@@ -168,7 +168,7 @@ def test_the_card_is_what_the_driver_says(
     assert ("steps of the 1.3B model, ALiBi" in output) == (expected is not None)
     assert (" s, an estimate" in output) == (expected is not None)
     if expected is not None:
-        assert make_environment(tmp_path, "cuda")["CUDA_VISIBLE_DEVICES"] == (visible or "0")
+        assert make_environment(os.environ, tmp_path, "cuda")["CUDA_VISIBLE_DEVICES"] == (visible or "0")
 
 
 def test_a_bad_build_of_a_peer_ends_no_visit(run: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
