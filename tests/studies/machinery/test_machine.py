@@ -44,7 +44,8 @@ def test_a_folder_called_megalibi_hides_no_command(tmp_path: Path, environment: 
     def run(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=beside, env=environment, capture_output=True, text=True)
 
-    assert "No module named megalibi.__main__" in run([sys.executable, "-m", "megalibi", "--version"]).stderr
+    hidden = run([sys.executable, "-m", "megalibi", "--version"])
+    assert (hidden.returncode, hidden.stdout) == (1, "")  # how it fails depends on the kind of install
     done = run(Machine(environment=environment, cores=2, ranks=ranks).launch(0, "--version"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines().count(f"megalibi {__version__}") == ranks
