@@ -13,6 +13,7 @@ from io import StringIO
 from rich.console import Console
 
 from megalibi.console import Progress
+from tests.support.terminal import read_terminal
 
 HIDE_CURSOR, SHOW_CURSOR = "\x1b[?25l", "\x1b[?25h"
 PROGRAM = """
@@ -38,18 +39,9 @@ def show_on_terminal(*words: str) -> str:
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, *words], stderr=end, env=environment)
     os.close(end)
-    shown = b""
-    while True:
-        try:
-            block = os.read(terminal, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not block:
-            break
-        shown += block
-    os.close(terminal)
+    shown = read_terminal(terminal)
     assert process.wait() == 0
-    return shown.decode()
+    return shown
 
 
 def show_in_pipe(*words: str) -> list[str]:

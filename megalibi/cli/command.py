@@ -118,6 +118,16 @@ def add_overrides(parser: argparse.ArgumentParser, text: str = OVERRIDES_HELP) -
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help=text)
 
 
+def add_inputs(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add the text that a command reads; the option may be given several times.
+
+    Args:
+        parser: Gets it as ``input``, a list of names.
+        text: What ``--help`` says of it.
+    """
+    parser.add_argument("--input", nargs="+", action="extend", required=True, metavar="FILE", help=text)
+
+
 def add_run(parser: argparse.ArgumentParser, text: str) -> None:
     """Add the configuration of a run: its file, and the values that win over it.
 

@@ -6,7 +6,7 @@ import argparse
 import os
 import time
 
-from megalibi.cli.command import Command
+from megalibi.cli.command import Command, add_inputs
 from megalibi.console import Progress
 from megalibi.data.preprocess import Written, preprocess
 from megalibi.data.text.estimate import estimate_text_bytes
@@ -48,14 +48,7 @@ class Display:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="FILE",
-        help=INPUT_HELP,
-    )
+    add_inputs(parser, INPUT_HELP)
     parser.add_argument("--tokenizer", required=True, metavar="T.model", help="a sentencepiece model, or T.words")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
     parser.add_argument("--text-key", default="text", help="column that holds the text (default: text)")

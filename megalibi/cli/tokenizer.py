@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megalibi.cli.command import Command
+from megalibi.cli.command import Command, add_inputs
 from megalibi.data.text.cutting import cut_anywhere, cut_at_spaces
 from megalibi.data.text.documents import DocumentReader
 from megalibi.data.text.sources import INPUT_HELP
@@ -24,14 +24,7 @@ EXAMPLES = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="FILE",
-        help=INPUT_HELP,
-    )
+    add_inputs(parser, INPUT_HELP)
     parser.add_argument(
         "--vocab-size",
         type=int,

@@ -18,6 +18,7 @@ from megalibi.console import Progress
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokens.token_file import TokenFile
+from tests.support.terminal import read_terminal
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "preprocess_data.py"
@@ -123,18 +124,8 @@ def test_progress_on_a_terminal(tmp_path, corpus, model):
         command(*arguments, "--workers", 1), stderr=end, stdout=subprocess.DEVNULL, env=environment
     )
     os.close(end)
-    shown = b""
-    while True:
-        try:
-            block = os.read(terminal, 4096)
-        except OSError:  # the other end is closed
-            break
-        if not block:
-            break
-        shown += block
-    os.close(terminal)
+    text = read_terminal(terminal)
     assert process.wait() == 0
-    text = shown.decode()
     assert "tokens/s" in text
     assert "s left" in text
 
