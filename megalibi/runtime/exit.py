@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
@@ -19,12 +18,11 @@ from typing import NoReturn
 from megalibi import log
 from megalibi.errors import FileError, UserError, describe_os_error
 from megalibi.runtime.ranks import Place, find_place
+from megalibi.runtime.spokesman import has_spoken, is_spokesman, tell_others
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-SPOKESMAN_SECONDS = 10
-"""How long the other ranks wait for the spokesman's line: a launcher that sees one rank end kills the rest."""
 _MAX_REASON = 200
 """The most characters that an error shows of what a library said."""
 # What torch says of a CPU, of CUDA, and of a tensor of more bytes than there are addresses.
@@ -117,7 +115,7 @@ def _run_rank(work: Callable[[Place], None]) -> int:
         _say(str(error), place)
         return error.exit_code
     except KeyboardInterrupt:
-        if _is_spokesman(place):
+        if is_spokesman(place):
             _write_error("interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
@@ -150,35 +148,14 @@ def _explain(error: Exception, place: Place | None) -> str | None:
 
 def _say(message: str, place: Place | None) -> None:
     """Print an error that other ranks may have met too: the spokesman at once, another rank if it turns out alone."""
-    if not _is_spokesman(place):
-        time.sleep(SPOKESMAN_SECONDS)
-        if place is not None and not _rank_0_goes_on(place):
-            return
-    _write_error(message, place)
+    if is_spokesman(place):
+        _write_error(message, place)
+        tell_others(place)
+    elif not has_spoken(place):
+        _write_error(message, place)
 
 
 def _write_error(message: str, place: Place | None = None) -> None:
     """Write an error as one line, with the rank and its host if it is not rank 0."""
     where = f" [rank {place.rank}/{place.world_size} on {socket.gethostname()}]" if place and place.rank > 0 else ""
     sys.stderr.write(f"error: {' '.join(message.split())}{where}\n")
-
-
-def _rank_0_goes_on(place: Place) -> bool:
-    """Return whether rank 0 waits for the others at the job's port, and so has not met what this rank met."""
-    try:
-        socket.create_connection((place.master_address, place.master_port), timeout=SPOKESMAN_SECONDS).close()
-    except OSError:
-        return False
-    return True
-
-
-def _is_spokesman(place: Place | None) -> bool:
-    """Return whether this rank prints an error at once: when the ranks have met, rank 0; before, one of each host.
-
-    A host may lack a file that others have.
-    """
-    import torch.distributed as dist
-
-    if place is None:  # the environment is not a launcher's, and its numbers may be none
-        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) in ("0", "")
-    return place.rank == 0 or (place.local_rank == 0 and not dist.is_initialized())
