@@ -64,8 +64,9 @@ NATIVE_LIBRARY = "kernels/alibi_attention/backends/native/library.py"
 ENVIRONMENT_READERS = {
     "megalibi/runtime/cuda_environment.py",  # what CUDA reads as it begins
     "megalibi/runtime/device.py",  # DS_ACCELERATOR, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS
-    "megalibi/runtime/exit.py",  # hands it to find_place, and asks which rank speaks if that fails
+    "megalibi/runtime/exit.py",  # hands it to find_place
     "megalibi/runtime/ranks.py",  # what a launcher says of a rank, and what DeepSpeed reads of it
+    "megalibi/runtime/spokesman.py",  # which rank speaks if that cannot be read, and whether torchrun keeps the port
     # A command sets what a library reads as it is imported, or hands the environment on to processes that it starts.
     "megalibi/cli/checkpoint.py",
     "megalibi/cli/lm_evaluate.py",

@@ -14,24 +14,27 @@ import pytest
 from megalibi.checkpoint import find_checkpoint
 from tests.support.jobs import LAUNCHER_VARIABLES, POLL_SECONDS, SCRIPT, Job, last_step, read_records, write_job
 from tests.support.ranks import find_free_port
+from tests.support.warm_python import warm_python
 
 TIMEOUT_SECONDS = 240.0
 STEPS = 6
-PYTHON = sys.executable
-TORCHRUN = f"{Path(sys.executable).parent}/torchrun --nproc_per_node 2 --master_port"
+TORCHRUN = "-m torch.distributed.run --nproc_per_node 2 --master_port"
 SHELL_LINES = {
-    "only the first line is read": "{python} {script} 2> {folder}/errors | head -1",
+    "only the first line is read": "{warm} {script} 2> {folder}/errors | head -1",
     "nothing is open": "{python} {script} <&- >&- 2>&-",
     "no errors": "{python} {script} 2>&-",
-    "a full disk": "{python} {script} > /dev/full 2> /dev/full",
-    "two ranks, the first line": "{torchrun} {port} {script} 2>&1 | head -1",
-    "two ranks, nothing is open": "{torchrun} {port} {script} >&- 2>&-",
+    "a full disk": "{warm} {script} > /dev/full 2> /dev/full",
+    "two ranks, the first line": "{warm} {torchrun} {port} {script} 2>&1 | head -1",
+    "two ranks, nothing is open": "{python} {torchrun} {port} {script} >&- 2>&-",
 }
 
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, Path]]:
-    """Exit code and folder of each line of a shell; they run at the same time, for each imports torch."""
+    """Exit code and folder of each line of a shell; they run at the same time, for some import torch.
+
+    Where a stream is closed, that is to be so from a Python's first moment.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environment["OMP_NUM_THREADS"] = "1"
     processes = {}
@@ -39,7 +42,8 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, Path
         folder = tmp_path_factory.mktemp("shell")
         config = write_job(folder, train={"steps": STEPS})
         script = f"{SCRIPT} --config {config}"
-        command = line.format(python=PYTHON, torchrun=TORCHRUN, port=find_free_port(), script=script, folder=folder)
+        pythons = {"python": sys.executable, "warm": warm_python(), "torchrun": TORCHRUN, "port": find_free_port()}
+        command = line.format(**pythons, script=script, folder=folder)
         process = subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", command], env=environment, stdout=subprocess.DEVNULL
         )
@@ -69,7 +73,15 @@ def test_the_end_of_the_terminal_saves(tmp_path: Path, world_size: int) -> None:
 
 def test_the_end_of_the_terminal_of_torchrun_saves(tmp_path: Path) -> None:
     config = write_job(tmp_path, checkpoint={"every_steps": 0})
-    command = [*TORCHRUN.split(), str(find_free_port()), str(SCRIPT), "--config", str(config), "train.steps=1000000"]
+    command = [
+        sys.executable,
+        *TORCHRUN.split(),
+        str(find_free_port()),
+        str(SCRIPT),
+        "--config",
+        str(config),
+        "train.steps=1000000",
+    ]
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     log = (tmp_path / "log").open("w")
     process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

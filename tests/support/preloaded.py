@@ -6,6 +6,7 @@ every process anew; ``sys.modules`` at the end of a process, compared with that 
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 import deepspeed
@@ -27,3 +28,5 @@ MODULES = (
 for module in MODULES:
     importlib.import_module(module)
 assert not deepspeed.ops.__compatible_ops__["deepspeed_not_implemented"]  # DeepSpeed asks compilers, once a process
+gc.collect()
+gc.freeze()  # what is imported stays: no collection in a forked process looks at it again

@@ -10,29 +10,17 @@ import pytest
 
 import alibi_attention
 from tests.support.permissions import NOT_ABOVE_PERMISSIONS
+from tests.support.warm_python import warm_python
 
 FP32_ATOL = 1e-5  # output and gradients of standard normal inputs, against fp64
-KERNEL_CHECK = """
-import logging, torch
-logging.basicConfig(format="%(levelname)s %(message)s")
-from alibi_attention import alibi_slopes, attention, resolve_backend
-from alibi_attention.backends.native.attend import capability as find_capability
-
-capability = find_capability()
-print(capability.usable)
-print(capability.reason)
-print(resolve_backend("auto", "cpu", torch.float32, 64))
-if capability.usable:
-    q, k, v = torch.randn(3, 1, 97, 4, 24, generator=torch.Generator().manual_seed(0)).unbind(0)
-    ours, exact = (attention(q, k, v, alibi_slopes=alibi_slopes(4), backend=name) for name in ("native", "reference"))
-    print((ours - exact).abs().max().item())
-"""
+CHECK = Path(__file__).with_name("check_library.py")
 
 
 def start_fresh(*before: str, **environment: str) -> subprocess.Popen[str]:
     """Start a process that loads the kernel, and computes attention with it if it can."""
+    python = sys.executable if before else warm_python()  # whose processes are not the children of what stands before
     return subprocess.Popen(
-        [*before, sys.executable, "-c", KERNEL_CHECK],
+        [*before, python, str(CHECK)],
         cwd=Path(alibi_attention.__file__).parents[1],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
