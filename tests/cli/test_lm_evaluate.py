@@ -424,6 +424,12 @@ def test_an_unknown_task_is_refused_with_the_nearest_name(trained: Trained) -> N
         open_tasks(["our_text"], Path("none"))
 
 
+def test_tasks_of_ones_own_are_found_without_reading_the_harnesss(trained: Trained) -> None:
+    own = open_tasks(["our_text", "our_choice"], trained.folder / "tasks").task_index
+    assert {"our_text", "our_choice"} <= set(own)
+    assert "lambada_openai" not in own
+
+
 def test_without_the_package_the_line_says_what_to_install(trained: Trained) -> None:
     """A folder in front of the installed packages, in which lm_eval cannot be imported."""
     folder = trained.folder / "hidden"
