@@ -6,16 +6,16 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megalibi.checkpoint import find_checkpoint
 from tests.support.jobs import LAUNCHER_VARIABLES, SCRIPT, run_job, torchrun_environment, write_job
-from tests.support.permissions import NOT_ABOVE_PERMISSIONS
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
+WITHOUT_PRIVILEGES = ROOT / "tests" / "support" / "without_privileges.py"
 SECONDS = 120.0
 
 
@@ -45,7 +45,7 @@ ENVIRONMENT = {
 def start_rank(config: Path, *overrides: str, environment: dict[str, str], held: bool) -> subprocess.Popen[str]:
     """Start a rank of a job; ``held``: that may not read what the permissions refuse."""
     return subprocess.Popen(
-        [*(NOT_ABOVE_PERMISSIONS if held else []), sys.executable, SCRIPT, "--config", config, *overrides],
+        [warm_python(), *([WITHOUT_PRIVILEGES] if held else []), SCRIPT, "--config", config, *overrides],
         env={**ENVIRONMENT, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -56,7 +56,7 @@ def start_rank(config: Path, *overrides: str, environment: dict[str, str], held:
 def run_tool(command: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a command that may not read what the permissions refuse."""
     return subprocess.run(
-        [*NOT_ABOVE_PERMISSIONS, sys.executable, *command],
+        [warm_python(), WITHOUT_PRIVILEGES, *command],
         cwd=folder,
         env=ENVIRONMENT,
         capture_output=True,
@@ -102,7 +102,7 @@ def test_a_rank_that_may_not_read_a_file_ends_all(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [2, 2], said
     (line,) = (line for line in "".join(said).splitlines() if line.startswith("error: "))
     assert line.startswith(f"error: {path}: Permission denied (rank ")
-    if NOT_ABOVE_PERMISSIONS:
+    if os.geteuid() == 0:
         assert f"(rank 1 on {socket.gethostname()})" in line
     assert "Traceback" not in "".join(said)
 

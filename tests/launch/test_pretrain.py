@@ -26,6 +26,7 @@ from tests.support.jobs import (
     write_job,
 )
 from tests.support.ranks import find_free_port
+from tests.support.warm_python import warm_python
 
 LAUNCHER_TIMEOUT_SECONDS = 240.0
 TENSOR_2 = "parallel.tensor_parallel_size=2"
@@ -194,25 +195,22 @@ def launch(*command: str) -> subprocess.Popen[str]:
     )
 
 
-def deepspeed(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    port = str(find_free_port())
-    return launch(
-        "deepspeed", "--num_gpus", "2", "--master_port", port, str(SCRIPT), "--config", str(config), *overrides
-    )
+def deepspeed(config: Path, *overrides: str, port: int = 0) -> subprocess.Popen[str]:
+    options = ["--num_gpus", "2", "--master_port", str(port or find_free_port())]
+    python = [warm_python(), "-m", "deepspeed.launcher.runner"]
+    return launch(*python, *options, str(SCRIPT), "--config", str(config), *overrides)
 
 
 def torchrun(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    port = str(find_free_port())
-    return launch(
-        "torchrun", "--nproc_per_node", "2", "--master_port", port, str(SCRIPT), "--config", str(config), *overrides
-    )
+    options = ["--nproc_per_node", "2", "--master_port", str(find_free_port())]
+    python = [warm_python(), "-m", "torch.distributed.run"]
+    return launch(*python, *options, str(SCRIPT), "--config", str(config), *overrides)
 
 
 def test_a_port_in_use_is_one_line_under_deepspeed(config: Path) -> None:
     with socket.create_server(("", 0)) as server:
-        port = str(server.getsockname()[1])
-        command = ["deepspeed", "--num_gpus", "2", "--master_port", port, str(SCRIPT), "--config", str(config)]
-        process = launch(*command, f"train.output_dir={config.parent}/new")
+        port = server.getsockname()[1]
+        process = deepspeed(config, f"train.output_dir={config.parent}/new", port=port)
         _, errors = process.communicate(timeout=LAUNCHER_TIMEOUT_SECONDS)
     assert process.returncode != 0
     (line,) = [line for line in errors.splitlines() if line.startswith("error: port ")]
@@ -254,7 +252,10 @@ def slurm_environments(world_size: int) -> list[dict[str, str]]:
 def test_every_launcher_trains_the_same_and_sigterm_to_deepspeed_saves(tmp_path: Path) -> None:
     config = write_job(tmp_path, parallel={"tensor_parallel_size": 2}, checkpoint={"every_steps": 0})
     run = tmp_path / "run"
-    process = deepspeed(config, FOREVER)
+    port = str(find_free_port())  # by a Python of its own: the processes of a warm one are in another session
+    process = launch(
+        "deepspeed", "--num_gpus", "2", "--master_port", port, str(SCRIPT), "--config", str(config), FOREVER
+    )
     wait_until(lambda: last_step(run) >= 3 or process.poll() is not None)
     # To the whole session, as a scheduler does: the ranks get it from there and once more from deepspeed.
     os.killpg(process.pid, signal.SIGTERM)

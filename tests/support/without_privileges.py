@@ -1,4 +1,4 @@
-"""Runs launch/pretrain.py as a user whom permissions bind: root, as in containers, may read everything.
+"""Runs a script, or launch/pretrain.py, as a user whom permissions bind: root, as in containers, may read everything.
 
 It gives up the capabilities that let a process pass over permissions, for itself alone (capset(2), capabilities(7)).
 """
@@ -22,5 +22,9 @@ def give_up_privileges() -> None:
 
 if __name__ == "__main__":
     give_up_privileges()
-    sys.path.insert(0, str(PRETRAIN.parent))
-    runpy.run_path(str(PRETRAIN), run_name="__main__")
+    script = str(PRETRAIN)
+    if sys.argv[1].endswith(".py"):
+        script = sys.argv[1]
+        del sys.argv[0]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
