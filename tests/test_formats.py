@@ -13,6 +13,7 @@ from megalibi.checkpoint.manifest import Manifest
 from megalibi.checkpoint.parameters import ParameterEntry
 from megalibi.data.provenance import Provenance
 from megalibi.data.tokens.identity import DataIdentity, Identity
+from megalibi.engine.masters import OptimizerProgress
 from megalibi.evaluate.result import Evaluation, EvaluationResult
 from megalibi.metrics.records import StepRecord, ValidationRecord
 from megalibi.model import DTYPES
@@ -55,6 +56,10 @@ def test_each_field_of_a_record_has_a_row_and_each_row_is_a_field(title: str, re
 @pytest.mark.parametrize(("title", "record"), [("manifest.json", Manifest), ("PREFIX.json", Provenance)])
 def test_each_field_of_other_files_has_a_row(title: str, record: type) -> None:
     assert set(names_of(record)) <= set(read_fields(title))
+
+
+def test_what_the_optimizer_has_done_is_named() -> None:
+    assert read_fields("Optimizer") == ["kind", *names_of(OptimizerProgress)]
 
 
 def test_what_identifies_data_is_named() -> None:

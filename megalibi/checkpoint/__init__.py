@@ -3,7 +3,7 @@
 from megalibi.checkpoint.checkpoint import Checkpoint
 from megalibi.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, list_checkpoints, prune
 from megalibi.checkpoint.lock import RunLock
-from megalibi.checkpoint.manifest import Manifest, read_manifest
+from megalibi.checkpoint.manifest import Manifest, read_manifest, spell_topology
 from megalibi.checkpoint.resume import check_resumable, describe_changes, load_checkpoint
 from megalibi.checkpoint.save import save_checkpoint
 
@@ -21,4 +21,5 @@ __all__ = [
     "prune",
     "read_manifest",
     "save_checkpoint",
+    "spell_topology",
 ]

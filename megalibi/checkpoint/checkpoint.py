@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalibi.checkpoint.folder import get_checkpoint
 from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megalibi.checkpoint.parameters import ParameterEntry, build_without_memory, describe_parameters
-from megalibi.checkpoint.weights import assemble_weights
+from megalibi.checkpoint.tensors.saved_state import RankSlice, SavedState
+from megalibi.checkpoint.tensors.state_file import WEIGHT
 from megalibi.config import Config, config_from_dict, padded_vocab_size
 from megalibi.errors import CheckpointError
 from megalibi.model import DTYPES, GPT
@@ -28,7 +29,6 @@ from megalibi.parallel import (
     gather_objects,
     get_shard_spec,
     refusing_together,
-    shard,
     single_process_groups,
 )
 
@@ -136,7 +136,31 @@ class Checkpoint:
             FileError: A file may not be read.
         """
         self.verify()
-        yield from assemble_weights(self.path, self.manifest, self.parameters)
+        saved = self.read_state()
+        for name, entry in self.parameters.items():
+            yield name, saved.read_whole(name).to(entry.torch_dtype)
+
+    def read_state(self) -> SavedState:
+        """Return the tensors of the checkpoint, which are read when they are asked for; nothing is verified.
+
+        Raises:
+            CheckpointError: A file cannot be loaded, or would run code.
+            FileError: A file may not be read.
+        """
+        return SavedState(self.path, self.manifest, self.parameters)
+
+    def check_parameters(self, model: nn.Module) -> None:
+        """Check that a model has the parameters of the checkpoint; how they are cut does not matter.
+
+        Args:
+            model: The slices of one tensor rank; ZeRO 3 may have cut them further.
+
+        Raises:
+            CheckpointError: It has others.
+        """
+        needed = {name: entry.shape for name, entry in describe_parameters(model, torch.float32).items()}
+        if needed != {name: entry.shape for name, entry in self.parameters.items()}:
+            raise CheckpointError(f"{self.path / MANIFEST} has parameters that are not those of its configuration")
 
     def load_model(self, device: torch.device, groups: ProcessGroups | None = None) -> GPT:
         """Verify every file, and return the model, in the precision of its run, ready to be evaluated.
@@ -164,13 +188,11 @@ class Checkpoint:
         with device:
             model = GPT(model_config, padded_vocab_size=rows, layout=Layout(group), compute_dtype=dtype)
         model.to(dtype).requires_grad_(False).eval()
-        needed = {name: entry.shape for name, entry in describe_parameters(model, dtype).items()}
-        if needed != {name: entry.shape for name, entry in self.parameters.items()}:
-            raise CheckpointError(f"{self.path / MANIFEST} has parameters that are not those of its configuration")
-        parameters = dict(model.named_parameters())
-        for name, full in assemble_weights(self.path, self.manifest, self.parameters):
-            spec = get_shard_spec(parameters[name])
-            parameters[name].copy_(full if spec is None else shard(full, spec, group.rank, group.size))
+        self.check_parameters(model)
+        saved = self.read_state()
+        for name, parameter in model.named_parameters():
+            cut = RankSlice(get_shard_spec(parameter), group.rank, group.size)
+            parameter.copy_(saved.read_stretch(name, WEIGHT, 0, parameter.numel(), cut).view_as(parameter))
         return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from megalibi.files import write_synced
 
 MANIFEST = "manifest.json"
 MANIFEST_CHECKSUM = "manifest.sha256"
-FORMAT_VERSION = 2
-"""Format 2 describes the parameters; format 1 does not, and has no ``format_version``."""
+FORMAT_VERSION = 3
+"""In format 3 the files are ours and fit any topology; in 1 and 2 they are DeepSpeed's. Format 2 describes the
+parameters; format 1 does not, and has no ``format_version``."""
 _ONE_LINE_EACH = ("files", "parameters")
 
 
@@ -62,6 +64,8 @@ class Manifest:
     """Every parameter by name, in the order of the model; empty in format 1."""
     ties: dict[str, str] = field(default_factory=dict)
     """Further names of parameters that have several: a tied output layer is that of the embedding."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """The optimizer's ``kind``, and what it has done: the fields of OptimizerProgress. Empty in formats 1 and 2."""
 
     @property
     def checksum(self) -> str:
@@ -79,6 +83,11 @@ class Manifest:
                 text = json.dumps(value, indent=1).replace("\n", "\n ")
             parts.append(f" {json.dumps(name)}: {text}")
         return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def spell_topology(topology: Mapping[str, int]) -> str:
+    """Return a topology in words: ``tensor 2 x data 4, ZeRO 1``."""
+    return "tensor {tensor_parallel_size} x data {data_parallel_size}, ZeRO {zero_stage}".format(**topology)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

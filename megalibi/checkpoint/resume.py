@@ -10,30 +10,31 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from megalibi.checkpoint.checkpoint import Checkpoint
 from megalibi.checkpoint.folder import LATEST
-from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from megalibi.checkpoint.reading import open_states, reading_only
+from megalibi.checkpoint.manifest import Manifest, read_manifest
+from megalibi.checkpoint.tensors.saved_state import RankSlice
+from megalibi.checkpoint.tensors.state_file import WEIGHT
 from megalibi.config import ON_RESUME, Config, OnResume, config_from_dict, find_changes, learning_rate_at
 from megalibi.data.tokens.identity import DataIdentity
-from megalibi.errors import CheckpointError, ConfigError
-from megalibi.parallel import ProcessGroups, refusing_together
+from megalibi.engine.masters import find_masters, hand_out_weights, write_progress
+from megalibi.errors import ConfigError
+from megalibi.parallel import ProcessGroups, get_shard_spec, refusing_together
 
 _SCHEDULE = ("learning_rate", "min_learning_rate", "warmup_steps", "warmup_init_learning_rate", "decay_steps")
 
 
-def check_resumable(checkpoint: Path, config: Config, data: DataIdentity, world_size: int) -> Manifest:
+def check_resumable(checkpoint: Path, config: Config, data: DataIdentity) -> Manifest:
     """Check that a run can go on from a checkpoint, without reading its tensors.
 
     Args:
         checkpoint: The folder of its step.
         config: The run's configuration.
         data: The identity of the run's text.
-        world_size: The number of ranks of the job.
 
     Returns:
         The checkpoint's manifest.
 
     Raises:
-        CheckpointError: The folder is no checkpoint, its manifest is damaged, or another number of ranks wrote it.
+        CheckpointError: The folder is no checkpoint, or its manifest is damaged.
         ConfigError: It holds another model, or was trained on other data or in another order.
         FileError: Its manifest may not be read.
     """
@@ -48,25 +49,24 @@ def check_resumable(checkpoint: Path, config: Config, data: DataIdentity, world_
         _check_same_data(checkpoint, manifest, config, data)
     else:  # older than identities
         _check_same_paths(checkpoint, manifest, config)
-    if manifest.topology["world_size"] != world_size:
-        raise CheckpointError(
-            f"{checkpoint} was written by {manifest.topology['world_size']} ranks, this run has {world_size}: "
-            "resume on as many"
-        )
     return manifest
 
 
-def describe_changes(manifest: Manifest, config: Config, data: DataIdentity) -> Iterator[str]:
+def describe_changes(manifest: Manifest, config: Config, data: DataIdentity, world_size: int) -> Iterator[str]:
     """Yield a line for each thing that differs from when the checkpoint was written, and is allowed to.
 
     Args:
         manifest: The manifest of a checkpoint that check_resumable let pass.
         config: The run's configuration.
         data: The identity of the run's text.
+        world_size: The number of ranks of the job.
     """
     trained_config = _trained_config(manifest)
     changes = find_changes(trained_config, config)
     said = [f"{name} {a} -> {b}" for name, (a, b) in changes.items() if ON_RESUME[name] is OnResume.SAID]
+    trained_size = manifest.topology["world_size"]
+    if trained_size != world_size:
+        said.insert(0, f"ranks {trained_size} -> {world_size}")
     if said:
         yield f"goes on with other values than before: {', '.join(said)}"
     if manifest.data and data.to_dict()["train"] != manifest.data["train"]:
@@ -86,6 +86,8 @@ def describe_changes(manifest: Manifest, config: Config, data: DataIdentity) -> 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> Manifest:
     """Load weights, optimizer and loss scale; every rank must call it. Every file is verified first.
 
+    The checkpoint may be of any topology: each rank reads what its own part of the optimizer steps on.
+
     Args:
         engine: The engine that build_engine returned for a configuration that check_resumable let pass.
         checkpoint: The folder of its step.
@@ -101,28 +103,26 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGr
     """
     advice = f"; to resume from another checkpoint write its name into {LATEST}"
     with refusing_together(groups.world, checkpoint, advice):
-        manifest = read_manifest(checkpoint)
-    Checkpoint(checkpoint, manifest).verify(groups.world, advice)
-    model_files, needed = _find_files(engine, checkpoint, groups)
+        opened = Checkpoint(checkpoint, read_manifest(checkpoint))
+    opened.verify(groups.world, advice)
     with refusing_together(groups.world, checkpoint, advice):
-        for path in sorted(needed):
-            if str(path.relative_to(checkpoint)) not in manifest.files:
-                raise CheckpointError(f"{path} is not in {MANIFEST}, which lists the files of the checkpoint")
-            open_states(path, mmap=True)  # its tensors stay in the file: DeepSpeed reads them below
-    with reading_only(engine, model_files, needed):
-        loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    assert loaded is not None, checkpoint
-    return manifest
+        _fill_masters(engine, opened, groups)
+    hand_out_weights(engine)
+    engine.global_steps = opened.manifest.step  # which its log lines count
+    return opened.manifest
 
 
-def _find_files(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGroups) -> tuple[list[Path], set[Path]]:
-    """Return the model states of each tensor rank, and all files that DeepSpeed will load on this rank."""
-    place = str(checkpoint.parent), checkpoint.name
-    model_files = [Path(engine._get_ckpt_name(*place, mp_placeholder=f"{r:02d}")) for r in range(groups.tensor.size)]
-    needed = {model_files[0], model_files[groups.tensor.rank]}  # the first tells it how many there are
-    if engine.zero_optimization():
-        needed.add(Path(engine._get_zero_ckpt_name(*place)))
-    return model_files, needed
+def _fill_masters(engine: DeepSpeedEngine, opened: Checkpoint, groups: ProcessGroups) -> None:
+    """Give this rank's optimizer what it steps on."""
+    opened.check_parameters(engine.module)
+    saved = opened.read_state()
+    specs = {name: get_shard_spec(parameter) for name, parameter in engine.module.named_parameters()}
+    for master in find_masters(engine, opened.config.optimizer.kind):
+        cut = RankSlice(specs[master.name], groups.tensor.rank, groups.tensor.size)
+        last = master.start + len(master.weight)
+        for kind, values in {WEIGHT: master.weight, **master.states}.items():
+            values.copy_(saved.read_stretch(master.name, kind, master.start, last, cut))
+    write_progress(engine, saved.read_progress())
 
 
 def _trained_config(manifest: Manifest) -> Config:

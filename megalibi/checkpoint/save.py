@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 import deepspeed
 import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import Tensor
 
 import megalibi
 from megalibi.checkpoint.folder import PARTIAL_SUFFIX, checkpoint_name, commit
 from megalibi.checkpoint.manifest import FileEntry, Manifest
 from megalibi.checkpoint.parameters import describe_parameters, find_ties
+from megalibi.checkpoint.tensors.state_file import WEIGHT, StateFileWriter, Stretch, name_state_file
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.data.tokens.identity import DataIdentity
-from megalibi.errors import FileError, UserError
-from megalibi.files import make_folder, sync_file
+from megalibi.engine.masters import Master, find_masters, read_progress
+from megalibi.errors import FileError, UserError, describe_os_error
+from megalibi.files import make_folder
 from megalibi.model import DTYPES
 from megalibi.parallel import ProcessGroups, gather_objects
 
@@ -60,7 +59,9 @@ def save_checkpoint(
     partial = folder / (checkpoint_name(step) + PARTIAL_SUFFIX)
     error = _prepare(partial) if groups.world.rank == 0 else None
     _raise_together(error, groups, partial)
-    files, error = _write_states(engine, partial)
+    kind = config.optimizer.kind
+    masters = find_masters(engine, kind)
+    files, error = _write_states(masters, config.zero.stage, groups, partial)
     files_by_rank = gather_objects(files, groups.world)
     _raise_together(error, groups, partial)
 
@@ -77,6 +78,7 @@ def save_checkpoint(
             run_id=run_id,
             parameters=describe_parameters(engine.module, DTYPES[config.train.precision]),
             ties=find_ties(engine.module),
+            optimizer={"kind": kind, **dataclasses.asdict(read_progress(engine))},
         )
 
     if groups.world.rank == 0:
@@ -95,53 +97,6 @@ def describe_topology(config: Config, groups: ProcessGroups) -> dict[str, int]:
     }
 
 
-class _RecordingEngine(TorchCheckpointEngine):
-    """Writes the files that DeepSpeed asks for, synced, and keeps their sizes and checksums.
-
-    It keeps an error instead of raising it, because DeepSpeed goes on to a barrier: a rank that left would let the
-    others wait there.
-    """
-
-    def __init__(self) -> None:
-        self.files: dict[Path, FileEntry] = {}
-        self.error: str | None = None
-
-    def save(self, state_dict: dict[str, Any], path: str) -> None:
-        hashing = None
-        try:
-            with open(path, "wb") as file:
-                hashing = _HashingFile(file)
-                torch.save(state_dict, cast(BinaryIO, hashing))
-                sync_file(file)
-        except (OSError, RuntimeError) as error:  # torch's zip writer turns an OSError into a RuntimeError
-            self.error = self.error or f"{path}: {(hashing and hashing.error) or error}"
-        else:
-            self.files[Path(path)] = FileEntry(size_bytes=hashing.size_bytes, sha256=hashing.digest.hexdigest())
-
-
-class _HashingFile(io.RawIOBase):
-    """A file that hashes what passes through it on its way to the disk."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.size_bytes = 0
-        self.error: OSError | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        try:
-            self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.digest.update(data)
-        self.size_bytes += memoryview(data).nbytes
-        return memoryview(data).nbytes
-
-
 def _prepare(partial: Path) -> str | None:
     """Make an empty folder to write into, and return what went wrong."""
     try:
@@ -152,18 +107,32 @@ def _prepare(partial: Path) -> str | None:
     return None
 
 
-def _write_states(engine: DeepSpeedEngine, partial: Path) -> tuple[dict[str, FileEntry], str | None]:
-    """Let DeepSpeed write this rank's files; return them by their path in the folder, and what went wrong."""
-    recording = _RecordingEngine()
-    original, engine.checkpoint_engine = engine.checkpoint_engine, recording
-    # It would leave scripts beside the checkpoints that know nothing of tensor parallelism, and raise on a full disk.
-    engine._copy_recovery_script = lambda save_path: None
-    try:
-        engine.save_checkpoint(str(partial.parent), tag=partial.name, save_latest=False)
-    finally:
-        engine.checkpoint_engine = original
-    files = {str(path.relative_to(partial)): entry for path, entry in recording.files.items()}
-    return files, recording.error
+def _write_states(
+    masters: Sequence[Master], stage: int, groups: ProcessGroups, partial: Path
+) -> tuple[dict[str, FileEntry], str | None]:
+    """Write what this rank's optimizer holds; return its files by name, and what went wrong.
+
+    At ZeRO 0 all data ranks hold the same, and each writes its share.
+    """
+    kinds: dict[str, list[tuple[Stretch, Tensor]]] = {"weights": [], "optimizer": []}
+    for master in masters:
+        first, last = 0, len(master.weight)
+        if stage == 0:
+            first, last = (last * (groups.data.rank + part) // groups.data.size for part in (0, 1))
+        for kind, values in {WEIGHT: master.weight, **master.states}.items():
+            stretch = Stretch(kind, master.name, master.start + first, last - first)
+            kinds["weights" if kind == WEIGHT else "optimizer"].append((stretch, values[first:last]))
+    files = {}
+    for content, stretches in kinds.items():
+        path = partial / name_state_file(content, groups.tensor.rank, groups.data.rank)
+        try:
+            writer = StateFileWriter(path, groups.tensor.rank, [stretch for stretch, _ in stretches])
+            for _, values in stretches:
+                writer.write(values)
+            files[path.name] = writer.close()
+        except OSError as error:
+            return files, describe_os_error(error, path)
+    return files, None
 
 
 def _try_commit(partial: Path, describe: Callable[[], Manifest]) -> str | None:

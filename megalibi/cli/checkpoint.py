@@ -65,15 +65,16 @@ def read_facts(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def make_table(facts: dict[str, Any]) -> Table:
     """Return the facts as a table."""
+    from megalibi.checkpoint import spell_topology
+
     table = Table("", "", box=None, show_header=False, pad_edge=False)
     topology = facts["topology"]
-    ranks = "{world_size} = tensor {tensor_parallel_size} x data {data_parallel_size}, ZeRO {zero_stage}"
     rows = {
         "checkpoint": facts["path"],
         "step": f"{facts['step']:,} ({facts['samples_consumed']:,} samples)",
         "format": str(facts["format_version"]),
         "run": facts["run_id"] or "unknown",
-        "ranks": ranks.format(**topology),
+        "ranks": f"{topology['world_size']} = {spell_topology(topology)}",
         "precision": facts["precision"],
         "parameters": f"{facts['parameters']:,} in {facts['parameter_tensors']:,} tensors, without padding",
         "files": f"{len(facts['files']):,}, {format_bytes(facts['file_bytes'])}",

@@ -68,7 +68,7 @@ class DataConfig:
 class ParallelConfig:
     """How ranks share one model. The data-parallel size is the number of all ranks over tensor_parallel_size."""
 
-    tensor_parallel_size: Annotated[Fixed[int], Decides.TOPOLOGY] = 1
+    tensor_parallel_size: Annotated[Said[int], Decides.TOPOLOGY] = 1
     """The number of ranks over which each layer is cut (arXiv:1909.08053). They are consecutive ranks, so keep the
     number within a host."""
     sequence_parallel: Annotated[Said[bool], Decides.TOPOLOGY] = False
@@ -91,7 +91,7 @@ class ParallelConfig:
 class ZeroConfig:
     """DeepSpeed ZeRO (arXiv:1910.02054), which cuts the state of training over the data-parallel ranks."""
 
-    stage: Annotated[Fixed[int], Decides.TOPOLOGY] = 1
+    stage: Annotated[Said[int], Decides.TOPOLOGY] = 1
     """What is cut over the data-parallel ranks: 0 cuts nothing, 1 the optimizer's states, 2 the gradients as well, and
     3 the weights as well."""
     bucket_elements: Annotated[Said[int], Decides.TOPOLOGY] = 100_000_000

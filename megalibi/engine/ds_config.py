@@ -11,7 +11,7 @@ NEVER = 10**12
 
 INITIAL_LOSS_SCALE_POWER = 16
 LOSS_SCALE_WINDOW = 1000
-"""In fp16 the loss scale starts at 2^16, halves when a gradient overflows and doubles after 1000 steps without an
+"""In fp16 the loss scale starts at 2^16, halves when a gradient overflows and doubles in the 1001st step without an
 overflow (the values of arXiv:1710.03740's implementations)."""
 
 

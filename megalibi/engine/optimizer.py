@@ -94,7 +94,7 @@ class _Clipped(torch.optim.Optimizer):
         groups: Parameter groups.
         clip_grad_norm: Gradients of a larger norm are scaled down to this one; 0: never.
         tensor: The tensor group.
-        dynamic_loss_scale: Divide gradients by a scale that halves on overflow and doubles after 1000 good steps.
+        dynamic_loss_scale: Divide gradients by a scale that halves on overflow and doubles in the 1001st good step.
         options: Further options of the optimizer that is clipped.
     """
 
@@ -147,7 +147,7 @@ class _Clipped(torch.optim.Optimizer):
         self.good_steps = 0 if self.overflow else self.good_steps + 1
         if self.overflow:
             self.loss_scale = max(1.0, self.loss_scale / 2)
-        elif self.good_steps % LOSS_SCALE_WINDOW == 0:
+        elif self.good_steps > 1 and (self.good_steps - 1) % LOSS_SCALE_WINDOW == 0:  # as DeepSpeed's at ZeRO 1 to 3
             self.loss_scale *= 2
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def check_run(config: Config, world_size: int) -> tuple[Derived, RunData]:
     identity = identify_data(train.token_files, valid.token_files if valid else [], tokenizer)
     checkpoint = find_resume(config)
     if checkpoint is not None:
-        check_resumable(checkpoint, config, identity, world_size)
+        check_resumable(checkpoint, config, identity)
     return derived, RunData(train=train, valid=valid, identity=identity)
 
 

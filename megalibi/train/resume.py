@@ -104,8 +104,8 @@ def _begin(job: Job) -> Start:
     if checkpoint is None:
         return Start(run_id=_read_run_id(config) or uuid.uuid4().hex, checkpoint=None)
     # Once more: another run may have ended here since check_run.
-    manifest = check_resumable(checkpoint, config, job.data.identity, job.groups.world.size)
-    for line in describe_changes(manifest, config, job.data.identity):
+    manifest = check_resumable(checkpoint, config, job.data.identity)
+    for line in describe_changes(manifest, config, job.data.identity, job.groups.world.size):
         _LOGGER.warning("%s", line)
     if checkpoint.parent != checkpoints_folder(config):  # another run's
         return Start(run_id=_read_run_id(config) or uuid.uuid4().hex, checkpoint=checkpoint)

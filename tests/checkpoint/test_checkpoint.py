@@ -121,7 +121,7 @@ def count_hashed(configs: list[Config]) -> list[tuple[int, int]]:
             checkpoint.load_model(CPU, process_groups(RANKS))
         engine, groups = build(config)
         with counting_hashed_bytes() as of_resume:
-            check_resumable(checkpoint.path, config, identify(config), RANKS)
+            check_resumable(checkpoint.path, config, identify(config))
             of_resume[0] = 0  # the identity of the text, and the manifest
             load_checkpoint(engine, checkpoint.path, groups)
         engine.destroy()
@@ -133,7 +133,7 @@ def test_each_file_is_hashed_once_and_the_ranks_share_the_work(configs: list[Con
     by_rank = run_on_ranks(RANKS, count_hashed, configs)
     for number, config in enumerate(configs):
         checkpoint = Checkpoint.open(Path(config.train.output_dir))
-        whole = sum(path.stat().st_size for path in checkpoint.path.glob("*.pt"))
+        whole = sum(path.stat().st_size for path in checkpoint.path.glob("*.safetensors"))
         # Every rank hashes all of the manifest: when it reads it, and when it compares it with that of the others.
         manifest_bytes = (checkpoint.path / "manifest.json").stat().st_size
         assert manifest_bytes < whole / 50
@@ -151,7 +151,9 @@ def load_one(config: Config, folder: str) -> tuple[str, str]:
     return type(refusal.value).__name__, str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_01_optim_states.pt"])
+@pytest.mark.parametrize(
+    "name", ["weights_tensor_00_data_0000.safetensors", "optimizer_tensor_01_data_0000.safetensors"]
+)
 def test_a_bad_file_is_refused_on_all_ranks_with_the_same_line(
     configs: list[Config], tmp_path: Path, name: str
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from megalibi.checkpoint.manifest import FORMAT_VERSION, FileEntry, Manifest, read_manifest, write_manifest
 from megalibi.checkpoint.parameters import build_without_memory, describe_parameters, find_ties
+from megalibi.checkpoint.tensors.state_file import name_state_file
 from megalibi.config import config_from_dict, config_to_dict
 from megalibi.engine.build import DTYPES
 from megalibi.errors import CheckpointError
@@ -32,7 +33,7 @@ def describe_large_model() -> Manifest:
     )  # fmt: skip
     model = build_without_memory(config, padded_vocab_size=50_432, tensor_parallel_size=2)
     ranks = [(tensor, data) for tensor in range(2) for data in range(4)]
-    names = [f"zero_pp_rank_{data}_mp_rank_{tensor:02d}_optim_states.pt" for tensor, data in ranks]
+    names = [name_state_file("optimizer", tensor, data) for tensor, data in ranks]
     return Manifest(
         step=9,
         samples_consumed=72,

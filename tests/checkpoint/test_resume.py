@@ -121,18 +121,18 @@ def test_a_changed_field_is_refused_or_said_or_free_as_the_table_has_it(prefix: 
     needed, value = entry if isinstance(entry, tuple) else ({}, entry)
     before, after = configure(prefix, needed), configure(prefix, needed | {name: value})
     checkpoint = write_checkpoint(tmp_path, before)
-    manifest = check_resumable(checkpoint, before, identify(before), 1)
-    assert list(describe_changes(manifest, before, identify(before))) == []
+    manifest = check_resumable(checkpoint, before, identify(before))
+    assert list(describe_changes(manifest, before, identify(before), 1)) == []
     section, field = name.split(".")
     was = config_to_dict(before)[section][field]
     if ON_RESUME[name] is OnResume.FIXED:
         with pytest.raises(ConfigError) as refused:
-            check_resumable(checkpoint, after, identify(after), 1)
+            check_resumable(checkpoint, after, identify(after))
         message = f"{name}={value}: must be {was}, the value in the checkpoint {checkpoint}; resume with it, or start"
         assert str(refused.value).startswith(message)
         return
-    check_resumable(checkpoint, after, identify(after), 1)
-    lines = list(describe_changes(manifest, after, identify(after)))
+    check_resumable(checkpoint, after, identify(after))
+    lines = list(describe_changes(manifest, after, identify(after), 1))
     said = [f"goes on with other values than before: {name} {was} -> {value}"]
     assert lines[:1] == (said if ON_RESUME[name] is OnResume.SAID else [])
 
@@ -155,8 +155,8 @@ def test_another_learning_rate_is_said_with_both_and_what_keeps_it(
 ) -> None:
     before, after = configure(prefix, was), configure(prefix, now)
     checkpoint = write_checkpoint(tmp_path, before, step=20)
-    manifest = check_resumable(checkpoint, after, identify(after), 1)
-    lines = [line for line in describe_changes(manifest, after, identify(after)) if "learning rate" in line]
+    manifest = check_resumable(checkpoint, after, identify(after))
+    lines = [line for line in describe_changes(manifest, after, identify(after), 1) if "learning rate" in line]
     if expected is None:
         assert lines == []
     else:

@@ -13,19 +13,18 @@ from megalibi.checkpoint import (
     Manifest,
     list_checkpoints,
     load_checkpoint,
-    save_checkpoint,
 )
 from megalibi.checkpoint.manifest import FileEntry
 from megalibi.checkpoint.save import _try_commit
-from megalibi.config import Config, derive, learning_rate_at
-from megalibi.engine.build import DeepSpeedEngine
-from megalibi.engine.step import StepResult, train_step
+from megalibi.config import Config
+from megalibi.engine.step import StepResult
 from megalibi.errors import CheckpointError, FileError
 from megalibi.parallel import ProcessGroups
 from tests.support.checkpoints import assert_whole
 from tests.support.full_disk import FREE_BYTES
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import CPU, STAGES, build, identify, make_config, open_loader, write_tokens
+from tests.support.runs import STAGES, build, make_config, write_tokens
+from tests.support.saving import save, take_steps
 
 STEPS = 20
 SAVED_STEP = 10
@@ -35,34 +34,6 @@ FULL_DISK_SCRIPT = Path(__file__).parents[1] / "support" / "full_disk.py"
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_tokens(tmp_path_factory.mktemp("tokens"))
-
-
-def take_steps(
-    config: Config, engine: DeepSpeedEngine, groups: ProcessGroups, first: int, last: int
-) -> list[StepResult]:
-    loader = open_loader(config, data_rank=groups.data.rank, data_size=groups.data.size)
-    batch = config.train.global_batch_size
-    results = [
-        train_step(
-            engine,
-            loader.micro_batches(step * batch),
-            groups=groups,
-            device=CPU,
-            learning_rate=learning_rate_at(step, config.optimizer, config.train.steps),
-            seed=config.train.seed,
-            samples_consumed=step * batch,
-        )
-        for step in range(first, last)
-    ]
-    loader.close()
-    return results
-
-
-def save(config: Config, engine: DeepSpeedEngine, groups: ProcessGroups, folder: str, step: int) -> Path:
-    derived = derive(config, groups.world.size)
-    return save_checkpoint(
-        engine, config, derived, identify(config), groups, folder=Path(folder), step=step, run_id="a"
-    )
 
 
 def run_straight_and_resumed(config: Config, folder: str) -> tuple[list[StepResult], list[StepResult]]:

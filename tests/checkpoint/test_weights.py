@@ -127,7 +127,7 @@ def test_weights_and_loss_are_the_engines(prefix: str, tmp_path: Path, tensor: i
 def test_a_damaged_file_is_named(prefix: str, tmp_path: Path) -> None:
     config = make_configs(prefix, tmp_path, 1, 1)[3]
     run_on_ranks(1, train_and_save, [config])
-    path = checkpoint_of(config) / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    path = checkpoint_of(config) / "optimizer_tensor_00_data_0000.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

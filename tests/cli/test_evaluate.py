@@ -354,7 +354,7 @@ def test_text_of_an_unknown_tokenizer_is_refused_even_if_the_models_is_not_at_ha
 
 
 def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(run_dir: Path) -> None:
-    path = run_dir / "checkpoints" / f"step_{STEPS:08d}" / "mp_rank_01_model_states.pt"
+    path = run_dir / "checkpoints" / f"step_{STEPS:08d}" / "weights_tensor_01_data_0000.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     try:

@@ -447,9 +447,9 @@ def test_without_the_package_the_line_says_what_to_install(trained: Trained) -> 
 def test_code_in_a_checkpoint_does_not_run(trained: Trained, tmp_path: Path) -> None:
     checkpoint = tmp_path / f"step_{STEPS:08d}"
     shutil.copytree(trained.folder / "checkpoints" / checkpoint.name, checkpoint)
-    path = plant(checkpoint, "model_states.pt", tmp_path / "made")
+    path = plant(checkpoint, "weights_tensor_00_data_0000.safetensors", tmp_path / "made")
     done = run_tool(trained, "our_choice", "--checkpoint", str(checkpoint))
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {path} would run code when loaded, for it names exec; ")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {path} cannot be loaded: ")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "made").exists()

@@ -131,7 +131,7 @@ def test_overflow_skips_the_step_and_halves_the_scale(value: float) -> None:
 def test_scale_doubles_after_a_window_of_good_steps_and_never_falls_below_one() -> None:
     parameters = make_parameters()
     optimizer = make_optimizer(parameters, fp16=True)
-    for _ in range(LOSS_SCALE_WINDOW):
+    for _ in range(LOSS_SCALE_WINDOW + 1):
         assert optimizer.loss_scale == INITIAL_SCALE
         set_grads(parameters, 0)
         optimizer.step()

@@ -72,7 +72,7 @@ def run_tool(command: list[str | Path], folder: Path) -> subprocess.CompletedPro
         (".", 0o300),  # it may be written
         ("step_00000002", 0o000),
         ("step_00000002/manifest.json", 0o000),
-        ("step_00000002/mp_rank_00_model_states.pt", 0o000),
+        ("step_00000002/weights_tensor_00_data_0000.safetensors", 0o000),
     ],
 )
 def test_what_may_not_be_read_is_one_line(config: Path, tmp_path: Path, closed: str, mode: int) -> None:
@@ -92,7 +92,7 @@ def test_a_rank_that_may_not_read_a_file_ends_all(tmp_path: Path) -> None:
     """As on a host whose user has other rights: rank 1 is refused a file that rank 0 may read."""
     config = write_job(tmp_path, parallel={"tensor_parallel_size": 2})
     run_job(config, "train.steps=2", world_size=2)
-    path = tmp_path / "run" / "checkpoints" / "step_00000002" / "mp_rank_01_model_states.pt"
+    path = tmp_path / "run" / "checkpoints" / "step_00000002" / "weights_tensor_01_data_0000.safetensors"
     path.chmod(0o000)
     ranks = [
         start_rank(config, environment=environment, held=rank == 1)
@@ -119,7 +119,7 @@ def test_a_rank_that_may_not_read_a_file_ends_all(tmp_path: Path) -> None:
 )
 def test_a_tool_says_what_it_may_not_read(config: Path, tmp_path: Path, tool: list[str], message: str) -> None:
     checkpoint = copy_run(config, tmp_path)
-    path = checkpoint / "mp_rank_00_model_states.pt"
+    path = checkpoint / "weights_tensor_00_data_0000.safetensors"
     path.chmod(0o000)
     options = ["--checkpoint", checkpoint, "--data", config.parent / "tokens", *tool[1:]]
     done = run_tool([ROOT / "tools" / tool[0], *options], tmp_path)

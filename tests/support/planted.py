@@ -41,7 +41,7 @@ def make_codes(folder: Path) -> dict[str, tuple[Any, str]]:
 def plant(checkpoint: Path, name: str, made: Path) -> Path:
     """Put code into a file whose name ends so, and make the manifest and its checksum fit; return the file."""
     path = max(checkpoint.glob(f"*{name}"))
-    states = torch.load(path, weights_only=False)
+    states = torch.load(path, weights_only=False) if path.suffix == ".pt" else {}
     torch.save({**states, "more": make_codes(made)["builtin"][0]}, path)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     content = path.read_bytes()

@@ -7,6 +7,8 @@ import signal
 import socket
 from pathlib import Path
 
+import pytest
+
 from megalibi.checkpoint import list_checkpoints
 from tests.support.jobs import Job, exact_records, last_step, read_records, run_job, write_job
 
@@ -140,3 +142,21 @@ def test_a_run_goes_on_with_its_data_wherever_it_stands_and_with_no_other(tmp_pa
     assert line.startswith(f"error: data.train={tmp_path}/./moved (20,000 tokens in 21 documents, sha256 ")
     assert "step_00000005 was trained on (20,000 tokens in 21 documents, sha256 " in line
     assert [record["step"] for record in read_records(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_goes_on_on_another_topology_and_says_so(tmp_path: Path) -> None:
+    config = write_job(tmp_path)
+    run_job(config, f"train.output_dir={tmp_path}/straight")
+    run_job(config, "train.steps=2")
+    changes = ["parallel.tensor_parallel_size=2", "zero.stage=3", "train.micro_batch_size=1"]
+    job = run_job(config, "train.steps=4", *changes, world_size=4)
+    assert (
+        "goes on with other values than before: ranks 1 -> 4, train.steps 2 -> 4, train.micro_batch_size 2 -> 1, "
+        "parallel.tensor_parallel_size 1 -> 2, zero.stage 1 -> 3"
+    ) in " ".join(job.read_log(0).split())
+    run_job(config, "zero.stage=2", world_size=2)
+    straight, changed = read_records(tmp_path / "straight"), read_records(tmp_path / "run")
+    assert [record["step"] for record in changed] == [record["step"] for record in straight]
+    assert [record["sample_hash"] for record in changed] == [record["sample_hash"] for record in straight]
+    losses = [[record["loss"] for record in records] for records in (changed, straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5, abs=0)

@@ -126,7 +126,7 @@ def check_results(results: dict[str, Any]) -> None:
 def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: Path, run: Runner) -> None:
     saved = interrupt(study)
     assert all(INTERRUPTED_FROM <= step < STEPS for step in saved.values())
-    weights = last_checkpoint(study, "sinusoidal") / "mp_rank_00_model_states.pt"
+    weights = last_checkpoint(study, "sinusoidal") / "weights_tensor_00_data_0000.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
 
     code, output, errors = run(*arguments_of(study))

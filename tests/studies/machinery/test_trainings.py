@@ -84,7 +84,7 @@ def test_progress_is_that_of_the_metrics(training: Training) -> None:
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_counts(training: Training, damage: str) -> None:
     checkpoint = training.find_finished()
     assert checkpoint is not None
-    path = checkpoint / ("manifest.json" if damage == "manifest" else "mp_rank_00_model_states.pt")
+    path = checkpoint / ("manifest.json" if damage == "manifest" else "weights_tensor_00_data_0000.safetensors")
     if damage == "missing file":
         path.unlink()
     else:
