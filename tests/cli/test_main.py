@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = {
     "launch/pretrain.py": "pretrain",
     "tools/compare_1p3b.py": "study compare-1p3b",
+    "tools/convert_checkpoint.py": "convert",
     "tools/evaluate.py": "evaluate",
     "tools/extrapolate.py": "study extrapolate",
     "tools/lm_evaluate.py": "lm-eval",

@@ -1,0 +1,144 @@
+"""A checkpoint written anew for another topology, tensor by tensor: no more than one whole tensor is in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalibi.checkpoint.checkpoint import Checkpoint
+from megalibi.checkpoint.folder import PARTIAL_SUFFIX
+from megalibi.checkpoint.manifest import FORMAT_VERSION, write_manifest
+from megalibi.checkpoint.parameters import ParameterEntry, build_without_memory, describe_parameters
+from megalibi.checkpoint.tensors.state_file import WEIGHT, StateFileWriter, Stretch, name_state_file
+from megalibi.config import Config, Derived, config_to_dict, derive
+from megalibi.engine.masters import STATES
+from megalibi.files import make_folder, rename_synced, sync_folder
+from megalibi.model import DTYPES
+from megalibi.parallel import shard
+
+CONTENTS = ("weights", "optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReshardPlan:
+    """What a checkpoint is on another topology."""
+
+    data_parallel_size: int
+    """The number of data ranks there."""
+    config: Config
+    """The configuration, with the new tensor parallel size and stage of ZeRO."""
+    derived: Derived
+    """What follows from the configuration."""
+    parameters: dict[str, ParameterEntry]
+    """Every parameter by name, as it is cut there."""
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """The number of ranks over which each layer is cut."""
+        return self.config.parallel.tensor_parallel_size
+
+    @property
+    def topology(self) -> dict[str, int]:
+        """As a manifest has it."""
+        return {
+            "world_size": self.derived.world_size,
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "data_parallel_size": self.data_parallel_size,
+            "zero_stage": self.config.zero.stage,
+        }
+
+    def cut(self, name: str) -> list[range]:
+        """Return which elements of a tensor rank's slice of a parameter each data rank's file holds."""
+        length, parts = math.prod(self.parameters[name].local_shape(self.tensor_parallel_size)), self.data_parallel_size
+        return [range(length * part // parts, length * (part + 1) // parts) for part in range(parts)]
+
+
+def plan_reshard(
+    checkpoint: Checkpoint, *, tensor_parallel_size: int, data_parallel_size: int, zero_stage: int
+) -> ReshardPlan:
+    """Return what a checkpoint would be on another topology, without reading its tensors.
+
+    Args:
+        checkpoint: The checkpoint.
+        tensor_parallel_size: The number of ranks over which each layer shall be cut.
+        data_parallel_size: The number of data ranks.
+        zero_stage: What ZeRO shall cut.
+
+    Raises:
+        ConfigError: The model or the batch does not divide among so many ranks; the field is named.
+    """
+    old = checkpoint.config
+    parallel = dataclasses.replace(old.parallel, tensor_parallel_size=tensor_parallel_size)
+    config = dataclasses.replace(old, parallel=parallel, zero=dataclasses.replace(old.zero, stage=zero_stage))
+    derived = derive(config, tensor_parallel_size * data_parallel_size)
+    rows = derived.padded_vocab_size
+    model = build_without_memory(config, padded_vocab_size=rows, tensor_parallel_size=tensor_parallel_size)
+    parameters = describe_parameters(model, DTYPES[config.train.precision])
+    return ReshardPlan(data_parallel_size=data_parallel_size, config=config, derived=derived, parameters=parameters)
+
+
+def reshard(
+    checkpoint: Checkpoint,
+    output: Path,
+    plan: ReshardPlan,
+    *,
+    show: Callable[[str, int, int], None] = lambda name, done, total: None,
+) -> None:
+    """Write a checkpoint for another topology. It has every bit of the weights and of the optimizer's states.
+
+    Args:
+        checkpoint: The checkpoint, of any format and topology.
+        output: The new folder.
+        plan: What it shall be there, of plan_reshard.
+        show: Called before each parameter with its name, the number of those done, and of all.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, would run code, or does not hold what the manifest says.
+        FileError: A file may not be read.
+        OSError: The disk is full or fails.
+    """
+    checkpoint.verify()
+    saved = checkpoint.read_state()
+    states = STATES[plan.config.optimizer.kind]
+    partial = output.with_name(output.name + PARTIAL_SUFFIX)
+    shutil.rmtree(partial, ignore_errors=True)
+    make_folder(partial)
+    writers = {
+        (content, tensor, data): _open_writer(partial, plan, kinds, content, tensor, data)
+        for content, kinds in zip(CONTENTS, ((WEIGHT,), states), strict=True)
+        for tensor in range(plan.tensor_parallel_size)
+        for data in range(plan.data_parallel_size)
+    }
+    for done, (name, entry) in enumerate(plan.parameters.items()):
+        show(name, done, len(plan.parameters))
+        for kind in (WEIGHT, *states):
+            whole, content = saved.read_whole(name, kind), CONTENTS[kind != WEIGHT]
+            for tensor in range(plan.tensor_parallel_size):
+                local = whole if entry.shard is None else shard(whole, entry.shard, tensor, plan.tensor_parallel_size)
+                for data, part in enumerate(plan.cut(name)):
+                    writers[content, tensor, data].write(local.flatten()[part.start : part.stop])
+    manifest = dataclasses.replace(
+        checkpoint.manifest,
+        format_version=FORMAT_VERSION,
+        topology=plan.topology,
+        config=config_to_dict(plan.config),
+        derived=dataclasses.asdict(plan.derived),
+        files={name_state_file(*place): writer.close() for place, writer in sorted(writers.items())},
+        parameters=plan.parameters,
+        optimizer={"kind": plan.config.optimizer.kind, **dataclasses.asdict(saved.read_progress())},
+    )
+    write_manifest(partial, manifest)
+    sync_folder(partial)
+    rename_synced(partial, output)
+
+
+def _open_writer(
+    folder: Path, plan: ReshardPlan, kinds: Sequence[str], content: str, tensor: int, data: int
+) -> StateFileWriter:
+    parts = [(name, plan.cut(name)[data]) for name in plan.parameters]
+    stretches = [Stretch(kind, name, part.start, len(part)) for name, part in parts for kind in kinds]
+    return StateFileWriter(folder / name_state_file(content, tensor, data), tensor, stretches)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megalibi.checkpoint import Checkpoint
+from tests.support.jobs import run_job, write_job
+from tests.support.warm_python import warm_python
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [warm_python(), ROOT / "tools" / "convert_checkpoint.py", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two tensor ranks with a checkpoint at step 2."""
+    config = write_job(tmp_path_factory.mktemp("job"), parallel={"tensor_parallel_size": 2})
+    run_job(config, "train.steps=2", world_size=2)
+    return config
+
+
+def test_a_run_goes_on_from_what_reshard_wrote(config: Path, tmp_path: Path) -> None:
+    done = run("reshard", config.parent / "run", tmp_path / "one", "--tensor-parallel-size", 1, "--zero-stage", 0)
+    assert done.returncode == 0, done.stderr
+    what = "step_00000002 (step 2): tensor 2 x data 1, ZeRO 1 -> tensor 1 x data 1, ZeRO 0"
+    assert done.stdout == f"{config.parent}/run/checkpoints/{what}, in {tmp_path}/one\n"
+    job = run_job(
+        config,
+        f"checkpoint.resume={tmp_path}/one",
+        f"train.output_dir={tmp_path}/run",
+        "parallel.tensor_parallel_size=1",
+        "zero.stage=0",
+        "train.steps=3",
+    )
+    assert "goes on with other values than before: train.steps 2 -> 3" in job.read_log(0)
+
+
+def test_a_dry_run_writes_nothing_and_says_whether_it_can_be(config: Path, tmp_path: Path) -> None:
+    done = run("reshard", config.parent / "run", tmp_path / "new", "--tensor-parallel-size", 4, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("tensor 2 x data 1, ZeRO 1 -> tensor 4 x data 1, ZeRO 1; it can be done\n")
+    done = run("reshard", config.parent / "run", tmp_path / "new", "--tensor-parallel-size", 3, "--dry-run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: parallel.tensor_parallel_size=3: must divide model.num_attention_heads=4\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_one_line(config: Path, tmp_path: Path) -> None:
+    for words, message in (
+        ((config.parent / "run", tmp_path), f"OUT={tmp_path}: must not exist; give another folder, or move that one"),
+        (
+            (config.parent / "run", tmp_path / "a", "--data-parallel-size", 0),
+            "--data-parallel-size=0: must be at least 1",
+        ),
+        ((tmp_path, tmp_path / "a"), f"{tmp_path} is no checkpoint and has none: give a step's folder, a run's folder"),
+    ):
+        done = run("reshard", *words)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith(f"error: {message}")
+
+
+def test_what_it_writes_is_whole(config: Path, tmp_path: Path) -> None:
+    assert run("reshard", config.parent / "run", tmp_path / "new", "--data-parallel-size", 2).returncode == 0
+    assert list(Checkpoint.open(tmp_path / "new").find_damage()) == []
