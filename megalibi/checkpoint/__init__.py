@@ -3,19 +3,28 @@
 from megalibi.checkpoint.checkpoint import Checkpoint
 from megalibi.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, list_checkpoints, prune
 from megalibi.checkpoint.lock import RunLock
-from megalibi.checkpoint.manifest import Manifest, read_manifest, spell_topology
-from megalibi.checkpoint.resume import check_resumable, describe_changes, load_checkpoint
+from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest, spell_topology
+from megalibi.checkpoint.resume import (
+    check_resumable,
+    describe_changes,
+    find_refusals,
+    find_said_changes,
+    load_checkpoint,
+)
 from megalibi.checkpoint.save import save_checkpoint
 
 __all__ = [
     "CHECKPOINTS",
     "LATEST",
+    "MANIFEST",
     "Checkpoint",
     "Manifest",
     "RunLock",
     "check_resumable",
     "describe_changes",
     "find_checkpoint",
+    "find_refusals",
+    "find_said_changes",
     "list_checkpoints",
     "load_checkpoint",
     "prune",

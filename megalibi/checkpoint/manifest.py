@@ -53,7 +53,7 @@ class Manifest:
     derived: dict[str, Any]
     """What followed from the configuration on that number of ranks."""
     versions: dict[str, str]
-    """The versions of megalibi and of the packages that decide what the files look like."""
+    """The versions of megalibi and of the packages that computed what the files hold."""
     files: dict[str, FileEntry]
     """The files, by their path inside the checkpoint."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +139,9 @@ def _parse(fields: dict[str, Any]) -> Manifest:
     if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(f"format_version={version!r}: must be from 1 to {FORMAT_VERSION}")
     files = {name: FileEntry(**entry) for name, entry in fields.pop("files").items()}
+    for name in files:
+        if Path(name).name != name:  # none may lead out of the folder
+            raise ValueError(f"file {name!r}: must be a name without a folder")
     described = fields.pop("parameters", {})
     parameters = {name: ParameterEntry.from_fields(entry) for name, entry in described.items()}
     return Manifest(**fields, format_version=version, files=files, parameters=parameters)

@@ -1,9 +1,11 @@
-"""A checkpoint written anew for another topology, tensor by tensor: no more than one whole tensor is in memory."""
+"""A checkpoint written anew for another topology, tensor by tensor: one tensor and its slices are in memory at once."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import resource
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +13,19 @@ from pathlib import Path
 
 from megalibi.checkpoint.checkpoint import Checkpoint
 from megalibi.checkpoint.folder import PARTIAL_SUFFIX
-from megalibi.checkpoint.manifest import FORMAT_VERSION, write_manifest
-from megalibi.checkpoint.parameters import ParameterEntry, build_without_memory, describe_parameters
+from megalibi.checkpoint.manifest import FORMAT_VERSION, Manifest, write_manifest
+from megalibi.checkpoint.parameters import ParameterEntry, build_without_memory, describe_parameters, find_ties
+from megalibi.checkpoint.save import describe_versions
+from megalibi.checkpoint.tensors.saved_state import RankSlice
 from megalibi.checkpoint.tensors.state_file import WEIGHT, StateFileWriter, Stretch, name_state_file
 from megalibi.config import Config, Derived, config_to_dict, derive
 from megalibi.engine.masters import STATES
+from megalibi.errors import ConfigError
 from megalibi.files import make_folder, rename_synced, sync_folder
 from megalibi.model import DTYPES
-from megalibi.parallel import shard
 
 CONTENTS = ("weights", "optimizer")
+_OTHER_FILES = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,8 @@ class ReshardPlan:
     """What follows from the configuration."""
     parameters: dict[str, ParameterEntry]
     """Every parameter by name, as it is cut there."""
+    ties: dict[str, str]
+    """Further names of parameters that have several."""
 
     @property
     def tensor_parallel_size(self) -> int:
@@ -71,14 +78,25 @@ def plan_reshard(
     Raises:
         ConfigError: The model or the batch does not divide among so many ranks; the field is named.
     """
-    old = checkpoint.config
-    parallel = dataclasses.replace(old.parallel, tensor_parallel_size=tensor_parallel_size)
-    config = dataclasses.replace(old, parallel=parallel, zero=dataclasses.replace(old.zero, stage=zero_stage))
+    old, batch = checkpoint.config, checkpoint.config.train.global_batch_size
+    micro_batches = range(old.train.micro_batch_size, 0, -1)
+    fitting = (size for size in micro_batches if batch % (size * data_parallel_size) == 0)  # a resume may change it
+    config = dataclasses.replace(
+        old,
+        parallel=dataclasses.replace(old.parallel, tensor_parallel_size=tensor_parallel_size),
+        zero=dataclasses.replace(old.zero, stage=zero_stage),
+        train=dataclasses.replace(old.train, micro_batch_size=next(fitting, old.train.micro_batch_size)),
+    )
     derived = derive(config, tensor_parallel_size * data_parallel_size)
     rows = derived.padded_vocab_size
     model = build_without_memory(config, padded_vocab_size=rows, tensor_parallel_size=tensor_parallel_size)
-    parameters = describe_parameters(model, DTYPES[config.train.precision])
-    return ReshardPlan(data_parallel_size=data_parallel_size, config=config, derived=derived, parameters=parameters)
+    return ReshardPlan(
+        data_parallel_size=data_parallel_size,
+        config=config,
+        derived=derived,
+        parameters=describe_parameters(model, DTYPES[config.train.precision]),
+        ties=find_ties(model),
+    )
 
 
 def reshard(
@@ -97,43 +115,75 @@ def reshard(
         show: Called before each parameter with its name, the number of those done, and of all.
 
     Raises:
+        ConfigError: A process may not have so many files open.
         CheckpointError: A file is missing, damaged, would run code, or does not hold what the manifest says.
         FileError: A file may not be read.
         OSError: The disk is full or fails.
     """
+    _allow_open_files(2 * plan.derived.world_size)
     checkpoint.verify()
+    partial = output.with_name(f"{output.name}{PARTIAL_SUFFIX}.{os.getpid()}")  # nobody else's
+    make_folder(partial)
+    try:
+        write_manifest(partial, _write_files(checkpoint, partial, plan, show))
+        sync_folder(partial)
+        rename_synced(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_files(
+    checkpoint: Checkpoint, folder: Path, plan: ReshardPlan, show: Callable[[str, int, int], None]
+) -> Manifest:
+    """Write all files, which grow side by side, and return what describes them."""
     saved = checkpoint.read_state()
     states = STATES[plan.config.optimizer.kind]
-    partial = output.with_name(output.name + PARTIAL_SUFFIX)
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial)
     writers = {
-        (content, tensor, data): _open_writer(partial, plan, kinds, content, tensor, data)
+        (content, tensor, data): _open_writer(folder, plan, kinds, content, tensor, data)
         for content, kinds in zip(CONTENTS, ((WEIGHT,), states), strict=True)
         for tensor in range(plan.tensor_parallel_size)
         for data in range(plan.data_parallel_size)
     }
     for done, (name, entry) in enumerate(plan.parameters.items()):
         show(name, done, len(plan.parameters))
+        parts = plan.cut(name)
         for kind in (WEIGHT, *states):
-            whole, content = saved.read_whole(name, kind), CONTENTS[kind != WEIGHT]
+            content = CONTENTS[kind != WEIGHT]
             for tensor in range(plan.tensor_parallel_size):
-                local = whole if entry.shard is None else shard(whole, entry.shard, tensor, plan.tensor_parallel_size)
-                for data, part in enumerate(plan.cut(name)):
-                    writers[content, tensor, data].write(local.flatten()[part.start : part.stop])
-    manifest = dataclasses.replace(
+                cut = RankSlice(entry.shard, tensor, plan.tensor_parallel_size)
+                local = saved.read_stretch(name, kind, 0, parts[-1].stop, cut)
+                for data, part in enumerate(parts):
+                    writers[content, tensor, data].write(local[part.start : part.stop])
+    return dataclasses.replace(
         checkpoint.manifest,
         format_version=FORMAT_VERSION,
         topology=plan.topology,
         config=config_to_dict(plan.config),
         derived=dataclasses.asdict(plan.derived),
+        versions=describe_versions(),
         files={name_state_file(*place): writer.close() for place, writer in sorted(writers.items())},
         parameters=plan.parameters,
+        ties=plan.ties,
         optimizer={"kind": plan.config.optimizer.kind, **dataclasses.asdict(saved.read_progress())},
     )
-    write_manifest(partial, manifest)
-    sync_folder(partial)
-    rename_synced(partial, output)
+
+
+def _allow_open_files(number: int) -> None:
+    """Let this process have so many files open beside those that it has.
+
+    Raises:
+        ConfigError: The system does not allow so many.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = number + _OTHER_FILES
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise ConfigError(
+            f"{number} files are written at once, and a process may have {hard} open: raise `ulimit -Hn`, or take "
+            "fewer ranks"
+        )
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _open_writer(

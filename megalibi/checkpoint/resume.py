@@ -10,13 +10,13 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from megalibi.checkpoint.checkpoint import Checkpoint
 from megalibi.checkpoint.folder import LATEST
-from megalibi.checkpoint.manifest import Manifest, read_manifest
+from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megalibi.checkpoint.tensors.saved_state import RankSlice
 from megalibi.checkpoint.tensors.state_file import WEIGHT
 from megalibi.config import ON_RESUME, Config, OnResume, config_from_dict, find_changes, learning_rate_at
 from megalibi.data.tokens.identity import DataIdentity
 from megalibi.engine.masters import find_masters, hand_out_weights, write_progress
-from megalibi.errors import ConfigError
+from megalibi.errors import CheckpointError, ConfigError
 from megalibi.parallel import ProcessGroups, get_shard_spec, refusing_together
 
 _SCHEDULE = ("learning_rate", "min_learning_rate", "warmup_steps", "warmup_init_learning_rate", "decay_steps")
@@ -39,17 +39,37 @@ def check_resumable(checkpoint: Path, config: Config, data: DataIdentity) -> Man
         FileError: Its manifest may not be read.
     """
     manifest = read_manifest(checkpoint)
-    for name, (theirs, ours) in find_changes(_trained_config(manifest), config).items():
-        if ON_RESUME[name] is OnResume.FIXED:
-            raise ConfigError(
-                f"{name}={ours}: must be {theirs}, the value in the checkpoint {checkpoint}; resume with it, or start "
-                "anew in another train.output_dir"
-            )
+    for refusal in find_refusals(checkpoint, manifest, config):
+        raise ConfigError(f"{refusal}; resume with it, or start anew in another train.output_dir")
     if manifest.data:
         _check_same_data(checkpoint, manifest, config, data)
     else:  # older than identities
         _check_same_paths(checkpoint, manifest, config)
     return manifest
+
+
+def find_refusals(checkpoint: Path, manifest: Manifest, config: Config) -> Iterator[str]:
+    """Yield a line for each field with whose value a run cannot go on from a checkpoint; its data is not compared.
+
+    Args:
+        checkpoint: The folder of its step.
+        manifest: Its manifest.
+        config: The run's configuration.
+    """
+    for name, (theirs, ours) in find_changes(_trained_config(manifest), config).items():
+        if ON_RESUME[name] is OnResume.FIXED:
+            yield f"{name}={ours}: must be {theirs}, the value in the checkpoint {checkpoint}"
+
+
+def find_said_changes(manifest: Manifest, config: Config) -> list[str]:
+    """Return what differs from when the checkpoint was written and changes the losses: ``zero.stage 1 -> 3``.
+
+    Args:
+        manifest: The manifest of the checkpoint.
+        config: The run's configuration.
+    """
+    changes = find_changes(_trained_config(manifest), config)
+    return [f"{name} {a} -> {b}" for name, (a, b) in changes.items() if ON_RESUME[name] is OnResume.SAID]
 
 
 def describe_changes(manifest: Manifest, config: Config, data: DataIdentity, world_size: int) -> Iterator[str]:
@@ -62,8 +82,7 @@ def describe_changes(manifest: Manifest, config: Config, data: DataIdentity, wor
         world_size: The number of ranks of the job.
     """
     trained_config = _trained_config(manifest)
-    changes = find_changes(trained_config, config)
-    said = [f"{name} {a} -> {b}" for name, (a, b) in changes.items() if ON_RESUME[name] is OnResume.SAID]
+    said = find_said_changes(manifest, config)
     trained_size = manifest.topology["world_size"]
     if trained_size != world_size:
         said.insert(0, f"ranks {trained_size} -> {world_size}")
@@ -115,9 +134,12 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGr
 def _fill_masters(engine: DeepSpeedEngine, opened: Checkpoint, groups: ProcessGroups) -> None:
     """Give this rank's optimizer what it steps on."""
     opened.check_parameters(engine.module)
+    kind = opened.config.optimizer.kind
+    if opened.manifest.optimizer.get("kind", kind) != kind:
+        raise CheckpointError(f"{opened.path / MANIFEST} has another optimizer than its configuration, {kind}")
     saved = opened.read_state()
     specs = {name: get_shard_spec(parameter) for name, parameter in engine.module.named_parameters()}
-    for master in find_masters(engine, opened.config.optimizer.kind):
+    for master in find_masters(engine, kind):
         cut = RankSlice(specs[master.name], groups.tensor.rank, groups.tensor.size)
         last = master.start + len(master.weight)
         for kind, values in {WEIGHT: master.weight, **master.states}.items():

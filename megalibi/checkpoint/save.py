@@ -72,7 +72,7 @@ def save_checkpoint(
             topology=describe_topology(config, groups),
             config=config_to_dict(config),
             derived=dataclasses.asdict(derived),
-            versions={"megalibi": megalibi.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__},
+            versions=describe_versions(),
             files=dict(sorted(item for files in files_by_rank for item in files.items())),
             data=data.to_dict(),
             run_id=run_id,
@@ -85,6 +85,11 @@ def save_checkpoint(
         error = _try_commit(partial, describe)
     _raise_together(error, groups, partial)
     return folder / checkpoint_name(step)
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of megalibi and of the packages that computed what a checkpoint holds."""
+    return {"megalibi": megalibi.__version__, "torch": torch.__version__, "deepspeed": deepspeed.__version__}
 
 
 def describe_topology(config: Config, groups: ProcessGroups) -> dict[str, int]:
@@ -132,6 +137,8 @@ def _write_states(
             files[path.name] = writer.close()
         except OSError as error:
             return files, describe_os_error(error, path)
+        except (RuntimeError, MemoryError) as error:  # of a device, or no memory for a copy on the host
+            return files, f"{path}: {error}"
     return files, None
 
 

@@ -1,7 +1,9 @@
-"""Show what a checkpoint holds, or verify that its files are as they were written.
+"""Show what a checkpoint holds, or verify that it is whole and sound.
 
-``show`` reads the manifest alone. ``verify`` reads every file and compares its checksum with the manifest's; damaged
-files are named, with exit code 2.
+``show`` reads the manifest alone; with ``--config`` it says whether a run with that configuration can go on from the
+checkpoint, and why not. ``verify`` reads every file and compares its checksum with the manifest's; then it looks at the
+numbers, which must be finite, and the same on all tensor ranks that hold the same. What is wrong is named, with exit
+code 2.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from megalibi.cli.command import Command
+from megalibi.cli.command import Command, add_overrides
 from megalibi.console import Progress
 from megalibi.errors import CheckpointError, ConfigError, FileError
 from megalibi.files import write_json
@@ -28,10 +30,12 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   {command} show runs/quickstart
   {command} show runs/quickstart/checkpoints/step_00000100 --json checkpoint.json
+  {command} show runs/quickstart --config configs/quickstart.yaml zero.stage=3
   {command} verify runs/quickstart
 """
 TABLE_WIDTH = 120
 _CHECKSUM_DIGITS = 12
+_MAX_WRONG = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint", type=Path, metavar="DIR", help="a step's folder, or a run's, whose latest checkpoint is taken"
     )
+    parser.add_argument("--config", metavar="FILE", help="show: say whether a run with this configuration can go on")
+    add_overrides(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="show: write it to a file, too")
 
 
@@ -121,12 +127,56 @@ def verify(checkpoint: Checkpoint) -> None:
     if found:
         raise CheckpointError(f"{len(found)} of {len(files)} files: {'; '.join(found)}; use another checkpoint")
     print(f"{checkpoint.path}: {len(files):,} files, {format_bytes(total)}, all as they were written")
+    verify_numbers(checkpoint)
+
+
+def verify_numbers(checkpoint: Checkpoint) -> None:
+    """Look at every number, and print that all are sound.
+
+    Raises:
+        CheckpointError: Some are not finite, or differ between tensor ranks; the message names the parameters.
+        FileError: A file may not be read.
+    """
+    state, names = checkpoint.read_state(), list(checkpoint.parameters)
+    found: list[str] = []
+    with Progress() as progress:
+        for number, name in enumerate(names):
+            progress.show("numbers", name, done=number, total=len(names))
+            found += state.find_wrong_values(name)
+    if found:
+        shown = "; ".join(found[:_MAX_WRONG]) + (f"; and {len(found) - _MAX_WRONG} more" * (len(found) > _MAX_WRONG))
+        raise CheckpointError(f"{checkpoint.path}: {shown}; use another checkpoint")
+    print(f"{len(names):,} parameters and what the optimizer keeps for them: finite, and the same on all tensor ranks")
+
+
+def say_whether_it_loads(checkpoint: Checkpoint, path: str, overrides: list[str]) -> None:
+    """Print that a run can go on from a checkpoint, and with what changes.
+
+    Args:
+        checkpoint: The checkpoint.
+        path: The YAML file of the run.
+        overrides: Values that win over the file.
+
+    Raises:
+        ConfigError: The run cannot go on from it; the message names every field.
+    """
+    from megalibi.checkpoint import find_refusals, find_said_changes
+    from megalibi.config import load_config
+
+    config = load_config(path, overrides)
+    refusals = list(find_refusals(checkpoint.path, checkpoint.manifest, config))
+    if refusals:
+        raise ConfigError("; ".join(refusals))
+    changes = find_said_changes(checkpoint.manifest, config)
+    print(f"{path}: can go on from it" + (f", with other values than before: {', '.join(changes)}" if changes else ""))
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Open the checkpoint, and show or verify it."""
     if arguments.action == "verify" and arguments.json is not None:
         raise ConfigError(f"--json={arguments.json}: must be given to show; verify writes no file")
+    if arguments.config is None and arguments.overrides:
+        raise ConfigError(f"{arguments.overrides[0]}: must stand behind --config FILE, which it overrides")
     check_outputs({"--json": arguments.json})
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed warns of no GPU
     from megalibi.checkpoint import Checkpoint
@@ -139,6 +189,8 @@ def run(arguments: argparse.Namespace) -> None:
     Console(highlight=False, width=TABLE_WIDTH).print(make_table(facts))
     if arguments.json is not None:
         write_json(facts, arguments.json)
+    if arguments.config is not None:
+        say_whether_it_loads(checkpoint, arguments.config, arguments.overrides)
 
 
 COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -14,11 +14,13 @@ from pathlib import Path
 from megalibi.cli.command import Command
 from megalibi.console import Progress
 from megalibi.errors import ConfigError, FileError, describe_os_error
+from megalibi.runtime.outputs import check_folder
 
 EXAMPLES = """examples:
-  {command} reshard runs/big runs/big_on_4 --tensor-parallel-size 4
+  {command} reshard runs/big step_on_4 --tensor-parallel-size 4
   {command} reshard runs/big/checkpoints/step_00000100 step_on_16 --tensor-parallel-size 2 --data-parallel-size 8
-  {command} reshard runs/big out --tensor-parallel-size 4 --dry-run
+  {command} reshard runs/big step_on_4 --tensor-parallel-size 4 --dry-run
+A run goes on from it with checkpoint.resume=step_on_4 and a train.output_dir of its own.
 """
 
 
@@ -37,12 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Open the checkpoint, and write it anew."""
-    if arguments.output.exists():
+    if os.path.lexists(arguments.output):
         raise ConfigError(f"OUT={arguments.output}: must not exist; give another folder, or move that one")
     for name in ("tensor_parallel_size", "data_parallel_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: must be at least 1")
+    check_folder(arguments.output, "OUT")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed here, and DeepSpeed warns of no GPU
     from megalibi.checkpoint import Checkpoint, spell_topology
     from megalibi.checkpoint.reshard import plan_reshard, reshard
@@ -68,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
             )
         except OSError as error:
             raise FileError(describe_os_error(error, arguments.output)) from error
-    print(f"{what}, in {arguments.output}")
+    print(f"{what}, in {arguments.output}; a run goes on from it with checkpoint.resume={arguments.output}")
 
 
 COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -95,8 +95,6 @@ def hand_out_weights(engine: DeepSpeedEngine) -> None:
         for group, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
             optimizer.fp16_partitioned_groups_flat[group].data.copy_(flat.data)
             optimizer._unflatten_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
         optimizer.checkpoint_event_epilogue()
 
 

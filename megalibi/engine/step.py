@@ -64,7 +64,7 @@ def train_step(
         counts = all_reduce_raw(counts.to(device), groups.data)
     tokens, sample_hash = counts.tolist()
     loss_scale = find_loss_scale(engine)
-    if hasattr(engine.optimizer, "loss_scaler"):  # a checkpoint may have brought another one
+    if hasattr(engine.optimizer, "loss_scaler"):
         engine.optimizer.loss_scaler.raise_error_at_min_scale = False  # StepResult says that the step was skipped
     # ZeRO 1 to 3 multiply by the loss scale themselves.
     factor = groups.data.size / tokens * (loss_scale if engine.zero_optimization_stage() == 0 else 1.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 
 from megalibi.runtime.ranks import Place
@@ -16,9 +17,10 @@ from megalibi.runtime.ranks import Place
 WAIT_SECONDS = 10
 """How long the other ranks wait for the spokesman, which may have begun later."""
 _TELL_SECONDS = 1
-"""How long the spokesman of a host waits for the others before the ranks have met: they may go on without an error."""
-_POLL_SECONDS = 0.05
+"""How long the spokesman waits for the others to have heard it: they may go on without an error."""
+_POLL_SECONDS = 0.1
 _SPOKEN = "megalibi: the spokesman has spoken"
+_HEARD = "megalibi: ranks that have heard it"
 
 
 def is_spokesman(place: Place | None) -> bool:
@@ -40,7 +42,10 @@ def tell_others(place: Place | None) -> None:
         return
     if _have_met():
         with contextlib.suppress(RuntimeError):  # a launcher keeps the store, and has ended
-            _store().set(_SPOKEN, "")
+            store, deadline = _store(), time.monotonic() + _TELL_SECONDS
+            store.set(_SPOKEN, "")
+            while store.add(_HEARD, 0) < place.world_size - 1 and time.monotonic() < deadline:
+                time.sleep(_POLL_SECONDS)  # rank 0 may keep the store, which ends with it
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(_address_on_this_host(place))
@@ -62,12 +67,14 @@ def has_spoken(place: Place | None) -> bool:
         time.sleep(WAIT_SECONDS)
         return False
     if _have_met():
-        with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has ended
-            while not _store().check([_SPOKEN]):
-                if time.monotonic() > deadline:
-                    return False
+        with contextlib.suppress(RuntimeError):  # rank 0, which keeps the store, has ended without a word
+            store = _store()
+            while time.monotonic() < deadline:
+                if store.check([_SPOKEN]):
+                    store.add(_HEARD, 1)
+                    return True
                 time.sleep(_POLL_SECONDS)
-        return True
+        return False
     is_with_rank_0 = place.rank == place.local_rank and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
@@ -80,9 +87,8 @@ def has_spoken(place: Place | None) -> bool:
 
 
 def _have_met() -> bool:
-    import torch.distributed as dist
-
-    return dist.is_available() and dist.is_initialized()
+    dist = sys.modules.get("torch.distributed")  # to import it would take seconds, in which others wait
+    return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def _store():  # type: ignore[no-untyped-def]  # torch names no type for it

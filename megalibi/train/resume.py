@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megalibi.checkpoint import (
     LATEST,
+    MANIFEST,
     Manifest,
     RunLock,
     check_resumable,
@@ -52,6 +53,11 @@ def find_resume(config: Config) -> Path | None:
         ConfigError: checkpoint.resume does not fit what the folder holds.
     """
     folder, resume = checkpoints_folder(config), config.checkpoint.resume
+    if (Path(config.train.output_dir) / MANIFEST).is_file():
+        raise ConfigError(
+            f"train.output_dir={config.train.output_dir}: must be the folder of a run, and is a checkpoint; to go on "
+            f"from it use checkpoint.resume={config.train.output_dir} with another train.output_dir"
+        )
     own = find_checkpoint(folder)
     if resume == "none" and own is not None:
         raise ConfigError(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -98,4 +101,34 @@ def test_damage_is_named_before_anything_is_written(checkpoint: Checkpoint, tmp_
             reshard(checkpoint, tmp_path / "new", plan)
     finally:
         path.write_bytes(whole)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_micro_batch_that_does_not_fit_becomes_smaller(checkpoint: Checkpoint) -> None:
+    """As a resume may have it: 24 sequences over 24 data ranks."""
+    plan = plan_reshard(checkpoint, tensor_parallel_size=1, data_parallel_size=24, zero_stage=1)
+    assert (checkpoint.config.train.micro_batch_size, plan.config.train.micro_batch_size) == (2, 1)
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size=24: must be a multiple of"):
+        plan_reshard(checkpoint, tensor_parallel_size=1, data_parallel_size=7, zero_stage=1)
+
+
+def test_more_files_than_a_process_may_have_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    plan = plan_reshard(checkpoint, tensor_parallel_size=1, data_parallel_size=24, zero_stage=1)
+    many = dataclasses.replace(plan, derived=dataclasses.replace(plan.derived, world_size=hard))
+    with pytest.raises(ConfigError, match="raise `ulimit -Hn`, or take fewer ranks"):
+        reshard(checkpoint, tmp_path / "new", many)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_fails_half_way_leaves_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    plan = plan_reshard(checkpoint, tensor_parallel_size=1, data_parallel_size=1, zero_stage=1)
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done == total // 2:
+            assert [path.name for path in tmp_path.iterdir()] == [f"new.partial.{os.getpid()}"]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reshard(checkpoint, tmp_path / "new", plan, show=interrupt)
     assert list(tmp_path.iterdir()) == []

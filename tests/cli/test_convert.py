@@ -4,12 +4,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
+import megalibi
 from megalibi.checkpoint import Checkpoint
-from tests.support.jobs import run_job, write_job
+from tests.support.jobs import Job, run_job, write_job
 from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
+FORMAT_1 = ROOT / "tests" / "checkpoint" / "e4f2636" / "step_00000003"
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:
@@ -29,7 +32,8 @@ def test_a_run_goes_on_from_what_reshard_wrote(config: Path, tmp_path: Path) -> 
     done = run("reshard", config.parent / "run", tmp_path / "one", "--tensor-parallel-size", 1, "--zero-stage", 0)
     assert done.returncode == 0, done.stderr
     what = "step_00000002 (step 2): tensor 2 x data 1, ZeRO 1 -> tensor 1 x data 1, ZeRO 0"
-    assert done.stdout == f"{config.parent}/run/checkpoints/{what}, in {tmp_path}/one\n"
+    go_on = f"in {tmp_path}/one; a run goes on from it with checkpoint.resume={tmp_path}/one"
+    assert done.stdout == f"{config.parent}/run/checkpoints/{what}, {go_on}\n"
     job = run_job(
         config,
         f"checkpoint.resume={tmp_path}/one",
@@ -69,3 +73,22 @@ def test_bad_input_is_one_line(config: Path, tmp_path: Path) -> None:
 def test_what_it_writes_is_whole(config: Path, tmp_path: Path) -> None:
     assert run("reshard", config.parent / "run", tmp_path / "new", "--data-parallel-size", 2).returncode == 0
     assert list(Checkpoint.open(tmp_path / "new").find_damage()) == []
+
+
+def test_a_checkpoint_is_no_folder_of_a_run(config: Path, tmp_path: Path) -> None:
+    """A run would begin anew in it without a word."""
+    assert run("reshard", config.parent / "run", tmp_path / "new").returncode == 0
+    job = Job(config, f"train.output_dir={tmp_path}/new", world_size=2)
+    assert set(job.wait()) == {2}
+    assert f"error: train.output_dir={tmp_path}/new: must be the folder of a run, and is a checkpoint; " in job.output
+
+
+def test_an_old_checkpoint_is_written_anew_with_its_ties(tmp_path: Path) -> None:
+    assert run("reshard", FORMAT_1, tmp_path / "new", "--tensor-parallel-size", 1).returncode == 0
+    old, new = Checkpoint.open(FORMAT_1), Checkpoint.open(tmp_path / "new")
+    assert (old.manifest.format_version, new.manifest.format_version) == (1, 3)
+    assert new.manifest.ties == {"output.weight": "embedding.weight"}
+    assert new.manifest.versions["megalibi"] == megalibi.__version__
+    for name in old.parameters:
+        for kind in ("weight", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(new.read_state().read_whole(name, kind), old.read_state().read_whole(name, kind))

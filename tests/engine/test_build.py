@@ -3,15 +3,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
@@ -28,6 +25,7 @@ from tests.support.runs import (
     STAGES,
     build,
     curve_of,
+    fp16_support,
     iterate_ours,
     largest_relative_difference,
     make_config,
@@ -52,17 +50,6 @@ fp32."""
 def make_stages(prefix: str, **sections: dict[str, Any]) -> list[Config]:
     parallel = {"tensor_parallel_size": TENSOR_PARALLEL_SIZE}
     return [make_config(prefix, parallel=parallel, zero={"stage": stage}, **sections) for stage in STAGES]
-
-
-@contextmanager
-def fp16_support(is_supported: bool) -> Iterator[None]:
-    """Answer DeepSpeed's question whether the device has fp16: CPUs without instructions for it compute it slowly."""
-    accelerator = get_accelerator()
-    accelerator.is_fp16_supported = lambda: is_supported
-    try:
-        yield
-    finally:
-        del accelerator.is_fp16_supported
 
 
 def full_local_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
@@ -97,6 +98,17 @@ def open_loader(config: Config, *, data_rank: int = 0, data_size: int = 1, micro
 def process_groups(tensor_parallel_size: int) -> ProcessGroups:
     """Groups of the running ranks, built once: torch keeps every group that was ever made."""
     return build_process_groups(tensor_parallel_size)
+
+
+@contextmanager
+def fp16_support(is_supported: bool) -> Iterator[None]:
+    """Answer DeepSpeed's question whether the device has fp16: CPUs without instructions for it compute it slowly."""
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: is_supported
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported
 
 
 def build(config: Config) -> tuple[DeepSpeedEngine, ProcessGroups]:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from megalibi.config import Config, config_from_dict, derive
@@ -16,7 +15,7 @@ from megalibi.engine.step import train_step
 from megalibi.parallel import ProcessGroups
 from megalibi.plan.communication import CollectiveLog, sum_sent_bytes
 from megalibi.plan.memory_trace import MemoryByKind, measure_memory
-from tests.support.runs import CPU, process_groups
+from tests.support.runs import CPU, fp16_support, process_groups
 
 VOCAB_SIZE = 2048
 
@@ -53,11 +52,8 @@ def draw_tokens(config: Config, num_batches: int) -> list[Batch]:
 def build_step(config: Config, device: torch.device = CPU) -> tuple[Any, ProcessGroups, Callable[[], object]]:
     """The engine, its groups, and what takes a step."""
     groups = process_groups(config.parallel.tensor_parallel_size)
-    get_accelerator().is_fp16_supported = lambda: True
-    try:
+    with fp16_support(True):
         engine = build_engine(config, derive(config, groups.world.size), groups, device)
-    finally:
-        del get_accelerator().is_fp16_supported
 
     def step() -> object:
         batches = draw_tokens(config, derive(config, groups.world.size).accumulation_steps)

@@ -147,6 +147,7 @@ def read_deepspeed_progress(folder: Path, manifest: Manifest) -> OptimizerProgre
         if stage == 0:
             optimizer = _open_file(folder, manifest, "mp_rank_00_model_states.pt")["optimizer"]
             kept, scale, good_steps = optimizer["state"], optimizer["loss_scale"], optimizer["good_steps"]
+            good_steps += good_steps > 0  # the loss scale doubled a step earlier then
         else:
             optimizer = _open_optimizer(folder, manifest, 0, "mp_rank_00")
             kept = optimizer["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]["state"]

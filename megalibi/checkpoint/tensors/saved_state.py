@@ -1,13 +1,15 @@
 """What a checkpoint holds of each parameter, whole or as any rank of any topology needs it.
 
 However a checkpoint was cut, its files hold stretches of each tensor rank's slices, flattened. A tensor is put together
-from them when it is asked for: a process that loads holds one whole tensor beside what it fills.
+from them when it is asked for, and a rank reads the slices alone that it shares elements with. A process that loads
+holds one tensor and the slice that it is made of beside what it fills.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +22,7 @@ from megalibi.checkpoint.tensors.deepspeed_files import index_deepspeed_files, r
 from megalibi.checkpoint.tensors.state_file import WEIGHT, StoredPieces, list_stretches
 from megalibi.engine.masters import OptimizerProgress
 from megalibi.errors import CheckpointError
-from megalibi.parallel import ShardSpec, shard, unshard
+from megalibi.parallel import ShardSpec
 
 
 class RankSlice(NamedTuple):
@@ -57,8 +59,7 @@ class SavedState:
         else:
             self._pieces = index_deepspeed_files(folder, manifest, parameters)
         for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece.start)
-        self._last: tuple[tuple[str, str], Tensor] | None = None
+            pieces.sort(key=lambda piece: (piece.start, piece.length))
 
     @property
     def kinds(self) -> set[str]:
@@ -91,11 +92,10 @@ class SavedState:
             CheckpointError: The files do not hold what the manifest says.
             FileError: A file may not be read.
         """
-        if self._last is None or self._last[0] != (name, kind):
-            spec = self._parameters[name].shard
-            slices = [self._read_slice(name, kind, rank) for rank in range(1 if spec is None else self._size)]
-            self._last = (name, kind), slices[0] if spec is None else unshard(slices, spec)
-        return self._last[1]
+        spec = self._parameters[name].shard
+        if spec is None:
+            return self._read_slice(name, kind, 0)
+        return self._cut_anew(name, kind, RankSlice(dataclasses.replace(spec, padding=0), 0, 1))
 
     def read_stretch(self, name: str, kind: str, first: int, last: int, cut: RankSlice) -> Tensor:
         """Return elements of a tensor rank's slice, flattened: [last - first], in fp32 on the CPU.
@@ -113,7 +113,50 @@ class SavedState:
         """
         if cut.spec is None or (cut.size == self._size and cut.spec == self._parameters[name].shard):
             return self._read_elements(name, kind, 0 if cut.spec is None else cut.rank, first, last)
-        return shard(self.read_whole(name, kind), cut.spec, cut.rank, cut.size).flatten()[first:last]
+        return self._cut_anew(name, kind, cut).flatten()[first:last]
+
+    def find_wrong_values(self, name: str) -> Iterator[str]:
+        """Yield a line for each thing that is wrong with a parameter's numbers, those of the optimizer included.
+
+        They must be finite, and what every tensor rank holds must be the same on all of them.
+
+        Args:
+            name: The parameter's name.
+
+        Raises:
+            CheckpointError: The files do not hold what the manifest says.
+            FileError: A file may not be read.
+        """
+        for kind in sorted(self.kinds):
+            whole = self.read_whole(name, kind)
+            if wrong := int((~whole.isfinite()).sum()):
+                yield f"{name} has {wrong:,} numbers that are not finite in its {kind}"
+            if self._parameters[name].shard is None:
+                for rank in range(1, self._size):
+                    if not torch.equal(self._read_slice(name, kind, rank).view(torch.int32), whole.view(torch.int32)):
+                        yield f"{name} has another {kind} on tensor rank {rank} than on tensor rank 0"
+
+    def _cut_anew(self, name: str, kind: str, cut: RankSlice) -> Tensor:
+        """Return a slice that is cut otherwise than in the files, from those there that it shares elements with."""
+        spec, old = cut.spec, self._parameters[name].shard
+        assert spec is not None
+        try:
+            shape = list(self._parameters[name].shape)
+            shape[spec.dim] = spec.local_size(cut.size)
+            wanted = spec.local_ranges(cut.rank, cut.size)
+            stored = [old.local_ranges(rank, self._size) for rank in range(self._size)] if old is not None else []
+        except ValueError as error:
+            raise self._refusal(name, str(error)) from error
+        if old is None or (old.dim, old.full_size) != (spec.dim, spec.full_size):
+            raise self._refusal(name, f"it is cut as {old}, and needed as {spec}")
+        local = torch.zeros(shape)
+        for rank, ranges in enumerate(stored):
+            moves = list(_find_moves(ranges, wanted, spec.full_size))
+            if moves:
+                source = self._read_slice(name, kind, rank)
+                for begin, end, length in moves:
+                    local.narrow(spec.dim, end, length).copy_(source.narrow(spec.dim, begin, length))
+        return local
 
     def _read_slice(self, name: str, kind: str, rank: int) -> Tensor:
         shape = self._local_shape(name)
@@ -126,19 +169,19 @@ class SavedState:
             raise self._refusal(name, str(error)) from error
 
     def _read_elements(self, name: str, kind: str, rank: int, first: int, last: int) -> Tensor:
-        pieces, shape = self._pieces.get((kind, name, rank), []), self._local_shape(name)
-        stored = max((piece.start + piece.length for piece in pieces), default=0)
+        shape = self._local_shape(name)
+        if self._manifest.format_version < 3 and kind not in self.kinds:
+            return torch.zeros(last - first)  # DeepSpeed made the states in the first step that did not overflow
+        parts, stored = [], 0
+        for piece in self._pieces.get((kind, name, rank), []):
+            if piece.start != stored:
+                raise self._refusal(name, f"element {stored} of its {kind} on tensor rank {rank} is there not once")
+            begin, stored = stored, stored + piece.length
+            if max(first, begin) < min(last, stored):
+                parts.append(piece.read(max(first, begin), min(last, stored)))
         if stored != math.prod(shape):
             raise self._refusal(name, f"its {kind} has {stored} elements on tensor rank {rank}, not {list(shape)}")
-        parts, reached = [], first
-        for piece in pieces:
-            end = min(last, piece.start + piece.length)
-            if piece.start <= reached < end:
-                parts.append(piece.read(reached, end))
-                reached = end
-        if reached != last:
-            raise self._refusal(name, f"no file has element {reached} of its {kind} on tensor rank {rank}")
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def _refusal(self, name: str, why: str) -> CheckpointError:
         return CheckpointError(f"{self._folder} does not hold {name} as {MANIFEST} describes it: {why}")
@@ -151,3 +194,22 @@ def _index_state_files(paths: Iterable[Path]) -> StoredPieces:
         for (kind, name), stretch in stretches.items():
             pieces.setdefault((kind, name, rank), []).append(stretch)
     return pieces
+
+
+def _find_moves(stored: list[range], wanted: list[range], full_size: int) -> Iterator[tuple[int, int, int]]:
+    """Yield which elements of a slice go where in another: from, to and length along the dimension that is cut.
+
+    Args:
+        stored: What the one holds of the dimension, in its own order.
+        wanted: What the other holds of it.
+        full_size: The size of the dimension without padding, which does not go along.
+    """
+    begin = 0
+    for source in stored:
+        end = 0
+        for target in wanted:
+            first, last = max(source.start, target.start), min(source.stop, target.stop, full_size)
+            if first < last:
+                yield begin + first - source.start, end + first - target.start, last - first
+            end += len(target)
+        begin += len(source)

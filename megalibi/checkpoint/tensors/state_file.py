@@ -1,20 +1,22 @@
 """One file of a checkpoint: what a rank's optimizer holds, in the format of safetensors.
 
 The file begins with the length of its header, which is JSON, and goes on with the bytes of the tensors. Nothing in it
-could make a reader run anything (https://github.com/huggingface/safetensors). It is written here and not by the library
-because it is hashed on its way to the disk, and no second copy of the tensors is made; the library reads it.
+could make a reader run anything (https://github.com/huggingface/safetensors#format). It is written and read here and
+not by the library, because it is hashed on its way to the disk without a second copy of the tensors, and because a rank
+of another topology reads stretches from many files: a mapped file would count as memory of the process.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import safetensors
+import torch
 from torch import Tensor
 
 from megalibi.checkpoint.manifest import FileEntry
@@ -25,7 +27,10 @@ WEIGHT = "weight"
 """The kind of the weights themselves, beside the states that the optimizer keeps."""
 _CHUNK_ELEMENTS = 1 << 22
 _ALIGNMENT_BYTES = 8
-_ELEMENT_BYTES = 4
+_ELEMENT = np.dtype("<f4")
+_LARGEST_HEADER_BYTES = 100_000_000
+"""As the library has it."""
+_METADATA = "__metadata__"
 _STARTS = "starts"
 _TENSOR_RANK = "tensor_rank"
 
@@ -39,7 +44,7 @@ class StoredPiece(Protocol):
 
     @property
     def length(self) -> int:
-        """How many elements they are."""
+        """The number of elements."""
 
     def read(self, first: int, last: int) -> Tensor:
         """Return the elements from ``first`` up to ``last`` of the slice, [last - first]."""
@@ -72,8 +77,8 @@ class StretchInFile(NamedTuple):
 
     path: Path
     """The file that holds them."""
-    key: str
-    """The name of their tensor there."""
+    offset: int
+    """The place of the first one in the file, in bytes."""
     start: int
     """The first element in the tensor rank's slice of the parameter, flattened."""
     length: int
@@ -83,12 +88,21 @@ class StretchInFile(NamedTuple):
         """Return the elements from ``first`` up to ``last`` of the slice, [last - first].
 
         Raises:
-            CheckpointError: The file is no safetensors file any more.
+            CheckpointError: The file has become shorter.
             FileError: It may not be read.
         """
-        with _open(self.path) as file:
-            values: Tensor = file.get_slice(self.key)[first - self.start : last - self.start]
-        return values
+        values = np.empty(last - first, _ELEMENT)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset + (first - self.start) * _ELEMENT.itemsize)
+                rest = values.view(np.uint8).data
+                while rest.nbytes and (count := file.readinto(rest)):
+                    rest = rest[count:]
+        except OSError as error:
+            raise FileError(describe_os_error(error, self.path)) from error
+        if rest.nbytes:
+            raise CheckpointError(f"{self.path} ends too early")
+        return torch.from_numpy(values.astype(np.float32, copy=False))
 
 
 def name_state_file(content: str, tensor_rank: int, data_rank: int) -> str:
@@ -109,17 +123,20 @@ class StateFileWriter:
     """
 
     def __init__(self, path: Path, tensor_rank: int, stretches: Sequence[Stretch]) -> None:
+        header = _encode_header(tensor_rank, stretches)
+        self._expected = len(header) + _ELEMENT.itemsize * sum(stretch.length for stretch in stretches)
         self._digest, self._size = hashlib.sha256(), 0
         self._file = path.open("wb")
-        self._write(_encode_header(tensor_rank, stretches))
+        self._write(header)
 
     def write(self, values: Tensor) -> None:
         """Write the elements of the next stretch, [n], from any device and in any floating type."""
         for chunk in values.detach().split(_CHUNK_ELEMENTS):
-            self._write(np.ascontiguousarray(chunk.float().cpu().numpy(), dtype="<f4").data.cast("B"))
+            self._write(np.ascontiguousarray(chunk.float().cpu().numpy(), dtype=_ELEMENT).data.cast("B"))
 
     def close(self) -> FileEntry:
         """Wait for the disk; return the file's size and checksum."""
+        assert self._size == self._expected, (self._file.name, self._size, self._expected)
         sync_file(self._file)
         self._file.close()
         return FileEntry(size_bytes=self._size, sha256=self._digest.hexdigest())
@@ -134,11 +151,11 @@ def _encode_header(tensor_rank: int, stretches: Sequence[Stretch]) -> bytes:
     header: dict[str, object] = {}
     offset = 0
     for stretch in stretches:
-        end = offset + stretch.length * _ELEMENT_BYTES
+        end = offset + stretch.length * _ELEMENT.itemsize
         header[stretch.key] = {"dtype": "F32", "shape": [stretch.length], "data_offsets": [offset, end]}
         offset = end
     starts = json.dumps({stretch.key: stretch.start for stretch in stretches})
-    header["__metadata__"] = {_TENSOR_RANK: str(tensor_rank), _STARTS: starts}
+    header[_METADATA] = {_TENSOR_RANK: str(tensor_rank), _STARTS: starts}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
     return len(text).to_bytes(8, "little") + text
@@ -151,24 +168,39 @@ def list_stretches(path: Path) -> tuple[int, dict[tuple[str, str], StretchInFile
         CheckpointError: It is no such file.
         FileError: It may not be read.
     """
-    with _open(path) as file:
-        try:
-            metadata = file.metadata()
-            starts = json.loads(metadata[_STARTS])
-            found = {}
-            for key in file.keys():  # noqa: SIM118  # it is no dictionary
-                kind, _, name = key.partition("/")
-                (length,) = file.get_slice(key).get_shape()
-                found[kind, name] = StretchInFile(path, key, int(starts[key]), length)
-            return int(metadata[_TENSOR_RANK]), found
-        except (TypeError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path} is no state file of megalibi: {error!r}") from error
-
-
-def _open(path: Path):  # type: ignore[no-untyped-def]  # the library names no type for it
     try:
-        return safetensors.safe_open(path, framework="pt")
+        with path.open("rb") as file:
+            file_bytes = os.fstat(file.fileno()).st_size
+            header_bytes = int.from_bytes(file.read(8), "little")
+            if not 0 < header_bytes <= min(file_bytes - 8, _LARGEST_HEADER_BYTES):
+                raise CheckpointError(f"{path} cannot be loaded: it is no safetensors file")
+            text = file.read(header_bytes)
     except OSError as error:
         raise FileError(describe_os_error(error, path)) from error
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    try:
+        return _read_header(path, json.loads(text), 8 + header_bytes, file_bytes)
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: its header is not that of megalibi: {error!r}") from error
+
+
+def _read_header(
+    path: Path, header: dict[str, Any], begin: int, file_bytes: int
+) -> tuple[int, dict[tuple[str, str], StretchInFile]]:
+    metadata = header.pop(_METADATA)
+    starts = json.loads(metadata[_STARTS])
+    found, reached = {}, begin
+    for key, entry in header.items():
+        (length,) = entry["shape"]
+        numbers = (length, starts[key], *entry["data_offsets"])
+        if entry["dtype"] != "F32" or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{key} must be of F32 and have whole numbers")
+        if begin + entry["data_offsets"][0] != reached:
+            raise ValueError(f"{key} does not begin where the tensor before it ends")
+        reached += length * _ELEMENT.itemsize
+        if begin + entry["data_offsets"][1] != reached:
+            raise ValueError(f"{key} has another number of bytes than its shape says")
+        kind, _, name = key.partition("/")
+        found[kind, name] = StretchInFile(path, reached - length * _ELEMENT.itemsize, starts[key], length)
+    if reached != file_bytes:
+        raise ValueError(f"{file_bytes - reached} bytes belong to no tensor")
+    return int(metadata[_TENSOR_RANK]), found
