@@ -26,8 +26,8 @@ from tests.support.ranks import run_on_ranks
 from tests.support.runs import STAGES, build, make_config, write_tokens
 from tests.support.saving import save, take_steps
 
-STEPS = 20
-SAVED_STEP = 10
+STEPS = 12
+SAVED_STEP = 6
 FULL_DISK_SCRIPT = Path(__file__).parents[1] / "support" / "full_disk.py"
 
 
@@ -68,7 +68,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(
     for straight, resumed in run_on_ranks(2, run_straight_and_resumed, config, str(tmp_path)):
         assert resumed == straight
         assert straight[-1].loss < straight[0].loss
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000010"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", f"step_{SAVED_STEP:08d}"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

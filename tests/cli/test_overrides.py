@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 TAKING = {
     "pretrain": (["--config", "run.yaml"], ["--local_rank", "0"]),
     "plan": (["run.yaml", "--ranks", "2"], ["--gpu", "H100"]),
+    "checkpoint": (["show", "runs/a", "--config", "run.yaml"], ["--json", "checkpoint.json"]),
     "study compare-1p3b": (["--scale", "small"], ["--jobs", "2"]),
     "study extrapolate": (["study.yaml", "--jobs", "2"], ["--launcher", "srun"]),
     "study measure-device": (["resume", "--device", "cpu"], ["--output", "resume.json"]),

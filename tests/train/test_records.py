@@ -35,7 +35,7 @@ def test_a_run_says_what_it_is(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_without_its_tensorboard_and_with_token_files_that_were_deleted(tmp_path: Path) -> None:
     config = write_job(
-        tmp_path, data={"valid": str(tmp_path / "tokens")}, train={"steps": 300, "eval_every_steps": 100}
+        tmp_path, data={"valid": str(tmp_path / "tokens")}, train={"steps": 60, "eval_every_steps": 20}
     )
     run = tmp_path / "run"
     job = Job(config, world_size=2)
@@ -44,7 +44,7 @@ def test_a_run_goes_on_without_its_tensorboard_and_with_token_files_that_were_de
     for suffix in (".bin", ".idx"):
         (tmp_path / f"tokens{suffix}").unlink()
     job.succeed()
-    assert last_step(run) == 300
-    assert [record["step"] for record in read_records(run) if "validation_loss" in record] == [100, 200, 300]
-    assert list_checkpoints(run / "checkpoints")[-1].name == "step_00000300"
+    assert last_step(run) == 60
+    assert [record["step"] for record in read_records(run) if "validation_loss" in record] == [20, 40, 60]
+    assert list_checkpoints(run / "checkpoints")[-1].name == "step_00000060"
     assert job.output.count("TensorBoard failed and is left out from here on, training goes on") == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ class SavedState:
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: (piece.start, piece.length))
 
-    @property
+    @cached_property
     def kinds(self) -> set[str]:
         """``weight``, and the names of the states that the optimizer keeps."""
         return {kind for kind, _, _ in self._pieces}
