@@ -34,9 +34,7 @@ def test_a_run_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_without_its_tensorboard_and_with_token_files_that_were_deleted(tmp_path: Path) -> None:
-    config = write_job(
-        tmp_path, data={"valid": str(tmp_path / "tokens")}, train={"steps": 60, "eval_every_steps": 20}
-    )
+    config = write_job(tmp_path, data={"valid": str(tmp_path / "tokens")}, train={"steps": 60, "eval_every_steps": 20})
     run = tmp_path / "run"
     job = Job(config, world_size=2)
     job.wait_until(lambda: last_step(run) > 2)
