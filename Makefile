@@ -1,6 +1,6 @@
 # make quickstart   from nothing to a small ALiBi GPT, trained, evaluated past its training length, and its report
 # make test         every test that needs no GPU, on the CPU wherever it runs; JOBS=4 for four at a time in place of two
-# make test-fast    for the inner loop: of each test function the cases that cost a second of a processor together or less
+# make test-fast    for the inner loop: of each test function the cases that cost 0.75 s of a processor together or less
 # make test-costs   every test, and tests/costs.json is written anew: what each costs, from which test-fast is chosen
 # make test-gpu     what makes sense on one GPU, on that GPU
 # make check        what must pass before a commit: format, lint, types, import law, tests

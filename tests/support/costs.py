@@ -4,7 +4,7 @@
 that it starts and of the pools that serve it, and writes them to tests/costs.json: seconds of a processor, not of a
 clock, so that other work on the machine does not count. A test that the file does not know is taken to cost nothing.
 
-``pytest --fast`` runs of each test function as many cases as a second of a processor allows: all cases of most
+``pytest --fast`` runs of each test function as many cases as 0.75 s of a processor allow: all cases of most
 functions, some of a function with many, none where a single case or a fixture that is shared takes longer.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 FILE = Path(__file__).parents[1] / "costs.json"
-FAST_SECONDS = 1.0
+FAST_SECONDS = 0.75
 """Of a function's cases together, and of the fixtures that they share."""
 RECORDED_FROM_SECONDS = 0.3
 """A function that costs less, with its fixtures, is not written down."""
@@ -123,7 +123,7 @@ class Recorder:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fast", action="store_true", help="of each test function, what a second of a processor allows")
+    parser.addoption("--fast", action="store_true", help="of each test function, what 0.75 s of a processor allow")
     parser.addoption("--write-costs", action="store_true", help="measure what the tests cost, into tests/costs.json")
 
 
