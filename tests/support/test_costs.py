@@ -3,25 +3,27 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.support.costs import choose_fast, file_seconds, name_of, processor_seconds, read_costs
+from tests.support.costs import FAST_SECONDS, choose_fast, file_seconds, name_of, processor_seconds, read_costs
 
 BURNED_SECONDS = 0.3
 CASES = [f"tests/a/test_x.py::test_cases[{case}]" for case in "abcd"]
 SHARING = ["tests/a/test_x.py::test_shares_much", "tests/a/test_x.py::test_shares_it_too"]
 UNKNOWN = ["tests/b/test_y.py::test_new[a::b]", "tests/b/test_y.py::test_new[c]"]
 COSTS = {
-    "test_x.py::test_cases": {"cases": 4, "seconds": 2.0, "shared": 0.0},
+    "test_x.py::test_cases": {"cases": 4, "seconds": 2 * FAST_SECONDS, "shared": 0.0},
     "test_x.py::test_shares_much": {"cases": 1, "seconds": 0.1, "shared": 5.0},
     "test_x.py::test_shares_it_too": {"cases": 1, "seconds": 0.1, "shared": 5.0},
 }
 
 
-def test_of_a_function_the_fast_tests_are_what_a_second_allows() -> None:
+def test_of_a_function_the_fast_tests_are_what_the_seconds_allow() -> None:
     assert choose_fast([*CASES, *SHARING, *UNKNOWN], COSTS) == {*CASES[:2], *UNKNOWN}
 
 
 def test_a_file_costs_its_tests_and_once_what_they_share() -> None:
-    assert file_seconds([*CASES, *SHARING, *UNKNOWN], COSTS) == {"tests/a/test_x.py": 2.0 + 0.1 + 0.1 + 5.0}
+    assert file_seconds([*CASES, *SHARING, *UNKNOWN], COSTS) == {
+        "tests/a/test_x.py": 2 * FAST_SECONDS + 0.1 + 0.1 + 5.0
+    }
 
 
 def test_a_test_keeps_its_name_where_its_folder_moves() -> None:
