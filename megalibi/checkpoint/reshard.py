@@ -17,14 +17,21 @@ from megalibi.checkpoint.manifest import FORMAT_VERSION, Manifest, write_manifes
 from megalibi.checkpoint.parameters import ParameterEntry, build_without_memory, describe_parameters, find_ties
 from megalibi.checkpoint.save import describe_versions
 from megalibi.checkpoint.tensors.saved_state import RankSlice
-from megalibi.checkpoint.tensors.state_file import WEIGHT, StateFileWriter, Stretch, name_state_file
+from megalibi.checkpoint.tensors.state_file import (
+    CONTENTS,
+    WEIGHT,
+    StateFileWriter,
+    Stretch,
+    cut_evenly,
+    find_content,
+    name_state_file,
+)
 from megalibi.config import Config, Derived, config_to_dict, derive
 from megalibi.engine.masters import STATES
 from megalibi.errors import ConfigError
 from megalibi.files import make_folder, rename_synced, sync_folder
 from megalibi.model import DTYPES
 
-CONTENTS = ("weights", "optimizer")
 _OTHER_FILES = 64
 
 
@@ -60,8 +67,8 @@ class ReshardPlan:
 
     def cut(self, name: str) -> list[range]:
         """Return which elements of a tensor rank's slice of a parameter each data rank's file holds."""
-        length, parts = math.prod(self.parameters[name].local_shape(self.tensor_parallel_size)), self.data_parallel_size
-        return [range(length * part // parts, length * (part + 1) // parts) for part in range(parts)]
+        length = math.prod(self.parameters[name].local_shape(self.tensor_parallel_size))
+        return cut_evenly(length, self.data_parallel_size)
 
 
 def plan_reshard(
@@ -149,7 +156,7 @@ def _write_files(
         show(name, done, len(plan.parameters))
         parts = plan.cut(name)
         for kind in (WEIGHT, *states):
-            content = CONTENTS[kind != WEIGHT]
+            content = find_content(kind)
             for tensor in range(plan.tensor_parallel_size):
                 cut = RankSlice(entry.shard, tensor, plan.tensor_parallel_size)
                 local = saved.read_stretch(name, kind, 0, parts[-1].stop, cut)

@@ -134,12 +134,12 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, groups: ProcessGr
 def _fill_masters(engine: DeepSpeedEngine, opened: Checkpoint, groups: ProcessGroups) -> None:
     """Give this rank's optimizer what it steps on."""
     opened.check_parameters(engine.module)
-    kind = opened.config.optimizer.kind
-    if opened.manifest.optimizer.get("kind", kind) != kind:
-        raise CheckpointError(f"{opened.path / MANIFEST} has another optimizer than its configuration, {kind}")
+    optimizer = opened.config.optimizer.kind
+    if opened.manifest.optimizer.get("kind", optimizer) != optimizer:
+        raise CheckpointError(f"{opened.path / MANIFEST} has another optimizer than its configuration, {optimizer}")
     saved = opened.read_state()
     specs = {name: get_shard_spec(parameter) for name, parameter in engine.module.named_parameters()}
-    for master in find_masters(engine, kind):
+    for master in find_masters(engine, optimizer):
         cut = RankSlice(specs[master.name], groups.tensor.rank, groups.tensor.size)
         last = master.start + len(master.weight)
         for kind, values in {WEIGHT: master.weight, **master.states}.items():

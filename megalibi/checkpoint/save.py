@@ -16,7 +16,15 @@ import megalibi
 from megalibi.checkpoint.folder import PARTIAL_SUFFIX, checkpoint_name, commit
 from megalibi.checkpoint.manifest import FileEntry, Manifest
 from megalibi.checkpoint.parameters import describe_parameters, find_ties
-from megalibi.checkpoint.tensors.state_file import WEIGHT, StateFileWriter, Stretch, name_state_file
+from megalibi.checkpoint.tensors.state_file import (
+    CONTENTS,
+    WEIGHT,
+    StateFileWriter,
+    Stretch,
+    cut_evenly,
+    find_content,
+    name_state_file,
+)
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.data.tokens.identity import DataIdentity
 from megalibi.engine.masters import Master, find_masters, read_progress
@@ -119,16 +127,16 @@ def _write_states(
 
     At ZeRO 0 all data ranks hold the same, and each writes its share.
     """
-    kinds: dict[str, list[tuple[Stretch, Tensor]]] = {"weights": [], "optimizer": []}
+    contents: dict[str, list[tuple[Stretch, Tensor]]] = {content: [] for content in CONTENTS}
     for master in masters:
-        first, last = 0, len(master.weight)
+        share = range(len(master.weight))
         if stage == 0:
-            first, last = (last * (groups.data.rank + part) // groups.data.size for part in (0, 1))
+            share = cut_evenly(len(share), groups.data.size)[groups.data.rank]
         for kind, values in {WEIGHT: master.weight, **master.states}.items():
-            stretch = Stretch(kind, master.name, master.start + first, last - first)
-            kinds["weights" if kind == WEIGHT else "optimizer"].append((stretch, values[first:last]))
+            stretch = Stretch(kind, master.name, master.start + share.start, len(share))
+            contents[find_content(kind)].append((stretch, values[share.start : share.stop]))
     files = {}
-    for content, stretches in kinds.items():
+    for content, stretches in contents.items():
         path = partial / name_state_file(content, groups.tensor.rank, groups.data.rank)
         try:
             writer = StateFileWriter(path, groups.tensor.rank, [stretch for stretch, _ in stretches])

@@ -25,6 +25,8 @@ from megalibi.files import sync_file
 
 WEIGHT = "weight"
 """The kind of the weights themselves, beside the states that the optimizer keeps."""
+CONTENTS = ("weights", "optimizer")
+"""What the two files of a rank hold."""
 _CHUNK_ELEMENTS = 1 << 22
 _ALIGNMENT_BYTES = 8
 _ELEMENT = np.dtype("<f4")
@@ -108,6 +110,16 @@ class StretchInFile(NamedTuple):
 def name_state_file(content: str, tensor_rank: int, data_rank: int) -> str:
     """Return the name of a rank's file; its content is ``weights`` or ``optimizer``."""
     return f"{content}_tensor_{tensor_rank:02d}_data_{data_rank:04d}.safetensors"
+
+
+def find_content(kind: str) -> str:
+    """Return in which of a rank's files the values of a kind are: ``weights`` or ``optimizer``."""
+    return CONTENTS[kind != WEIGHT]
+
+
+def cut_evenly(length: int, parts: int) -> list[range]:
+    """Return as many stretches of about equal length, one after the other."""
+    return [range(length * part // parts, length * (part + 1) // parts) for part in range(parts)]
 
 
 class StateFileWriter:
