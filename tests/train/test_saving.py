@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
+import signal
 from pathlib import Path
 
-from megalibi.checkpoint import list_checkpoints
-from tests.support.jobs import Job, read_records, run_job, write_job
+from megalibi.checkpoint import find_checkpoint, list_checkpoints
+from tests.support.checkpoints import assert_whole
+from tests.support.jobs import Job, last_step, read_records, run_job, write_job
 
 FOREVER = "train.steps=1000000"
 
@@ -48,3 +51,37 @@ def test_fp16_that_diverges_keeps_the_checkpoints_that_are_good(tmp_path: Path) 
     assert "no checkpoint of step 6: its loss is not finite; step 5 stays the newest" in job.read_log(0)
     error = error_of(job)
     assert "with fp16's loss scale at its minimum of 1: the run has diverged and stops; go back to step 4, the" in error
+
+
+def test_saves_faster_than_the_disk_wait_and_a_signal_waits_for_the_one_in_flight(tmp_path: Path) -> None:
+    """Every step saves, and a save takes longer than a step."""
+    config = write_job(
+        tmp_path,
+        model={"hidden_size": 192, "ffn_hidden_size": 768},
+        checkpoint={"every_steps": 1, "keep": 0},
+    )
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    job = Job(config, FOREVER)
+    job.wait_until(lambda: last_step(run) > 3 and any(checkpoints.glob("*.partial")))
+    job.signal(signal.SIGTERM)
+    job.succeed()
+    log, stopped = job.read_log(0), last_step(run)
+    waited = [int(step) for step in re.findall(r"waited \d+\.\d s for the checkpoint of step (\d+) to be written", log)]
+    assert len(waited) > 2
+    assert waited[-1] in (stopped - 1, stopped)
+    assert f"stopped by SIGTERM after step {stopped}, checkpoint saved; the same command goes on" in log
+    saved = list_checkpoints(checkpoints)
+    assert [assert_whole(path) for path in saved] == list(range(1, stopped + 1))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", *(path.name for path in saved)]
+
+    job = Job(config, FOREVER)
+    job.wait_until(lambda: last_step(run) > stopped and any(checkpoints.glob("*.partial")))
+    job.kill()
+    kept = find_checkpoint(checkpoints)
+    assert kept is not None
+    resumed = assert_whole(kept)
+    assert stopped <= resumed <= last_step(run)
+    job = run_job(config, f"train.steps={resumed + 1}", "checkpoint.asynchronous=false", "checkpoint.keep=1")
+    assert f"step_{resumed:08d}" in job.read_log(0)
+    assert "waited" not in job.read_log(0)
+    assert not any(checkpoints.glob("*.partial"))
