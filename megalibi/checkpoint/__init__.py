@@ -13,9 +13,11 @@ from megalibi.checkpoint.resume import (
 )
 from megalibi.checkpoint.writing.description import SavedRun
 from megalibi.checkpoint.writing.save import CheckpointSaver, save_checkpoint
+from megalibi.checkpoint.writing.snapshot import ELEMENT_BYTES
 
 __all__ = [
     "CHECKPOINTS",
+    "ELEMENT_BYTES",
     "LATEST",
     "MANIFEST",
     "Checkpoint",

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalibi.checkpoint import CheckpointSaver
 from megalibi.checkpoint.writing.rank_files import write_rank_files
 from megalibi.checkpoint.writing.snapshot import Snapshot, count_snapshot_bytes
 from megalibi.checkpoint.writing.task import BackgroundTask
@@ -50,8 +51,8 @@ def save_in_both_ways(config: Config, folder: Path) -> list[bool]:
         equal.append(all((written / name).read_bytes() == (path / name).read_bytes() for name in entries))
         sizes = [entry.size_bytes for entry in entries.values()]
         equal.append(0 < count_snapshot_bytes(files) < sum(sizes) < count_snapshot_bytes(files) + 20_000)
-        equal.append(any(not torch.equal(a, b) for name in files.contents
-                         for (_, a), (_, b) in zip(files.contents[name], copied.contents[name], strict=True)))  # fmt: skip
+        pairs = [pair for name in entries for pair in zip(files.contents[name], copied.contents[name], strict=True)]
+        equal.append(any(not torch.equal(now, then) for (_, now), (_, then) in pairs))
     assert background.poll() is background.finish() is None
     engine.destroy()
     return equal
@@ -73,8 +74,7 @@ def meet_obstacles(config: Config, folder: Path) -> list[str]:
         saver._make_partial = lambda step, name=name: _put_in_the_way(make_partial(step), name)
         saver.begin(2)
         with pytest.raises(FileError) as refusal:
-            while saver.poll() is None:
-                pass
+            poll_until_done(saver)
         said.append(str(refusal.value))
         assert saver.pending_step is None
     saver._make_partial = make_partial
@@ -82,6 +82,11 @@ def meet_obstacles(config: Config, folder: Path) -> list[str]:
     said.append(str(saver.finish()))
     engine.destroy()
     return said
+
+
+def poll_until_done(saver: CheckpointSaver) -> None:
+    while saver.poll() is None:
+        pass
 
 
 def _put_in_the_way(partial: Path, name: str) -> Path:
