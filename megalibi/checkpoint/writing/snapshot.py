@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,8 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._flats: dict[str, Tensor] = {}
+        self._pinned: list[int] = []
+        weakref.finalize(self, _unpin, self._pinned)
 
     def copy(self, files: RankFiles) -> RankFiles:
         """Return the same files with copies of their values; when it returns, the values may change.
@@ -35,9 +39,11 @@ class Snapshot:
         copied = {}
         devices = {values.device for contents in files.contents.values() for _, values in contents}
         for name, contents in files.contents.items():
-            length = sum(stretch.length for stretch, _ in contents)
-            if name not in self._flats or len(self._flats[name]) != length:
-                self._flats[name] = _make_host_tensor(length, pinned=any(device.type == "cuda" for device in devices))
+            if name not in self._flats:
+                flat = torch.empty(sum(stretch.length for stretch, _ in contents), dtype=torch.float32)
+                if any(device.type == "cuda" for device in devices):
+                    self._pin(flat)
+                self._flats[name] = flat
             parts = self._flats[name].split([stretch.length for stretch, _ in contents])
             for part, (_, values) in zip(parts, contents, strict=True):
                 part.copy_(values.detach(), non_blocking=True)
@@ -47,13 +53,15 @@ class Snapshot:
                 torch.cuda.current_stream(device).synchronize()
         return RankFiles(files.tensor_rank, copied)
 
+    def _pin(self, flat: Tensor) -> None:
+        """Let a GPU write to memory by itself: not by pin_memory=True, which rounds sizes up to a power of two."""
+        if flat.numel():
+            error = int(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), ELEMENT_BYTES * flat.numel(), 0))
+            if error:
+                raise RuntimeError(f"the host's memory cannot be pinned: CUDA error {error}")
+            self._pinned.append(flat.data_ptr())
 
-def _make_host_tensor(length: int, *, pinned: bool) -> Tensor:
-    """Return memory for so many elements, which a GPU can write to by itself if it is pinned."""
-    flat = torch.empty(length, dtype=torch.float32)
-    if pinned and length:
-        # Not pin_memory=True: torch's allocator rounds what it pins up to a power of two.
-        error = torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), ELEMENT_BYTES * length, 0)
-        if int(error) != 0:
-            raise RuntimeError(f"the host's memory cannot be pinned: CUDA error {int(error)}")
-    return flat
+
+def _unpin(pointers: list[int]) -> None:
+    for pointer in pointers:
+        torch.cuda.cudart().cudaHostUnregister(pointer)
