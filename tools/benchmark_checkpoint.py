@@ -86,6 +86,7 @@ class BenchmarkRank:
         self.saver = CheckpointSaver(run)
         self.barrier: Callable[[], Any] = dist.barrier
         self.done = 0
+        self.blocked_seconds = 0.0
         self.take_steps(2)
 
     def take_steps(self, steps: int) -> None:
@@ -93,10 +94,16 @@ class BenchmarkRank:
         from megalibi.train.loop import take_step
 
         for _ in range(steps):
-            self.saver.poll()
+            self.block(self.saver.poll)
             consumed = self.done * self.job.config.train.global_batch_size
             take_step(self.job, self.engine, self.loader.micro_batches(consumed), self.done)
             self.done += 1
+
+    def block(self, work: Callable[[], Any]) -> None:
+        """Do what holds the training up, and count its seconds on this rank."""
+        began = time.perf_counter()
+        work()
+        self.blocked_seconds += time.perf_counter() - began
 
     def time(self, work: Callable[[], Any]) -> float:
         """Return the seconds from when all ranks begin until all have ended."""
@@ -130,27 +137,28 @@ class BenchmarkRank:
     def measure_stall(self, steps: int) -> Figures:
         """Take steps without a save, with one that is waited for, and with one in the background."""
         without = self.time(lambda: self.take_steps(steps))
-        parts: Figures = {}
+        blocked: Figures = {}
 
         def save_at_once_and_step() -> None:
-            self.saver.save(self.done)
+            self.block(lambda: self.saver.save(self.done))
             self.take_steps(steps)
 
         def save_and_step() -> None:
-            began = time.perf_counter()
-            self.saver.begin(self.done)
-            parts["copy_seconds"] = time.perf_counter() - began
+            self.block(lambda: self.saver.begin(self.done))
+            blocked["copy_seconds"] = self.blocked_seconds
             self.take_steps(steps)
-            parts["still_in_flight"] = float(self.saver.pending_step is not None)
-            self.saver.finish()
+            blocked["still_in_flight"] = float(self.saver.pending_step is not None)
+            self.block(self.saver.finish)
 
-        at_once = self.time(save_at_once_and_step)
-        self.clean_up()
-        background = self.time(save_and_step)
-        self.clean_up()
-        stall, stall_at_once = background - without, at_once - without
-        return {"steps_seconds": without, "at_once_stall_seconds": stall_at_once, "background_stall_seconds": stall,
-                "background_to_at_once_stall": stall / stall_at_once, **parts}  # fmt: skip
+        turns: Figures = {}
+        for name, work in (("at_once", save_at_once_and_step), ("background", save_and_step)):
+            self.blocked_seconds = 0.0
+            turns[name] = self.time(work)
+            blocked[f"{name}_blocked_seconds"] = self.blocked_seconds
+            self.clean_up()
+        ratio = blocked["background_blocked_seconds"] / blocked["at_once_blocked_seconds"]
+        longer = {f"{name}_turn_longer_by_seconds": seconds - without for name, seconds in turns.items()}
+        return {"steps_seconds": without, **blocked, "background_to_at_once_blocked": ratio, **longer}
 
     def clean_up(self) -> None:
         """Remove what was written."""

@@ -83,15 +83,16 @@ class CheckpointSaver:
             FileError: On every rank, if a rank could not write or ``latest`` cannot be used; the checkpoints before
                 are whole.
         """
+        assert self._pending is None
         run, partial = self._run, self._make_partial(step)
-        draft, error = attempt(lambda: describe_checkpoint(run, step), partial)
-        self._raise_together(error, partial)
-        entries, error = attempt(lambda: write_rank_files(partial, self._list_files()), partial)
-        assert draft is not None
+        written, error = attempt(
+            lambda: (describe_checkpoint(run, step), write_rank_files(partial, self._list_files())), partial
+        )
+        draft, entries = written or (None, {})
         manifest = self._complete(draft, entries, error, partial)
-        error = attempt(lambda: _commit(partial, manifest), partial)[1] if self._is_first else None
+        error = attempt(lambda: _commit(partial, manifest), partial).error if self._is_first else None
         self._raise_together(error, partial)
-        return self._run.folder / checkpoint_name(step)
+        return run.folder / checkpoint_name(step)
 
     def begin(self, step: int) -> None:
         """Copy what the checkpoint will hold to host memory, and write it in the background.
@@ -182,12 +183,13 @@ class CheckpointSaver:
         return list_rank_files(masters, run.config.zero.stage, run.groups)
 
     def _complete(
-        self, draft: Manifest, entries: dict[str, FileEntry] | None, error: str | None, partial: Path
+        self, draft: Manifest | None, entries: dict[str, FileEntry] | None, error: str | None, partial: Path
     ) -> Manifest:
-        """Return the manifest with the files of all ranks."""
-        entries_by_rank = gather_objects(entries or {}, self._run.groups.world)
-        self._raise_together(error, partial)
-        files = dict(sorted(item for files in entries_by_rank for item in files.items()))
+        """Return the manifest with the files of all ranks, if all have written theirs."""
+        by_rank = gather_objects((entries or {}, error), self._run.groups.world)
+        self._raise_first([error for _, error in by_rank], partial)
+        assert draft is not None
+        files = dict(sorted(item for files, _ in by_rank for item in files.items()))
         return dataclasses.replace(draft, files=files)
 
     def _all_ranks(self, is_done: bool) -> bool:
@@ -197,7 +199,10 @@ class CheckpointSaver:
 
     def _raise_together(self, error: str | None, partial: Path | None, advice: str = "") -> None:
         """Raise on every rank what any rank met, and remove the half-written folder."""
-        met = [met for met in gather_objects(error, self._run.groups.world) if met is not None]
+        self._raise_first(gather_objects(error, self._run.groups.world), partial, advice)
+
+    def _raise_first(self, errors: list[str | None], partial: Path | None, advice: str = "") -> None:
+        met = [error for error in errors if error is not None]
         if met:
             if self._is_first and partial is not None:
                 shutil.rmtree(partial, ignore_errors=True)
