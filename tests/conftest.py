@@ -9,7 +9,12 @@ import pytest
 import tests.support.device
 import tests.support.flash_attn_on_cpu  # before alibi_attention, which asks it for its operators
 from tests.support.costs import measure_costs, pytest_addoption, pytest_collection_modifyitems
-from tests.support.economy import keep_memory, leave_out_of_garbage_collection, take_share_of_cores
+from tests.support.economy import (
+    keep_memory,
+    leave_out_of_garbage_collection,
+    take_share_of_cores,
+    wake_up_in_turn,
+)
 from tests.support.run_folder import make_step, make_validation, write_run
 from tests.support.runs import write_tokens
 
@@ -22,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_memory()
     take_share_of_cores()
+    wake_up_in_turn()
     measure_costs(config)
 
 

@@ -35,3 +35,13 @@ def take_share_of_cores() -> None:
         return
     cores, index = sorted(os.sched_getaffinity(0)), int(worker.removeprefix("gw"))
     os.sched_setaffinity(0, cores[index::workers] or {cores[index % len(cores)]})
+
+
+def wake_up_in_turn() -> None:
+    """Let a thread that wakes up wait for its turn, here and in all that this process starts.
+
+    Else it interrupts another of gloo's that holds a lock, and gloo's loop spins until it has that lock: four ranks on
+    two cores spent half of their time so.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
