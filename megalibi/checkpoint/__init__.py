@@ -5,6 +5,7 @@ from megalibi.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, lis
 from megalibi.checkpoint.lock import RunLock
 from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest, spell_topology
 from megalibi.checkpoint.resume import (
+    IMPORTED_DATA,
     check_resumable,
     describe_changes,
     find_refusals,
@@ -15,6 +16,7 @@ from megalibi.checkpoint.save import save_checkpoint
 
 __all__ = [
     "CHECKPOINTS",
+    "IMPORTED_DATA",
     "LATEST",
     "MANIFEST",
     "Checkpoint",

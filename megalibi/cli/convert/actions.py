@@ -11,16 +11,22 @@ import os
 from collections.abc import Mapping
 
 from megalibi.cli.command import Command
-from megalibi.cli.convert import reshard, verify
+from megalibi.cli.convert import from_hf, reshard, to_fp32, to_hf, verify
 
 ACTIONS: Mapping[str, tuple[Command, str]] = {
     "reshard": (reshard.COMMAND, "the same checkpoint for another topology"),
+    "to-fp32": (to_fp32.COMMAND, "the weights alone, whole and in fp32, as safetensors"),
+    "to-hf": (to_hf.COMMAND, "a folder for transformers: MPT, Bloom or Falcon"),
+    "from-hf": (from_hf.COMMAND, "a checkpoint of a folder of Hugging Face: MPT, Bloom or Falcon"),
     "verify": (verify.COMMAND, "whether a checkpoint is whole and sound, as megalibi checkpoint verify"),
 }
 """Every action, with what it does in a few words. A new one is a module with a ``COMMAND``, and a line here."""
 
 EXAMPLES = """examples:
   {command} reshard runs/big step_on_4 --tensor-parallel-size 4
+  {command} to-fp32 runs/big big_fp32
+  {command} to-hf runs/big big_mpt --format mpt
+  {command} from-hf big_mpt big_again
   {command} verify runs/big
 """
 
