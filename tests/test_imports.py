@@ -69,7 +69,7 @@ ENVIRONMENT_READERS = {
     "megalibi/runtime/spokesman.py",  # which rank speaks if that cannot be read, and whether torchrun keeps the port
     # A command sets what a library reads as it is imported, or hands the environment on to processes that it starts.
     "megalibi/cli/checkpoint.py",
-    "megalibi/cli/convert.py",
+    "megalibi/cli/convert/actions.py",
     "megalibi/cli/lm_evaluate.py",
     "megalibi/cli/plan.py",
     "megalibi/cli/study/compare_1p3b.py",

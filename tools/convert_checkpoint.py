@@ -1,4 +1,4 @@
-"""Write a checkpoint anew, for another topology: ``megalibi convert`` as a script."""
+"""Write a checkpoint anew, for another topology or program, or from one: ``megalibi convert`` as a script."""
 
 from megalibi.cli.main import start_script
 

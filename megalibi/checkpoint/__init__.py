@@ -5,6 +5,7 @@ from megalibi.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, lis
 from megalibi.checkpoint.lock import RunLock
 from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest, spell_topology
 from megalibi.checkpoint.resume import (
+    IMPORTED_DATA,
     check_resumable,
     describe_changes,
     find_refusals,
@@ -18,6 +19,7 @@ from megalibi.checkpoint.writing.snapshot import ELEMENT_BYTES
 __all__ = [
     "CHECKPOINTS",
     "ELEMENT_BYTES",
+    "IMPORTED_DATA",
     "LATEST",
     "MANIFEST",
     "Checkpoint",

@@ -19,6 +19,8 @@ from megalibi.engine.masters import find_masters, hand_out_weights, write_progre
 from megalibi.errors import CheckpointError, ConfigError
 from megalibi.parallel import ProcessGroups, get_shard_spec, refusing_together
 
+IMPORTED_DATA = "none-imported-from-other-software"
+"""What data.train and train.output_dir are in a checkpoint of weights that were imported for no run."""
 _SCHEDULE = ("learning_rate", "min_learning_rate", "warmup_steps", "warmup_init_learning_rate", "decay_steps")
 
 
@@ -56,7 +58,14 @@ def find_refusals(checkpoint: Path, manifest: Manifest, config: Config) -> Itera
         manifest: Its manifest.
         config: The run's configuration.
     """
-    for name, (theirs, ours) in find_changes(_trained_config(manifest), config).items():
+    trained = _trained_config(manifest)
+    if trained.data.train[0].prefix == IMPORTED_DATA:
+        yield (
+            f"checkpoint.resume={checkpoint}: must be a checkpoint that was imported for this run, by megalibi convert "
+            "from-hf IN OUT --config FILE, and this one was for none"
+        )
+        return
+    for name, (theirs, ours) in find_changes(trained, config).items():
         if ON_RESUME[name] is OnResume.FIXED:
             yield f"{name}={ours}: must be {theirs}, the value in the checkpoint {checkpoint}"
 

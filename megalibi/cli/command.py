@@ -57,6 +57,8 @@ class Command:
     """Adds the command's options and positional arguments to a parser."""
     run: Callable[[argparse.Namespace], int | None]
     """Does the work, and returns the exit code; None stands for 0."""
+    has_actions: bool = False
+    """Whether its options are those of actions, each with a parser of its own."""
 
     def parse(self, words: Sequence[str], spelling: Spelling) -> argparse.Namespace:
         """Return the values of the options; positional arguments may stand on both sides of an option.
@@ -68,7 +70,8 @@ class Command:
         Raises:
             SystemExit: With exit code 2 after a usage error, with 0 after ``--help``.
         """
-        return _parse(self.description, self.examples, self.add_arguments, words, spelling)
+        parser = _make_parser(self.description, self.examples, self.add_arguments, spelling)
+        return parser.parse_args(words) if self.has_actions else parser.parse_intermixed_args(words)
 
     def start(self, words: Sequence[str], spelling: Spelling) -> NoReturn:
         """Run the command, and end the process with its exit code.
@@ -96,7 +99,7 @@ class RankCommand:
 
     def parse(self, words: Sequence[str], spelling: Spelling) -> argparse.Namespace:
         """Return the values of the options; see ``Command.parse``."""
-        return _parse(self.description, self.examples, self._add_all, words, spelling)
+        return _make_parser(self.description, self.examples, self._add_all, spelling).parse_intermixed_args(words)
 
     def start(self, words: Sequence[str], spelling: Spelling) -> NoReturn:
         """Do this rank's part of the command, and end the process with its exit code; see ``Command.start``."""
@@ -139,13 +142,9 @@ def add_run(parser: argparse.ArgumentParser, text: str) -> None:
     add_overrides(parser)
 
 
-def _parse(
-    description: str,
-    examples: str,
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    words: Sequence[str],
-    spelling: Spelling,
-) -> argparse.Namespace:
+def _make_parser(
+    description: str, examples: str, add_arguments: Callable[[argparse.ArgumentParser], None], spelling: Spelling
+) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=spelling.command,
         description=description,
@@ -153,4 +152,4 @@ def _parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    return parser.parse_intermixed_args(words)
+    return parser

@@ -34,7 +34,7 @@ COMMANDS: Mapping[str, Entry] = {
     "plan": Entry("plan", "memory, arithmetic and communication of a run, without a GPU"),
     "report": Entry("report", "an HTML page about one or several runs"),
     "checkpoint": Entry("checkpoint", "what a checkpoint holds, and whether its files are whole"),
-    "convert": Entry("convert", "a checkpoint written anew, for another topology"),
+    "convert": Entry("convert.actions", "a checkpoint written anew: for another topology or program, or from one"),
     "warm-triton": Entry("warm_triton", "compile the Triton kernels of attention ahead"),
     "study extrapolate": Entry("study.extrapolate", "train short, test long: Figure 4 of the paper"),
     "study compare-1p3b": Entry("study.compare_1p3b", "ALiBi against sinusoidal positions at twice the length"),

@@ -73,6 +73,9 @@ def test_bad_input_is_one_line(config: Path, tmp_path: Path) -> None:
 def test_what_it_writes_is_whole(config: Path, tmp_path: Path) -> None:
     assert run("reshard", config.parent / "run", tmp_path / "new", "--data-parallel-size", 2).returncode == 0
     assert list(Checkpoint.open(tmp_path / "new").find_damage()) == []
+    done = run("verify", tmp_path / "new")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path}/new: 8 files, ")
 
 
 def test_a_checkpoint_is_no_folder_of_a_run(config: Path, tmp_path: Path) -> None:

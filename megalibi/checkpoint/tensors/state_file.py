@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +23,12 @@ import torch
 from torch import Tensor
 
 from megalibi.checkpoint.manifest import FileEntry
+from megalibi.checkpoint.tensors.safetensors_header import (
+    METADATA,
+    HeaderEntry,
+    encode_safetensors_header,
+    read_safetensors_header,
+)
 from megalibi.errors import CheckpointError, FileError, describe_os_error
 from megalibi.files import sync_file
 
@@ -34,11 +39,7 @@ CONTENTS = ("weights", "optimizer")
 _CHUNK_ELEMENTS = 1 << 22
 _HASHED_BESIDE_BYTES = 1 << 20
 """From this size on a block is worth another thread."""
-_ALIGNMENT_BYTES = 8
 _ELEMENT = np.dtype("<f4")
-_LARGEST_HEADER_BYTES = 100_000_000
-"""As the library has it."""
-_METADATA = "__metadata__"
 _STARTS = "starts"
 _TENSOR_RANK = "tensor_rank"
 
@@ -184,17 +185,9 @@ class StateFileWriter:
 
 
 def _encode_header(tensor_rank: int, stretches: Sequence[Stretch]) -> bytes:
-    header: dict[str, object] = {}
-    offset = 0
-    for stretch in stretches:
-        end = offset + stretch.length * _ELEMENT.itemsize
-        header[stretch.key] = {"dtype": "F32", "shape": [stretch.length], "data_offsets": [offset, end]}
-        offset = end
     starts = json.dumps({stretch.key: stretch.start for stretch in stretches})
-    header[_METADATA] = {_TENSOR_RANK: str(tensor_rank), _STARTS: starts}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
-    return len(text).to_bytes(8, "little") + text
+    entries = [HeaderEntry(stretch.key, "F32", (stretch.length,)) for stretch in stretches]
+    return encode_safetensors_header(entries, {_TENSOR_RANK: str(tensor_rank), _STARTS: starts})
 
 
 def list_stretches(path: Path) -> tuple[int, dict[tuple[str, str], StretchInFile]]:
@@ -204,17 +197,9 @@ def list_stretches(path: Path) -> tuple[int, dict[tuple[str, str], StretchInFile
         CheckpointError: It is no such file.
         FileError: It may not be read.
     """
+    header, begin, file_bytes = read_safetensors_header(path)
     try:
-        with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if not 0 < header_bytes <= min(file_bytes - 8, _LARGEST_HEADER_BYTES):
-                raise CheckpointError(f"{path} cannot be loaded: it is no safetensors file")
-            text = file.read(header_bytes)
-    except OSError as error:
-        raise FileError(describe_os_error(error, path)) from error
-    try:
-        return _read_header(path, json.loads(text), 8 + header_bytes, file_bytes)
+        return _read_header(path, header, begin, file_bytes)
     except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be loaded: its header is not that of megalibi: {error!r}") from error
 
@@ -222,7 +207,7 @@ def list_stretches(path: Path) -> tuple[int, dict[tuple[str, str], StretchInFile
 def _read_header(
     path: Path, header: dict[str, Any], begin: int, file_bytes: int
 ) -> tuple[int, dict[tuple[str, str], StretchInFile]]:
-    metadata = header.pop(_METADATA)
+    metadata = header.pop(METADATA)
     starts = json.loads(metadata[_STARTS])
     found, reached = {}, begin
     for key, entry in header.items():

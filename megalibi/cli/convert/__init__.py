@@ -1,0 +1,1 @@
+"""``megalibi convert ACTION IN OUT``: a checkpoint written anew, one module for each action."""

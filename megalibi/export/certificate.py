@@ -1,0 +1,219 @@
+"""What came out of a conversion: ``certificate.json``, in the folder that it wrote.
+
+It has the checksum of every tensor before and after, the slopes of both sides, and how far the logits of source and
+target are apart where the target's own software could be run. What was not compared is said, and never claimed.
+docs/formats.md describes the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import megalibi
+from megalibi.errors import FileError
+from megalibi.files import write_json
+
+CERTIFICATE = "certificate.json"
+CERTIFICATE_VERSION = 1
+MAX_LOGIT_DIFFERENCE = 1e-4
+"""The largest difference of two logits between source and target in fp32; above it a conversion fails."""
+MAX_SLOPE_DIFFERENCE = 1e-6
+"""The largest difference of two slopes, relative to the source's: a few bits in the last place."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRecord:
+    """One tensor before and after a conversion."""
+
+    source: str
+    """The tensor's name in the source."""
+    target: str
+    """The tensor's name in the target."""
+    source_sha256: str
+    """The SHA-256 of the tensor's bytes before, whole, in fp32, little-endian and row-major."""
+    target_sha256: str
+    """The SHA-256 of the tensor's bytes after, read back from the file that was written, in the target's type."""
+    bit_equal: bool
+    """Whether what was read back, put into the source's order, has the source's bits, rounded to the target's type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlopeTables:
+    """The slope of each attention head on both sides."""
+
+    source: list[float]
+    """The slopes that the source's own code computes, by head."""
+    target: list[float] | None
+    """The slopes that the target's own function computes, by head; None: it could not be asked."""
+    largest_difference: float | None
+    """The largest difference of two slopes of one head, relative to the source's; None: the target was not asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitComparison:
+    """Source and target on the same tokens, each run by its own software."""
+
+    software: str
+    """What ran the target, with its version."""
+    text: str
+    """What the tokens are: a text and its tokenizer, or random numbers and their seed."""
+    tokens: int
+    """The number of tokens, twice the training length, where wrong slopes would show."""
+    largest_logit_difference: float
+    """The largest absolute difference of two logits, each row less its mean, which no probability depends on."""
+    source_perplexity: float
+    """The perplexity of the tokens under the source."""
+    target_perplexity: float
+    """The perplexity of the tokens under the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What a conversion read and wrote, and how both compare."""
+
+    version: int = CERTIFICATE_VERSION
+    """The version of this description."""
+    command: list[str]
+    """The words of the command line."""
+    date: str
+    """When the conversion ended, in UTC."""
+    versions: dict[str, str]
+    """The versions of megalibi and of the packages that took part."""
+    source: dict[str, Any]
+    """What was read: a checkpoint's path, step, run and manifest checksum, or each foreign file with its SHA-256."""
+    target: dict[str, Any]
+    """What was written: its format and the type of its numbers."""
+    tensors: list[TensorRecord]
+    """Every tensor, in the order in which it was written."""
+    ties: dict[str, str] = field(default_factory=dict)
+    """Further names of tensors that have several, in the target, each with the name that is stored."""
+    slopes: SlopeTables | None = None
+    """The slopes of both sides; None: the model has none."""
+    comparison: LogitComparison | None = None
+    """How far source and target are apart; None: they were not compared."""
+    not_compared: str | None = None
+    """Why source and target were not compared; None: they were."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know besides, a sentence each."""
+
+    @property
+    def all_equal(self) -> bool:
+        """Whether every tensor came out with the bits that it should have."""
+        return all(tensor.bit_equal for tensor in self.tensors)
+
+
+def hash_tensor(values: Tensor) -> str:
+    """Return the SHA-256 of a tensor's bytes in its own type, little-endian and row-major."""
+    return hashlib.sha256(as_bytes(values)).hexdigest()
+
+
+def as_bytes(values: Tensor) -> memoryview:
+    """Return a tensor's bytes in its own type, row-major; without a copy where it lies so on the host."""
+    flat: np.ndarray = values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return flat.data
+
+
+def describe_command() -> list[str]:
+    """Return the words of this process's command line, the program by its name alone."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def describe_date() -> str:
+    """Return the time in UTC, to the second."""
+    return time.strftime("%FT%TZ", time.gmtime())
+
+
+def describe_software(**others: str) -> dict[str, str]:
+    """Return the versions of what takes part in a conversion.
+
+    Args:
+        others: Versions of further packages by name.
+    """
+    own = {"megalibi": megalibi.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {**own, **others}
+
+
+def compare_slopes(source: Tensor, target: Tensor | None) -> SlopeTables:
+    """Return the slopes of both sides and their largest difference.
+
+    Args:
+        source: The source's slopes, [heads].
+        target: The target's, [heads]; None: its software could not be asked.
+    """
+    if target is None:
+        return SlopeTables(source=source.tolist(), target=None, largest_difference=None)
+    difference = ((target.double() - source.double()).abs() / source.double().abs()).max().item()
+    return SlopeTables(source=source.tolist(), target=target.tolist(), largest_difference=difference)
+
+
+def write_certificate(certificate: Certificate, folder: Path) -> None:
+    """Write ``certificate.json`` into a folder.
+
+    Raises:
+        FileError: It cannot be written.
+    """
+    write_json(dataclasses.asdict(certificate), folder / CERTIFICATE)
+
+
+def name_differing(tensors: Sequence[TensorRecord]) -> list[str]:
+    """Return the target's names of tensors that did not come out bit-equal."""
+    return [tensor.target for tensor in tensors if not tensor.bit_equal]
+
+
+def check_equal(tensors: Sequence[TensorRecord], output: Path) -> None:
+    """Check that every tensor came out with the bits that it should have.
+
+    Raises:
+        FileError: Some did not; they are named.
+    """
+    if differing := name_differing(tensors):
+        shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
+        raise FileError(
+            f"{output}: {len(differing)} tensors read back from the disk are not what was written: {shown}; nothing "
+            "is kept; try another disk"
+        )
+
+
+def check_slopes(slopes: SlopeTables, what: str) -> None:
+    """Check that the slopes of both sides agree.
+
+    Raises:
+        FileError: They do not.
+    """
+    difference = slopes.largest_difference
+    if difference is not None and not difference <= MAX_SLOPE_DIFFERENCE:
+        raise FileError(
+            f"{what} computes other slopes than the source, by up to {difference:.1e} of a slope, where at most "
+            f"{MAX_SLOPE_DIFFERENCE:.0e} is allowed: nothing is kept"
+        )
+
+
+def check_logits(comparison: LogitComparison, what: str) -> None:
+    """Check that the logits of source and target agree.
+
+    Raises:
+        FileError: They do not.
+    """
+    difference = comparison.largest_logit_difference
+    if not difference <= MAX_LOGIT_DIFFERENCE:
+        raise FileError(
+            f"{what} computes other logits than the source, by up to {difference:.1e}, where at most "
+            f"{MAX_LOGIT_DIFFERENCE:.0e} is allowed in fp32: nothing is kept"
+        )
+
+
+def read_versions(packages: Mapping[str, str]) -> dict[str, str]:
+    """Return versions by name without those that are empty."""
+    return {name: version for name, version in packages.items() if version}

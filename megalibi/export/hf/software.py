@@ -1,0 +1,109 @@
+"""Runs transformers' own classes, if they are installed: the one place that imports them. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalibi.errors import FileError
+from megalibi.export.hf.formats import HfFormat
+
+try:
+    import transformers
+
+    TRANSFORMERS_VERSION: str | None = transformers.__version__
+except ImportError:
+    TRANSFORMERS_VERSION = None
+
+WHY_NOT = "transformers is not installed: pip install 'megalibi[hf]'"
+"""Why nothing can be run."""
+
+
+def compute_their_slopes(known: HfFormat, num_heads: int, head_dim: int) -> Tensor:
+    """Return the slopes that the class's own function computes, [heads]: what a distance of 1 takes from a score.
+
+    Args:
+        known: The architecture.
+        num_heads: The number of heads.
+        head_dim: The width of a head; Falcon scales the bias by 1/sqrt of it.
+    """
+    modeling = _import_modeling(known)
+    if known.name == "mpt":
+        return -modeling.build_mpt_alibi_tensor(num_heads, 2)[:, 0, 0].float()
+    mask = torch.ones(1, 2, dtype=torch.long)
+    slopes_H: Tensor = modeling.build_alibi_tensor(mask, num_heads, torch.float32)[:, 0, 1]
+    return slopes_H / head_dim**0.5 if known.name == "falcon" else slopes_H
+
+
+def load_hf_model(known: HfFormat, folder: Path) -> nn.Module:
+    """Return a folder's model in fp32, ready to be evaluated, as ``from_pretrained`` loads it.
+
+    Args:
+        known: The architecture.
+        folder: A folder with config.json and safetensors.
+
+    Raises:
+        FileError: The class does not find every tensor, or finds others.
+    """
+    # The attention that a user gets who asks for none: in transformers 5.24 Falcon's "eager" adds its bias twice.
+    with _saying_nothing():
+        model, info = _get_class(known).from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+        )
+    wrong = {kind: sorted(names) for kind, names in info.items() if names}
+    if wrong:
+        raise FileError(f"{folder}: {known.architecture} does not load it as it is: {wrong}")
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def build_hf_model(known: HfFormat, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Return a model in fp32 of tensors that were read already: of a file that is no safetensors.
+
+    Args:
+        known: The architecture.
+        fields: What config.json says.
+        tensors: Every tensor by name, without those that are tied.
+    """
+    kind = _get_class(known)
+    model: nn.Module = kind(kind.config_class.from_dict(dict(fields)))
+    missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= {"lm_head.weight"}, missing
+    return model.float().eval()
+
+
+@torch.no_grad()
+def compute_their_logits(model: nn.Module, tokens_S: Tensor) -> Tensor:
+    """Return the logits of every position of a text, fp32 [S, V]."""
+    logits_SV: Tensor = model(input_ids=tokens_S[None], use_cache=False).logits[0]
+    return logits_SV.float()
+
+
+@contextmanager
+def _saying_nothing() -> Iterator[None]:
+    """Keep transformers from drawing a bar of its own, and from warnings about what is checked here."""
+    logging = transformers.utils.logging
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
+
+
+def _import_modeling(known: HfFormat) -> Any:
+    return importlib.import_module(f"transformers.models.{known.name}.modeling_{known.name}")
+
+
+def _get_class(known: HfFormat) -> Any:
+    return getattr(_import_modeling(known), known.architecture)
