@@ -39,14 +39,13 @@ def check_room(model: ModelConfig, num_prompt_tokens: int, max_tokens: int) -> N
     """
     cap = model.max_position_embeddings
     if cap and num_prompt_tokens + max_tokens > cap:
-        room = (
-            f"be at most {cap - num_prompt_tokens}: " if cap > num_prompt_tokens else "stand beside a shorter prompt: "
-        )
+        left = cap - num_prompt_tokens
+        room = f"be at most {left}" if left > 0 else "stand beside a shorter prompt"
         refuse(
             "--max-tokens",
             max_tokens,
-            f"{room}the prompt has {num_prompt_tokens} tokens, and the checkpoint's model.max_position_embeddings={cap} "
-            f"with model.position_method={model.position_method} has no positions beyond",
+            f"{room}: the prompt has {num_prompt_tokens} tokens, and model.position_method={model.position_method} of "
+            f"the checkpoint has learned model.max_position_embeddings={cap} positions",
         )
 
 
@@ -58,8 +57,8 @@ def check_prompt(prompt: Sequence[int], vocab_size: int) -> None:
     """
     if max(prompt) >= vocab_size:
         raise DataError(
-            f"the prompt has the token {max(prompt)}: must be below model.vocab_size={vocab_size} of the checkpoint; name "
-            "its own tokenizer with --tokenizer"
+            f"the prompt has the token {max(prompt)}: must be below model.vocab_size={vocab_size} of the checkpoint; "
+            "name its own tokenizer with --tokenizer"
         )
 
 

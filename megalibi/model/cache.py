@@ -15,7 +15,8 @@ are such heads, a distance is rounded up by at most a quarter of itself.
 
 Beside this, attention itself leaves out up to its own ``horizon_eps`` of a row, 2^-24 in all models.
 
-Shapes: B batch, which is 1 here; S new tokens, A heads of this rank, G heads of a group, T kept tokens, K head dimension.
+Shapes: B batch, which is 1 here; S new tokens, A heads of this rank, G heads of a group, T kept tokens, K head
+dimension.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ FEW_QUERIES = 8
 
 @dataclass(kw_only=True)
 class _HeadGroup:
-    """Heads whose first ``gone`` keys are gone, and the keys and values that they keep."""
+    """Heads whose first ``gone`` keys are gone, and the keys and values that they keep, [G, T, K] each."""
 
     heads: list[int]
     gone: int
-    k_GTK: Tensor
-    v_GTK: Tensor
+    keys: Tensor
+    values: Tensor
 
 
 class LayerCache:
@@ -114,7 +115,7 @@ class LayerCache:
 
     def memory_bytes(self) -> int:
         """Return the bytes of the buffers, the room in them included."""
-        return sum(group.k_GTK.nbytes + group.v_GTK.nbytes for group in self._groups)
+        return sum(group.keys.nbytes + group.values.nbytes for group in self._groups)
 
     def _begin(self, k_SAK: Tensor, slopes_A: Tensor | None) -> None:
         num_heads, device = k_SAK.shape[1], k_SAK.device
@@ -124,7 +125,7 @@ class LayerCache:
         if self._excess_A is None:
             self._excess_A = torch.zeros_like(self._norm_A)
         empty_GTK = k_SAK.new_empty(num_heads, 0, k_SAK.shape[2])
-        self._groups = [_HeadGroup(heads=list(range(num_heads)), gone=0, k_GTK=empty_GTK, v_GTK=empty_GTK)]
+        self._groups = [_HeadGroup(heads=list(range(num_heads)), gone=0, keys=empty_GTK, values=empty_GTK)]
 
     def _note(self, q_SAK: Tensor, k_SAK: Tensor) -> tuple[Tensor, Tensor] | None:
         """Take the new tokens into the largest norm and the largest excess, and return the queries' terms, [S, A] each.
@@ -137,7 +138,7 @@ class LayerCache:
             if self.num_tokens + len(k_SAK) < CENTRE_TOKENS:
                 return None
             (group,) = self._groups  # nothing is gone yet, so the norms of all keys can be taken now
-            all_keys_SAK = torch.cat([group.k_GTK[:, : self.num_tokens].transpose(0, 1), k_SAK]).double()
+            all_keys_SAK = torch.cat([group.keys[:, : self.num_tokens].transpose(0, 1), k_SAK]).double()
             self._centre_AK = all_keys_SAK.mean(dim=0)
             self._norm_A = key_norms(all_keys_SAK - self._centre_AK).amax(dim=0)
         centred_SAK = k_SAK.double() - self._centre_AK
@@ -186,22 +187,22 @@ class LayerCache:
         for gone in sorted(set(gone_by_head)):
             heads = [head for head, its_gone in enumerate(gone_by_head) if its_gone == gone]
             kept = self.num_tokens - gone
-            like = self._groups[0].k_GTK
+            like = self._groups[0].keys
             k_GTK, v_GTK = (like.new_empty(len(heads), kept + self._room, like.shape[2]) for _ in "kv")
             for row, head in enumerate(heads):
                 group, old_row = old[head]
                 stay = slice(gone - group.gone, self.num_tokens - group.gone)
-                k_GTK[row, :kept] = group.k_GTK[old_row, stay]
-                v_GTK[row, :kept] = group.v_GTK[old_row, stay]
-            groups.append(_HeadGroup(heads=heads, gone=gone, k_GTK=k_GTK, v_GTK=v_GTK))
+                k_GTK[row, :kept] = group.keys[old_row, stay]
+                v_GTK[row, :kept] = group.values[old_row, stay]
+            groups.append(_HeadGroup(heads=heads, gone=gone, keys=k_GTK, values=v_GTK))
         return groups
 
     def _append(self, k_SAK: Tensor, v_SAK: Tensor) -> None:
         for group in self._groups:
             start = self.num_tokens - group.gone
             new = slice(start, start + len(k_SAK))
-            group.k_GTK[:, new] = k_SAK[:, group.heads].transpose(0, 1)
-            group.v_GTK[:, new] = v_SAK[:, group.heads].transpose(0, 1)
+            group.keys[:, new] = k_SAK[:, group.heads].transpose(0, 1)
+            group.values[:, new] = v_SAK[:, group.heads].transpose(0, 1)
         self.num_tokens += len(k_SAK)
         self._room -= len(k_SAK)
 
@@ -213,8 +214,8 @@ def _attend_group(group: _HeadGroup, num_tokens: int, q_BSAK: Tensor, bias: Scor
     slopes_A = bias.alibi_slopes
     return attention(
         q_BSAK if all_heads else q_BSAK[:, :, group.heads],
-        group.k_GTK[:, :kept].transpose(0, 1).unsqueeze(0),
-        group.v_GTK[:, :kept].transpose(0, 1).unsqueeze(0),
+        group.keys[:, :kept].transpose(0, 1).unsqueeze(0),
+        group.values[:, :kept].transpose(0, 1).unsqueeze(0),
         alibi_slopes=slopes_A if all_heads or slopes_A is None else slopes_A[group.heads],
         distance_bias=bias.distance_bias,
         backend=backend,

@@ -35,7 +35,7 @@ class Rotary(PositionMethod):
 
 
 def rotary_table(seq_length: int, head_dim: int, device: torch.device, *, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the angles of the positions ``first``, ``first + 1``, ..., fp32 [S, 1, K / 2] each."""
+    """Return cosines and sines of the angles at ``first``, ``first + 1``, ..., fp32 [S, 1, K / 2] each."""
     # fp64: at position 16,384 an angle would be off by 1e-3 in fp32.
     exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
     position_S = torch.arange(first, first + seq_length, device=device, dtype=torch.float64)
