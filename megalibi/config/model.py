@@ -9,7 +9,9 @@ from megalibi.config.annotations import Fixed, Free, Said
 from megalibi.config.checks import check_at_least, check_at_most, check_fraction, check_one_of, refuse
 
 POSITION_METHODS = ("alibi", "sinusoidal", "rotary", "t5_bias", "learned", "none")
-ACTIVATIONS = ("gelu", "relu")
+ADDED_TO_EMBEDDING = ("sinusoidal", "learned")
+"""The position methods that act on the embedded tokens."""
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu")
 RECOMPUTATIONS = ("none", "full")
 MAX_LAYERS = 100_000
 MAX_WIDTH = 2**24
@@ -45,11 +47,20 @@ class ModelConfig:
     """The number of distance buckets of t5_bias, 32 as in T5; the first half of them hold one distance each."""
     t5_max_distance: Fixed[int] = 128
     """The distance in tokens, 128 as in T5, from which on all distances share the last bucket of t5_bias."""
+    scale_alibi: Fixed[bool] = False
+    """Whether the slopes of alibi are divided by sqrt(head dimension): Falcon-RW scales q.k and the bias together. The
+    paper's ALiBi scales q.k alone."""
     activation: Fixed[str] = "gelu"
-    """The activation of the feed-forward layer: gelu (the exact one, by erf) or relu."""
+    """The activation of the feed-forward layer: gelu (the exact one, by erf), gelu_tanh (its approximation by tanh,
+    arXiv:1606.08415, section 2, as in Bloom) or relu."""
     bias: Fixed[bool] = False
-    """Whether linear layers and layer norms have biases. Without them the model exports exactly to ALiBi formats that
-    have none."""
+    """Whether linear layers have biases, and layer norms too unless norm_bias says otherwise. Without them the model
+    exports exactly to ALiBi formats that have none."""
+    norm_bias: Fixed[bool | None] = None
+    """Whether layer norms have biases; null takes what bias says. Falcon-RW's norms have them in any case."""
+    embedding_norm: Fixed[bool] = False
+    """Whether a layer norm stands between the token embedding and the first block, as in Bloom. No position method may
+    add to the embedding then."""
     tie_embeddings: Fixed[bool] = True
     """Whether the embedding table is the weight of the output layer too."""
     adaptive_cutoffs: Fixed[tuple[int, ...]] = ()
@@ -111,6 +122,16 @@ class ModelConfig:
         """The probability of dropping an attention probability."""
         return self.dropout if self.attention_dropout is None else self.attention_dropout
 
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether layer norms have biases."""
+        return self.bias if self.norm_bias is None else self.norm_bias
+
+    @property
+    def head_dim(self) -> int:
+        """The width of an attention head, in elements."""
+        return self.hidden_size // self.num_attention_heads
+
     def _check_adaptive(self) -> None:
         cutoffs = self.adaptive_cutoffs
         if any(low >= high for low, high in pairwise((0, *cutoffs, self.vocab_size))):
@@ -131,7 +152,12 @@ class ModelConfig:
         method = self.position_method
         if method == "sinusoidal" and self.hidden_size % 2:
             refuse("model.hidden_size", self.hidden_size, "be even with model.position_method=sinusoidal")
-        if method == "rotary" and self.hidden_size // self.num_attention_heads % 2:
+        if self.scale_alibi and method != "alibi":
+            refuse("model.scale_alibi", self.scale_alibi, f"be false with model.position_method={method}")
+        if self.embedding_norm and method in ADDED_TO_EMBEDDING:
+            requirement = f"be false with model.position_method={method}, which adds positions to the embedding"
+            refuse("model.embedding_norm", self.embedding_norm, requirement)
+        if method == "rotary" and self.head_dim % 2:
             heads = f"model.num_attention_heads={self.num_attention_heads}"
             requirement = f"be an even multiple of {heads} with model.position_method=rotary"
             refuse("model.hidden_size", self.hidden_size, requirement)

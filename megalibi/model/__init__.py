@@ -5,6 +5,7 @@ from megalibi.model.cache import KeyValueCache
 from megalibi.model.dtypes import DTYPES
 from megalibi.model.gpt import GPT
 from megalibi.model.init import initialize
+from megalibi.model.positions import model_slopes
 from megalibi.model.size import count_parameters, model_flops_per_token, recomputed_flops_per_token
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "count_parameters",
     "initialize",
     "model_flops_per_token",
+    "model_slopes",
     "recomputed_flops_per_token",
 ]

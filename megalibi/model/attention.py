@@ -26,7 +26,7 @@ def check_backend(model: ModelConfig, device: torch.device, dtype: torch.dtype) 
     Raises:
         ConfigError: It cannot, and why.
     """
-    head_dim, dropout = model.hidden_size // model.num_attention_heads, model.attention_dropout_probability > 0.0
+    head_dim, dropout = model.head_dim, model.attention_dropout_probability > 0.0
     try:
         bias = METHODS[model.position_method].bias
         resolve_backend(model.attention_backend, device, dtype, head_dim, dropout=dropout, bias=bias)

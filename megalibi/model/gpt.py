@@ -48,6 +48,7 @@ class GPT(nn.Module):
         self.recompute = model.recompute == "full"
 
         self.embedding = build_embedding(model, padded_vocab_size, layout.tensor)
+        self.embedding_norm = LayerNorm(model, layout=layout) if model.embedding_norm else nn.Identity()
         self.positions = build_position_method(model, layout.tensor)
         self.dropout = ResidualDropout(model.dropout, OUTSIDE_BLOCKS, layout=layout)
         self.blocks = nn.ModuleList(
@@ -112,6 +113,7 @@ class GPT(nn.Module):
         x_BSH = self.positions.add_to_embedding(self.embedding(tokens_BS, self.compute_dtype), first=first)
         if self.layout.sequence_parallel:
             x_BSH = scatter_to_sequence(x_BSH, self.layout.tensor)
+        x_BSH = self.embedding_norm(x_BSH)  # no position method has added to the embedding if there is a norm
         x_BSH = self.dropout(x_BSH, Site.EMBEDDING, micro_batch_key)
         bias = self.positions.score_bias(first + tokens_BS.shape[1], x_BSH.device)
         documents = None if cu_seqlens is None else PackedDocuments(cu_seqlens, tokens_BS.numel(), x_BSH.device)

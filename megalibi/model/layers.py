@@ -7,6 +7,7 @@ this rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,11 @@ from megalibi.parallel import (
     use_replicated_param,
 )
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 class MLP(nn.Module):
@@ -59,7 +64,7 @@ class MLP(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm (arXiv:1607.06450), computed in the activation's dtype, with a bias only if the model has biases.
+    """Layer norm (arXiv:1607.06450), computed in the activation's dtype, with a bias only if the model's norms have.
 
     Args:
         model: The network.
@@ -73,7 +78,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(model.hidden_size))
         set_init(self.weight, Constant(1.0))
         self.bias: nn.Parameter | None = None
-        if model.bias:
+        if model.has_norm_bias:
             self.bias = nn.Parameter(torch.empty(model.hidden_size))
             set_init(self.bias, Constant(0.0))
 

@@ -18,7 +18,8 @@ def count_parameters(model: ModelConfig, padded_vocab_size: int | None = None) -
     else:
         vocabulary = padded_vocab_size or model.vocab_size
         tables = vocabulary * model.hidden_size * (1 if model.tie_embeddings else 2)
-    norms = (2 * model.num_layers + int(model.final_norm)) * model.hidden_size * (2 if model.bias else 1)
+    num_norms = 2 * model.num_layers + int(model.final_norm) + int(model.embedding_norm)
+    norms = num_norms * model.hidden_size * (2 if model.has_norm_bias else 1)
     biases = model.num_layers * (5 * model.hidden_size + model.ffn_hidden_size) if model.bias else 0
     return tables + model.num_layers * _block_matrix_elements(model) + norms + biases + _position_elements(model)
 

@@ -89,14 +89,22 @@ def setup_facts(run: Run) -> list[Fact]:
     facts = [
         Fact("model", "Parameters", "" if parameters is None else f"{parameters:,}"),
         Fact(
-            "model", "Positions", _POSITION_NAMES.get(model.get("position_method", ""), _text(model, "position_method"))
+            "model",
+            "Positions",
+            _POSITION_NAMES.get(model.get("position_method", ""), _text(model, "position_method")),
+            "slopes divided by sqrt(head dimension)" if model.get("scale_alibi") else "",
         ),
         Fact("model", "Layers", _text(model, "num_layers")),
         Fact("model", "Hidden size", _text(model, "hidden_size")),
         Fact("model", "Attention heads", _text(model, "num_attention_heads")),
         Fact("model", "Feed-forward", _text(model, "ffn_hidden_size"), _text(model, "activation")),
         Fact("model", "Vocabulary", _text(model, "vocab_size")),
-        Fact("model", "Embeddings", _switch(model, "tie_embeddings", on="tied", off="untied")),
+        Fact(
+            "model",
+            "Embeddings",
+            _switch(model, "tie_embeddings", on="tied", off="untied"),
+            "with a layer norm" if model.get("embedding_norm") else "",
+        ),
         Fact("model", "Dropout", _text(model, "dropout")),
         Fact("data", "Training data", _datasets(data.get("train"))),
         Fact("data", "Validation data", _datasets(data.get("valid"))),

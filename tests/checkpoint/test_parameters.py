@@ -21,12 +21,13 @@ from tests.support.runs import build, identify, make_config, write_tokens
 TWELVE_HEADS = {"num_attention_heads": 12}  # vocab_size is a prime: its table is padded at every tensor parallel size
 MODELS: dict[str, dict[str, Any]] = {
     "tied": TWELVE_HEADS,
-    "untied with biases": {**TWELVE_HEADS, "tie_embeddings": False, "bias": True},
+    "untied with biases": {**TWELVE_HEADS, "tie_embeddings": False, "bias": True, "embedding_norm": True},
     "adaptive": {"adaptive_cutoffs": [41, 122]},
     "adaptive untied": {"adaptive_cutoffs": [41, 122], "tie_embeddings": False},
     "t5_bias": {**TWELVE_HEADS, "position_method": "t5_bias", "bias": True},
-    "learned without a final norm": {"position_method": "learned", "max_position_embeddings": 64, "final_norm": False},
-}
+    "learned without a final norm": {"position_method": "learned", "max_position_embeddings": 64, "final_norm": False,
+                                      "norm_bias": True},
+}  # fmt: skip
 STAGE_AND_PRECISION = ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16"))
 
 

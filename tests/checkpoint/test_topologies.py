@@ -26,13 +26,19 @@ CHAIN = [(1, 1, 0), (2, 1, 1), (4, 1, 3), (1, 1, 2), (1, 2, 0), (1, 4, 1), (2, 2
 """Tensor parallel size, data ranks and ZeRO stage, from one training to the next."""
 NESTEROV = {"kind": "nesterov", "learning_rate": 0.3, "weight_decay": 0.01, "warmup_steps": 0}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "alibi, 12 heads, tied, biases": {"model": {"num_attention_heads": 12, "hidden_size": 48, "bias": True}},
+    "alibi, 12 heads, tied, biases, options for export": {
+        "model": {"num_attention_heads": 12, "hidden_size": 48, "bias": True, "embedding_norm": True,
+                  "scale_alibi": True, "activation": "gelu_tanh"},
+    },
     "t5_bias, 20 heads, untied, nesterov": {
         "model": {"position_method": "t5_bias", "num_attention_heads": 20, "hidden_size": 80, "tie_embeddings": False},
         "optimizer": NESTEROV,
     },
-    "adaptive, nesterov": {"model": {"adaptive_cutoffs": [41, 122]}, "optimizer": NESTEROV},
-}
+    "adaptive, biases of norms alone, nesterov": {
+        "model": {"adaptive_cutoffs": [41, 122], "norm_bias": True},
+        "optimizer": NESTEROV,
+    },
+}  # fmt: skip
 
 
 def on(prefix: str, topology: tuple[int, int, int], sections: dict[str, dict[str, Any]], **train: Any) -> Config:

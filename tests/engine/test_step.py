@@ -84,7 +84,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "document mask, micro batch 1": {"data": {"document_mask": True}, "train": {"micro_batch_size": 1}},
     "document mask, micro batch 4": {"data": {"document_mask": True}, "train": {"micro_batch_size": 4}},
     "biases": {"model": {"bias": True}},
-    "untied": {"model": {"tie_embeddings": False}},
+    "untied, options for export": {
+        "model": {"tie_embeddings": False, "embedding_norm": True, "norm_bias": True, "scale_alibi": True,
+                  "activation": "gelu_tanh"},
+    },
     "relu, sinusoidal": {"model": {"activation": "relu", "position_method": "sinusoidal"}},
     "rotary": {"model": {"position_method": "rotary"}},
     "t5_bias": {"model": {"position_method": "t5_bias"}},
@@ -105,13 +108,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "sequence parallel": {
         "parallel": {"sequence_parallel": True},
         "data": {"seq_length": 34},
-        "model": {"bias": True, "recompute": "full"},
+        "model": {"bias": True, "embedding_norm": True, "recompute": "full"},
     },
-}
+}  # fmt: skip
 
 
 ON_ONE_GPU = ("document mask, micro batch 4", "recompute")
-OF_THE_MODEL_ALONE = ("biases", "untied", "relu, sinusoidal", "rotary", "t5_bias", "none")
+OF_THE_MODEL_ALONE = ("biases", "untied, options for export", "relu, sinusoidal", "rotary", "t5_bias", "none")
 """Such an option only changes which parameters there are: ZeRO 3 shards each of them, ZeRO 0 leaves them whole."""
 
 

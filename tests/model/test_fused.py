@@ -18,9 +18,11 @@ FP32_RELATIVE_ERROR = 1e-5
 """Of the losses and of each gradient, by the norm."""
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "biases, dropout, recomputed": {"bias": True, "dropout": 0.1, "attention_dropout": 0.0, "recompute": "full"},
+    "biases, embedding norm, dropout, recomputed": {
+        "bias": True, "embedding_norm": True, "dropout": 0.1, "attention_dropout": 0.0, "recompute": "full",
+    },
     "adaptive, no final norm": {"adaptive_cutoffs": (100, 200), "final_norm": False},
-}
+}  # fmt: skip
 
 
 def _errors(fields: dict[str, Any], parallel: dict[str, Any]) -> dict[str, float]:

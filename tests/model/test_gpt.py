@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import math
 import resource
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from alibi_attention import alibi_slopes
+from megalibi.model import GPT
 from megalibi.model.block import Block
 from tests.support.models import (
     FP32_RELATIVE_ERROR,
@@ -20,6 +24,7 @@ from tests.support.models import (
 from tests.support.ranks import run_on_ranks
 from tests.support.tensors import assert_close, tensor_group
 
+FOR_EXPORT = {"embedding_norm": True, "norm_bias": True, "scale_alibi": True, "activation": "gelu_tanh"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "biases": {"bias": True},
@@ -33,8 +38,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "none": {"position_method": "none"},
     "12 heads": {"num_attention_heads": 12},
     "20 heads": {"num_attention_heads": 20, "hidden_size": 80},
-}
+    "embedding norm, biases of norms alone, scaled slopes, gelu_tanh": FOR_EXPORT,
+    "embedding norm, biases of linear layers alone, 12 heads": {
+        "embedding_norm": True, "bias": True, "norm_bias": False, "scale_alibi": True, "num_attention_heads": 12,
+    },
+}  # fmt: skip
 CU_SEQLENS = [0, 5, 12, 13, 24]
+LOG_PROB_ERROR = 2e-5
+"""Of a log-probability in fp32 against fp64, in nats; their largest is near 20."""
 
 
 def _run_variants(sequence_parallel: bool) -> list[dict[str, Tensor]]:
@@ -55,6 +66,43 @@ def test_tensor_parallel_equals_one_rank_in_losses_and_all_gradients(size: int, 
             assert results[number].keys() == expected.keys()
             for name, value in expected.items():
                 assert_close(results[number][name], value, FP32_RELATIVE_ERROR, f"{variant}: {name}")
+
+
+def _log_probs_by_hand(gpt: GPT, tokens_S: Tensor, heads: int) -> Tensor:
+    """One row in fp64 as Bloom and Falcon-RW compute it: the embedding has a norm, the bias is scaled with q.k."""
+    weights = {name: parameter.detach().double() for name, parameter in gpt.named_parameters()}
+
+    def norm(x_SH: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x_SH, x_SH.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    length = len(tokens_S)
+    distance_SS = (torch.arange(length)[:, None] - torch.arange(length)).double()
+    bias_HSS = -alibi_slopes(heads).double()[:, None, None] * distance_SS
+    x_SH = norm(weights["embedding.weight"][tokens_S], "embedding_norm")
+    for layer in range(len(gpt.blocks)):
+        block = f"blocks.{layer}"
+        qkv = norm(x_SH, f"{block}.attention_norm") @ weights[f"{block}.attention.qkv.weight"].T
+        q_HSK, k_HSK, v_HSK = qkv.view(length, 3, heads, -1).permute(1, 2, 0, 3)
+        scores_HSS = (q_HSK @ k_HSK.mT + bias_HSS) / math.sqrt(q_HSK.shape[-1])
+        attended_HSK = scores_HSS.masked_fill(distance_SS < 0, -math.inf).softmax(-1) @ v_HSK
+        x_SH = x_SH + attended_HSK.transpose(0, 1).flatten(1) @ weights[f"{block}.attention.proj.weight"].T
+        up_SF = norm(x_SH, f"{block}.mlp_norm") @ weights[f"{block}.mlp.up.weight"].T
+        x_SH = x_SH + F.gelu(up_SF, approximate="tanh") @ weights[f"{block}.mlp.down.weight"].T
+    logits_SV = norm(x_SH, "final_norm") @ weights["embedding.weight"][:VOCAB_SIZE].T
+    return logits_SV.log_softmax(-1)
+
+
+def test_options_for_export_compute_what_bloom_and_falcon_do() -> None:
+    tokens, _ = random_tokens(2, 40)
+    model = make_model(**FOR_EXPORT)
+    gpt = build_gpt(model)
+    found = gpt.log_probs(tokens)
+    for row in range(2):
+        expected = _log_probs_by_hand(gpt, tokens[row], model.num_attention_heads)
+        torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=LOG_PROB_ERROR)
+    for option, value in (("embedding_norm", False), ("scale_alibi", False), ("activation", "gelu")):
+        without = build_gpt(make_model(**{**FOR_EXPORT, option: value})).log_probs(tokens)
+        assert (without - found).abs().max() > 10 * LOG_PROB_ERROR, option  # each of them does something
 
 
 def test_ignored_labels_have_no_loss() -> None:
@@ -113,7 +161,13 @@ def _run_recomputed(sequence_parallel: bool) -> list[list[dict[str, Tensor]]]:
     for method, dropout, key in (("alibi", 0.0, None), ("alibi", 0.1, 99), ("t5_bias", 0.0, None)):
         pair = []
         for recompute in ("none", "full"):
-            model = make_model(dropout=dropout, bias=True, recompute=recompute, position_method=method)
+            model = make_model(
+                dropout=dropout,
+                bias=True,
+                recompute=recompute,
+                position_method=method,
+                embedding_norm=method == "alibi",
+            )
             gpt = build_gpt(model, group, sequence_parallel=sequence_parallel)
             calls = _count_forward_passes(gpt.blocks[0])
             pair.append(losses_and_grads(gpt, micro_batch_key=key))

@@ -70,7 +70,7 @@ def test_trap_9_padded_rows_are_zero(size: int) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"bias": True, "tie_embeddings": False},
+        {"bias": True, "tie_embeddings": False, "embedding_norm": True},
         {"position_method": "learned", "max_position_embeddings": 8},
         {"position_method": "t5_bias"},
         {"adaptive_cutoffs": (41, 122), "tie_embeddings": False},

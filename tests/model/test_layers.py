@@ -12,13 +12,15 @@ from tests.support.ranks import run_on_ranks
 from tests.support.tensors import randn, tensor_group
 
 
+@pytest.mark.parametrize("linear_bias", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_layer_norm_equals_its_formula(bias: bool) -> None:
-    model = make_model(bias=bias, layer_norm_epsilon=0.1)
+def test_layer_norm_equals_its_formula(bias: bool, linear_bias: bool) -> None:
+    model = make_model(bias=linear_bias, norm_bias=bias, layer_norm_epsilon=0.1)
     norm = LayerNorm(model, layout=WHOLE)
     weight, offset = randn(1, model.hidden_size), randn(2, model.hidden_size)
     with torch.no_grad():
         norm.weight.copy_(weight)
+        assert (norm.bias is not None) == bias
         if norm.bias is not None:
             norm.bias.copy_(offset)
     x = randn(3, 2, 5, model.hidden_size)
@@ -27,7 +29,14 @@ def test_layer_norm_equals_its_formula(bias: bool) -> None:
     torch.testing.assert_close(norm(x), expected)
 
 
-@pytest.mark.parametrize(("activation", "function"), [("gelu", F.gelu), ("relu", torch.relu)])
+def _gelu_of_bloom(x: Tensor) -> Tensor:
+    """What transformers' Bloom computes: its constant is sqrt(2 / pi) in nine digits."""
+    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "function"), [("gelu", F.gelu), ("gelu_tanh", _gelu_of_bloom), ("relu", torch.relu)]
+)
 def test_mlp_equals_its_formula(activation: str, function) -> None:
     model = make_model(activation=activation, bias=True)
     mlp = MLP(model, 0, layout=WHOLE)

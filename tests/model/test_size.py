@@ -39,8 +39,16 @@ def test_count_has_the_tables_of_learned_positions(fields: dict[str, Any]) -> No
     assert count_parameters(model, padded_vocab_size(model.vocab_size, 1)) == parameters
 
 
+@pytest.mark.parametrize("fields", [{"norm_bias": True}, {"bias": True, "norm_bias": False}, {}])
+def test_count_has_the_norms_and_biases_that_there_are(fields: dict[str, Any]) -> None:
+    for final_norm in (False, True):
+        model = make_model(embedding_norm=True, final_norm=final_norm, **fields)
+        parameters = sum(p.numel() for p in build_gpt(model).parameters())
+        assert count_parameters(model, padded_vocab_size(model.vocab_size, 1)) == parameters
+
+
 def test_count_is_that_of_all_tensor_ranks_together() -> None:
-    model = make_model(bias=True)
+    model = make_model(bias=True, embedding_norm=True)
     ranks = [build_gpt(model, fake_group(rank, 4)) for rank in range(4)]
     sharded = sum(p.numel() for gpt in ranks for p in gpt.parameters() if get_shard_spec(p) is not None)
     replicated = sum(p.numel() for p in ranks[0].parameters() if get_shard_spec(p) is None)

@@ -52,7 +52,7 @@ ON_ONE_RANK = {
     "one micro batch, recomputed": case(2, micro=4, batches=1, recompute="full"),
     "unfused": case(1, micro=2, attention_backend="unfused"),
     "unfused, recomputed": case(2, micro=4, batches=1, attention_backend="unfused", recompute="full"),
-    "rotary": case(2, micro=2, position_method="rotary"),
+    "rotary, embedding norm": case(2, micro=2, position_method="rotary", embedding_norm=True),
     "t5_bias": case(2, micro=2, position_method="t5_bias"),
     "dropout": case(2, micro=4, batches=1, dropout=0.1, attention_dropout=0.0, activation_dropout=0.1),
     "sinusoidal, biases, untied": case(
@@ -71,7 +71,16 @@ ON_TWO_RANKS = {
     "stage 3, recomputed": case(3, data=2, micro=2, recompute="full"),
     "tensor 2": case(1, 2, micro=2, batches=3),
     "tensor 2, stage 2": case(2, 2, micro=4),
-    "tensor 2, sequence parallel": case(1, 2, micro=4, parallel={"sequence_parallel": True}),
+    "tensor 2, sequence parallel": case(
+        1,
+        2,
+        micro=4,
+        parallel={"sequence_parallel": True},
+        embedding_norm=True,
+        norm_bias=True,
+        scale_alibi=True,
+        activation="gelu_tanh",
+    ),
 }
 ON_FOUR_RANKS = {
     "tensor 2, data 2, stage 2": case(2, 2, 2),

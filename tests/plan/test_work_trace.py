@@ -48,7 +48,8 @@ def test_products_of_the_blocks_by_hand() -> None:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_fused_norms_and_residual_adds_by_hand(bias: bool, recompute: str) -> None:
-    parts = work_of(config(model={"bias": bias, "recompute": recompute}))
+    # The norm of the embedding is as the last one: no stream beside it, and not computed again.
+    parts = work_of(config(model={"bias": bias, "recompute": recompute, "embedding_norm": bias}))
     again = 2 if recompute == "full" else 1
     beside = (2 if bias else 1) * HIDDEN * BF16 + 2 * TOKENS * FP32  # weights, and a mean and a deviation of each token
     # Before attention: read and written; the gradients of norm and stream and the norm's input read, one written.
@@ -56,8 +57,11 @@ def test_fused_norms_and_residual_adds_by_hand(bias: bool, recompute: str) -> No
     # Before the feed-forward layer the sum too: both summands read, it and the norm written.
     before_mlp = again * (4 * STREAM + beside) + 4 * STREAM
     last = 2 * STREAM + beside + 3 * STREAM  # it has no stream beside it, and is not computed again
-    gradients = (2 * LAYERS + 1) * (beside + HIDDEN * BF16)  # of the weights; a gradient of the biases for the biases
-    assert parts["layer norm"] == Work(0.0, LAYERS * (before_attention + before_mlp) + last + gradients)
+    alone = 2 if bias else 1
+    gradients = (2 * LAYERS + alone) * (
+        beside + HIDDEN * BF16
+    )  # of the weights; a gradient of the biases for the biases
+    assert parts["layer norm"] == Work(0.0, LAYERS * (before_attention + before_mlp) + alone * last + gradients)
     assert parts["residual add"] == Work(0.0, LAYERS * again * 3 * STREAM)  # at the end of a block
 
 

@@ -48,6 +48,12 @@ def test_the_set_up_names_what_config_yaml_names_and_nothing_else(write_run: Cal
     assert facts["Seed"] == "7"
     assert "Parameters" not in facts
     assert "Dropout" not in facts
+    model = {"position_method": "alibi", "scale_alibi": True, "tie_embeddings": True, "embedding_norm": True}
+    options = setup_facts(dataclasses.replace(run, config={"model": model}))
+    assert [(fact.value, fact.note) for fact in options] == [
+        ("ALiBi", "slopes divided by sqrt(head dimension)"),
+        ("tied", "with a layer norm"),
+    ]
     blend = {"train": [{"prefix": "a", "weight": 3.0}, {"prefix": "b", "weight": 1.0}], "document_mask": False}
     facts = {fact.label: fact.value for fact in setup_facts(dataclasses.replace(run, config={"data": blend}))}
     assert facts == {"Training data": "a (3), b (1)", "Document mask": "off"}

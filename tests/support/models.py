@@ -29,11 +29,10 @@ def build_gpt(model: ModelConfig, group: Group = ALONE, *, sequence_parallel: bo
     padded = padded_vocab_size(model.vocab_size, group.size)
     gpt = GPT(model, padded_vocab_size=padded, layout=Layout(group, sequence_parallel))
     initialize(gpt, seed=seed, group=group)
-    if model.bias:  # zeros would hide a wrong bias
-        with torch.no_grad():
-            for name, parameter in gpt.named_parameters():
-                if name.endswith("bias"):
-                    parameter.fill_(0.1)
+    with torch.no_grad():
+        for name, parameter in gpt.named_parameters():
+            if name.endswith("bias"):  # zeros would hide a wrong one
+                parameter.fill_(0.1)
     return gpt
 
 

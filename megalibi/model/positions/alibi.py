@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from alibi_attention import local_slopes
+from alibi_attention import alibi_slopes
 from megalibi.config import ModelConfig
 from megalibi.model.positions.base import PositionMethod, ScoreBias
 from megalibi.parallel import Group
@@ -22,7 +24,7 @@ class Alibi(PositionMethod):
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__(model, group)
-        self.num_attention_heads = model.num_attention_heads
+        self.model = model
         self.num_heads_local = model.num_attention_heads // group.size
         self.first_head = group.rank * self.num_heads_local
         self._slopes: Tensor | None = None
@@ -31,5 +33,13 @@ class Alibi(PositionMethod):
         """Return the slopes, fp32 [A]; computed at the first call."""
         # Not in __init__: for ZeRO 3 the model is built under zero.Init, which rounds every tensor that is made there.
         if self._slopes is None or self._slopes.device != device:
-            self._slopes = local_slopes(self.num_attention_heads, self.first_head, self.num_heads_local).to(device)
+            slopes_H = model_slopes(self.model)
+            self._slopes = slopes_H[self.first_head : self.first_head + self.num_heads_local].to(device)
         return ScoreBias(alibi_slopes=self._slopes)
+
+
+def model_slopes(model: ModelConfig) -> Tensor:
+    """Return the slope of every head of a whole model, fp32 [H heads]: what attention multiplies distances with."""
+    slopes_H = alibi_slopes(model.num_attention_heads)
+    # In fp64, rounded once: the nearest fp32 number to the fp32 slope / sqrt(head dimension).
+    return (slopes_H.double() / math.sqrt(model.head_dim)).float() if model.scale_alibi else slopes_H

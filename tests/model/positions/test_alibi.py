@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from alibi_attention import alibi_slopes
+from megalibi.model import model_slopes
 from megalibi.model.positions import PositionMethod
 from megalibi.model.positions.alibi import Alibi
 from megalibi.parallel import ALONE
@@ -28,6 +29,18 @@ def test_trap_2_each_rank_has_the_slopes_of_its_own_heads(heads: int, size: int)
     ]
     assert all(len(slopes) == heads // size for slopes in by_rank)
     assert torch.equal(torch.cat(by_rank), alibi_slopes(heads))
+
+
+@pytest.mark.parametrize("heads", [4, 12])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_scaled_slopes_are_divided_by_the_root_of_the_head_dimension_and_keyed_by_head(heads: int, size: int) -> None:
+    plain = make_model(num_attention_heads=heads, hidden_size=heads * 20)
+    model = make_model(num_attention_heads=heads, hidden_size=heads * 20, scale_alibi=True)
+    assert torch.equal(model_slopes(plain), alibi_slopes(heads))
+    slopes = torch.cat([slopes_of(Alibi(model, fake_group(rank, size))) for rank in range(size)])
+    assert slopes.dtype == torch.float32
+    assert torch.equal(slopes, model_slopes(model))
+    torch.testing.assert_close(slopes.double(), alibi_slopes(heads).double() / 20**0.5, rtol=2**-24, atol=0)
 
 
 @pytest.mark.parametrize("called_before", [False, True])

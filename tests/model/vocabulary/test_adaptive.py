@@ -25,7 +25,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {},
     "untied": {"tie_embeddings": False},
     "no final norm, biases": {"final_norm": False, "bias": True, "activation": "relu"},
-    "one cutoff": {"adaptive_cutoffs": (100,), "adaptive_factor": 2},
+    "one cutoff, embedding norm": {"adaptive_cutoffs": (100,), "adaptive_factor": 2, "embedding_norm": True},
     "no token in the last band": {"adaptive_cutoffs": (41, 300)},
     "recomputed": {"recompute": "full"},
 }
