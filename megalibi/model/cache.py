@@ -34,6 +34,8 @@ from megalibi.model.positions import ScoreBias
 
 ROOM_TOKENS = 256
 """How many tokens come between two times that keys are dropped."""
+FEWEST_TOKENS = 256
+"""What every head keeps: fewer keys would cost as much time, and a call of attention more for each other number."""
 CENTRE_TOKENS = 64
 """The fewest keys whose mean is taken for the centre of a head's keys; before there are as many, all are kept."""
 EXCESS_MARGIN = 1.25
@@ -173,7 +175,8 @@ class LayerCache:
                 horizon_eps=self.horizon_eps,
             )
             # The first new query stands at num_tokens; with so many keys kept, the last one gone is further away.
-            unit_A = 2 ** (distance_A.double().log2().floor() - 2).clamp(min=4).long()
+            distance_A = distance_A.clamp(min=FEWEST_TOKENS)
+            unit_A = 2 ** (distance_A.double().log2().floor() - 2).long()
             kept_A = (distance_A + unit_A - 1) // unit_A * unit_A
             gone_A = torch.maximum(self._gone_A, self.num_tokens - kept_A)
             self._gone_norm_A = torch.where(gone_A > self._gone_A, self._norm_A, self._gone_norm_A)
