@@ -40,8 +40,7 @@ EXAMPLE = """examples:
   python tools/benchmark_checkpoint.py bandwidth stall --ranks 2 --output results/checkpoint/ranks_2.json
 """
 VOCAB_SIZE = 4096
-BLOCK_BYTES = 1 << 24
-"""As large as the blocks of a save."""
+BLOCK_BYTES = 1 << 24  # as large as the blocks of a save
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 Figures = dict[str, float]
 
@@ -127,8 +126,8 @@ class BenchmarkRank:
         load = self.time(lambda: checkpoints.load_checkpoint(self.engine, path, self.job.groups))
         self.clean_up()
         total = sum(entry.size_bytes for entry in files.values())
-        rates = {"save": save, "plain_write": plain_write, "load": load, "plain_read": plain_read}
-        figures = {f"{name}_bytes_per_second": total / seconds for name, seconds in rates.items()}
+        turns = {"save": save, "plain_write": plain_write, "load": load, "plain_read": plain_read}
+        figures = {f"{name}_bytes_per_second": total / seconds for name, seconds in turns.items()}
         figures |= {"save_to_plain_write": plain_write / save, "load_to_plain_read": plain_read / load}
         return {"checkpoint_bytes": total, **figures, "sha256_bytes_per_second": measure_hashing()}
 
