@@ -37,12 +37,10 @@ from megalibi.runtime.exit import run_tool
 from megalibi.runtime.outputs import check_folder, check_outputs
 
 EXAMPLE = """examples:
-  python tools/benchmark_checkpoint.py bandwidth --ranks 2 --output results/checkpoint/bandwidth_2.json
-  python tools/benchmark_checkpoint.py stall --steps 8 --output results/checkpoint/stall_1.json
+  python tools/benchmark_checkpoint.py bandwidth stall --ranks 2 --output results/checkpoint/ranks_2.json
 """
 VOCAB_SIZE = 4096
-BLOCK_BYTES = 1 << 24
-"""As large as the blocks of a save."""
+BLOCK_BYTES = 1 << 24  # as large as the blocks of a save
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 Figures = dict[str, float]
 
@@ -119,8 +117,7 @@ class BenchmarkRank:
 
         save = self.time(lambda: self.saver.save(self.done))
         path = self.folder / f"step_{self.done:08d}"
-        files = checkpoints.read_manifest(path).files
-        rank = self.job.groups.data.rank
+        files, rank = checkpoints.read_manifest(path).files, self.job.groups.data.rank
         own = {name: entry.size_bytes for name, entry in files.items() if f"_data_{rank:04d}" in name}
         plain_write = self.time(lambda: write_plain_files(self.folder / f"plain_{rank}", own))
         drop_from_cache(path / name for name in own)
@@ -129,8 +126,8 @@ class BenchmarkRank:
         load = self.time(lambda: checkpoints.load_checkpoint(self.engine, path, self.job.groups))
         self.clean_up()
         total = sum(entry.size_bytes for entry in files.values())
-        rates = {"save": save, "plain_write": plain_write, "load": load, "plain_read": plain_read}
-        figures = {f"{name}_bytes_per_second": total / seconds for name, seconds in rates.items()}
+        turns = {"save": save, "plain_write": plain_write, "load": load, "plain_read": plain_read}
+        figures = {f"{name}_bytes_per_second": total / seconds for name, seconds in turns.items()}
         figures |= {"save_to_plain_write": plain_write / save, "load_to_plain_read": plain_read / load}
         return {"checkpoint_bytes": total, **figures, "sha256_bytes_per_second": measure_hashing()}
 
@@ -211,8 +208,8 @@ def serve_rank(config: Config, rank: int, ranks: int, port: int, connection: Con
     benchmark = BenchmarkRank(config)
     connection.send(str(benchmark.job.device))
     with contextlib.suppress(EOFError):  # the other end was closed: there is no more to measure
-        while request := connection.recv():
-            command, steps = request
+        while True:
+            command, steps = connection.recv()
             connection.send(getattr(benchmark, f"measure_{command}")(steps))
 
 
@@ -221,8 +218,7 @@ class BenchmarkRanks:
 
     def __init__(self, config: Config, ranks: int) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.connections = []
         for rank in range(ranks):
@@ -238,8 +234,8 @@ class BenchmarkRanks:
         """Have all ranks measure, and return what rank 0 says."""
         for connection in self.connections:
             connection.send((command, steps))
-        by_rank: list[Figures] = [self._receive(connection) for connection in self.connections]
-        return by_rank[0]
+        figures: list[Figures] = [self._receive(connection) for connection in self.connections]
+        return figures[0]
 
     @staticmethod
     def _receive(connection: Connection) -> Any:
@@ -260,9 +256,8 @@ def summarize_figures(repeats: Sequence[Figures]) -> dict[str, Any]:
 
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=as_written)
     parser.add_argument("measures", nargs="+", choices=("bandwidth", "stall"), help="what to measure")
     parser.add_argument("--ranks", type=int, default=1, help="number of ranks (default: 1)")
     parser.add_argument("--hidden-size", type=int, default=1024, help="of the model (default: 1024)")
@@ -292,9 +287,8 @@ def main() -> None:
             figures |= summarize_figures([ranks.measure(name, arguments.steps) for _ in range(arguments.repeats)])
     for name, value in figures.items():
         console.print(f"{name}: {value['median']:,.3f} ({value['min']:,.3f} to {value['max']:,.3f})")
-    described = describe_run(ranks.device, ("torch", "deepspeed"))
-    described["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
-    record = {**described, "ranks": arguments.ranks, **figures}
+    record = {**describe_run(ranks.device, ("torch", "deepspeed")), "ranks": arguments.ranks, **figures}
+    record["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
     if arguments.output:
         write_json(record, arguments.output)
     else:
