@@ -20,7 +20,9 @@ UNKNOWN = (
 )
 
 
-def test_the_table_names_every_back_end_its_types_and_their_errors(capsys):
+def test_the_table_names_every_back_end_its_types_and_their_errors(capsys, monkeypatch):
+    monkeypatch.setattr(__main__, "_QUICK_LENGTH", 33)  # test_contract.py measures the same at its own lengths
+    monkeypatch.setattr(__main__, "INTERPRETED_LENGTHS", (17,))
     assert __main__.main([]) == 0
     text = capsys.readouterr().out
     table, rest = text.split("\n\n", 1)

@@ -11,13 +11,14 @@ import pytest
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.runtime.exit import run_tool
 from tests.support.in_process import load_tool
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "benchmark_data.py"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(TOOL), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([warm_python(), str(TOOL), *map(str, arguments)], capture_output=True, text=True)
 
 
 def check_provenance(record: dict) -> None:
