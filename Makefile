@@ -3,6 +3,7 @@
 # make test-fast    for the inner loop: of each test function the cases that cost 0.75 s of a processor together or less
 # make test-costs   every test, and tests/costs.json is written anew: what each costs, from which test-fast is chosen
 # make test-gpu     what makes sense on one GPU, on that GPU
+# make test-gguf    llama.cpp on exported files; builds llama-cpp-python first, 6 minutes on 2 cores
 # make check        what must pass before a commit: format, lint, types, import law, tests
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ RANKS = $(if $(filter 1,$(GPUS)),1,2)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PRECIOUS: $(FINAL)
-.PHONY: quickstart install test test-fast test-costs test-gpu check lint clean
+.PHONY: quickstart install test test-fast test-costs test-gpu llama-cpp test-gguf check lint clean
 
 quickstart: $(RUN)/report.html
 	@echo "report: $(RUN)/report.html"
@@ -84,6 +85,17 @@ test-costs: install $(VENV)/.flash-attn
 
 test-gpu: install
 	TEST_DEVICE=cuda python -m pytest -m gpu
+
+# Built from its source for this CPU. Not a dependency: only `to-gguf` compares with it, where it is there.
+$(VENV)/.llama-cpp: $(VENV)/.installed
+	python -c 'import llama_cpp' 2>/dev/null || CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
+		pip install -q --disable-pip-version-check -c constraints.txt llama-cpp-python
+	touch $@
+
+llama-cpp: $(VENV)/.llama-cpp
+
+test-gguf: llama-cpp
+	python -m pytest tests/export/gguf
 
 lint: install
 	ruff check .
