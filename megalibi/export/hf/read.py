@@ -60,7 +60,7 @@ class ImportPlan:
     folder: Path
     """The folder that is read."""
     fields: Mapping[str, Any]
-    """What its config.json says."""
+    """What the folder's config.json says."""
     foreign: ForeignModel
     """The model that those fields describe."""
     tensors: ForeignTensors
