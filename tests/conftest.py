@@ -9,6 +9,12 @@ import pytest
 import tests.support.device
 import tests.support.flash_attn_on_cpu  # before alibi_attention, which asks it for its operators
 from tests.support.costs import measure_costs, pytest_addoption, pytest_collection_modifyitems
+from tests.support.economy import (
+    keep_memory,
+    leave_out_of_garbage_collection,
+    take_share_of_cores,
+    wake_up_in_turn,
+)
 from tests.support.run_folder import make_step, make_validation, write_run
 from tests.support.runs import write_tokens
 
@@ -19,6 +25,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """A shell starts what runs in its background with SIGINT ignored, and children inherit that: tests send SIGINT."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_memory()
+    take_share_of_cores()
+    wake_up_in_turn()
     measure_costs(config)
 
 
@@ -32,6 +41,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def pytest_collection_finish() -> None:
     """Where a test starts processes, let their server be the first one, with our imports."""
+    leave_out_of_garbage_collection()
     if "tests.support.processes" in sys.modules:
         sys.modules["tests.support.processes"].start_server()
 

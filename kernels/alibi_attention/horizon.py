@@ -19,6 +19,26 @@ Norms and M are computed in floating point: each of |q_i|, N and M is off by les
 |q_i| N; NORM_MARGIN covers that three times over for head_dim <= MAX_HEAD_DIM_FP32, above which fp64 is used, and
 NORM_FLOOR what is lost where squares underflow. Where m <= 0 or anything is NaN or infinite, nothing is left out.
 
+Keys that are gone
+------------------
+A cache that has thrown away the keys j <= J cannot look at them again when a later query i comes. (*) does not ask for
+it: of the left-out keys it needs the largest norm alone, which can be kept as a number. So (*) is not a hope about
+queries to come but a check of each query that has come, with N = max_(j<=J) |k_j|, J and M = s_ii all at hand. Where it
+holds, the row is within eps of the row over all keys; where it does not, the cache must be built again.
+
+A vector r that is taken off all keys adds c q_i.r to a whole row of scores, which a softmax does not see. So (*) may be
+used with k_j - r in place of k_j, in N and in M, for any r that stays the same from the first key on. The keys of a
+trained head have much in common: with r near their mean N is a fraction of what it would be.
+
+What is needed of query i is its excess |c| |q_i| N - M, which is linear in N: ``excess_terms``. (*) then reads
+
+    excess - m (i - J) + ln G <= ln eps,
+
+whose left side, the logarithm of the largest share, is ``log_share_of_gone``; ``distance_to_keep`` solves it for i - J.
+All of this is in fp64, where the error of each norm and product is below head_dim * 2^-53, and that of k_j - r 2^-53:
+NORM_MARGIN covers them many times over. Here N is of the gone keys alone, and M may be of a longer one: its own error
+has a margin of its own.
+
 Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries.
 """
 
@@ -86,3 +106,64 @@ def log_key_count(slopes_H: torch.Tensor, num_keys: int) -> torch.Tensor:
     at_most = math.log(num_keys)
     # A slope that is not positive has a series that does not fall: the comparison is false for its NaN and infinity.
     return torch.where(of_all_terms_H < at_most, of_all_terms_H, at_most)
+
+
+def key_norms(k_SHK: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each key, fp64 [S, H], as (*) needs it: not below the true one by more than its margin."""
+    return torch.linalg.vector_norm(k_SHK.detach().double(), dim=-1) + NORM_FLOOR
+
+
+def excess_terms(
+    q_QHK: torch.Tensor, own_k_QHK: torch.Tensor, *, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a and b, fp64 [Q, H] each, with |c| |q_i| N - M <= a_i N + b_i for any N; M is the score of i's own key.
+
+    Args:
+        q_QHK: Queries.
+        own_k_QHK: The key at the position of each query, less the vector r.
+        softmax_scale: Factor of q k^T.
+    """
+    q_QHK, own_k_QHK = q_QHK.detach().double(), own_k_QHK.detach().double()
+    of_norm_QH = abs(softmax_scale) * NORM_MARGIN * key_norms(q_QHK)
+    own_margin_QH = (NORM_MARGIN - 1.0) * of_norm_QH * key_norms(own_k_QHK)
+    return of_norm_QH, own_margin_QH - softmax_scale * torch.linalg.vecdot(q_QHK, own_k_QHK)
+
+
+def log_share_of_gone(
+    excess_QH: torch.Tensor, gone_H: torch.Tensor, slopes_H: torch.Tensor, *, first_query: int
+) -> torch.Tensor:
+    """Return the logarithm of the largest share of a query's weights that keys may hold that are gone, fp64 [H].
+
+    Args:
+        excess_QH: |c| |q_i| N - M of each query, N the largest norm of the keys that are gone.
+        gone_H: How many keys of each head are gone: those at the positions 0, 1, ..., gone - 1.
+        slopes_H: Slope of each head; where it is not above 0 the result is infinite if a key is gone.
+        first_query: Position of the first query; the others follow it.
+
+    Returns:
+        Minus infinity where nothing is gone, and NaN where the excess is.
+    """
+    slopes_H = slopes_H.double()
+    position_Q1 = torch.arange(first_query, first_query + len(excess_QH), device=excess_QH.device)[:, None]
+    distance_QH = position_Q1 - gone_H + 1
+    share_H = (excess_QH - slopes_H * distance_QH).amax(dim=0) + log_key_count(slopes_H, max(1, first_query))
+    share_H = torch.where(slopes_H > 0, share_H, torch.inf)
+    return torch.where(gone_H > 0, share_H, -torch.inf)
+
+
+def distance_to_keep(
+    excess_H: torch.Tensor, slopes_H: torch.Tensor, *, num_keys: int, horizon_eps: float
+) -> torch.Tensor:
+    """Return the smallest distance from a query at which keys may be gone, int64 [H]; ``num_keys`` if there is none.
+
+    Args:
+        excess_H: The largest excess of a head's queries.
+        slopes_H: Slope of each head.
+        num_keys: Number of keys up to the query.
+        horizon_eps: Largest share of a row's weights that may be gone, above 0.
+    """
+    slopes_H = slopes_H.double()
+    slack_H = log_key_count(slopes_H, max(1, num_keys)) - math.log(horizon_eps)
+    distance_H = ((excess_H + slack_H) / slopes_H).ceil()
+    is_proven_H = (slopes_H > 0) & (distance_H >= 1) & (distance_H < num_keys)
+    return torch.where(is_proven_H, distance_H, num_keys).to(torch.int64)

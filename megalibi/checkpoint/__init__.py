@@ -12,16 +12,21 @@ from megalibi.checkpoint.resume import (
     find_said_changes,
     load_checkpoint,
 )
-from megalibi.checkpoint.save import save_checkpoint
+from megalibi.checkpoint.writing.description import SavedRun
+from megalibi.checkpoint.writing.save import CheckpointSaver, save_checkpoint
+from megalibi.checkpoint.writing.snapshot import ELEMENT_BYTES
 
 __all__ = [
     "CHECKPOINTS",
+    "ELEMENT_BYTES",
     "IMPORTED_DATA",
     "LATEST",
     "MANIFEST",
     "Checkpoint",
+    "CheckpointSaver",
     "Manifest",
     "RunLock",
+    "SavedRun",
     "check_resumable",
     "describe_changes",
     "find_checkpoint",

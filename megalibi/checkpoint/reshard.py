@@ -15,7 +15,6 @@ from megalibi.checkpoint.checkpoint import Checkpoint
 from megalibi.checkpoint.folder import PARTIAL_SUFFIX
 from megalibi.checkpoint.manifest import FORMAT_VERSION, Manifest, write_manifest
 from megalibi.checkpoint.parameters import ParameterEntry, build_without_memory, describe_parameters, find_ties
-from megalibi.checkpoint.save import describe_versions
 from megalibi.checkpoint.tensors.saved_state import RankSlice
 from megalibi.checkpoint.tensors.state_file import (
     CONTENTS,
@@ -26,6 +25,7 @@ from megalibi.checkpoint.tensors.state_file import (
     find_content,
     name_state_file,
 )
+from megalibi.checkpoint.writing.description import describe_versions
 from megalibi.config import Config, Derived, config_to_dict, derive
 from megalibi.engine.masters import STATES
 from megalibi.errors import ConfigError

@@ -30,6 +30,7 @@ COMMANDS: Mapping[str, Entry] = {
     "tokenizer": Entry("tokenizer", "train a tokenizer on text"),
     "preprocess": Entry("preprocess", "turn text into a token file"),
     "evaluate": Entry("evaluate", "loss and perplexity of a checkpoint at several lengths"),
+    "generate": Entry("generate", "text from a checkpoint, after prompts that are given or typed"),
     "lm-eval": Entry("lm_evaluate", "tasks of lm-evaluation-harness on a checkpoint"),
     "plan": Entry("plan", "memory, arithmetic and communication of a run, without a GPU"),
     "report": Entry("report", "an HTML page about one or several runs"),

@@ -106,6 +106,9 @@ def tabulate_plan(config: Config, plan: RunPlan) -> Table:
     rows = [(format_bytes(getattr(plan.memory, kind)), kind.replace("_", " ")) for kind in kinds]
     rows.append((format_bytes(plan.memory.total), "in all, at the peak of a step"))
     add_rows(table, f"memory of a rank, {plan.attention} attention", rows)
+    if plan.snapshot_bytes:
+        words = "a copy to write checkpoints from (checkpoint.asynchronous=false: none)"
+        table.add_row("host memory of a rank, in addition", format_bytes(plan.snapshot_bytes), words)
     rows = [(format_bytes(sent), f"{kind}, by rings") for kind, sent in plan.sent_bytes.items()]
     add_rows(table, "a rank sends per step", rows or [("0 B", "")])
     return table

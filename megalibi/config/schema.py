@@ -203,6 +203,10 @@ class CheckpointConfig:
     that one."""
     keep: Free[int] = 3
     """The number of newest checkpoints that are kept; 0 keeps all."""
+    asynchronous: Free[bool | None] = None
+    """Whether checkpoints are written in the background, from a copy in host memory, while the training goes on; null:
+    where a host's free memory is at least twice what the copies of its ranks take. The one at the end of a run and the
+    one after a signal are waited for."""
     resume: Free[str] = "auto"
     """Where a run begins: auto takes the run's latest checkpoint, if there is one; none begins anew, and only in a
     folder without checkpoints; the path of another run's checkpoint begins from that, as long as this run has none of

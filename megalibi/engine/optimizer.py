@@ -154,11 +154,6 @@ class _Clipped(torch.optim.Optimizer):
         """Return the optimizer's state and the loss scale's."""
         return {**super().state_dict(), "loss_scale": self.loss_scale, "good_steps": self.good_steps}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned."""
-        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
-        self.loss_scale, self.good_steps = state_dict["loss_scale"], state_dict["good_steps"]
-
 
 def sum_of_squares(gradient: Tensor) -> Tensor:
     """Return the sum of the squares of all elements, a number in fp64 on the gradient's device.

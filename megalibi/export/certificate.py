@@ -77,6 +77,8 @@ class LogitComparison:
     """The perplexity of the tokens under the source."""
     target_perplexity: float
     """The perplexity of the tokens under the target."""
+    largest_probability_difference: float
+    """The largest absolute difference of two probabilities of a next token."""
 
 
 @dataclass(frozen=True, kw_only=True)

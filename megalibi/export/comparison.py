@@ -16,10 +16,13 @@ from torch import Tensor
 from megalibi.checkpoint import Checkpoint
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
+from megalibi.errors import FileError
 from megalibi.export.certificate import LogitComparison
 
 _RANDOM_SEED = 1234
 _TEXT_FILE = "license.txt"
+_ROWS = 256
+"""Rows of probabilities that exist at once."""
 
 
 class ComparisonText(NamedTuple):
@@ -91,7 +94,32 @@ def compare_logits(
         largest_logit_difference=(centred[0] - centred[1]).abs().max().item(),
         source_perplexity=_compute_perplexity(source_SV, text.tokens),
         target_perplexity=_compute_perplexity(target_SV, text.tokens),
+        largest_probability_difference=_compute_probability_difference(source_SV, target_SV),
     )
+
+
+def check_probabilities(comparison: LogitComparison, what: str, bound: float) -> None:
+    """Check that the probabilities of source and target agree, for software that does not compute in fp32 throughout.
+
+    Args:
+        comparison: What was compared.
+        what: The target's software.
+        bound: The largest difference that is allowed.
+
+    Raises:
+        FileError: They do not agree.
+    """
+    difference = comparison.largest_probability_difference
+    if not difference <= bound:
+        raise FileError(
+            f"{what} computes other probabilities than the source, by up to {difference:.1e}, where at most "
+            f"{bound:.0e} is allowed: nothing is kept"
+        )
+
+
+def _compute_probability_difference(source_SV: Tensor, target_SV: Tensor) -> float:
+    pairs = zip(source_SV.split(_ROWS), target_SV.split(_ROWS), strict=True)
+    return max((ours.double().softmax(-1) - theirs.double().softmax(-1)).abs().max().item() for ours, theirs in pairs)
 
 
 def _compute_perplexity(logits_SV: Tensor, tokens_S: Tensor) -> float:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from megalibi.checkpoint.manifest import FileEntry, Manifest, write_manifest
 from megalibi.checkpoint.parameters import ParameterEntry, build_without_memory, describe_parameters, find_ties
-from megalibi.checkpoint.save import describe_versions
 from megalibi.checkpoint.tensors.state_file import CONTENTS, WEIGHT, StateFileWriter, Stretch, name_state_file
+from megalibi.checkpoint.writing.description import describe_versions
 from megalibi.config import Config, config_to_dict, derive
 from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER
 from megalibi.engine.masters import STATES, OptimizerProgress

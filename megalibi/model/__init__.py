@@ -1,6 +1,7 @@
 """The GPT, from token ids to the loss of each token."""
 
 from megalibi.model.attention import check_backend
+from megalibi.model.cache import KeyValueCache
 from megalibi.model.dtypes import DTYPES
 from megalibi.model.gpt import GPT
 from megalibi.model.init import initialize
@@ -10,6 +11,7 @@ from megalibi.model.size import count_parameters, model_flops_per_token, recompu
 __all__ = [
     "DTYPES",
     "GPT",
+    "KeyValueCache",
     "check_backend",
     "count_parameters",
     "initialize",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from alibi_attention import PackedDocuments, attention, resolve_backend, split_qkv
 from megalibi.config import ModelConfig
 from megalibi.errors import ConfigError
+from megalibi.model.cache import LayerCache
 from megalibi.model.dropout import Site
 from megalibi.model.init import residual_std, set_linear_init
 from megalibi.model.positions import METHODS, PositionMethod, ScoreBias
@@ -61,11 +62,20 @@ class SelfAttention(nn.Module):
         set_linear_init(self.proj, residual_std(model))
 
     def forward(
-        self, x_BSH: Tensor, micro_batch_key: int | None, bias: ScoreBias, *, documents: PackedDocuments | None = None
+        self,
+        x_BSH: Tensor,
+        micro_batch_key: int | None,
+        bias: ScoreBias,
+        *,
+        documents: PackedDocuments | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Return what attention adds to the residual stream, [B, S, H]."""
         qkv = self.qkv(x_BSH)  # [B, S, 3AK], the whole sequence
         q_BSAK, k_BSAK, v_BSAK = split_qkv(qkv.unflatten(-1, (3, self.num_heads_local, -1)))
+        if cache is not None:
+            q_BSAK, k_BSAK = self.apply_to_query_key(q_BSAK, k_BSAK, first=cache.num_tokens)
+            return self.proj(cache.attend(q_BSAK, k_BSAK, v_BSAK, bias, backend=self.backend).flatten(2))
         q_BSAK, k_BSAK = self.apply_to_query_key(q_BSAK, k_BSAK)
         dropout_p = 0.0
         random: AbstractContextManager[None] = nullcontext()

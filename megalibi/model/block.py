@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from alibi_attention import PackedDocuments
 from megalibi.config import ModelConfig
 from megalibi.model.attention import SelfAttention
+from megalibi.model.cache import LayerCache
 from megalibi.model.dropout import ResidualDropout, Site
 from megalibi.model.layers import MLP, ResidualNorm
 from megalibi.model.positions import PositionMethod, ScoreBias
@@ -35,7 +36,13 @@ class Block(nn.Module):
         self.dropout = ResidualDropout(model.dropout, layer, layout=layout)
 
     def forward(
-        self, x_BSH: Tensor, micro_batch_key: int | None, bias: ScoreBias, *, documents: PackedDocuments | None = None
+        self,
+        x_BSH: Tensor,
+        micro_batch_key: int | None,
+        bias: ScoreBias,
+        *,
+        documents: PackedDocuments | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Return the residual stream after this block.
 
@@ -45,9 +52,10 @@ class Block(nn.Module):
             bias: What is added to the attention scores.
             documents: Attention does not cross their boundaries; None: it sees the whole row. It is given by name:
                 ZeRO 3 looks for tensors in what is given by position, and warns of a type that it does not know.
+            cache: The keys and values of the tokens before, which gets those of these; None: there were none.
         """
         x_BSH, normed_BSH = self.attention_norm(x_BSH)
-        y_BSH = self.attention(normed_BSH, micro_batch_key, bias, documents=documents)
+        y_BSH = self.attention(normed_BSH, micro_batch_key, bias, documents=documents, cache=cache)
         x_BSH, normed_BSH = self.mlp_norm(x_BSH, self.dropout(y_BSH, Site.ATTENTION_OUTPUT, micro_batch_key))
         y_BSH = self.mlp(normed_BSH, micro_batch_key)
         return x_BSH + self.dropout(y_BSH, Site.MLP_OUTPUT, micro_batch_key)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from alibi_attention import PackedDocuments
 from megalibi.config import ModelConfig
 from megalibi.model.block import Block
+from megalibi.model.cache import KeyValueCache
 from megalibi.model.dropout import OUTSIDE_BLOCKS, ResidualDropout, Site
 from megalibi.model.layers import LayerNorm
 from megalibi.model.positions import ScoreBias, build_position_method
@@ -89,17 +90,37 @@ class GPT(nn.Module):
         assert first == 0 or not self.layout.sequence_parallel
         return self.output.log_probs(self._last_hidden(tokens_BS, None, None)[:, first:])
 
-    def _last_hidden(self, tokens_BS: Tensor, cu_seqlens: Tensor | None, micro_batch_key: int | None) -> Tensor:
+    @torch.no_grad()
+    def next_log_probs(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return the log-probability of the token after these, fp32 [B, V], the same on the whole tensor group.
+
+        Args:
+            tokens_BS: The tokens that follow those of the cache; its one row.
+            cache: The keys and values of the tokens before, which gets those of these.
+        """
+        assert not self.layout.sequence_parallel
+        return self.output.log_probs(self._last_hidden(tokens_BS, None, None, cache)[:, -1:])[:, 0]
+
+    def _last_hidden(
+        self,
+        tokens_BS: Tensor,
+        cu_seqlens: Tensor | None,
+        micro_batch_key: int | None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """Return what the output layer reads, [B, S, H]; under sequence parallelism this rank's part of it."""
-        x_BSH = self.positions.add_to_embedding(self.embedding(tokens_BS, self.compute_dtype))
+        first = 0 if cache is None else cache.num_tokens
+        x_BSH = self.positions.add_to_embedding(self.embedding(tokens_BS, self.compute_dtype), first=first)
         if self.layout.sequence_parallel:
             x_BSH = scatter_to_sequence(x_BSH, self.layout.tensor)
         x_BSH = self.embedding_norm(x_BSH)  # no position method has added to the embedding if there is a norm
         x_BSH = self.dropout(x_BSH, Site.EMBEDDING, micro_batch_key)
-        bias = self.positions.score_bias(tokens_BS.shape[1], x_BSH.device)
+        bias = self.positions.score_bias(first + tokens_BS.shape[1], x_BSH.device)
         documents = None if cu_seqlens is None else PackedDocuments(cu_seqlens, tokens_BS.numel(), x_BSH.device)
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
+        for number, block in enumerate(self.blocks):
+            if cache is not None:
+                x_BSH = block(x_BSH, None, bias, cache=cache.layers[number])
+            elif self.recompute and torch.is_grad_enabled():
                 x_BSH = _run_and_recompute(block, x_BSH, micro_batch_key, bias, documents)
             else:
                 x_BSH = block(x_BSH, micro_batch_key, bias, documents=documents)

@@ -191,10 +191,10 @@ def _query_and_key_are_inputs(trace: MemoryTrace, attention: SelfAttention) -> I
     """Count what a position method makes of q and k as attention's inputs, not as its workspace."""
     apply = attention.apply_to_query_key
 
-    def applied(q_BSAK: Tensor, k_BSAK: Tensor) -> tuple[Tensor, Tensor]:
+    def applied(q_BSAK: Tensor, k_BSAK: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
         trace.enter(ACTIVATIONS)
         try:
-            return apply(q_BSAK, k_BSAK)
+            return apply(q_BSAK, k_BSAK, first=first)
         finally:
             trace.leave()
 

@@ -7,10 +7,13 @@ step on the meta device (memory.py); arithmetic is counted by the formulas of me
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megalibi.checkpoint import ELEMENT_BYTES
 from megalibi.config import Config, Derived, derive
+from megalibi.engine.masters import STATES
 from megalibi.log import get_logger
 from megalibi.model import count_parameters, model_flops_per_token, recomputed_flops_per_token
 from megalibi.plan.communication import sum_sent_bytes
@@ -56,6 +59,9 @@ class RunPlan:
     """Arithmetic of an optimizer step."""
     memory: MemoryByKind
     """Bytes that the first rank holds at the peak of a step."""
+    snapshot_bytes: int
+    """Bytes of host memory of a rank beside ``memory``: the copy from which checkpoints are written in the background;
+    0 with checkpoint.asynchronous=false."""
     sent_bytes: dict[str, int]
     """Bytes that the first rank sends in a step, by group and operation. Rings of n ranks send (n - 1) / n of a tensor
     that is gathered or scattered, and twice that of one that is reduced on all ranks."""
@@ -129,6 +135,7 @@ def plan_run(
         batch_tokens=derived.batch_tokens,
         flops=flops,
         memory=step.memory,
+        snapshot_bytes=plan_snapshot_bytes(config, derived, step.parameters),
         sent_bytes=_sum_over_step(step, derived),
         gpu=gpu,
         fits=None if gpu is None else step.memory.total <= gpu.usable_bytes,
@@ -136,6 +143,23 @@ def plan_run(
         seconds_at_peak=flops.recomputed / world_size / gpu.peak_flops_per_second if gpu and has_peak else None,
         replay_note=replay_note,
     )
+
+
+def plan_snapshot_bytes(config: Config, derived: Derived, parameters: int) -> int:
+    """Return how much host memory a rank's copy takes from which checkpoints are written, or 0 if there is none.
+
+    It is the rank's share of the fp32 weights and of the optimizer's states, at every stage of ZeRO: at ZeRO 0 the data
+    ranks share the writing. Ranks differ by the few elements that do not divide.
+
+    Args:
+        config: The configuration of the run.
+        derived: What follows from it on its ranks.
+        parameters: Parameters of a tensor rank, padding included.
+    """
+    if config.checkpoint.asynchronous is False:
+        return 0
+    copies = 1 + len(STATES[config.optimizer.kind])
+    return ELEMENT_BYTES * copies * math.ceil(parameters / derived.data_parallel_size)
 
 
 def _count_flops(config: Config, derived: Derived) -> StepFlops:

@@ -104,23 +104,29 @@ class Loop:
             while self.done < config.train.steps:
                 self.take_next_step()
                 if self.done == config.train.steps or is_due(self.done, config.checkpoint.every_steps):
-                    self.saves.save(self.done)
+                    self.saves.save(self.done, wait=self.done == config.train.steps)
                 if self.job.data.valid and validation_is_due(config, self.done):
                     self.validate()
         except StoppedError:
-            self.saves.save(self.done)
+            self.saves.save(self.done, wait=True)
             reason = self.stop.signal_name or "a signal to another rank"
             newest = self.saves.describe_newest(self.done)
             _LOGGER.warning("stopped by %s after step %d, %s", reason, self.done, newest)
         except DataError as error:  # of read_together, and so on every rank
             try:
-                self.saves.save(self.done)
+                self.saves.save(self.done, wait=True)
             except UserError as unsaved:
                 raise DataError(f"{error}; and {unsaved}") from error
             raise DataError(
                 f"{error}; stopped after step {self.done}, {self.saves.describe_newest(self.done)} when the data is "
                 "mended (other data wants checkpoint.accept_other_data=true)"
             ) from error
+        except DivergenceError as error:  # on every rank, for all have the same loss
+            try:
+                self.saves.finish()
+            except UserError as unsaved:
+                raise DivergenceError(f"{error}; and {unsaved}") from error
+            raise
 
     def take_next_step(self) -> None:
         """Read a global batch, take the optimizer step and record it."""
@@ -161,7 +167,11 @@ class Loop:
             yield self.read(lambda: next(batches))
 
     def read(self, read: Callable[[], _T]) -> _T:
-        """Return what this rank reads, if all ranks can read theirs and no signal asks for the end."""
+        """Return what this rank reads, if all ranks can read theirs and no signal asks for the end.
+
+        All ranks come here at the same place, so that it is here that they go on with a save in flight.
+        """
+        self.saves.poll()
         return read_together(read, self.job.groups, self.job.device, self.stop)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 
-from megalibi.checkpoint import prune, save_checkpoint
+from megalibi.checkpoint import CheckpointSaver, SavedRun, prune
 from megalibi.engine.build import DeepSpeedEngine
 from megalibi.errors import DivergenceError, UserError
 from megalibi.log import get_logger
@@ -18,7 +19,8 @@ _LOGGER = get_logger(__name__)
 class Saves:
     """Writes the checkpoints of a run, and deletes old ones when a newer one is known to be good.
 
-    A checkpoint is good when a loss that was computed with its weights is finite.
+    A checkpoint is good when a loss that was computed with its weights is finite. One may be in flight, which is being
+    written while the training goes on; before the next is begun, and before the run ends, it is waited for.
 
     Args:
         job: The run.
@@ -29,44 +31,98 @@ class Saves:
     """
 
     def __init__(self, job: Job, start: Start, engine: DeepSpeedEngine, writers: Writers, first_step: int) -> None:
-        self.job, self.start, self.engine, self.writers = job, start, engine, writers
+        self.job, self.writers = job, writers
         self.first_step = first_step
-        own = start.checkpoint is None or start.checkpoint.parent == checkpoints_folder(job.config)
+        self.folder = checkpoints_folder(job.config)
+        self.saver = CheckpointSaver(
+            SavedRun(
+                engine=engine,
+                config=job.config,
+                derived=job.derived,
+                data=job.data.identity,
+                groups=job.groups,
+                folder=self.folder,
+                run_id=start.run_id,
+            )
+        )
+        self.asynchronous = job.config.checkpoint.asynchronous
+        """Whether to save in the background; None: the first save finds out whether there is memory for it."""
+        own = start.checkpoint is None or start.checkpoint.parent == self.folder
         self.saved = first_step if own else -1
         """The step of this run's newest checkpoint; 0: there is nothing to save yet; -1: it began with another's."""
         self.confirmed = -1
         """The step of the newest checkpoint that this process knows to be good; -1 if it knows none."""
+        self.pending_is_good = False
+        """Whether the weights of the save in flight gave a finite loss."""
         self.loss_is_finite = True
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, *, wait: bool = False) -> None:
         """Write a checkpoint of the steps done, unless there is one or the loss says that the weights are not good.
+
+        Args:
+            step: The number of steps done.
+            wait: Return when it is complete. Without it, it may be written in the background.
 
         Raises:
             DivergenceError: The weights are not good, and the run ends here.
-            UserError: On every rank, if a rank could not write.
+            UserError: On every rank, if a rank could not write this one or the one in flight.
         """
-        job = self.job
+        self.finish()
         if self.saved == step:
             return
         if not self.loss_is_finite:
             newest = f"step {self.saved} stays the newest" if self.saved > 0 else "there is none before it"
             message = f"no checkpoint of step {step}: its loss is not finite; {newest}"
-            if step == job.config.train.steps:
+            if step == self.job.config.train.steps:
                 raise DivergenceError(f"{message}, and the run ends here: lower optimizer.learning_rate")
             _LOGGER.warning("%s", message)
             return
         self.writers.sync()  # no checkpoint is on the disk before the lines of its steps
-        save_checkpoint(
-            self.engine,
-            job.config,
-            job.derived,
-            job.data.identity,
-            job.groups,
-            folder=checkpoints_folder(job.config),
-            step=step,
-            run_id=self.start.run_id,
-        )
-        self.saved = step
+        if wait or not self.is_asynchronous():
+            self.saver.save(step)
+            self.saved = step
+        else:
+            self.saver.begin(step)
+            self.pending_is_good = False
+
+    def is_asynchronous(self) -> bool:
+        """Return whether to save in the background; the first call finds out, and says why not."""
+        if self.asynchronous is None:
+            lack = self.saver.explain_lack_of_memory()
+            self.asynchronous = lack is None
+            if lack is not None:
+                _LOGGER.info(
+                    "checkpoints are written while the training waits: %s (checkpoint.asynchronous=true does not ask)",
+                    lack,
+                )
+        return self.asynchronous
+
+    def poll(self) -> None:
+        """Go on with the save in flight, if there is one; every rank calls it between two steps.
+
+        Raises:
+            UserError: On every rank, if a rank could not write it.
+        """
+        self.take(self.saver.poll())
+
+    def finish(self) -> None:
+        """Wait for the save in flight, if there is one.
+
+        Raises:
+            UserError: On every rank, if a rank could not write it.
+        """
+        if self.saver.pending_step is not None:
+            began = time.perf_counter()
+            step = self.saver.finish()
+            _LOGGER.info("waited %.1f s for the checkpoint of step %d to be written", time.perf_counter() - began, step)
+            self.take(step)
+
+    def take(self, step: int | None) -> None:
+        """Take the step whose checkpoint has become complete, if one has."""
+        if step is not None:
+            self.saved = step
+            if self.pending_is_good:
+                self.confirm()
 
     def judge_step(self, loss: float) -> None:
         """Take the training loss of a step, which was computed with the weights before it."""
@@ -76,15 +132,17 @@ class Saves:
 
     def confirm(self) -> None:
         """Note that the weights gave a finite loss: the newest checkpoint is good, and older ones may go."""
+        self.pending_is_good = True
         if self.confirmed == self.saved:
             return
         self.confirmed = self.saved
         if self.job.groups.world.rank == 0:
             try:
                 prune(
-                    checkpoints_folder(self.job.config),
+                    self.folder,
                     self.job.config.checkpoint.keep,
                     also_later=self.saved > self.first_step,  # else the run may just have gone back
+                    in_flight=self.saver.pending_folder,
                 )
             except (OSError, UserError) as error:
                 _LOGGER.warning("old checkpoints could not be deleted: %s", error)
@@ -98,7 +156,9 @@ class Saves:
         return f"{what}; the same command goes on"
 
     def describe_way_back(self) -> str:
-        """Return what a user may do whose run has diverged."""
-        if self.confirmed > 0:
-            return f"go back to step {self.confirmed}, the newest checkpoint that is known to be good"
+        """Return what a user may do whose run has diverged; the save in flight will be waited for."""
+        pending = self.saver.pending_step
+        good = pending if pending is not None and self.pending_is_good else self.confirmed
+        if good > 0:
+            return f"go back to step {good}, the newest checkpoint that is known to be good"
         return f"go back to a checkpoint before step {self.first_step}" if self.first_step else "start anew"

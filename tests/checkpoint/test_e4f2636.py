@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from megalibi.config import Config, save_config
 from tests.engine.test_golden import GOLDEN_RELATIVE_BOUND
 from tests.support.jobs import LAUNCHER_VARIABLES, SCRIPT, ScriptJob, read_records, torchrun_environment
 from tests.support.planted import ROOT
+from tests.support.warm_python import warm_python
 
 MADE = Path(__file__).parent / "e4f2636"
 CHECKPOINT = MADE / "step_00000003"
@@ -33,7 +33,7 @@ def resume(config: Config, folder: Path) -> None:
     inherited |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     ranks = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, "--config", "config.yaml", f"checkpoint.resume={CHECKPOINT}"],
+            [warm_python(), SCRIPT, "--config", "config.yaml", f"checkpoint.resume={CHECKPOINT}"],
             cwd=folder,
             env={**inherited, **environment},
             stdout=subprocess.PIPE,

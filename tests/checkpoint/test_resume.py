@@ -73,6 +73,7 @@ OTHER_VALUES: dict[str, Any] = {
     "zero.bucket_elements": 10_000,
     "checkpoint.every_steps": 3,
     "checkpoint.keep": 1,
+    "checkpoint.asynchronous": False,
     "checkpoint.resume": "none",
     "checkpoint.accept_other_data": True,
 }

@@ -20,6 +20,7 @@ SCRIPTS = {
     "tools/convert_checkpoint.py": "convert",
     "tools/evaluate.py": "evaluate",
     "tools/extrapolate.py": "study extrapolate",
+    "tools/generate.py": "generate",
     "tools/lm_evaluate.py": "lm-eval",
     "tools/measure_device.py": "study measure-device",
     "tools/measure_gpu.py": "study measure-gpu",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megalibi.cli import plan
+from megalibi.units import format_bytes
 from tests.support.in_process import make_runner
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,7 @@ def test_end_to_end(tmp_path):
     assert plan["config"]["train"]["micro_batch_size"] == 4
     assert plan["memory"]["total"] == sum(size for kind, size in plan["memory"].items() if kind != "total")
     assert plan["fits"] is True
+    assert f"host memory of a rank, in addition  {format_bytes(plan['snapshot_bytes'])}" in done.stdout
     for words in (f"{plan['parameters']:,}", "4,096", "attention causal", "optimizer states", "tensor all-reduce"):
         assert words in done.stdout
     assert f"largest train.micro_batch_size that fits: {plan['largest_micro_batch']}" in done.stdout

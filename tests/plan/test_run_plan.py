@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from megalibi.errors import ConfigError
 from megalibi.model import GPT, count_parameters, model_flops_per_token
 from megalibi.parallel import WHOLE
 from megalibi.plan.gpus import Gpu, get_gpu
-from megalibi.plan.run_plan import find_largest_micro_batch, plan_memory, plan_run
+from megalibi.plan.run_plan import find_largest_micro_batch, plan_memory, plan_run, plan_snapshot_bytes
 from tests.support.steps import make_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -64,6 +65,11 @@ def test_a_plan_adds_up() -> None:
     assert plan.largest_micro_batch == 12
     assert plan.seconds_at_peak == plan.flops.recomputed / 4 / 312e12
     assert plan.memory == plan_memory(config, derive(config, 4))
+    assert plan.snapshot_bytes == 12 * math.ceil(plan.parameters_per_rank / 2)
+    momentum = make_config(optimizer={"kind": "nesterov"}, checkpoint={"asynchronous": False})
+    assert plan_snapshot_bytes(momentum, derive(momentum, 1), 100) == 0
+    momentum = make_config(optimizer={"kind": "nesterov"}, checkpoint={"asynchronous": True})
+    assert plan_snapshot_bytes(momentum, derive(momentum, 1), 100) == 800
 
 
 def test_communication_grows_with_the_micro_batches_where_they_communicate() -> None:

@@ -112,9 +112,9 @@ def logged_steps(node: Node | None, *, synced: bool) -> int:
 def test_training_loses_no_checkpoint_and_no_line_of_one(logged: Logged) -> None:
     seen = set()
     for _, disk in moments(logged):
-        # A step's line is written when the checkpoint of the step before has been saved.
+        # A step's line is written when the save of the step before has begun, which waits for the one before it.
         logged_step = logged_steps(disk.find("runs/a/metrics.jsonl"), synced=False)
-        saved = max(logged_step - 1, 0) // SAVED_EVERY * SAVED_EVERY
+        saved = max((logged_step - 1) // SAVED_EVERY - 1, 0) * SAVED_EVERY
         if "trained" in disk.marks:
             saved = STEPS
         folder = disk.certain("runs/a/checkpoints")

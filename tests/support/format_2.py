@@ -11,7 +11,7 @@ from megalibi.checkpoint.checkpoint import hash_file
 from megalibi.checkpoint.folder import PARTIAL_SUFFIX, checkpoint_name, commit
 from megalibi.checkpoint.manifest import FileEntry, Manifest
 from megalibi.checkpoint.parameters import describe_parameters, find_ties
-from megalibi.checkpoint.save import describe_topology
+from megalibi.checkpoint.writing.description import describe_topology
 from megalibi.config import Config, config_to_dict, derive
 from megalibi.files import make_folder
 from megalibi.model import DTYPES

@@ -35,7 +35,7 @@ def main() -> None:
     cases = []
     for free_bytes in FREE_BYTES:
         filler = leave_free(disk, free_bytes)
-        job = Job(config, "train.steps=4", world_size=2)
+        job = Job(config, "train.steps=5", world_size=2)  # the save of step 4 is in the background
         codes = job.wait()
         kept = checkpoints / "step_00000002"
         cases.append(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from megalibi.checkpoint import save_checkpoint
+from megalibi.checkpoint import CheckpointSaver, SavedRun, save_checkpoint
 from megalibi.config import Config, derive, learning_rate_at
 from megalibi.engine.step import StepResult, train_step
 from megalibi.parallel import ProcessGroups
@@ -38,4 +38,19 @@ def save(config: Config, engine: DeepSpeedEngine, groups: ProcessGroups, folder:
     derived = derive(config, groups.world.size)
     return save_checkpoint(
         engine, config, derived, identify(config), groups, folder=Path(folder), step=step, run_id="a"
+    )
+
+
+def make_saver(config: Config, engine: DeepSpeedEngine, groups: ProcessGroups, folder: Path) -> CheckpointSaver:
+    derived = derive(config, groups.world.size)
+    return CheckpointSaver(
+        SavedRun(
+            engine=engine,
+            config=config,
+            derived=derived,
+            data=identify(config),
+            groups=groups,
+            folder=folder,
+            run_id="a",
+        )
     )

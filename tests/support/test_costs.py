@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.support.costs import FAST_SECONDS, choose_fast, file_seconds, name_of, processor_seconds, read_costs
 
 BURNED_SECONDS = 0.3
+TESTS = Path(__file__).parents[1]
 CASES = [f"tests/a/test_x.py::test_cases[{case}]" for case in "abcd"]
 SHARING = ["tests/a/test_x.py::test_shares_much", "tests/a/test_x.py::test_shares_it_too"]
 UNKNOWN = ["tests/b/test_y.py::test_new[a::b]", "tests/b/test_y.py::test_new[c]"]
@@ -42,3 +44,14 @@ def test_the_costs_that_are_kept_can_be_used() -> None:
         assert name.startswith("test_"), name
         assert set(cost) == {"cases", "seconds", "shared"}, name
         assert cost["cases"] >= 1, name
+
+
+def test_no_cost_is_that_of_a_test_that_has_gone() -> None:
+    """Such a line has been moved or deleted with its test: delete it, too."""
+    sources: dict[str, str] = {}
+    for path in TESTS.rglob("test_*.py"):
+        sources[path.name] = sources.get(path.name, "") + path.read_text()
+    files_and_functions = [name.split("::") for name in read_costs()]
+    assert [
+        f"{file}::{name}" for file, name in files_and_functions if f"def {name}(" not in sources.get(file, "")
+    ] == []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from multiprocessing.connection import Connection
@@ -9,6 +10,7 @@ import pytest
 
 from tests.support.device import ON_GPU
 from tests.support.processes import CONTEXT
+from tests.support.ranks import run_on_ranks
 from tests.support.warm_python import warm_python
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="a process of CUDA is not forked")
@@ -24,6 +26,14 @@ def test_a_process_has_its_imports_when_it_starts() -> None:
     process.start()
     assert {"megalibi.train.loop", "deepspeed.runtime.engine", "torch.utils.cpp_extension"} <= ours.recv()
     process.join()
+
+
+def _scheduler() -> int:
+    return os.sched_getscheduler(0)
+
+
+def test_ranks_do_not_interrupt_each_other() -> None:
+    assert run_on_ranks(2, _scheduler) == [os.SCHED_BATCH] * 2
 
 
 SCRIPT = """

@@ -49,7 +49,8 @@ def test_killed_and_resumed_is_straight_bit_for_bit_and_samples_are_the_same_eve
     run_job(config, f"train.output_dir={straight}", world_size=RANKS)
 
     job = Job(config, FOREVER, world_size=RANKS)
-    job.wait_until(lambda: last_step(run) > KILLED_AFTER_CHECKPOINT)
+    saved = run / "checkpoints" / f"step_{KILLED_AFTER_CHECKPOINT:08d}"
+    job.wait_until(lambda: last_step(run) > KILLED_AFTER_CHECKPOINT and saved.exists())
     job.kill()
     checkpoint = find_checkpoint(run / "checkpoints")
     assert checkpoint is not None
@@ -129,7 +130,7 @@ def test_trap_15_a_killed_rank_ends_the_others_whatever_the_launcher_does(tmp_pa
     """deepspeed's launcher may leave the other ranks running: they must end by themselves, and say where."""
     config = write_job(tmp_path, parallel={"tensor_parallel_size": 2})
     job = Job(config, FOREVER, world_size=2)
-    job.wait_until(lambda: last_step(tmp_path / "run") > 2)
+    job.wait_until((tmp_path / "run" / "checkpoints" / "latest").exists)
     job.signal(signal.SIGKILL, rank=1)
     assert job.wait() == [1, -signal.SIGKILL]
     assert f"[rank 0/2 on {socket.gethostname()}] failed" in job.read_log(0)

@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+import logging
+import re
+import signal
+from dataclasses import replace
 from pathlib import Path
 
-from megalibi.checkpoint import list_checkpoints
-from tests.support.jobs import Job, read_records, run_job, write_job
+from megalibi.checkpoint import find_checkpoint, list_checkpoints
+from megalibi.checkpoint.writing import host_memory
+from megalibi.config import Config, derive
+from megalibi.metrics.writers import Writers
+from megalibi.train import job as train_job
+from megalibi.train.resume import Start
+from megalibi.train.saving import Saves
+from tests.support.checkpoints import assert_whole
+from tests.support.jobs import Job, last_step, read_records, run_job, write_job
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import CPU, build, identify, make_config, write_tokens
 
 FOREVER = "train.steps=1000000"
 
@@ -48,3 +61,77 @@ def test_fp16_that_diverges_keeps_the_checkpoints_that_are_good(tmp_path: Path) 
     assert "no checkpoint of step 6: its loss is not finite; step 5 stays the newest" in job.read_log(0)
     error = error_of(job)
     assert "with fp16's loss scale at its minimum of 1: the run has diverged and stops; go back to step 4, the" in error
+
+
+def test_saves_faster_than_the_disk_wait_and_a_signal_waits_for_the_one_in_flight(tmp_path: Path) -> None:
+    """Every step saves, and a save takes longer than a step."""
+    config = write_job(
+        tmp_path,
+        model={"hidden_size": 192, "ffn_hidden_size": 768},
+        checkpoint={"every_steps": 1, "keep": 0},
+    )
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    job = Job(config, FOREVER)
+    job.wait_until(lambda: last_step(run) > 3 and any(checkpoints.glob("*.partial")))
+    job.signal(signal.SIGTERM)
+    job.succeed()
+    log, stopped = job.read_log(0), last_step(run)
+    waited = [int(step) for step in re.findall(r"waited \d+\.\d s for the checkpoint of step (\d+) to be written", log)]
+    assert len(waited) > 2
+    assert waited[-1] in (stopped - 1, stopped)
+    assert f"stopped by SIGTERM after step {stopped}, checkpoint saved; the same command goes on" in log
+    saved = list_checkpoints(checkpoints)
+    assert [assert_whole(path) for path in saved] == list(range(1, stopped + 1))
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", *(path.name for path in saved)]
+
+    job = Job(config, FOREVER)
+    job.wait_until(lambda: last_step(run) > stopped and any(checkpoints.glob("*.partial")))
+    job.kill()
+    kept = find_checkpoint(checkpoints)
+    assert kept is not None
+    resumed = assert_whole(kept)
+    assert stopped <= resumed <= last_step(run)
+    job = run_job(config, f"train.steps={resumed + 1}", "checkpoint.asynchronous=false", "checkpoint.keep=1")
+    assert f"step_{resumed:08d}" in job.read_log(0)
+    assert "waited" not in job.read_log(0)
+    assert not any(checkpoints.glob("*.partial"))
+
+
+def save_where_memory_is_scarce(config: Config) -> tuple[list[tuple[int, int | None]], list[str]]:
+    """Save with each value of checkpoint.asynchronous; return the step saved and the one in flight, and the log."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megalibi.train.saving").addHandler(handler)
+    logging.getLogger("megalibi.train.saving").setLevel(logging.INFO)
+    engine, groups = build(config)
+    train = train_job.open_split(config, config.data.train)
+    states = []
+    share, host_memory.LARGEST_SHARE = host_memory.LARGEST_SHARE, 0.0
+    for asynchronous in (None, False, True):
+        checkpoint = replace(config.checkpoint, asynchronous=asynchronous)
+        job = train_job.Job(
+            config=replace(config, checkpoint=checkpoint),
+            derived=derive(config, groups.world.size),
+            data=train_job.RunData(train=train, valid=None, identity=identify(config)),
+            groups=groups,
+            device=CPU,
+        )
+        saves = Saves(job, Start(run_id="a", checkpoint=None), engine, Writers(), 0)
+        for step in (1, 2):
+            saves.save(step)
+        states.append((saves.saved, saves.saver.pending_step))
+        saves.finish()
+    host_memory.LARGEST_SHARE = share
+    engine.destroy()
+    return states, lines
+
+
+def test_where_memory_is_scarce_the_training_waits_and_one_line_says_why(tmp_path: Path) -> None:
+    prefix = write_tokens(tmp_path, num_tokens=10_000)
+    config = make_config(prefix, train={"output_dir": str(tmp_path / "run")})
+    ((states, lines),) = run_on_ranks(1, save_where_memory_is_scarce, config)
+    assert states == [(2, None), (2, None), (1, 2)]
+    assert lines[0].startswith("checkpoints are written while the training waits: the copies of the ranks on ")
+    assert lines[0].endswith("of which they may take 0% (checkpoint.asynchronous=true does not ask)")
+    assert [line.split(" ", 2)[0] for line in lines[1:]] == ["waited", "waited"]

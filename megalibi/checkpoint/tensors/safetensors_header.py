@@ -16,7 +16,7 @@ from megalibi.errors import CheckpointError, FileError, describe_os_error
 
 METADATA = "__metadata__"
 """The key under which a header has texts that are no tensors."""
-ELEMENT_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+DTYPE_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """The size of a number of each type that is written here, in bytes."""
 _ALIGNMENT_BYTES = 8
 _LARGEST_HEADER_BYTES = 100_000_000
@@ -36,7 +36,7 @@ class HeaderEntry(NamedTuple):
     @property
     def size_bytes(self) -> int:
         """The number of bytes that its numbers take."""
-        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 def encode_safetensors_header(entries: Sequence[HeaderEntry], metadata: Mapping[str, str]) -> bytes:

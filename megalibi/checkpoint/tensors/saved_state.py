@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megalibi.checkpoint.manifest import MANIFEST, Manifest
 from megalibi.checkpoint.parameters import ParameterEntry
-from megalibi.checkpoint.tensors.deepspeed_files import index_deepspeed_files, read_deepspeed_progress
+from megalibi.checkpoint.tensors.deepspeed_files import DeepSpeedFiles
 from megalibi.checkpoint.tensors.state_file import WEIGHT, StoredPieces, list_stretches
 from megalibi.engine.masters import OptimizerProgress
 from megalibi.errors import CheckpointError
@@ -55,10 +55,12 @@ class SavedState:
         self._manifest = manifest
         self._parameters = parameters
         self._size = manifest.topology["tensor_parallel_size"]
-        if manifest.format_version > 2:
-            self._pieces: StoredPieces = _index_state_files(folder / name for name in manifest.files)
-        else:
-            self._pieces = index_deepspeed_files(folder, manifest, parameters)
+        self._deepspeed = DeepSpeedFiles(folder, manifest) if manifest.format_version < 3 else None
+        self._pieces: StoredPieces = (
+            _index_state_files(folder / name for name in manifest.files)
+            if self._deepspeed is None
+            else self._deepspeed.index(parameters)
+        )
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: (piece.start, piece.length))
 
@@ -74,8 +76,8 @@ class SavedState:
             CheckpointError: The checkpoint does not say it.
             FileError: A file may not be read.
         """
-        if self._manifest.format_version < 3:
-            return read_deepspeed_progress(self._folder, self._manifest)
+        if self._deepspeed is not None:
+            return self._deepspeed.read_progress()
         try:
             done = {name: value for name, value in self._manifest.optimizer.items() if name != "kind"}
             return OptimizerProgress(**done)
@@ -171,7 +173,7 @@ class SavedState:
 
     def _read_elements(self, name: str, kind: str, rank: int, first: int, last: int) -> Tensor:
         shape = self._local_shape(name)
-        if self._manifest.format_version < 3 and kind not in self.kinds:
+        if self._deepspeed is not None and kind not in self.kinds:
             return torch.zeros(last - first)  # DeepSpeed made the states in the first step that did not overflow
         parts, stored = [], 0
         for piece in self._pieces.get((kind, name, rank), []):

@@ -3,15 +3,19 @@
 The file begins with the length of its header, which is JSON, and goes on with the bytes of the tensors. Nothing in it
 could make a reader run anything (https://github.com/huggingface/safetensors#format). It is written and read here and
 not by the library, because it is hashed on its way to the disk without a second copy of the tensors, and because a rank
-of another topology reads stretches from many files: a mapped file would count as memory of the process.
+of another topology reads stretches from many files: a mapped file would count as memory of the process. While a block
+is written, another thread hashes it: one after the other would take the time of both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -33,6 +37,8 @@ WEIGHT = "weight"
 CONTENTS = ("weights", "optimizer")
 """What the two files of a rank hold."""
 _CHUNK_ELEMENTS = 1 << 22
+_HASHED_BESIDE_BYTES = 1 << 20
+"""From this size on a block is worth another thread."""
 _ELEMENT = np.dtype("<f4")
 _STARTS = "starts"
 _TENSOR_RANK = "tensor_rank"
@@ -139,8 +145,20 @@ class StateFileWriter:
         header = _encode_header(tensor_rank, stretches)
         self._expected = len(header) + _ELEMENT.itemsize * sum(stretch.length for stretch in stretches)
         self._digest, self._size = hashlib.sha256(), 0
+        self._hashing = ThreadPoolExecutor(1)  # which makes its thread when it is first needed
         self._file = path.open("wb")
         self._write(header)
+
+    def __enter__(self) -> StateFileWriter:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the file after an error; what could not be written is lost."""
+        self._hashing.shutdown()
+        with contextlib.suppress(OSError):  # closing writes what is buffered, and the disk may be full
+            self._file.close()
 
     def write(self, values: Tensor) -> None:
         """Write the elements of the next stretch, [n], from any device and in any floating type."""
@@ -152,11 +170,17 @@ class StateFileWriter:
         assert self._size == self._expected, (self._file.name, self._size, self._expected)
         sync_file(self._file)
         self._file.close()
+        self._hashing.shutdown()
         return FileEntry(size_bytes=self._size, sha256=self._digest.hexdigest())
 
     def _write(self, block: bytes | memoryview) -> None:
-        self._file.write(block)
-        self._digest.update(block)
+        if len(block) < _HASHED_BESIDE_BYTES:
+            self._file.write(block)
+            self._digest.update(block)
+        else:
+            hashed = self._hashing.submit(self._digest.update, block)
+            self._file.write(block)
+            hashed.result()
         self._size += len(block)
 
 

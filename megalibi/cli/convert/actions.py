@@ -11,13 +11,14 @@ import os
 from collections.abc import Mapping
 
 from megalibi.cli.command import Command
-from megalibi.cli.convert import from_hf, reshard, to_fp32, to_hf, verify
+from megalibi.cli.convert import from_hf, reshard, to_fp32, to_gguf, to_hf, verify
 
 ACTIONS: Mapping[str, tuple[Command, str]] = {
     "reshard": (reshard.COMMAND, "the same checkpoint for another topology"),
     "to-fp32": (to_fp32.COMMAND, "the weights alone, whole and in fp32, as safetensors"),
     "to-hf": (to_hf.COMMAND, "a folder for transformers: MPT, Bloom or Falcon"),
     "from-hf": (from_hf.COMMAND, "a checkpoint of a folder of Hugging Face: MPT, Bloom or Falcon"),
+    "to-gguf": (to_gguf.COMMAND, "a file for llama.cpp"),
     "verify": (verify.COMMAND, "whether a checkpoint is whole and sound, as megalibi checkpoint verify"),
 }
 """Every action, with what it does in a few words. A new one is a module with a ``COMMAND``, and a line here."""

@@ -160,11 +160,12 @@ def convert_to_hf(
     checkpoint.verify()
     known, model = plan.known, checkpoint.config.model
     with writing_folder(output) as folder:
+        notes = [*plan.notes, *_write_tokenizer(folder, tokenizer, checkpoint.config.data.seq_length)]
         records = _write_tensors(checkpoint, folder, plan, max_shard_bytes, show)
         check_equal(records, output)
         _write_json(folder / "config.json", make_config_json(checkpoint, plan, tokenizer))
         _write_json(folder / "generation_config.json", _make_generation_json(tokenizer))
-        write_synced(folder / "README.md", make_card(checkpoint, known, plan.dtype, plan.notes).encode())
+        write_synced(folder / "README.md", make_card(checkpoint, known, plan.dtype, notes).encode())
         theirs = (
             compute_their_slopes(known, model.num_attention_heads, model.head_dim) if TRANSFORMERS_VERSION else None
         )
@@ -189,7 +190,7 @@ def convert_to_hf(
             slopes=slopes,
             comparison=comparison,
             not_compared=not_compared,
-            notes=list(plan.notes),
+            notes=notes,
         )
         write_certificate(certificate, folder)
     return certificate
@@ -216,6 +217,21 @@ def make_config_json(
         "torch_dtype": plan.dtype,  # as releases before 4.56 call it
         SEQ_LENGTH_FIELD: checkpoint.config.data.seq_length,
     }
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer | WordTokenizer | None, max_length: int) -> list[str]:
+    """Write the tokenizer's files, and return why there are none in a sentence, if there are none."""
+    if tokenizer is None:
+        return ["No tokenizer came along: its file was not where the run had it, and --tokenizer did not say where."]
+    if not TRANSFORMERS_VERSION:
+        return [f"No tokenizer came along: {WHY_NOT}."]
+    from megalibi.export.tokenizer_json import write_hf_tokenizer
+
+    try:
+        write_hf_tokenizer(Path(tokenizer.path), folder, max_length=max_length)
+    except DataError as error:
+        return [f"No tokenizer came along: {error}."]
+    return []
 
 
 def _make_generation_json(tokenizer: Tokenizer | WordTokenizer | None) -> dict[str, Any]:

@@ -42,14 +42,24 @@ class PositionMethod(nn.Module):
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__()
 
-    def add_to_embedding(self, x_BSH: Tensor) -> Tensor:
-        """Act on the embedded tokens; position 0 is the first token of the row, whatever documents begin in it."""
+    def add_to_embedding(self, x_BSH: Tensor, *, first: int = 0) -> Tensor:
+        """Act on the embedded tokens; position 0 is the first token of the row, whatever documents begin in it.
+
+        Args:
+            x_BSH: The tokens at the positions ``first``, ``first + 1``, ...
+            first: How many tokens of the row came before, in earlier calls.
+        """
         return x_BSH
 
-    def apply_to_query_key(self, q_BSAK: Tensor, k_BSAK: Tensor) -> tuple[Tensor, Tensor]:
-        """Act on queries and keys, in every layer."""
+    def apply_to_query_key(self, q_BSAK: Tensor, k_BSAK: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Act on the queries and keys at the positions ``first``, ``first + 1``, ..., in every layer."""
         return q_BSAK, k_BSAK
 
     def score_bias(self, seq_length: int, device: torch.device) -> ScoreBias:
-        """Return what is added to the scores of every layer: asked for once per forward pass."""
+        """Return what is added to the scores of every layer: asked for once per forward pass.
+
+        Args:
+            seq_length: Number of keys that the last query sees.
+            device: Where the scores are computed.
+        """
         return ScoreBias()

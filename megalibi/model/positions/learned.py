@@ -23,13 +23,13 @@ class Learned(PositionMethod):
         super().__init__(model, group)
         self.table = PositionTable(model)
 
-    def add_to_embedding(self, x_BSH: Tensor) -> Tensor:
+    def add_to_embedding(self, x_BSH: Tensor, *, first: int = 0) -> Tensor:
         """Add the table to every row.
 
         Raises:
             ConfigError: The row is longer than the table.
         """
-        return x_BSH + self.table(x_BSH.shape[1]).to(x_BSH.dtype)
+        return x_BSH + self.table(first + x_BSH.shape[1])[first:].to(x_BSH.dtype)
 
 
 class PositionTable(nn.Module):

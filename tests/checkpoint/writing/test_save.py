@@ -15,7 +15,7 @@ from megalibi.checkpoint import (
     load_checkpoint,
 )
 from megalibi.checkpoint.manifest import FileEntry
-from megalibi.checkpoint.save import _try_commit
+from megalibi.checkpoint.writing.save import _commit
 from megalibi.config import Config
 from megalibi.engine.step import StepResult
 from megalibi.errors import CheckpointError, FileError
@@ -28,7 +28,7 @@ from tests.support.saving import save, take_steps
 
 STEPS = 12
 SAVED_STEP = 6
-FULL_DISK_SCRIPT = Path(__file__).parents[1] / "support" / "full_disk.py"
+FULL_DISK_SCRIPT = Path(__file__).parents[2] / "support" / "full_disk.py"
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,6 @@ def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path) -> Non
     partial.mkdir()
     files = {"of_another_host.pt": FileEntry(size_bytes=1, sha256="")}
     manifest = Manifest(step=2, samples_consumed=0, topology={}, config={}, derived={}, versions={}, files=files)
-    error = _try_commit(partial, lambda: manifest)
-    assert error is not None
-    assert "rank 0 does not see" in error
+    with pytest.raises(FileError, match="rank 0 does not see"):
+        _commit(partial, manifest)
     assert list_checkpoints(tmp_path) == []
