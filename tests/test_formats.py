@@ -15,6 +15,7 @@ from megalibi.data.provenance import Provenance
 from megalibi.data.tokens.identity import DataIdentity, Identity
 from megalibi.engine.masters import OptimizerProgress
 from megalibi.evaluate.result import Evaluation, EvaluationResult
+from megalibi.export.certificate import Certificate, LogitComparison, SlopeTables, TensorRecord
 from megalibi.metrics.records import StepRecord, ValidationRecord
 from megalibi.model import DTYPES
 from megalibi.parallel import ShardSpec, shard
@@ -47,6 +48,10 @@ def names_of(record: type) -> list[str]:
         ("Result", EvaluationResult, set()),
         ("Parameter", ParameterEntry, set()),
         ("Shard", ShardSpec, set()),
+        ("certificate.json", Certificate, set()),
+        ("Tensor of a certificate", TensorRecord, set()),
+        ("Slopes of a certificate", SlopeTables, set()),
+        ("Comparison of a certificate", LogitComparison, set()),
     ],
 )
 def test_each_field_of_a_record_has_a_row_and_each_row_is_a_field(title: str, record: type, besides: set[str]) -> None:

@@ -112,6 +112,7 @@ def reshard(
     plan: ReshardPlan,
     *,
     show: Callable[[str, int, int], None] = lambda name, done, total: None,
+    certify: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """Write a checkpoint for another topology. It has every bit of the weights and of the optimizer's states.
 
@@ -120,6 +121,7 @@ def reshard(
         output: The new folder.
         plan: What it shall be there, of plan_reshard.
         show: Called before each parameter with its name, the number of those done, and of all.
+        certify: Called with the folder when all is written, before it has its name; what it raises ends the work.
 
     Raises:
         ConfigError: A process may not have so many files open.
@@ -133,6 +135,7 @@ def reshard(
     make_folder(partial)
     try:
         write_manifest(partial, _write_files(checkpoint, partial, plan, show))
+        certify(partial)
         sync_folder(partial)
         rename_synced(partial, output)
     except BaseException:

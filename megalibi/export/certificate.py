@@ -12,7 +12,7 @@ import hashlib
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,8 +214,3 @@ def check_logits(comparison: LogitComparison, what: str) -> None:
             f"{what} computes other logits than the source, by up to {difference:.1e}, where at most "
             f"{MAX_LOGIT_DIFFERENCE:.0e} is allowed in fp32: nothing is kept"
         )
-
-
-def read_versions(packages: Mapping[str, str]) -> dict[str, str]:
-    """Return versions by name without those that are empty."""
-    return {name: version for name, version in packages.items() if version}

@@ -29,7 +29,7 @@ class ComparisonText(NamedTuple):
     """The tokens on which source and target are compared."""
 
     tokens: Tensor
-    """Their ids, int64 [S]."""
+    """The ids of the tokens, int64 [S]."""
     description: str
     """What they are, for the certificate."""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,10 @@ ROOT = Path(__file__).parents[2]
 FORMAT_1 = ROOT / "tests" / "checkpoint" / "e4f2636" / "step_00000003"
 
 
+MODEL = {"ffn_hidden_size": 192}
+"""Four times hidden_size, as MPT has it."""
+
+
 def run(*words: object) -> subprocess.CompletedProcess[str]:
     command = [warm_python(), ROOT / "tools" / "convert_checkpoint.py", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -23,7 +28,7 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two tensor ranks with a checkpoint at step 2."""
-    config = write_job(tmp_path_factory.mktemp("job"), parallel={"tensor_parallel_size": 2})
+    config = write_job(tmp_path_factory.mktemp("job"), model=MODEL, parallel={"tensor_parallel_size": 2})
     run_job(config, "train.steps=2", world_size=2)
     return config
 
@@ -76,6 +81,9 @@ def test_what_it_writes_is_whole(config: Path, tmp_path: Path) -> None:
     done = run("verify", tmp_path / "new")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{tmp_path}/new: 8 files, ")
+    certificate = json.loads((tmp_path / "new" / "certificate.json").read_text())
+    assert len(certificate["tensors"]) == 3 * 14
+    assert all(record["bit_equal"] for record in certificate["tensors"])
 
 
 def test_a_checkpoint_is_no_folder_of_a_run(config: Path, tmp_path: Path) -> None:
@@ -95,3 +103,45 @@ def test_an_old_checkpoint_is_written_anew_with_its_ties(tmp_path: Path) -> None
     for name in old.parameters:
         for kind in ("weight", "exp_avg", "exp_avg_sq"):
             assert torch.equal(new.read_state().read_whole(name, kind), old.read_state().read_whole(name, kind))
+
+
+def test_out_to_transformers_and_in_again_for_a_run(config: Path, tmp_path: Path) -> None:
+    """A run begins from what came in, if it was made for that run."""
+    done = run("to-hf", config.parent / "run", tmp_path / "hf", "--format", "mpt", "--dry-run")
+    assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
+    assert done.stdout.endswith("step_00000002 (step 2) as MptForCausalLM in float32; it can be done\n")
+    done = run("to-hf", config.parent / "run", tmp_path / "hf", "--format", "mpt", "--max-shard-size", "100KB")
+    assert done.returncode == 0, done.stderr
+    assert "14 tensors bit-equal; at " in done.stdout
+    assert "| last training loss |" in (tmp_path / "hf" / "README.md").read_text()
+    options = ("--no-compare", "--tensor-parallel-size", 2)
+    done = run("from-hf", tmp_path / "hf", tmp_path / "a", "--config", config, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("14 tensors bit-equal; logits not compared: --no-compare was given\n")
+    overrides = [f"train.output_dir={tmp_path}/run", "train.steps=1"]
+    job = run_job(config, f"checkpoint.resume={tmp_path}/a", *overrides, world_size=2)
+    assert "step_00000001" in {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert run("from-hf", tmp_path / "hf", tmp_path / "b", "--no-compare").returncode == 0
+    job = Job(config, f"checkpoint.resume={tmp_path}/b", f"train.output_dir={tmp_path}/run2", world_size=2)
+    assert set(job.wait()) == {2}
+    assert "must be a checkpoint that was imported for this run" in job.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("to-hf", "RUN", "OUT", "--format", "bloom"), "model.activation=gelu: must be gelu_tanh for --format bloom"),
+        (("to-hf", "RUN", "RUN", "--format", "mpt"), "OUT="),
+        (("from-hf", "RUN", "OUT"), "RUN has no config.json: must be a folder of Hugging Face"),
+        (("from-hf", "RUN", "OUT", "--tensor-parallel-size", "0"), "--tensor-parallel-size=0: must be at least 1"),
+    ],
+)
+def test_what_cannot_go_out_or_in_is_one_line(
+    config: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    places = {"RUN": str(config.parent / "run"), "OUT": str(tmp_path / "out")}
+    done = run(*(places.get(word, word) for word in words))
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {message.replace('RUN', places['RUN'])}")
+    assert list(tmp_path.iterdir()) == []

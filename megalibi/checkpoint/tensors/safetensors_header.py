@@ -27,11 +27,11 @@ class HeaderEntry(NamedTuple):
     """A tensor of a file."""
 
     name: str
-    """The tensor's name."""
+    """The tensor's name, unique in its file."""
     dtype: str
     """The type of its numbers, as the format names it: F32, BF16 or F16."""
     shape: tuple[int, ...]
-    """Its shape."""
+    """The shape of the tensor, row-major."""
 
     @property
     def size_bytes(self) -> int:

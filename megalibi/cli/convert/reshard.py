@@ -7,6 +7,7 @@ converted checkpoint in larger pieces. The checkpoint may be of an older megalib
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from megalibi.cli.command import Command
 from megalibi.cli.convert.output import CHECKPOINT_HELP, add_paths, check_new, showing_tensors
@@ -37,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')}={value}: must be at least 1")
     from megalibi.checkpoint import Checkpoint, spell_topology
     from megalibi.checkpoint.reshard import plan_reshard, reshard
+    from megalibi.export.resharded import certify_reshard
 
     checkpoint = Checkpoint.open(arguments.input)
     old = checkpoint.manifest.topology
@@ -50,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{what}; it can be done")
         return
     with showing_tensors("reshard", arguments.output) as show:
-        reshard(checkpoint, arguments.output, plan, show=show)
+        certify = partial(certify_reshard, checkpoint, arguments.output)
+        reshard(checkpoint, arguments.output, plan, show=show, certify=certify)
     print(f"{what}, in {arguments.output}; a run goes on from it with checkpoint.resume={arguments.output}")
 
 

@@ -20,7 +20,7 @@ class ForeignModel:
     """What a config.json says."""
 
     known: HfFormat
-    """The architecture."""
+    """The architecture that the file names."""
     model: ModelConfig
     """The same model as one of ours."""
     seq_length: int

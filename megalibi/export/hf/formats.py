@@ -26,9 +26,9 @@ class Need:
     """What a format can hold of a field of the model."""
 
     field: str
-    """The field of ModelConfig."""
+    """The field of ModelConfig that is meant."""
     get_value: Callable[[ModelConfig], Any]
-    """Returns what the model has."""
+    """Returns what the model has there."""
     get_allowed: Callable[[ModelConfig], Any]
     """Returns what the format can hold."""
     reason: str
@@ -42,7 +42,7 @@ class HfFormat:
     name: str
     """The ``model_type``: mpt, bloom or falcon."""
     architecture: str
-    """The class of transformers."""
+    """The class that transformers has for it."""
     outside: Mapping[str, str]
     """Our modules outside of the blocks, by name, with the names that they have there."""
     blocks: str

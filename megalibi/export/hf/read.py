@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megalibi.checkpoint import IMPORTED_DATA, Checkpoint
 from megalibi.checkpoint.checkpoint import hash_file
-from megalibi.checkpoint.compose import compose_checkpoint, describe_model
 from megalibi.config import Config, DataConfig, DatasetConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megalibi.errors import CheckpointError, ConfigError
 from megalibi.export.certificate import (
@@ -30,6 +29,7 @@ from megalibi.export.certificate import (
     write_certificate,
 )
 from megalibi.export.comparison import choose_text, compare_logits, compute_our_log_probs
+from megalibi.export.compose import compose_checkpoint, describe_whole_model
 from megalibi.export.hf.bias_rounding import find_bias_error, spell_rounding
 from megalibi.export.hf.config_json import ForeignModel, read_hf_config
 from megalibi.export.hf.foreign import ForeignTensors
@@ -58,13 +58,13 @@ class ImportPlan:
     """What a folder becomes."""
 
     folder: Path
-    """The folder of Hugging Face."""
+    """The folder that is read."""
     fields: Mapping[str, Any]
-    """What its config.json says."""
+    """What the folder's config.json says."""
     foreign: ForeignModel
     """The model that those fields describe."""
     tensors: ForeignTensors
-    """Its tensors."""
+    """The tensors of the folder."""
     config: Config
     """The configuration of the checkpoint."""
     notes: tuple[str, ...]
@@ -135,7 +135,7 @@ def convert_from_hf(
         FileError: A file may not be read, or what came out is not the source: nothing is kept.
         OSError: The disk is full or fails.
     """
-    known, model, total = plan.foreign.known, plan.foreign.model, len(describe_model(plan.config)[0])
+    known, model, total = plan.foreign.known, plan.foreign.model, len(describe_whole_model(plan.config)[0])
     before: dict[str, str] = {}
 
     def read_weight(name: str) -> Tensor:
@@ -212,7 +212,7 @@ def _find_first(foreign: ForeignModel, tensors: ForeignTensors, folder: Path) ->
 def _check_tensors(plan: ImportPlan) -> None:
     """Check names and shapes of all tensors, and that a tied output layer is the embedding."""
     known, tensors, folder = plan.foreign.known, plan.tensors, plan.folder
-    parameters, ties = describe_model(plan.config)
+    parameters, ties = describe_whole_model(plan.config)
     tied = {known.rename(name): known.rename(first) for name, first in ties.items()}
     expected = {known.rename(name): entry.shape for name, entry in parameters.items()}
     if missing := sorted(set(expected) - tensors.names):

@@ -55,7 +55,7 @@ class HfPlan:
     """What a checkpoint becomes."""
 
     known: HfFormat
-    """The architecture."""
+    """The architecture that is written."""
     dtype: str
     """The type of the weights, as PyTorch names it."""
     max_length: int

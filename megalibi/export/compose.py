@@ -20,7 +20,7 @@ from megalibi.model import DTYPES
 from megalibi.parallel import shard
 
 
-def describe_model(config: Config) -> tuple[dict[str, ParameterEntry], dict[str, str]]:
+def describe_whole_model(config: Config) -> tuple[dict[str, ParameterEntry], dict[str, str]]:
     """Return every parameter by name as a checkpoint of a configuration has it, and further names of those tied."""
     size = config.parallel.tensor_parallel_size
     rows = derive(config, size).padded_vocab_size
@@ -45,7 +45,7 @@ def compose_checkpoint(folder: Path, config: Config, read_weight: Callable[[str]
     """
     size, kind = config.parallel.tensor_parallel_size, config.optimizer.kind
     derived = derive(config, size)
-    parameters, ties = describe_model(config)
+    parameters, ties = describe_whole_model(config)
     kinds = dict(zip(CONTENTS, ((WEIGHT,), STATES[kind]), strict=True))
     writers = {
         (content, rank): _open_file(folder, parameters, kinds[content], content, rank, size)

@@ -1,0 +1,142 @@
+"""Every architecture out, in and out again, at several tensor parallel sizes, and folders that transformers wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.bloom import BloomConfig, BloomForCausalLM
+from transformers.models.falcon import FalconConfig, FalconForCausalLM
+from transformers.models.mpt import MptConfig, MptForCausalLM
+
+from megalibi.checkpoint import Checkpoint
+from megalibi.export.certificate import CERTIFICATE, MAX_LOGIT_DIFFERENCE, Certificate
+from megalibi.export.hf.read import ImportPlan, convert_from_hf, plan_import
+from megalibi.export.hf.write import convert_to_hf
+from tests.support.conversions import SEQ_LENGTH, configure_model, has_weights, plan, write_random
+
+CASES = [
+    ("mpt", 4, 1, 2),
+    ("mpt", 12, 4, 1),
+    ("bloom", 4, 2, 4),
+    ("bloom", 12, 1, 2),
+    ("falcon", 4, 4, 1),
+    ("falcon", 12, 2, 4),
+]
+"""Format, heads, and the tensor parallel sizes before and after."""
+MAX_SHARD_BYTES = 50_000
+
+
+def plan_again(folder: Path, *, tensor: int = 1) -> ImportPlan:
+    return plan_import(folder, config=None, tensor_parallel_size=tensor, accept_rounded_bias=True)
+
+
+def assert_same(certificate: Certificate, *, rounded: bool = False) -> None:
+    assert certificate.all_equal
+    assert certificate.slopes is not None
+    assert certificate.slopes.target is not None
+    assert certificate.not_compared is None
+    assert certificate.comparison is not None
+    assert certificate.comparison.tokens == 2 * SEQ_LENGTH
+    is_near = certificate.comparison.largest_logit_difference <= MAX_LOGIT_DIFFERENCE
+    assert is_near is not rounded
+    assert bool(certificate.notes) is rounded
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    return {name: values for path in folder.glob("*.safetensors") for name, values in load_file(path).items()}
+
+
+def mean_losses(logits_SV: Tensor, tokens_S: Tensor) -> float:
+    log_probs_SV = logits_SV[:-1].double().log_softmax(-1)
+    return float(-log_probs_SV.gather(1, tokens_S[1:, None]).mean())
+
+
+@pytest.mark.parametrize(("kind", "heads", "before", "after"), CASES)
+def test_a_checkpoint_goes_out_and_comes_in_again(
+    tmp_path: Path, kind: str, heads: int, before: int, after: int
+) -> None:
+    checkpoint, weights = write_random(tmp_path / "a", configure_model(kind, heads=heads, tensor=before))
+    rounded = (kind, heads) == ("falcon", 12)
+    out = convert_to_hf(
+        checkpoint, tmp_path / "hf", plan(checkpoint, kind, accept=rounded), max_shard_bytes=MAX_SHARD_BYTES
+    )
+    assert_same(out, rounded=rounded)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    back = convert_from_hf(plan_again(tmp_path / "hf", tensor=after), tmp_path / "b")
+    assert_same(back, rounded=rounded)
+    again = Checkpoint.open(tmp_path / "b")
+    again.verify()
+    assert again.config.parallel.tensor_parallel_size == after
+    assert again.config.data.seq_length == SEQ_LENGTH
+    assert has_weights(again, weights)
+    assert {tensor.source_sha256 for tensor in out.tensors} == {tensor.target_sha256 for tensor in back.tensors}
+    assert json.loads((tmp_path / "b" / CERTIFICATE).read_text())["comparison"]["tokens"] == 2 * SEQ_LENGTH
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "hf"]
+    if not rounded:
+        check_perplexities(tmp_path / "hf", again)
+
+
+def check_perplexities(folder: Path, checkpoint: Checkpoint) -> None:
+    """By whatever class AutoModel takes, at 1x, 2x and 4x the training length."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    ours = checkpoint.load_model(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    tokens_S = torch.randint(checkpoint.config.model.vocab_size, (4 * SEQ_LENGTH,), generator=generator)
+    for factor in (1, 2, 4):
+        part_S = tokens_S[: factor * SEQ_LENGTH]
+        with torch.no_grad():
+            logits_SV = theirs(input_ids=part_S[None]).logits[0]
+        loss, loss_ref = (mean_losses(values_SV, part_S) for values_SV in (logits_SV, ours.log_probs(part_S[None])[0]))
+        assert loss == pytest.approx(loss_ref, rel=1e-6)
+
+
+SIZES: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32}
+FOREIGN = {
+    "mpt": lambda **more: MptForCausalLM(MptConfig(n_layers=2, n_heads=3, vocab_size=101, d_model=48, max_seq_len=200,
+                                                   **more)),
+    "bloom": lambda **more: BloomForCausalLM(BloomConfig(n_layer=2, n_head=4, **SIZES, **more)),
+    "falcon": lambda **more: FalconForCausalLM(
+        FalconConfig(num_hidden_layers=2, num_attention_heads=2, alibi=True, multi_query=False, parallel_attn=False,
+                     ffn_hidden_size=72, bias=False, activation="relu", **SIZES, **more)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("mpt", True), ("bloom", False), ("falcon", True)])
+def test_what_transformers_wrote_comes_in_and_goes_out_again(tmp_path: Path, kind: str, tied: bool) -> None:
+    torch.manual_seed(0)
+    model = FOREIGN[kind](tie_word_embeddings=tied, megalibi_seq_length=SEQ_LENGTH)
+    for parameter in model.parameters():  # biases of zero and norms of one would show nothing
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "hf")
+    assert_same(convert_from_hf(plan_again(tmp_path / "hf", tensor=1), tmp_path / "a"))
+    checkpoint = Checkpoint.open(tmp_path / "a")
+    assert_same(convert_to_hf(checkpoint, tmp_path / "hf2", plan(checkpoint, kind)))
+    first, second = read_all(tmp_path / "hf"), read_all(tmp_path / "hf2")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(values, second[name]) for name, values in first.items())
+    convert_from_hf(plan_again(tmp_path / "hf2", tensor=2 if kind != "mpt" else 3), tmp_path / "b")
+    assert has_weights(Checkpoint.open(tmp_path / "b"), dict(checkpoint.read_weights()))
+
+
+def test_old_bin_files_and_16_bits_come_in(tmp_path: Path) -> None:
+    """The names of a model without its output layer, too, as Bloom's files have them."""
+    torch.manual_seed(0)
+    model = FOREIGN["bloom"](megalibi_seq_length=SEQ_LENGTH).bfloat16()
+    model.transformer.config.save_pretrained(tmp_path / "hf")
+    states = model.transformer.state_dict()
+    torch.save(states, tmp_path / "hf" / "pytorch_model.bin")
+    assert_same(convert_from_hf(plan_again(tmp_path / "hf"), tmp_path / "a"))
+    checkpoint = Checkpoint.open(tmp_path / "a")
+    assert checkpoint.config.train.precision == "bf16"
+    certificate = convert_to_hf(checkpoint, tmp_path / "hf2", plan(checkpoint, "bloom", dtype="bfloat16"))
+    assert_same(certificate)  # of numbers that bfloat16 has
+    theirs = read_all(tmp_path / "hf2")
+    assert all(torch.equal(values, theirs[f"transformer.{name}"]) for name, values in states.items())

@@ -1,0 +1,110 @@
+"""What a format cannot hold is refused, and what a conversion gets wrong is found by its certificate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalibi.checkpoint import Checkpoint
+from megalibi.errors import ConfigError, DataError, FileError
+from megalibi.export.hf import write
+from megalibi.export.hf.formats import FORMATS, get_format
+from megalibi.export.hf.write import convert_to_hf, find_tokenizer, plan_hf
+from tests.support.conversions import configure_model, plan, write_random
+
+REFUSED = [
+    ("mpt", {"bias": True}, "model.bias=true: must be false for --format mpt: its class has no biases; model.norm_b"),
+    ("mpt", {"norm_bias": True}, "model.norm_bias=true: must be false for --format mpt"),
+    ("mpt", {"embedding_norm": True}, "model.embedding_norm=true: must be false"),
+    ("mpt", {"activation": "gelu_tanh"}, "model.activation=gelu_tanh: must be gelu"),
+    ("mpt", {"ffn_hidden_size": 96}, "model.ffn_hidden_size=96: must be 192"),
+    ("mpt", {"position_method": "rotary"}, "model.position_method=rotary: must be alibi"),
+    ("mpt", {"final_norm": False}, "model.final_norm=false: must be true"),
+    ("mpt", {"adaptive_cutoffs": [100]}, r"model.adaptive_cutoffs=\[100\]: must be \[\]"),
+    ("mpt", {"scale_alibi": True}, "model.scale_alibi=true: must be false"),
+    ("bloom", {"bias": False}, "model.bias=false: must be true for --format bloom"),
+    ("bloom", {"norm_bias": False}, "model.norm_bias=false: must be true"),
+    ("bloom", {"embedding_norm": False}, "model.embedding_norm=false: must be true"),
+    ("bloom", {"activation": "gelu"}, "model.activation=gelu: must be gelu_tanh"),
+    ("falcon", {"scale_alibi": False}, "model.scale_alibi=false: must be true"),
+    ("falcon", {"norm_bias": False}, "model.norm_bias=false: must be true"),
+    ("falcon", {"num_attention_heads": 16}, "computes the bias of ALiBi in bfloat16.*give --accept-rounded-bias"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "model", "message"), REFUSED)
+def test_what_a_format_cannot_hold_is_refused_with_the_reason(
+    tmp_path: Path, kind: str, model: dict[str, Any], message: str
+) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model(kind, **model))
+    with pytest.raises(ConfigError, match=message):
+        plan(checkpoint, kind)
+
+
+def test_falcons_bias_is_exact_up_to_position_256(tmp_path: Path) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model("falcon", heads=8))
+    for seq_length, is_exact in ((128, True), (129, False)):
+        fields = checkpoint.manifest.config
+        fields["data"]["seq_length"] = seq_length
+        found = Checkpoint(checkpoint.path, checkpoint.manifest)
+        if is_exact:
+            assert not plan(found, "falcon").rounds
+        else:
+            with pytest.raises(ConfigError, match="at 258 tokens"):
+                plan(found, "falcon")
+
+
+def test_options_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
+    with pytest.raises(ConfigError, match="model_type='gpt2': must be one of mpt"):
+        get_format("gpt2")
+    with pytest.raises(ConfigError, match=r"--max-length=5: must be at least data\.seq_length=33"):
+        plan_hf(checkpoint, FORMATS["mpt"], dtype="float32", max_length=5, accept_rounded_bias=False)
+    with pytest.raises(DataError, match="no such tokenizer"):
+        find_tokenizer(checkpoint, tmp_path / "t.model")
+
+
+@pytest.mark.parametrize("fault", ["slopes", "qkv", "flipped bit"])
+def test_a_wrong_conversion_is_found_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model("bloom"))
+    if fault == "slopes":
+        right = write.compute_their_slopes
+        monkeypatch.setattr(write, "compute_their_slopes", lambda *sizes: right(*sizes).flip(0))
+        message = "computes other slopes than the source"
+    elif fault == "qkv":  # there and back alike, so that the bits alone would not show it
+        monkeypatch.setattr("megalibi.export.hf.formats.interleave_heads", lambda fused, heads: fused)
+        monkeypatch.setattr("megalibi.export.hf.formats.separate_heads", lambda fused, heads: fused)
+        message = "computes other logits than the source"
+    else:
+        right_read = write.read_back
+
+        def read_flipped(folder: Path, files: dict[str, str]) -> Any:
+            for name, values in right_read(folder, files):
+                if name == "transformer.ln_f.bias":
+                    values.view(torch.int32)[0] ^= 1
+                yield name, values
+
+        monkeypatch.setattr(write, "read_back", read_flipped)
+        message = "1 tensors read back from the disk are not what was written: transformer.ln_f.bias"
+    with pytest.raises(FileError, match=message):
+        convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, "bloom"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_without_the_software_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
+    certificate = convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"), compare=False)
+    assert (certificate.comparison, certificate.not_compared) == (None, "--no-compare was given")
+    monkeypatch.setattr(write, "TRANSFORMERS_VERSION", None)
+    certificate = convert_to_hf(checkpoint, tmp_path / "c", plan(checkpoint, "mpt"))
+    assert certificate.comparison is None
+    assert certificate.not_compared is not None
+    assert certificate.not_compared.startswith("transformers is not installed")
+    assert certificate.slopes is not None
+    assert (certificate.slopes.target, certificate.slopes.largest_difference) == (None, None)
+    assert certificate.all_equal
