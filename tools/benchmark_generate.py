@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -144,7 +145,7 @@ def measure_mpt(
         cache.update(group.keys[None, :, :num_prompt].clone(), group.values[None, :, :num_prompt].clone(), number)
 
     def step(token: int) -> None:
-        output = mpt(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        output = mpt(torch.tensor([[token]]), cache=cache, use_cache=True)
         log_probs.append(output.logits[0, -1].log_softmax(-1))
 
     return {"tokens_per_second": repeat_rate(step, more, repeats)}, torch.stack(log_probs)
@@ -201,6 +202,14 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_measurement(model: GPT, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures with what they depend on, and how busy the machine was."""
+    described = describe_run("cpu", ("torch", "transformers"))
+    described["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {**described, "threads": torch.get_num_threads(), "parameters": parameters, "results": results}
+
+
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
@@ -240,16 +249,11 @@ def main() -> None:
     for length in sorted(arguments.lengths):
         results.append(measure_length(model, tokens, length, arguments))
         console.print(format_table(results[-1:]))
-    record = {
-        **describe_run("cpu", ("torch", "transformers")),
-        "threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "results": results,
-    }
-    if arguments.output:
-        write_json(record, arguments.output)
-        arguments.output.with_suffix(".md").write_text(format_table(results), encoding="utf-8")
-    else:
+        record = describe_measurement(model, results)
+        if arguments.output:  # after each length: the next one may be too long for this machine
+            write_json(record, arguments.output)
+            arguments.output.with_suffix(".md").write_text(format_table(results), encoding="utf-8")
+    if arguments.output is None:
         print(json.dumps(record, indent=2))
 
 
