@@ -1,8 +1,8 @@
 """Measure generation: the memory of the cache, and tokens per second against recomputation, a full cache and MPT.
 
-The model is a checkpoint's, or has the random weights of a configuration; it computes in fp32. The text is read once into
-each cache, and then continued by the tokens that follow it, one at a time. transformers' MPT gets the same weights and
-the same full cache.
+The model is a checkpoint's, or has the random weights of a configuration; it computes in fp32. The text is read once
+into each cache, and then continued by the tokens that follow it, one at a time. transformers' MPT gets the same weights
+and the same full cache.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def measure_length(model: GPT, tokens: list[int], length: int, arguments: argpar
 def format_table(results: Sequence[dict[str, Any]]) -> str:
     """Return the figures as a table in Markdown."""
     lines = [
-        "| tokens before | what | cache MB | keys kept | tokens/s (min to max) | largest difference in log-probability |",
+        "| tokens before | what | cache MB | keys kept | tokens/s (min to max) | largest change of a log-probability |",
         "|---|---|---|---|---|---|",
     ]
     for row in results:
