@@ -1,8 +1,8 @@
 """Measure generation: the memory of the cache, and tokens per second against recomputation, a full cache and MPT.
 
-The model is a checkpoint's, or has the random weights of a configuration; it computes in fp32. The text is read once into
-each cache, and then continued by the tokens that follow it, one at a time. transformers' MPT gets the same weights and
-the same full cache.
+The model is a checkpoint's, or has the random weights of a configuration; it computes in fp32. The text is read once
+into each cache, and then continued by the tokens that follow it, one at a time. transformers' MPT gets the same weights
+and the same full cache.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -144,7 +145,7 @@ def measure_mpt(
         cache.update(group.keys[None, :, :num_prompt].clone(), group.values[None, :, :num_prompt].clone(), number)
 
     def step(token: int) -> None:
-        output = mpt(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+        output = mpt(torch.tensor([[token]]), cache=cache, use_cache=True)
         log_probs.append(output.logits[0, -1].log_softmax(-1))
 
     return {"tokens_per_second": repeat_rate(step, more, repeats)}, torch.stack(log_probs)
@@ -183,7 +184,7 @@ def measure_length(model: GPT, tokens: list[int], length: int, arguments: argpar
 def format_table(results: Sequence[dict[str, Any]]) -> str:
     """Return the figures as a table in Markdown."""
     lines = [
-        "| tokens before | what | cache MB | keys kept | tokens/s (min to max) | largest difference in log-probability |",
+        "| tokens before | what | cache MB | keys kept | tokens/s (min to max) | largest change of a log-probability |",
         "|---|---|---|---|---|---|",
     ]
     for row in results:
@@ -199,6 +200,14 @@ def format_table(results: Sequence[dict[str, Any]]) -> str:
             speed = f"{rate['median']:.1f} ({rate['min']:.1f} to {rate['max']:.1f})"
             lines.append(f"| {row['length']:,} | {name} | {memory} | {kept} | {speed} | {difference} |")
     return "\n".join(lines) + "\n"
+
+
+def describe_measurement(model: GPT, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures with what they depend on, and how busy the machine was."""
+    described = describe_run("cpu", ("torch", "transformers"))
+    described["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return {**described, "threads": torch.get_num_threads(), "parameters": parameters, "results": results}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -240,16 +249,11 @@ def main() -> None:
     for length in sorted(arguments.lengths):
         results.append(measure_length(model, tokens, length, arguments))
         console.print(format_table(results[-1:]))
-    record = {
-        **describe_run("cpu", ("torch", "transformers")),
-        "threads": torch.get_num_threads(),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "results": results,
-    }
-    if arguments.output:
-        write_json(record, arguments.output)
-        arguments.output.with_suffix(".md").write_text(format_table(results), encoding="utf-8")
-    else:
+        record = describe_measurement(model, results)
+        if arguments.output:  # after each length: the next one may be too long for this machine
+            write_json(record, arguments.output)
+            arguments.output.with_suffix(".md").write_text(format_table(results), encoding="utf-8")
+    if arguments.output is None:
         print(json.dumps(record, indent=2))
 
 

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alibi_attention import alibi_slopes
-from alibi_attention.horizon import MAX_HEAD_DIM_FP32, find_horizons, log_key_count
+from alibi_attention.horizon import (
+    MAX_HEAD_DIM_FP32,
+    distance_to_keep,
+    excess_terms,
+    find_horizons,
+    key_norms,
+    log_key_count,
+    log_share_of_gone,
+)
 from tests.alibi_attention.every_backend.horizon_inputs import (
     FP64_SUM_ERROR,
     INPUTS,
@@ -113,3 +121,32 @@ def test_log_key_count_is_at_least_the_series(num_keys):
     torch.testing.assert_close(counts[:4], infinite_series.clamp(max=num_keys))
     assert (counts[:4] >= series * (1 - FP64_SUM_ERROR)).all()
     torch.testing.assert_close(counts[4:], torch.full((3,), float(num_keys), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
+def test_the_share_of_keys_that_are_gone_is_never_underrated(spread):
+    """Against the equation in fp64: queries 300, 301, ..., of which the first keys are gone, as many as a head says."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (spread * torch.randn(320, 4, 16, generator=generator) for _ in "qk")
+    k[17] *= 3.0
+    centre = k.double().mean(dim=0)
+    slopes, gone = torch.tensor([0.5, 0.1, 0.01, 0.0]), torch.tensor([280, 250, 20, 1])
+    q = q[300:]
+    of_norm, rest = excess_terms(q, k[300:] - centre, softmax_scale=0.25)
+    norm = torch.stack([key_norms(k[:n] - centre)[:, head].max() for head, n in enumerate(gone.tolist())])
+    bound = log_share_of_gone(of_norm * norm + rest, gone, slopes, first_query=300)
+    distance = 300 + torch.arange(20)[:, None] - torch.arange(320)
+    scores = 0.25 * torch.einsum("qhk,thk->hqt", q.double(), k.double()) - slopes.double()[:, None, None] * distance
+    weights = scores.masked_fill(distance < 0, -torch.inf).log_softmax(-1)
+    for head, n in enumerate(gone.tolist()):
+        assert float(weights[head, :, :n].logsumexp(-1).max()) <= float(bound[head])
+    assert torch.equal(
+        log_share_of_gone(of_norm * norm + rest, 0 * gone, slopes, first_query=300), 0 * norm - torch.inf
+    )
+    # The distance that is asked for is just enough: with one key more gone, the bound would be above eps.
+    excess = (of_norm * norm + rest)[:1]
+    keep = distance_to_keep(excess[0], slopes, num_keys=10**6, horizon_eps=2.0**-11)
+    assert keep[3] == 10**6  # a slope of 0 proves nothing
+    for more, is_proven in ((0, True), (1, False)):
+        share = log_share_of_gone(excess, 10**6 - keep + 1 + more, slopes, first_query=10**6)
+        assert ((share <= math.log(2.0**-11)) == is_proven)[:3].all()
