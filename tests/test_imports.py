@@ -70,7 +70,7 @@ ENVIRONMENT_READERS = {
     # A command sets what a library reads as it is imported, or hands the environment on to processes that it starts.
     "megalibi/cli/checkpoint.py",
     "megalibi/cli/convert/actions.py",
-    "megalibi/cli/lm_evaluate.py",
+    "megalibi/cli/inference/lm_evaluate.py",
     "megalibi/cli/plan.py",
     "megalibi/cli/study/compare_1p3b.py",
     "megalibi/cli/study/extrapolate.py",

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from megalibi.checkpoint import Checkpoint, save_checkpoint
-from megalibi.cli import evaluate as evaluate_command
 from megalibi.cli.command import spell_script
+from megalibi.cli.inference import evaluate as evaluate_command
 from megalibi.config import Config, derive
 from megalibi.data.preprocess import preprocess
 from megalibi.data.tokenizer.tokenizer import Tokenizer

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from megalibi.checkpoint import Checkpoint, save_checkpoint
-from megalibi.cli import generate as generate_command
 from megalibi.cli.command import spell_script
+from megalibi.cli.inference import generate as generate_command
 from megalibi.config import Config, derive
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer

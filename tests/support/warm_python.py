@@ -31,6 +31,8 @@ SERVE = "--serve"
 PRELOADED = ("tests.support.preloaded", "megalibi.report.plots")
 """Tools draw."""
 DIED = b"\1"
+GO = b"\2"
+"""Says that whoever asked for a process passes signals on to it by now: it may begin."""
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -75,6 +77,7 @@ def ask(address: str, python: str, command: list[str]) -> int:
         for number in PASSED_ON:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda number, _: os.kill(process, number))
+        connection.sendall(GO)
         return int.from_bytes(connection.recv(1) or DIED, "big")
 
 
@@ -101,12 +104,18 @@ def _attend(connection: socket.socket) -> NoReturn:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, files, *_ = socket.recv_fds(connection, 8, 3)
     request = json.loads(_receive(connection, int.from_bytes(size, "big")))
+    waits, begins = os.pipe()
     pid = os.fork()
     if pid == 0:
         connection.close()
+        os.close(begins)
+        os.read(waits, 1)
+        os.close(waits)
         _become(request, files)
     with contextlib.suppress(OSError):
         connection.sendall(pid.to_bytes(8, "big"))
+        if connection.recv(1) == GO:
+            os.write(begins, GO)
     for file in (0, 1, 2, *files):
         os.close(file)
     ended = os.pidfd_open(pid)

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Open the checkpoint, and write it as a file of llama.cpp."""
     check_outputs({"OUT": arguments.output})
     try:
-        from megalibi.export.gguf.write import check_gguf, check_new_file, check_tokenizer, convert_to_gguf
+        from megalibi.export.gguf.write import check_gguf, check_gguf_tokenizer, check_new_file, convert_to_gguf
     except ModuleNotFoundError as error:
         raise ConfigError(f"to-gguf needs the package {error.name}: pip install 'megalibi[gguf]'") from error
     from megalibi.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{checkpoint.config.data.tokenizer}: the tokenizer of the checkpoint is not there, or another one: give "
             "--tokenizer FILE; a GGUF file has the model and its tokenizer"
         )
-    tokenizer = check_tokenizer(found, found.path)
+    tokenizer = check_gguf_tokenizer(found, found.path)
     what = f"{checkpoint.path} (step {checkpoint.manifest.step:,}) -> GGUF, {arguments.type}"
     if arguments.dry_run:
         print(f"{what}; it can be done")

@@ -258,7 +258,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: in
     writer.add_remove_extra_whitespaces(proto.normalizer_spec.remove_extra_whitespaces)
 
 
-def check_tokenizer(tokenizer: object, path: str) -> Tokenizer:
+def check_gguf_tokenizer(tokenizer: object, path: str) -> Tokenizer:
     """Return the tokenizer, if llama.cpp cuts every text as it does.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import Any
 
 from megalibi import log
 from megalibi.cli.command import RankCommand
-from megalibi.cli.evaluate import join_ranks
+from megalibi.cli.inference.evaluate import join_ranks
 from megalibi.config import ModelConfig
 from megalibi.config.checks import check_option, refuse
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
