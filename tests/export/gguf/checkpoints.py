@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from megalibi.checkpoint import Checkpoint
-from megalibi.checkpoint.compose import compose_checkpoint, describe_model
 from megalibi.config import Config
 from megalibi.data.tokenizer.training import train_tokenizer
+from megalibi.export.compose import compose_checkpoint, describe_whole_model
 from tests.support.runs import make_config
 
 ROOT = Path(__file__).parents[3]
@@ -32,7 +32,7 @@ def make_checkpoint(folder: Path, *, tensor: int = 1, seq_length: int = 64, **mo
         parallel={"tensor_parallel_size": tensor},
     )
     folder.mkdir()
-    parameters, _ = describe_model(config)
+    parameters, _ = describe_whole_model(config)
     random = torch.Generator().manual_seed(1)
     weights = {
         name: torch.randn(entry.shape, generator=random) * (0.3 if len(entry.shape) > 1 else 0.1)
