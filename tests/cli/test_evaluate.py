@@ -367,6 +367,6 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_code_2(run_dir: Path) -> None
 
 
 def test_help_has_an_example() -> None:
-    done = subprocess.run([sys.executable, "tools/evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([warm_python(), "tools/evaluate.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert "python tools/evaluate.py --checkpoint runs/quickstart" in done.stdout

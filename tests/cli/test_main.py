@@ -124,10 +124,13 @@ def test_a_script_runs(script: str) -> None:
 
 
 def test_a_script_shows_the_path_that_was_typed() -> None:
-    done = run("tools/plan_run.py", "--help")
+    def run_warm(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([warm_python(), *words], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    done = run_warm("tools/plan_run.py", "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "python tools/plan_run.py configs/gpt_1.3b_alibi_1024.yaml --gpu H100 --ranks 8\n" in done.stdout
-    done = run("launch/pretrain.py", "--help")
+    done = run_warm("launch/pretrain.py", "--help")
     assert "deepspeed --num_gpus 8 launch/pretrain.py --config configs/gpt_1.3b_alibi_1024.yaml" in done.stdout
-    done = run("-m", "megalibi", "pretrain", "--help")
+    done = run_warm("-m", "megalibi", "pretrain", "--help")
     assert "deepspeed --num_gpus 8 --module megalibi pretrain --config configs/" in done.stdout
