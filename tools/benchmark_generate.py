@@ -70,7 +70,7 @@ def open_model(arguments: argparse.Namespace) -> GPT:
     return model.requires_grad_(False).eval()
 
 
-def read_tokens(prefix: str | None, model: GPT, count: int) -> list[int]:
+def read_text_tokens(prefix: str | None, model: GPT, count: int) -> list[int]:
     """Return tokens of a text, from its beginning again where it is too short; random ones without a text."""
     if prefix is None:
         return torch.randint(model.vocab_size, (count,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -81,20 +81,22 @@ def read_tokens(prefix: str | None, model: GPT, count: int) -> list[int]:
 
 def build_mpt(model: GPT, max_length: int) -> MptForCausalLM:
     """Return transformers' MPT with the model's weights."""
-    attention, mlp = model.blocks[0].attention, model.blocks[0].mlp
-    hidden_size = attention.proj.weight.shape[0]  # type: ignore[union-attr,index]
-    assert mlp.up.weight.shape[0] % hidden_size == 0  # type: ignore[union-attr,index,operator]
+    parameters = dict(model.named_parameters())
+    ffn_hidden_size, hidden_size = parameters["blocks.0.mlp.up.weight"].shape
+    assert ffn_hidden_size % hidden_size == 0
+    block = model.blocks[0]
+    assert isinstance(block, Block)
     config = MptConfig(
         d_model=hidden_size,
-        n_heads=attention.num_heads_local,  # type: ignore[arg-type]
+        n_heads=block.attention.num_heads_local,
         n_layers=len(model.blocks),
-        expansion_ratio=mlp.up.weight.shape[0] // hidden_size,  # type: ignore[union-attr,index,operator]
+        expansion_ratio=ffn_hidden_size // hidden_size,
         max_seq_len=max_length,
         vocab_size=model.vocab_size,
     )
     mpt = MptForCausalLM(config).eval().requires_grad_(False)
     renamed = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         renamed[".".join(MPT_NAMES.get(part, part) for part in name.split("."))] = parameter
     missing, unexpected = mpt.load_state_dict(renamed, strict=False)
     assert not unexpected, unexpected
@@ -181,7 +183,7 @@ def measure_length(model: GPT, tokens: list[int], length: int, arguments: argpar
     return figures
 
 
-def format_table(results: Sequence[dict[str, Any]]) -> str:
+def tabulate_results(results: Sequence[dict[str, Any]]) -> str:
     """Return the figures as a table in Markdown."""
     lines = [
         "| tokens before | what | cache MB | keys kept | tokens/s (min to max) | largest change of a log-probability |",
@@ -244,15 +246,15 @@ def main() -> None:
     model = open_model(arguments)
     if not model.positions.bias == "alibi":
         raise ConfigError("model.position_method: must be alibi, whose heads have horizons")
-    tokens = read_tokens(arguments.data, model, max(arguments.lengths) + arguments.tokens)
+    tokens = read_text_tokens(arguments.data, model, max(arguments.lengths) + arguments.tokens)
     results = []
     for length in sorted(arguments.lengths):
         results.append(measure_length(model, tokens, length, arguments))
-        console.print(format_table(results[-1:]))
+        console.print(tabulate_results(results[-1:]))
         record = describe_measurement(model, results)
         if arguments.output:  # after each length: the next one may be too long for this machine
             write_json(record, arguments.output)
-            arguments.output.with_suffix(".md").write_text(format_table(results), encoding="utf-8")
+            arguments.output.with_suffix(".md").write_text(tabulate_results(results), encoding="utf-8")
     if arguments.output is None:
         print(json.dumps(record, indent=2))
 
