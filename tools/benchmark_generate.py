@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, MptConfig, MptForCausalLM
 
 from megalibi import log
-from megalibi.config import load_config
+from megalibi.config import ModelConfig, load_config
 from megalibi.config.checks import check_option
 from megalibi.data.tokens.token_file import TokenFile
 from megalibi.errors import ConfigError
@@ -56,18 +56,19 @@ MPT_NAMES = {
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def open_model(arguments: argparse.Namespace) -> GPT:
-    """Return the model, in fp32."""
+def open_model(arguments: argparse.Namespace) -> tuple[GPT, ModelConfig]:
+    """Return the model, in fp32, and what it is."""
     if arguments.checkpoint is not None:
         from megalibi.checkpoint import Checkpoint  # it imports DeepSpeed
 
-        model = Checkpoint.open(arguments.checkpoint).load_model(torch.device("cpu")).float()
+        checkpoint = Checkpoint.open(arguments.checkpoint)
+        model = checkpoint.load_model(torch.device("cpu")).float()
         model.compute_dtype = torch.float32
-        return model
+        return model, checkpoint.config.model
     config = load_config(arguments.config).model
     model = GPT(config, padded_vocab_size=config.vocab_size, layout=WHOLE)
     initialize(model, seed=1, group=ALONE)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval(), config
 
 
 def read_text_tokens(prefix: str | None, model: GPT, count: int) -> list[int]:
@@ -79,24 +80,21 @@ def read_text_tokens(prefix: str | None, model: GPT, count: int) -> list[int]:
     return (tokens * (count // len(tokens) + 1))[:count]
 
 
-def build_mpt(model: GPT, max_length: int) -> MptForCausalLM:
+def build_mpt(model: GPT, config: ModelConfig, max_length: int) -> MptForCausalLM:
     """Return transformers' MPT with the model's weights."""
-    parameters = dict(model.named_parameters())
-    ffn_hidden_size, hidden_size = parameters["blocks.0.mlp.up.weight"].shape
-    assert ffn_hidden_size % hidden_size == 0
-    block = model.blocks[0]
-    assert isinstance(block, Block)
-    config = MptConfig(
-        d_model=hidden_size,
-        n_heads=block.attention.num_heads_local,
-        n_layers=len(model.blocks),
-        expansion_ratio=ffn_hidden_size // hidden_size,
+    if config.position_method != "alibi" or config.bias or config.ffn_hidden_size % config.hidden_size:
+        raise ConfigError("the model must have ALiBi, no biases, and a feed-forward width that its hidden_size divides")
+    mpt_config = MptConfig(
+        d_model=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        n_layers=config.num_layers,
+        expansion_ratio=config.ffn_hidden_size // config.hidden_size,
         max_seq_len=max_length,
-        vocab_size=model.vocab_size,
+        vocab_size=config.vocab_size,
     )
-    mpt = MptForCausalLM(config).eval().requires_grad_(False)
+    mpt = MptForCausalLM(mpt_config).eval().requires_grad_(False)
     renamed = {}
-    for name, parameter in parameters.items():
+    for name, parameter in model.named_parameters():
         renamed[".".join(MPT_NAMES.get(part, part) for part in name.split("."))] = parameter
     missing, unexpected = mpt.load_state_dict(renamed, strict=False)
     assert not unexpected, unexpected
@@ -117,7 +115,7 @@ def repeat_rate(step: Callable[[int], object], tokens: Sequence[int], repeats: i
 
 def measure_cache(
     model: GPT, prompt: list[int], more: list[int], repeats: int, eps: float
-) -> tuple[dict, Decoder, Tensor]:
+) -> tuple[dict[str, Any], Decoder, Tensor]:
     """Read the prompt and continue it: figures, the decoder after it, and its log-probabilities, [tokens, V]."""
     decoder, log_probs = Decoder(model, horizon_eps=eps), []
     start = time.perf_counter()
@@ -139,7 +137,7 @@ def measure_cache(
 
 def measure_mpt(
     mpt: MptForCausalLM, full: Decoder, num_prompt: int, more: list[int], repeats: int
-) -> tuple[dict, Tensor]:
+) -> tuple[dict[str, Any], Tensor]:
     """Continue the text with MPT's forward pass on its own cache, filled with the keys and values of ours."""
     cache, log_probs = DynamicCache(), []
     for number, layer in enumerate(full.cache.layers):
@@ -162,7 +160,9 @@ def compare(log_probs: Tensor, log_probs_full: Tensor) -> dict[str, float]:
     }
 
 
-def measure_length(model: GPT, tokens: list[int], length: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_length(
+    model: GPT, mpt: MptForCausalLM, tokens: list[int], length: int, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Return all figures of one length of the text before."""
     prompt, more = tokens[:length], tokens[length : length + arguments.tokens]
     repeats = arguments.repeats
@@ -170,7 +170,7 @@ def measure_length(model: GPT, tokens: list[int], length: int, arguments: argpar
     figures: dict[str, Any] = {"length": length, "full_cache": full_figures, "bounded_cache": []}
     del full_figures["kept_tokens_by_layer_and_head"]
     with torch.no_grad():
-        mpt_figures, of_mpt = measure_mpt(build_mpt(model, length + len(more)), full, length, more, repeats)
+        mpt_figures, of_mpt = measure_mpt(mpt, full, length, more, repeats)
     figures["transformers_mpt"] = mpt_figures | compare(of_mpt, of_full)
     del full
     for eps in EPSILONS if length <= arguments.recompute_up_to else EPSILONS[:1]:
@@ -183,7 +183,7 @@ def measure_length(model: GPT, tokens: list[int], length: int, arguments: argpar
     return figures
 
 
-def tabulate_results(results: Sequence[dict[str, Any]]) -> str:
+def format_generation_table(results: Sequence[dict[str, Any]]) -> str:
     """Return the figures as a table in Markdown."""
     lines = [
         "| tokens before | what | cache MB | keys kept | tokens/s (min to max) | largest change of a log-probability |",
@@ -243,18 +243,18 @@ def main() -> None:
     for length in arguments.lengths:
         check_option("--lengths", length, 1)
     check_outputs({"--output": arguments.output})
-    model = open_model(arguments)
-    if not model.positions.bias == "alibi":
-        raise ConfigError("model.position_method: must be alibi, whose heads have horizons")
-    tokens = read_text_tokens(arguments.data, model, max(arguments.lengths) + arguments.tokens)
-    results = []
+    model, config = open_model(arguments)
+    longest = max(arguments.lengths) + arguments.tokens
+    mpt = build_mpt(model, config, longest)
+    tokens = read_text_tokens(arguments.data, model, longest)
+    results: list[dict[str, Any]] = []
     for length in sorted(arguments.lengths):
-        results.append(measure_length(model, tokens, length, arguments))
-        console.print(tabulate_results(results[-1:]))
+        results.append(measure_length(model, mpt, tokens, length, arguments))
+        console.print(format_generation_table(results[-1:]))
         record = describe_measurement(model, results)
         if arguments.output:  # after each length: the next one may be too long for this machine
             write_json(record, arguments.output)
-            arguments.output.with_suffix(".md").write_text(tabulate_results(results), encoding="utf-8")
+            arguments.output.with_suffix(".md").write_text(format_generation_table(results), encoding="utf-8")
     if arguments.output is None:
         print(json.dumps(record, indent=2))
 

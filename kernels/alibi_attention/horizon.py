@@ -27,8 +27,8 @@ queries to come but a check of each query that has come, with N = max_(j<=J) |k_
 holds, the row is within eps of the row over all keys; where it does not, the cache must be built again.
 
 A vector r that is taken off all keys adds c q_i.r to a whole row of scores, which a softmax does not see. So (*) may be
-used with k_j - r in place of k_j, in N and in M, for any r that stays the same from the first key on. The keys of a
-trained head have much in common: with r near their mean N is a fraction of what it would be.
+used with k_j - r in place of k_j, in N and in M, for any r that stays the same from the first key on. With r near the
+mean of the keys, what they have in common, such as a bias of the layer that makes them, is not in N.
 
 What is needed of query i is its excess |c| |q_i| N - M, which is linear in N: ``excess_terms``. (*) then reads
 

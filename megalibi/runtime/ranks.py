@@ -10,10 +10,15 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megalibi.errors import ConfigError
 from megalibi.runtime.own_gpus import check_own_gpus
+
+if TYPE_CHECKING:
+    import torch
+
+    from megalibi.parallel import ProcessGroups
 
 SLURM_FIRST_PORT = 20_000
 SLURM_PORTS = 20_000
@@ -130,3 +135,20 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
         check_own_gpus(place.rank, place.world_size, uuid, dist.PrefixStore("gpus", store))
         group["store"] = dist.PrefixStore("ranks", store)
     dist.init_process_group(rank=place.rank, world_size=place.world_size, **group)
+
+
+def join_ranks(place: Place, device: torch.device, tensor_parallel_size: int, timeout_minutes: float) -> ProcessGroups:
+    """Join the other ranks, if there are any, and return this rank's process groups.
+
+    Args:
+        place: Where this process stands in the job.
+        device: What ``set_up_device`` returned.
+        tensor_parallel_size: Number of ranks that share one model; must divide the number of all.
+        timeout_minutes: How long a collective may wait.
+    """
+    from megalibi.parallel import build_process_groups
+
+    timeout = timedelta(minutes=timeout_minutes)
+    if place.world_size > 1:
+        init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
+    return build_process_groups(tensor_parallel_size, timeout)

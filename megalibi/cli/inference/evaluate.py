@@ -14,17 +14,14 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
 from megalibi import log
 from megalibi.cli.command import RankCommand
-from megalibi.config import Config
 from megalibi.config.checks import check_option
 from megalibi.console import Progress
 from megalibi.data.provenance import say_unrecorded
@@ -43,12 +40,11 @@ from megalibi.evaluate.run import (
     evaluate,
 )
 from megalibi.metrics.provenance import describe_run
-from megalibi.parallel import ProcessGroups, build_process_groups
 from megalibi.report.plots import save_figure
 from megalibi.report.position_plot import position_curve
 from megalibi.runtime.device import describe_device, set_up_device
 from megalibi.runtime.outputs import check_outputs, check_picture
-from megalibi.runtime.ranks import Place, init_distributed
+from megalibi.runtime.ranks import Place, join_ranks
 from megalibi.units import format_duration
 
 EXAMPLES = """examples:
@@ -155,14 +151,6 @@ def format_result(result: EvaluationResult) -> str:
     )
 
 
-def join_ranks(place: Place, device: torch.device, config: Config, tensor_parallel_size: int) -> ProcessGroups:
-    """Join the other ranks, if there are any, and return this rank's process groups."""
-    timeout = timedelta(minutes=config.parallel.timeout_minutes)
-    if place.world_size > 1:
-        init_distributed(place, "nccl" if device.type == "cuda" else "gloo", timeout)
-    return build_process_groups(tensor_parallel_size, timeout)
-
-
 def show_scored(progress: Progress, length: int, num_scored: int) -> Callable[[int, float], None]:
     """Return what shows how many of the tokens at a length are scored, and their mean loss."""
     start = time.monotonic()
@@ -216,7 +204,7 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
     tokenizer = open_tokenizer(arguments.tokenizer, config.data.tokenizer)
     check_same_tokenizer(manifest.data, text, tokenizer)
     num_bytes = check_and_measure(text, num_tokens, config.model.vocab_size, byte_counter(tokenizer))
-    groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
+    groups = join_ranks(place, device, arguments.tensor_parallel_size, config.parallel.timeout_minutes)
     setup = EvaluationSetup(
         model=checkpoint.load_model(device, groups),
         text=text,

@@ -19,7 +19,6 @@ from typing import Any
 
 from megalibi import log
 from megalibi.cli.command import RankCommand
-from megalibi.cli.inference.evaluate import join_ranks
 from megalibi.config import ModelConfig
 from megalibi.config.checks import check_option, refuse
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -35,7 +34,7 @@ from megalibi.model import GPT
 from megalibi.parallel import ProcessGroups, gather_objects
 from megalibi.runtime.device import set_up_device
 from megalibi.runtime.outputs import check_outputs
-from megalibi.runtime.ranks import Place
+from megalibi.runtime.ranks import Place, join_ranks
 
 EXAMPLES = """examples:
   {command} --checkpoint runs/quickstart --prompt "Once upon a time" --temperature 0.8 --top-p 0.95
@@ -272,7 +271,7 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
     check_tensor_parallel_size(config, arguments.tensor_parallel_size, place.world_size)
     tokenizer = open_model_tokenizer(arguments.tokenizer, config.data.tokenizer)
     check_same_tokenizer(checkpoint.manifest.data, None, tokenizer)
-    groups = join_ranks(place, device, config, arguments.tensor_parallel_size)
+    groups = join_ranks(place, device, arguments.tensor_parallel_size, config.parallel.timeout_minutes)
     speaker = Speaker(
         model=checkpoint.load_model(device, groups),
         config=config.model,
