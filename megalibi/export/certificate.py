@@ -47,6 +47,8 @@ class TensorRecord:
     """The SHA-256 of the tensor's bytes after, read back from the file that was written, in the target's type."""
     bit_equal: bool
     """Whether what was read back, put into the source's order, has the source's bits, rounded to the target's type."""
+    largest_difference: float | None = None
+    """The largest absolute difference that rounding made to a number; None: the action did not measure it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ class SlopeTables:
     source: list[float]
     """The slopes that the source's own code computes, by head."""
     target: list[float] | None
-    """The slopes that the target's own function computes, by head; None: it could not be asked."""
+    """The slopes that the target's own function computes, by head, or, for GGUF, megalibi by llama.cpp's formula;
+    None: it could not be asked."""
     largest_difference: float | None
     """The largest difference of two slopes of one head, relative to the source's; None: the target was not asked."""
 

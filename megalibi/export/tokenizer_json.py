@@ -15,34 +15,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders
 from tokenizers.models import BPE
 
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.errors import DataError
+from megalibi.export.portable_tokenizer import ODD_TEXTS, SPACE_SIGN, check_portable
 from megalibi.files import write_synced
 
-_SPACE_SIGN = "\u2581"
 _NAMES = {"unk_token": "unk_id", "bos_token": "bos_id", "eos_token": "eos_id", "pad_token": "pad_id"}
 """The special tokens by transformers' names, and sentencepiece's names for their ids."""
-ODD_TEXTS = (
-    "",
-    " ",
-    "  two  spaces,   three, and one at the end ",
-    "a\tb\n\nc\r\n\x00\x7f",
-    "na\u00efve nai\u0308ve \u0130stanbul \ufb01ne \u2126\u2167\u00bd",
-    "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u30c8 \ud55c\uad6d\uc5b4 "
-    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e2\u05d1\u05e8\u05d9\u05ea",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1f3\U0001f1f1 \U0010fffd \ufffd \ufeff",
-    "a\u2581b \u2581 c\u2581\u2581",
-    "<unk><s></s> </s>\n<0x41><0xE2> <pad>",
-    "0123456789 3.14159 1,000,000 -1e-5",
-    "aaaaaaaaaaaaaaa ---------- ======= ........... ((((((()))))))",
-    "def f(x):\n    return x ** 2  # caf\u00e9\n\n\n",
-)
-"""Texts whose ids are compared at each conversion, beside those of the tests."""
 
 
 def write_hf_tokenizer(tokenizer_path: Path, folder: Path, *, max_length: int) -> None:
@@ -58,11 +41,7 @@ def write_hf_tokenizer(tokenizer_path: Path, folder: Path, *, max_length: int) -
             named.
         OSError: The disk is full or fails.
     """
-    ours = load_tokenizer(tokenizer_path)
-    if not isinstance(ours, Tokenizer):
-        raise DataError(f"{tokenizer_path}: a word-level vocabulary; only sentencepiece models become tokenizer.json")
-    model = sentencepiece_model_pb2.ModelProto.FromString(tokenizer_path.read_bytes())  # type: ignore[attr-defined]
-    _check_model(tokenizer_path, ours, model)
+    ours, model = check_portable(load_tokenizer(tokenizer_path), "tokenizer.json")
     fast = _build_fast_tokenizer(model)
     _compare(tokenizer_path, ours, fast)
     write_synced(folder / "tokenizer.json", fast.to_str(pretty=True).encode())
@@ -76,27 +55,9 @@ def write_hf_tokenizer(tokenizer_path: Path, folder: Path, *, max_length: int) -
     write_synced(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
-def _check_model(path: Path, ours: Tokenizer, model: Any) -> None:
-    """Check that all that the model does to a text can be written.
-
-    Raises:
-        DataError: It does something else.
-    """
-    trainer, kinds = model.trainer_spec, sentencepiece_model_pb2.ModelProto.SentencePiece  # type: ignore[attr-defined]
-    reason = None
-    if trainer.model_type != trainer.BPE:
-        reason = "is no byte-pair encoding"
-    elif not ours.is_exact:
-        reason = "changes texts before it cuts them (a normalizer, spaces that it adds or joins), or has no byte pieces"
-    elif any(piece.type == kinds.USER_DEFINED for piece in model.pieces):
-        reason = "has pieces of its user, which are found before all others"
-    if reason is not None:
-        raise DataError(f"{path}: cannot become tokenizer.json with the same ids for every text: it {reason}")
-
-
 def _build_fast_tokenizer(model: Any) -> FastTokenizer:
     kinds = type(model.pieces[0])
-    pieces = [piece.piece.replace(_SPACE_SIGN, " ") for piece in model.pieces]
+    pieces = [piece.piece.replace(SPACE_SIGN, " ") for piece in model.pieces]
     ids = {piece: token for token, piece in enumerate(pieces)}
     normal = {piece for piece, entry in zip(pieces, model.pieces, strict=True) if entry.type == kinds.NORMAL}
     scores = {piece: entry.score for piece, entry in zip(pieces, model.pieces, strict=True)}

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.errors import DataError
-from megalibi.export.tokenizer_json import ODD_TEXTS, write_hf_tokenizer
+from megalibi.export.portable_tokenizer import ODD_TEXTS, check_portable
+from megalibi.export.tokenizer_json import write_hf_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
@@ -79,6 +80,8 @@ def test_what_cannot_be_exact_is_refused(tmp_path: Path, options: dict[str, obje
     )
     with pytest.raises(DataError, match=reason):
         write_hf_tokenizer(tmp_path / "t.model", tmp_path, max_length=8)
+    with pytest.raises(DataError, match=f"cannot become a GGUF file .* {reason}"):
+        check_portable(Tokenizer(tmp_path / "t.model"), "a GGUF file")
 
 
 def test_words_are_refused(tmp_path: Path) -> None:

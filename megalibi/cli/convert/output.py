@@ -61,11 +61,14 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 def describe_certificate(certificate: Certificate) -> str:
     """Return what a certificate says, in a few words."""
-    said = f"{len(certificate.tensors):,} tensors bit-equal" if certificate.all_equal else "tensors differ"
+    rounding = max((tensor.largest_difference or 0.0 for tensor in certificate.tensors), default=0.0)
+    equal = f"rounded by up to {rounding:.1e}" if rounding else "bit-equal"
+    said = f"{len(certificate.tensors):,} tensors {equal}" if certificate.all_equal else "tensors differ"
     if (comparison := certificate.comparison) is None:
         return f"{said}; logits not compared: {certificate.not_compared}"
     return (
         f"{said}; at {comparison.tokens:,} tokens the logits are within {comparison.largest_logit_difference:.1e}, "
+        f"probabilities within {comparison.largest_probability_difference:.1e}, "
         f"perplexity {comparison.source_perplexity:.6g} before and {comparison.target_perplexity:.6g} after"
     )
 

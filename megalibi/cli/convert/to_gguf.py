@@ -35,11 +35,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Open the checkpoint, and write it as a file of llama.cpp."""
     check_outputs({"OUT": arguments.output})
     try:
-        from megalibi.export.gguf.write import check_gguf, check_gguf_tokenizer, check_new_file, convert_to_gguf
+        from megalibi.export.gguf.write import check_gguf, check_new_file, convert_to_gguf
     except ModuleNotFoundError as error:
         raise ConfigError(f"to-gguf needs the package {error.name}: pip install 'megalibi[gguf]'") from error
     from megalibi.checkpoint import Checkpoint
     from megalibi.export.hf.write import find_tokenizer
+    from megalibi.export.portable_tokenizer import check_portable
 
     check_new_file(arguments.output)
     checkpoint = Checkpoint.open(arguments.input)
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{checkpoint.config.data.tokenizer}: the tokenizer of the checkpoint is not there, or another one: give "
             "--tokenizer FILE; a GGUF file has the model and its tokenizer"
         )
-    tokenizer = check_gguf_tokenizer(found, found.path)
+    portable = check_portable(found, "a GGUF file")
     what = f"{checkpoint.path} (step {checkpoint.manifest.step:,}) -> GGUF, {arguments.type}"
     if arguments.dry_run:
         print(f"{what}; it can be done")
@@ -59,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         certificate = convert_to_gguf(
             checkpoint,
             arguments.output,
-            tokenizer,
+            portable,
             kind=arguments.type,
             compare=not arguments.no_compare,
             show=show,

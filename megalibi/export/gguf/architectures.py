@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,14 +70,18 @@ def rename_for_gguf(name: str) -> str:
 
 
 def compute_llama_slopes(num_heads: int) -> Tensor:
-    """Return the slopes as ggml_soft_max_ext computes them in fp32, [heads] (ggml/src/ggml-cpu/ops.cpp).
+    """Return the slopes as ggml_soft_max_ext computes them, fp32 [heads] (ggml/src/ggml-cpu/ops.cpp).
 
     It is written here after llama.cpp's formula, for its library does not offer them: the logits alone can show that
-    it does as it says.
+    it does as it says. Powers of bases that fp32 has rounded differ from the paper's slopes by up to 7e-7 of a slope,
+    with 128 heads.
     """
     power = 2 ** math.floor(math.log2(num_heads))
-    base, odd_base = 2.0 ** (-MAX_ALIBI_BIAS / power), 2.0 ** (-MAX_ALIBI_BIAS / 2 / power)
-    return torch.tensor([base ** (h + 1) if h < power else odd_base ** (2 * (h - power) + 1) for h in range(num_heads)])
+    two = np.float32(2.0)
+    base, others_base = (np.power(two, np.float32(-bias / power)) for bias in (MAX_ALIBI_BIAS, MAX_ALIBI_BIAS / 2))
+    first_H = np.power(base, np.arange(1, power + 1, dtype=np.float32))
+    others_H = np.power(others_base, np.arange(1, 2 * (num_heads - power), 2, dtype=np.float32))
+    return torch.from_numpy(np.concatenate([first_H, others_H]))
 
 
 def _spell(value: object) -> str:

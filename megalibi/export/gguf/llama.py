@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,16 +56,21 @@ def compute_llama_logits(file: Path, tokens_S: Tensor) -> Tensor:
         llama.close()
 
 
-def tokenize_with_llama(file: Path, text: str) -> list[int]:
-    """Return the ids of a text by the tokenizer of a GGUF file; control tokens in it are text.
+def tokenize_with_llama(file: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts by the tokenizer of a GGUF file; control tokens in them are text.
 
     Args:
         file: The GGUF file.
-        text: The text.
+        texts: The texts.
+
+    Raises:
+        FileError: llama.cpp does not load the file.
     """
-    llama = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
     try:
-        ids: list[int] = llama.tokenize(text.encode(), add_bos=False, special=False)
-        return ids
+        llama = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    except ValueError as error:
+        raise FileError(f"{file}: llama.cpp {LLAMA_VERSION} does not load it: {error}") from error
+    try:
+        return [llama.tokenize(text.encode(), add_bos=False, special=False) for text in texts]
     finally:
         llama.close()

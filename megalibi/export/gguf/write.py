@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import numpy as np
 import torch
-from sentencepiece import sentencepiece_model_pb2
 from torch import Tensor
 
 from megalibi.checkpoint import Checkpoint
@@ -20,6 +20,7 @@ from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.errors import ConfigError, FileError
 from megalibi.export.certificate import (
     Certificate,
+    LogitComparison,
     TensorRecord,
     check_equal,
     check_slopes,
@@ -32,13 +33,14 @@ from megalibi.export.certificate import (
 from megalibi.export.comparison import check_probabilities, choose_text, compare_logits, compute_our_log_probs
 from megalibi.export.fp32 import describe_source, list_ties
 from megalibi.export.gguf.architectures import (
-    MAX_ALIBI_BIAS,
     choose_architecture,
     compute_llama_slopes,
     find_gguf_refusals,
     rename_for_gguf,
 )
-from megalibi.export.gguf.llama import LLAMA_VERSION, WHY_NOT_LLAMA, compute_llama_logits
+from megalibi.export.gguf.llama import LLAMA_VERSION, WHY_NOT_LLAMA, compute_llama_logits, tokenize_with_llama
+from megalibi.export.gguf.metadata import add_model_facts, add_tokenizer_facts
+from megalibi.export.portable_tokenizer import ODD_TEXTS, SPACE_SIGN, PortableTokenizer
 from megalibi.files import sync_folder, write_json
 from megalibi.model import model_slopes
 
@@ -54,7 +56,13 @@ _TYPES = {
 GGUF_TYPES = tuple(_TYPES)
 """The types of matrices that can be written; vectors are fp32 in all of them."""
 _Q8_BLOCK = 32
-_GELU_NOTE = "llama.cpp computes the GELU by tanh, from a table of half precision, in a file of any type."
+_NOTES = [
+    "llama.cpp computes the GELU by tanh, from a table of half precision, in a file of any type.",
+    "The slopes of the target are by llama.cpp's formula, which megalibi computes in fp32: that llama.cpp has them, "
+    "only a comparison of probabilities can show.",
+    "llama.cpp takes the sign U+2581 in a text for a space, where megalibi writes its bytes.",
+]
+"""What every certificate says besides."""
 
 
 class _Stored(NamedTuple):
@@ -65,6 +73,10 @@ class _Stored(NamedTuple):
     def encode(self, values: Tensor) -> np.ndarray:
         """Return a parameter's numbers as the file holds them."""
         return gguf.quants.quantize(values.contiguous().numpy(), self.kind)
+
+    def measure_rounding(self, values: Tensor, encoded: np.ndarray) -> float:
+        """Return the largest absolute difference between a parameter's numbers and what the file holds of them."""
+        return (torch.from_numpy(gguf.quants.dequantize(encoded, self.kind)) - values).abs().max().item()
 
 
 def check_gguf(model: ModelConfig, kind: str) -> None:
@@ -89,7 +101,7 @@ def check_gguf(model: ModelConfig, kind: str) -> None:
 def convert_to_gguf(
     checkpoint: Checkpoint,
     output: Path,
-    tokenizer: Tokenizer,
+    portable: PortableTokenizer,
     *,
     kind: str = "f16",
     compare: bool = True,
@@ -102,7 +114,7 @@ def convert_to_gguf(
     Args:
         checkpoint: The checkpoint, of any topology, which check_gguf has passed.
         output: The new file.
-        tokenizer: That of the checkpoint.
+        portable: The tokenizer of the checkpoint, as check_portable returns it.
         kind: The type of the matrices, one of GGUF_TYPES.
         compare: Whether to run both models on a text.
         show: Called before each tensor with its name, the number of those done, and of all.
@@ -118,31 +130,21 @@ def convert_to_gguf(
     checkpoint.verify()
     partial = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
-        records = _write_file(checkpoint, partial, tokenizer, kind, show)
+        records = _write_file(checkpoint, partial, portable, kind, show)
         check_equal(records, output)
         slopes = compare_slopes(
             model_slopes(checkpoint.config.model), compute_llama_slopes(checkpoint.config.model.num_attention_heads)
         )
         check_slopes(slopes, "llama.cpp")
-        comparison = None
         not_compared = WHY_NOT_LLAMA if not LLAMA_VERSION else None if compare else "--no-compare was given"
+        comparison = None
         if not_compared is None:
             show("comparison", len(records), len(records))
-            length, vocab_size = 2 * checkpoint.config.data.seq_length, checkpoint.config.model.vocab_size
-            text = choose_text(length, vocab_size, tokenizer)
-            comparison = compare_logits(
-                compute_our_log_probs(checkpoint, text.tokens),
-                compute_llama_logits(partial, text.tokens),
-                text,
-                software=f"llama-cpp-python {LLAMA_VERSION}, on the CPU, with a cache in fp32",
-                vocab_size=vocab_size,
-            )
-            if kind in MAX_PROBABILITY_DIFFERENCES:
-                check_probabilities(comparison, "llama.cpp", MAX_PROBABILITY_DIFFERENCES[kind])
+            comparison = _compare(checkpoint, partial, portable, kind)
         certificate = Certificate(
             command=describe_command(),
             date=describe_date(),
-            versions=describe_software(gguf=_read_gguf_version()),
+            versions=describe_software(gguf=version("gguf")),
             source=describe_source(checkpoint),
             target={"format": "gguf", "architecture": choose_architecture(checkpoint.config.model), "dtype": kind},
             tensors=records,
@@ -150,7 +152,7 @@ def convert_to_gguf(
             slopes=slopes,
             comparison=comparison,
             not_compared=not_compared,
-            notes=[_GELU_NOTE],
+            notes=_NOTES,
         )
         write_json(dataclasses.asdict(certificate), Path(f"{output}{CERTIFICATE_SUFFIX}"))
         os.replace(partial, output)
@@ -161,14 +163,37 @@ def convert_to_gguf(
     return certificate
 
 
-def _read_gguf_version() -> str:
-    from importlib.metadata import version
+def _compare(checkpoint: Checkpoint, file: Path, portable: PortableTokenizer, kind: str) -> LogitComparison:
+    """Run both tokenizers and both models, and check what came out."""
+    length, vocab_size = 2 * checkpoint.config.data.seq_length, checkpoint.config.model.vocab_size
+    _check_ids(file, portable.tokenizer)
+    text = choose_text(length, vocab_size, portable.tokenizer)
+    comparison = compare_logits(
+        compute_our_log_probs(checkpoint, text.tokens),
+        compute_llama_logits(file, text.tokens),
+        text,
+        software=f"llama-cpp-python {LLAMA_VERSION}, on the CPU, with a cache in fp32",
+        vocab_size=vocab_size,
+    )
+    if kind in MAX_PROBABILITY_DIFFERENCES:
+        check_probabilities(comparison, "llama.cpp", MAX_PROBABILITY_DIFFERENCES[kind])
+    return comparison
 
-    return version("gguf")
+
+def _check_ids(file: Path, tokenizer: Tokenizer) -> None:
+    """Check that llama.cpp gives the ids of the tokenizer to texts that are hard, where they have no sign U+2581.
+
+    Raises:
+        FileError: It does not.
+    """
+    texts = [text for text in ODD_TEXTS if SPACE_SIGN not in text]
+    for text, theirs in zip(texts, tokenize_with_llama(file, texts), strict=True):
+        if theirs != tokenizer.encode(text):
+            raise FileError(f"llama.cpp gives the text {text!r} other ids than {tokenizer.path}: nothing is kept")
 
 
 def _write_file(
-    checkpoint: Checkpoint, file: Path, tokenizer: Tokenizer, kind: str, show: Callable[[str, int, int], None]
+    checkpoint: Checkpoint, file: Path, portable: PortableTokenizer, kind: str, show: Callable[[str, int, int], None]
 ) -> list[TensorRecord]:
     """Write the file, and return what is in it after it was read back."""
     matrices = _TYPES[kind][0]
@@ -180,8 +205,8 @@ def _write_file(
     }
     writer = gguf.GGUFWriter(file, choose_architecture(checkpoint.config.model))
     try:
-        _add_facts(writer, checkpoint, kind)
-        _add_tokenizer(writer, tokenizer, checkpoint.config.model.vocab_size)
+        add_model_facts(writer, checkpoint, _TYPES[kind][1])
+        add_tokenizer_facts(writer, portable, checkpoint.config.model.vocab_size)
         for tensor in stored.values():
             sample = tensor.encode(torch.zeros((1, *tensor.shape[1:])))  # of one row: the type of its numbers
             shape = (tensor.shape[0], *sample.shape[1:])
@@ -190,22 +215,40 @@ def _write_file(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        saved, hashes = checkpoint.read_state(), {}
+        saved, hashes, rounding = checkpoint.read_state(), {}, {}
         for done, (name, tensor) in enumerate(stored.items()):
             show(name, done, len(stored))
             values = saved.read_whole(name)
             encoded = tensor.encode(values)
             hashes[name] = hash_tensor(values), hash_tensor(torch.from_numpy(encoded))
+            rounding[name] = tensor.measure_rounding(values, encoded)
             writer.write_tensor_data(encoded)
         writer.flush()
     finally:
         writer.close()
     with file.open("rb") as written:
         os.fsync(written.fileno())
+    return _read_records(file, stored, hashes, rounding)
+
+
+def _read_records(
+    file: Path, stored: dict[str, _Stored], hashes: dict[str, tuple[str, str]], rounding: dict[str, float]
+) -> list[TensorRecord]:
+    """Read the file back, and return what is in it.
+
+    Args:
+        file: The whole file.
+        stored: What should be in it, by our names.
+        hashes: The SHA-256 of each tensor, in fp32 and as it was encoded.
+        rounding: The largest difference that the encoding of each made.
+    """
     read_back = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     records = []
     for name, tensor in stored.items():
-        found = hash_tensor(torch.from_numpy(np.array(read_back[tensor.name].data)))
+        entry = read_back[tensor.name]
+        # Not through the reader's map of the file, of which every page that was read would stay.
+        content = np.fromfile(file, np.uint8, int(entry.n_bytes), offset=int(entry.data_offset))
+        found = hash_tensor(torch.from_numpy(content))
         before, encoded_sha256 = hashes[name]
         records.append(
             TensorRecord(
@@ -213,62 +256,11 @@ def _write_file(
                 target=tensor.name,
                 source_sha256=before,
                 target_sha256=found,
-                bit_equal=found == encoded_sha256 and tuple(read_back[tensor.name].shape[::-1]) == tensor.shape,
+                bit_equal=found == encoded_sha256 and tuple(entry.shape[::-1]) == tensor.shape,
+                largest_difference=rounding[name],
             )
         )
     return records
-
-
-def _add_facts(writer: gguf.GGUFWriter, checkpoint: Checkpoint, kind: str) -> None:
-    """Add what llama.cpp needs to know of the model, and what a reader may want to."""
-    model, manifest = checkpoint.config.model, checkpoint.manifest
-    steps = f"trained by megalibi for {manifest.step:,} steps, {manifest.samples_consumed:,} samples"
-    writer.add_name(checkpoint.path.parent.parent.name or "megalibi")
-    writer.add_description(f"{steps} of {checkpoint.config.data.seq_length:,} tokens")
-    # ALiBi has no longest text: this is what it was trained on, which llama.cpp takes as its default.
-    writer.add_context_length(checkpoint.config.data.seq_length)
-    writer.add_embedding_length(model.hidden_size)
-    writer.add_block_count(model.num_layers)
-    writer.add_feed_forward_length(model.ffn_hidden_size)
-    writer.add_head_count(model.num_attention_heads)
-    writer.add_layer_norm_eps(model.layer_norm_epsilon)
-    writer.add_max_alibi_bias(MAX_ALIBI_BIAS)
-    writer.add_vocab_size(model.vocab_size)
-    writer.add_file_type(_TYPES[kind][1])
-
-
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Add the pieces, their scores and kinds; ids that the model has beyond the tokenizer's are unused."""
-    content = Path(tokenizer.path).read_bytes()
-    proto: Any = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]
-    pieces = [(piece.piece, piece.score, int(piece.type)) for piece in proto.pieces]
-    unused = range(len(pieces), vocab_size)
-    pieces += [(f"<unused {token}>", 0.0, int(gguf.TokenType.UNUSED)) for token in unused]
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([piece.encode() for piece, _, _ in pieces])
-    writer.add_token_scores([score for _, score, _ in pieces])
-    writer.add_token_types([kind for _, _, kind in pieces])
-    writer.add_unk_token_id(proto.trainer_spec.unk_id)
-    writer.add_eos_token_id(tokenizer.end_of_document_id)
-    writer.add_bos_token_id(tokenizer.end_of_document_id)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(proto.normalizer_spec.add_dummy_prefix)
-    writer.add_remove_extra_whitespaces(proto.normalizer_spec.remove_extra_whitespaces)
-
-
-def check_gguf_tokenizer(tokenizer: object, path: str) -> Tokenizer:
-    """Return the tokenizer, if llama.cpp cuts every text as it does.
-
-    Raises:
-        ConfigError: It does not; the reason is named.
-    """
-    if not isinstance(tokenizer, Tokenizer):
-        raise ConfigError(f"{path}: a word-level vocabulary; a GGUF file needs a sentencepiece model")
-    if not tokenizer.is_exact:
-        raise ConfigError(f"{path}: changes texts before it cuts them; a GGUF file needs a model that does not")
-    return tokenizer
 
 
 def check_new_file(output: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from megalibi.checkpoint import Checkpoint
+from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.export.compose import compose_checkpoint
+from megalibi.export.portable_tokenizer import PortableTokenizer, check_portable
 from tests.support.conversions import MODELS, draw_weights
 from tests.support.runs import make_config
 
@@ -35,3 +37,8 @@ def make_checkpoint(folder: Path, *, tensor: int = 1, seq_length: int = 64, **mo
     folder.mkdir()
     compose_checkpoint(folder, config, weights.__getitem__)
     return Checkpoint.open(folder)
+
+
+def load_portable(checkpoint: Checkpoint) -> PortableTokenizer:
+    """A checkpoint's tokenizer."""
+    return check_portable(Tokenizer(str(checkpoint.config.data.tokenizer)), "a GGUF file")

@@ -10,28 +10,28 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make test-gguf")
 
-from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.errors import FileError
-from megalibi.export.gguf import write
+from megalibi.export.gguf import metadata
 from megalibi.export.gguf.llama import tokenize_with_llama
 from megalibi.export.gguf.write import convert_to_gguf
-from megalibi.export.tokenizer_json import ODD_TEXTS
-from tests.export.gguf.checkpoints import BLOOM, ROOT, TEXT, make_checkpoint
+from megalibi.export.portable_tokenizer import ODD_TEXTS, SPACE_SIGN
+from tests.export.gguf.checkpoints import BLOOM, ROOT, TEXT, load_portable, make_checkpoint
 
 SEQ_LENGTH = 300
+BIASES: dict[str, Any] = {"num_attention_heads": 20, "hidden_size": 160, "bias": True, "tie_embeddings": False}
 PROBABILITY_BOUNDS = {"f32": 1e-3, "f16": 1e-2}
 """At twice the training length; f16 rounds the weights."""
-SPACE_SIGN = "\u2581"
 
 
 @pytest.mark.parametrize("kind", PROBABILITY_BOUNDS)
 @pytest.mark.parametrize(
-    "model", [{"num_attention_heads": 8}, {"num_attention_heads": 12}, BLOOM], ids=["8", "12", "bloom"]
+    "model",
+    [{"num_attention_heads": 8}, {"num_attention_heads": 12}, BIASES, BLOOM],
+    ids=["8", "12", "20_biases", "bloom"],
 )
 def test_it_computes_the_probabilities_of_the_checkpoint(tmp_path: Path, model: dict[str, Any], kind: str) -> None:
     checkpoint = make_checkpoint(tmp_path / "c", seq_length=SEQ_LENGTH, **model)
-    tokenizer = Tokenizer(str(checkpoint.config.data.tokenizer))
-    convert_to_gguf(checkpoint, tmp_path / "m.gguf", tokenizer, kind=kind)
+    convert_to_gguf(checkpoint, tmp_path / "m.gguf", load_portable(checkpoint), kind=kind)
     comparison = json.loads((tmp_path / "m.gguf.certificate.json").read_text())["comparison"]
     assert comparison["tokens"] == 2 * SEQ_LENGTH
     assert comparison["largest_probability_difference"] < PROBABILITY_BOUNDS[kind]
@@ -39,17 +39,26 @@ def test_it_computes_the_probabilities_of_the_checkpoint(tmp_path: Path, model: 
 
 def test_other_slopes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = make_checkpoint(tmp_path / "c", seq_length=SEQ_LENGTH)
-    monkeypatch.setattr(write, "MAX_ALIBI_BIAS", 7.5)
+    monkeypatch.setattr(metadata, "MAX_ALIBI_BIAS", 7.5)
     with pytest.raises(FileError, match="computes other probabilities than the source"):
-        convert_to_gguf(checkpoint, tmp_path / "m.gguf", Tokenizer(str(checkpoint.config.data.tokenizer)), kind="f32")
+        convert_to_gguf(checkpoint, tmp_path / "m.gguf", load_portable(checkpoint), kind="f32")
     assert not (tmp_path / "m.gguf").exists()
 
 
 def test_it_gives_the_same_ids(tmp_path: Path) -> None:
-    """But for the sign U+2581 in a text, which llama.cpp takes for a space."""
+    """The sign U+2581 in a text is a space to llama.cpp."""
     checkpoint = make_checkpoint(tmp_path / "c")
-    tokenizer = Tokenizer(str(checkpoint.config.data.tokenizer))
-    convert_to_gguf(checkpoint, tmp_path / "m.gguf", tokenizer, compare=False)
-    for text in (*ODD_TEXTS, TEXT, (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")):
-        if SPACE_SIGN not in text:
-            assert tokenize_with_llama(tmp_path / "m.gguf", text) == tokenizer.encode(text), text
+    portable = load_portable(checkpoint)
+    convert_to_gguf(checkpoint, tmp_path / "m.gguf", portable, compare=False)
+    texts = [*ODD_TEXTS, TEXT, (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")]
+    for text, ids in zip(texts, tokenize_with_llama(tmp_path / "m.gguf", texts), strict=True):
+        assert ids == portable.tokenizer.encode(text.replace(SPACE_SIGN, " ")), text
+
+
+def test_other_ids_are_found(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "c")
+    portable = load_portable(checkpoint)
+    portable.model.normalizer_spec.add_dummy_prefix = True
+    with pytest.raises(FileError, match=r"llama\.cpp gives the text .* other ids"):
+        convert_to_gguf(checkpoint, tmp_path / "m.gguf", portable)
+    assert not (tmp_path / "m.gguf").exists()

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from megalibi.checkpoint import Checkpoint
-from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.errors import CheckpointError, ConfigError
 from megalibi.export.gguf.architectures import compute_llama_slopes, rename_for_gguf
 from megalibi.export.gguf.write import check_gguf, convert_to_gguf
 from megalibi.model import model_slopes
-from tests.export.gguf.checkpoints import BLOOM, VOCAB_SIZE, make_checkpoint
+from tests.export.gguf.checkpoints import BLOOM, VOCAB_SIZE, load_portable, make_checkpoint
 from tests.support.models import make_model
 
 Q8_RELATIVE_BOUND = 0.5 / 127 + 2**-11
@@ -41,8 +40,7 @@ def bloom(folder: Path) -> Checkpoint:
 
 
 def convert(checkpoint: Checkpoint, output: Path, kind: str, **options: Any) -> dict[str, Any]:
-    tokenizer = Tokenizer(str(checkpoint.config.data.tokenizer))
-    convert_to_gguf(checkpoint, output, tokenizer, kind=kind, compare=False, **options)
+    convert_to_gguf(checkpoint, output, load_portable(checkpoint), kind=kind, compare=False, **options)
     certificate: dict[str, Any] = json.loads(Path(f"{output}.certificate.json").read_text())
     return certificate
 
@@ -77,6 +75,8 @@ def test_the_file_has_every_tensor(
         values, tensor = weights.read_whole(name), tensors[rename_for_gguf(name)]
         check_values(read_values(tensor), values, kind)
         assert records[name]["bit_equal"]
+        assert records[name]["largest_difference"] == (read_values(tensor) - values).abs().max().item()
+        assert (records[name]["largest_difference"] > 0) == (values.dim() > 1 and kind != "f32")
         assert records[name]["source_sha256"] == hashlib.sha256(values.numpy().tobytes()).hexdigest()
         assert records[name]["target_sha256"] == hashlib.sha256(np.array(tensor.data).tobytes()).hexdigest()
     assert certificate["slopes"]["largest_difference"] < 1e-6
@@ -105,10 +105,17 @@ def test_the_file_says_what_llama_cpp_needs(mpt: Checkpoint, bloom: Checkpoint, 
         assert (pieces[-1], kinds[-1]) == ("<unused 419>", gguf.TokenType.UNUSED)
 
 
-@pytest.mark.parametrize("num_heads", [1, 8, 12, 20, 64])
+@pytest.mark.parametrize("num_heads", [1, 8, 12, 20, 64, 128])
 def test_llama_cpp_has_the_slopes_of_the_paper(num_heads: int) -> None:
     slopes = model_slopes(make_model(num_attention_heads=num_heads, hidden_size=num_heads))
     torch.testing.assert_close(compute_llama_slopes(num_heads), slopes, rtol=1e-6, atol=0.0)
+
+
+def test_llama_cpp_takes_powers_of_a_base_that_fp32_has_rounded() -> None:
+    """By which its slopes are up to 7e-7 of a slope from the paper's."""
+    base = torch.tensor(2.0 ** (-8 / 128), dtype=torch.float32).double()
+    slopes = compute_llama_slopes(128)
+    torch.testing.assert_close(slopes.double(), base ** torch.arange(1, 129), rtol=2e-7, atol=0.0)
 
 
 @pytest.mark.parametrize(
