@@ -405,7 +405,7 @@ def test_options_that_cannot_be_are_one_line(trained: Trained) -> None:
         done = run_tool(trained, "our_choice", *options)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
     other = trained.folder / "other.model"
-    train_tokenizer([*TEXTS, "another text"], 400, other)
+    train_tokenizer([*TEXTS, "another text " * 1_000], 400, other)
     done = run_tool(trained, "our_choice", "--tokenizer", str(other))
     assert (done.returncode, done.stdout) == (2, "")
     assert f"error: --tokenizer={other} (sha256 " in done.stderr
