@@ -38,6 +38,7 @@ def _run_on_cpu() -> None:
     _repair_bf16()
     _patch_once()
     _leave_out_unread_checks()
+    _find_types_when_asked()
 
 
 def _need_alibi(self: Any, alibi_slopes: torch.Tensor, batch: int, num_heads: int) -> None:
@@ -90,6 +91,21 @@ def _leave_out_unread_checks() -> None:
     options = interpreter.interpreter_builder.options
     assert not options.debug
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def _find_types_when_asked() -> None:
+    """Spare Triton 3.6's interpreter the type of each tuple, spelt out whenever a shape is made, that few ask for."""
+    import triton.language as tl
+
+    def keep_values(self: Any, args: Any, type: Any = None) -> None:
+        self.values, self.given_type = list(args), type
+
+    def find_type(self: Any) -> Any:
+        if self.given_type is None:
+            return tl.core._type_for_tuple_values(self.values)
+        return self.given_type if isinstance(self.given_type, tl.tuple_type) else tl.tuple_type(self.given_type)
+
+    tl.tuple.__init__, tl.tuple.type = keep_values, property(find_type)
 
 
 if not ON_GPU:
