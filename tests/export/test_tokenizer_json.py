@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer
+import transformers  # which imports a class where it is first named
 
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_transformers_gives_the_same_ids_and_the_text_back(model: Path, tmp_path: Path) -> None:
     write_hf_tokenizer(model, tmp_path, max_length=1 << 20)
-    ours, theirs = Tokenizer(model), AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ours, theirs = Tokenizer(model), transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     draw = random.Random(0)
     texts = [*ODD_TEXTS, TEXT, OTHER_TEXT]
     texts += ["".join(draw.choices(BITS, k=draw.randrange(60))) for _ in range(400)]

@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers  # which imports a class where it is first named
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.models.bloom import BloomConfig, BloomForCausalLM
-from transformers.models.falcon import FalconConfig, FalconForCausalLM
-from transformers.models.mpt import MptConfig, MptForCausalLM
 
 from megalibi.checkpoint import Checkpoint
 from megalibi.export.certificate import CERTIFICATE, MAX_LOGIT_DIFFERENCE, Certificate
@@ -86,7 +83,7 @@ def test_a_checkpoint_goes_out_and_comes_in_again(
 
 def check_perplexities(folder: Path, checkpoint: Checkpoint) -> None:
     """By whatever class AutoModel takes, at 1x, 2x and 4x the training length."""
-    theirs = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     ours = checkpoint.load_model(torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     tokens_S = torch.randint(checkpoint.config.model.vocab_size, (4 * SEQ_LENGTH,), generator=generator)
@@ -99,20 +96,29 @@ def check_perplexities(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 SIZES: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32}
-FOREIGN = {
-    "mpt": lambda **more: MptForCausalLM(MptConfig(n_layers=2, n_heads=3, vocab_size=101, d_model=48, max_seq_len=200,
-                                                   **more)),
-    "bloom": lambda **more: BloomForCausalLM(BloomConfig(n_layer=2, n_head=4, **SIZES, **more)),
-    "falcon": lambda **more: FalconForCausalLM(
-        FalconConfig(num_hidden_layers=2, num_attention_heads=2, alibi=True, multi_query=False, parallel_attn=False,
-                     ffn_hidden_size=72, bias=False, activation="relu", **SIZES, **more)),
+FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
+    "mpt": ("Mpt", {"n_layers": 2, "n_heads": 3, "vocab_size": 101, "d_model": 48, "max_seq_len": 200}),
+    "bloom": ("Bloom", {"n_layer": 2, "n_head": 4, **SIZES}),
+    "falcon": (
+        "Falcon",
+        {
+            "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True, "multi_query": False,
+            "parallel_attn": False, "ffn_hidden_size": 72, "bias": False, "activation": "relu", **SIZES,
+        },
+    ),
 }  # fmt: skip
+
+
+def make_foreign(kind: str, **more: Any) -> Any:
+    """A model of transformers with random weights."""
+    name, fields = FOREIGN[kind]
+    return getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**fields, **more))
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("mpt", True), ("bloom", False), ("falcon", True)])
 def test_what_transformers_wrote_comes_in_and_goes_out_again(tmp_path: Path, kind: str, tied: bool) -> None:
     torch.manual_seed(0)
-    model = FOREIGN[kind](tie_word_embeddings=tied, megalibi_seq_length=SEQ_LENGTH)
+    model = make_foreign(kind, tie_word_embeddings=tied, megalibi_seq_length=SEQ_LENGTH)
     for parameter in model.parameters():  # biases of zero and norms of one would show nothing
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "hf")
@@ -129,7 +135,7 @@ def test_what_transformers_wrote_comes_in_and_goes_out_again(tmp_path: Path, kin
 def test_old_bin_files_and_16_bits_come_in(tmp_path: Path) -> None:
     """The names of a model without its output layer, too, as Bloom's files have them."""
     torch.manual_seed(0)
-    model = FOREIGN["bloom"](megalibi_seq_length=SEQ_LENGTH).bfloat16()
+    model = make_foreign("bloom", megalibi_seq_length=SEQ_LENGTH).bfloat16()
     model.transformer.config.save_pretrained(tmp_path / "hf")
     states = model.transformer.state_dict()
     torch.save(states, tmp_path / "hf" / "pytorch_model.bin")
