@@ -63,11 +63,6 @@ class CheckpointSaver:
         """The step that is being saved in the background; None: no save is in flight."""
         return None if self._pending is None else self._pending.step
 
-    @property
-    def pending_folder(self) -> Path | None:
-        """The folder that is being written in the background; None: no save is in flight."""
-        return None if self._pending is None else self._pending.partial
-
     def explain_lack_of_memory(self) -> str | None:
         """Return why no copy of the ranks' files should be made in the hosts' memory, or None if there is room."""
         size, error = attempt(lambda: count_snapshot_bytes(self._list_files()), self._run.folder)
@@ -156,6 +151,17 @@ class CheckpointSaver:
         while self._pending is not None:
             step = self.poll(wait=True)
         return step
+
+    def abandon(self) -> bool:
+        """Give up the save in flight, unless it is being committed already; return whether one was given up."""
+        pending = self._pending
+        if pending is None or pending.is_written:
+            return False
+        self._wait_for_writers(pending)
+        self._pending = None
+        if self._is_first:
+            shutil.rmtree(pending.partial, ignore_errors=True)
+        return True
 
     def _wait_for_writers(self, pending: _Pending | None) -> None:
         """Wait until no rank writes into the folder any more."""
