@@ -164,6 +164,9 @@ def meet_failures(config: Config) -> list[object]:
     came: list[object] = []
 
     saves.save(1)
+    saves.confirm()
+    came.append(saves.saver._pending.partial.is_dir())  # what is in flight is no leftover
+    saves.pending_is_good = False
     saves.judge_step(math.nan)
     saves.abandon()
     came.append((saves.saved, saves.saver.pending_step, list_checkpoints(folder)))
@@ -213,7 +216,7 @@ def test_saves_that_fail_or_are_not_wanted_leave_the_run_with_the_best_that_can_
     assert first == second
     start = "checkpoint not written, the one before it stays: "
     *others, refused = first
-    assert others == [(0, None, []), 1, 2, f"{start}file of 3", (5, False, None)]
+    assert others == [True, (0, None, []), 1, 2, f"{start}file of 3", (5, False, None)]
     assert refused.startswith(start)
     assert "KeyError('of no kind that anybody foresaw'); checkpoint.asynchronous=false needs no memory" in refused
     checkpoints = tmp_path / "run" / "checkpoints"
