@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -103,9 +104,11 @@ class Checkpoint:
             part: Which share of the files to read.
             parts: The number of shares; they are of about equal size.
         """
-        for name in _share_files(self.manifest, parts)[part]:
-            if (damage := self.find_damage_of(name)) is not None:
-                yield damage
+        pool = ThreadPoolExecutor(2)  # hashlib lets other threads run meanwhile
+        try:
+            yield from filter(None, pool.map(self.find_damage_of, _share_files(self.manifest, parts)[part]))
+        finally:
+            pool.shutdown(cancel_futures=True)  # the caller may want the first damage alone
 
     def find_damage_of(self, name: str) -> str | None:
         """Read one file, and return what is wrong with it in a line; None if it is as it was written.

@@ -133,18 +133,16 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
 
 
-def prune(folder: Path, keep: int, *, also_later: bool = True, in_flight: Path | None = None) -> None:
-    """Delete what crashes left behind and all but the newest checkpoints.
+def prune(folder: Path, keep: int, *, also_later: bool = True) -> None:
+    """Delete what crashes left behind and all but the newest checkpoints; not while one is being written.
 
     Args:
         folder: A run's ``checkpoints``.
         keep: How many to keep, always with the one that ``latest`` names; 0: all.
         also_later: Whether to delete those after the latest, too: a run that went back has left them.
-        in_flight: The folder that is being written; it stays.
     """
     for leftover in [*folder.glob(f"*{PARTIAL_SUFFIX}"), *folder.glob(f"*{_DISCARDED_SUFFIX}")]:
-        if leftover != in_flight:
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(leftover, ignore_errors=True)
     latest, checkpoints = find_checkpoint(folder), list_checkpoints(folder)
     if keep and latest is not None:
         place = checkpoints.index(latest)

@@ -61,7 +61,7 @@ class RunPlan:
     """Bytes that the first rank holds at the peak of a step."""
     snapshot_bytes: int
     """Bytes of host memory of a rank beside ``memory``: the copy from which checkpoints are written in the background;
-    0 with checkpoint.asynchronous=false."""
+    0 with checkpoint.asynchronous=false, and where the only checkpoint is that of the last step."""
     sent_bytes: dict[str, int]
     """Bytes that the first rank sends in a step, by group and operation. Rings of n ranks send (n - 1) / n of a tensor
     that is gathered or scattered, and twice that of one that is reduced on all ranks."""
@@ -156,7 +156,8 @@ def plan_snapshot_bytes(config: Config, derived: Derived, parameters: int) -> in
         derived: What follows from it on its ranks.
         parameters: Parameters of a tensor rank, padding included.
     """
-    if config.checkpoint.asynchronous is False:
+    every_save_waits = not 0 < config.checkpoint.every_steps < config.train.steps  # for the last step's is waited for
+    if config.checkpoint.asynchronous is False or every_save_waits:
         return 0
     copies = 1 + len(STATES[config.optimizer.kind])
     return ELEMENT_BYTES * copies * math.ceil(parameters / derived.data_parallel_size)

@@ -123,7 +123,7 @@ class Loop:
             ) from error
         except DivergenceError as error:  # on every rank, for all have the same loss
             try:
-                self.saves.finish()
+                self.saves.abandon()
             except UserError as unsaved:
                 raise DivergenceError(f"{error}; and {unsaved}") from error
             raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 
 from megalibi.checkpoint import CheckpointSaver, SavedRun, prune
 from megalibi.engine.build import DeepSpeedEngine
-from megalibi.errors import DivergenceError, UserError
+from megalibi.errors import DivergenceError, FileError, UserError
 from megalibi.log import get_logger
 from megalibi.metrics.writers import Writers
 from megalibi.train.job import Job, checkpoints_folder
@@ -65,9 +66,24 @@ class Saves:
 
         Raises:
             DivergenceError: The weights are not good, and the run ends here.
-            UserError: On every rank, if a rank could not write this one or the one in flight.
+            UserError: On every rank, if a rank could not write this one; or the one in flight, unless this one is
+                waited for and can be written.
         """
-        self.finish()
+        try:
+            self.finish()
+        except UserError as error:
+            if not wait:
+                raise
+            _LOGGER.warning("%s", error)
+            with contextlib.suppress(UserError):
+                self.save_next(step, wait=True)
+            if self.saved != step:
+                raise
+        else:
+            self.save_next(step, wait=wait)
+
+    def save_next(self, step: int, *, wait: bool) -> None:
+        """Write a checkpoint as save() does, where no save is in flight."""
         if self.saved == step:
             return
         if not self.loss_is_finite:
@@ -78,12 +94,22 @@ class Saves:
             _LOGGER.warning("%s", message)
             return
         self.writers.sync()  # no checkpoint is on the disk before the lines of its steps
-        if wait or not self.is_asynchronous():
+        if wait or not self.is_asynchronous() or not self.begin(step):
             self.saver.save(step)
             self.saved = step
-        else:
+
+    def begin(self, step: int) -> bool:
+        """Begin to save in the background; return False if a rank cannot and the user did not ask for it."""
+        try:
             self.saver.begin(step)
-            self.pending_is_good = False
+        except FileError as error:
+            if self.job.config.checkpoint.asynchronous:
+                raise
+            _LOGGER.warning("%s; from here on the training waits for checkpoints", error)
+            self.asynchronous = False
+            return False
+        self.pending_is_good = False
+        return True
 
     def is_asynchronous(self) -> bool:
         """Return whether to save in the background; the first call finds out, and says why not."""
@@ -117,6 +143,18 @@ class Saves:
             _LOGGER.info("waited %.1f s for the checkpoint of step %d to be written", time.perf_counter() - began, step)
             self.take(step)
 
+    def abandon(self) -> None:
+        """Give up the save in flight, if its weights gave no finite loss and it is not being committed already.
+
+        Raises:
+            UserError: On every rank, if it was waited for and a rank could not write it.
+        """
+        step = self.saver.pending_step
+        if self.pending_is_good or not self.saver.abandon():
+            self.finish()
+        else:
+            _LOGGER.warning("the checkpoint of step %d is given up: its weights gave no finite loss", step)
+
     def take(self, step: int | None) -> None:
         """Take the step whose checkpoint has become complete, if one has."""
         if step is not None:
@@ -133,8 +171,8 @@ class Saves:
     def confirm(self) -> None:
         """Note that the weights gave a finite loss: the newest checkpoint is good, and older ones may go."""
         self.pending_is_good = True
-        if self.confirmed == self.saved:
-            return
+        if self.saver.pending_step is not None or self.confirmed == self.saved:
+            return  # what is in flight would be taken for a leftover; it confirms itself when it is complete
         self.confirmed = self.saved
         if self.job.groups.world.rank == 0:
             try:
@@ -142,7 +180,6 @@ class Saves:
                     self.folder,
                     self.job.config.checkpoint.keep,
                     also_later=self.saved > self.first_step,  # else the run may just have gone back
-                    in_flight=self.saver.pending_folder,
                 )
             except (OSError, UserError) as error:
                 _LOGGER.warning("old checkpoints could not be deleted: %s", error)
@@ -156,7 +193,7 @@ class Saves:
         return f"{what}; the same command goes on"
 
     def describe_way_back(self) -> str:
-        """Return what a user may do whose run has diverged; the save in flight will be waited for."""
+        """Return what a user may do whose run has diverged; the save in flight is waited for if it is good."""
         pending = self.saver.pending_step
         good = pending if pending is not None and self.pending_is_good else self.confirmed
         if good > 0:

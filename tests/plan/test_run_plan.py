@@ -53,6 +53,7 @@ def test_a_plan_adds_up() -> None:
         parallel={"tensor_parallel_size": 2},
         zero={"stage": 2},
         train={"global_batch_size": 24, "micro_batch_size": 2},
+        checkpoint={"every_steps": 1},
     )
     plan = plan_run(config, 4, get_gpu("a100-40gb"))
     assert (plan.ranks, plan.data_parallel_size, plan.accumulation_steps) == (4, 2, 6)
@@ -68,8 +69,10 @@ def test_a_plan_adds_up() -> None:
     assert plan.snapshot_bytes == 12 * math.ceil(plan.parameters_per_rank / 2)
     momentum = make_config(optimizer={"kind": "nesterov"}, checkpoint={"asynchronous": False})
     assert plan_snapshot_bytes(momentum, derive(momentum, 1), 100) == 0
-    momentum = make_config(optimizer={"kind": "nesterov"}, checkpoint={"asynchronous": True})
+    momentum = make_config(optimizer={"kind": "nesterov"}, checkpoint={"asynchronous": True, "every_steps": 2})
     assert plan_snapshot_bytes(momentum, derive(momentum, 1), 100) == 800
+    one_save = make_config(checkpoint={"asynchronous": True, "every_steps": 3})  # after the last of 3 steps
+    assert plan_snapshot_bytes(one_save, derive(one_save, 1), 100) == 0
 
 
 def test_communication_grows_with_the_micro_batches_where_they_communicate() -> None:

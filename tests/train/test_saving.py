@@ -1,15 +1,23 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.checkpoint.writing import host_memory
+from megalibi.checkpoint.writing.attempt import Attempt
+from megalibi.checkpoint.writing.rank_files import RankFiles
 from megalibi.config import Config, derive
+from megalibi.engine.build import DeepSpeedEngine
+from megalibi.errors import FileError
 from megalibi.metrics.writers import Writers
+from megalibi.parallel import ProcessGroups
 from megalibi.train import job as train_job
 from megalibi.train.resume import Start
 from megalibi.train.saving import Saves
@@ -31,7 +39,8 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path) -> No
     config = write_job(
         tmp_path,
         optimizer={"learning_rate": 1e30, "warmup_steps": 0, "clip_grad_norm": 0.0},
-        checkpoint={"every_steps": 1, "keep": 0},
+        checkpoint={"every_steps": 1, "keep": 0, "asynchronous": True},
+        model={"hidden_size": 192, "ffn_hidden_size": 768},  # the next step begins long before a save is written
     )
     job = Job(config, FOREVER)
     assert job.wait() == [1]
@@ -42,7 +51,12 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path) -> No
     assert "Traceback" not in job.read_log(0)
     assert diverged["loss"] == "NaN"  # strict JSON has no NaN
     names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
-    assert names == [f"step_{step:08d}" for step in range(1, diverged["step"])]
+    last = diverged["step"] - 1
+    assert names == [f"step_{step:08d}" for step in range(1, last)]  # not the last, whose weights gave no number
+    assert f"the checkpoint of step {last} is given up: its weights gave no finite loss" in job.read_log(0)
+    way_back = f"go back to step {last - 1}, the newest checkpoint" if last > 1 else "start anew"
+    assert f"the run has diverged and stops; {way_back}" in error
+    assert not any((tmp_path / "run" / "checkpoints").glob("*.partial"))
 
 
 def test_fp16_that_diverges_keeps_the_checkpoints_that_are_good(tmp_path: Path) -> None:
@@ -97,6 +111,19 @@ def test_saves_faster_than_the_disk_wait_and_a_signal_waits_for_the_one_in_fligh
     assert not any(checkpoints.glob("*.partial"))
 
 
+def make_saves(config: Config, engine: DeepSpeedEngine, groups: ProcessGroups, asynchronous: bool | None) -> Saves:
+    checkpoint = replace(config.checkpoint, asynchronous=asynchronous)
+    train = train_job.open_split(config, config.data.train)
+    job = train_job.Job(
+        config=replace(config, checkpoint=checkpoint),
+        derived=derive(config, groups.world.size),
+        data=train_job.RunData(train=train, valid=None, identity=identify(config)),
+        groups=groups,
+        device=CPU,
+    )
+    return Saves(job, Start(run_id="a", checkpoint=None), engine, Writers(), 0)
+
+
 def save_where_memory_is_scarce(config: Config) -> tuple[list[tuple[int, int | None]], list[str]]:
     """Save with each value of checkpoint.asynchronous; return the step saved and the one in flight, and the log."""
     lines: list[str] = []
@@ -105,19 +132,10 @@ def save_where_memory_is_scarce(config: Config) -> tuple[list[tuple[int, int | N
     logging.getLogger("megalibi.train.saving").addHandler(handler)
     logging.getLogger("megalibi.train.saving").setLevel(logging.INFO)
     engine, groups = build(config)
-    train = train_job.open_split(config, config.data.train)
     states = []
     share, host_memory.LARGEST_SHARE = host_memory.LARGEST_SHARE, 0.0
     for asynchronous in (None, False, True):
-        checkpoint = replace(config.checkpoint, asynchronous=asynchronous)
-        job = train_job.Job(
-            config=replace(config, checkpoint=checkpoint),
-            derived=derive(config, groups.world.size),
-            data=train_job.RunData(train=train, valid=None, identity=identify(config)),
-            groups=groups,
-            device=CPU,
-        )
-        saves = Saves(job, Start(run_id="a", checkpoint=None), engine, Writers(), 0)
+        saves = make_saves(config, engine, groups, asynchronous)
         for step in (1, 2):
             saves.save(step)
         states.append((saves.saved, saves.saver.pending_step))
@@ -135,3 +153,72 @@ def test_where_memory_is_scarce_the_training_waits_and_one_line_says_why(tmp_pat
     assert lines[0].startswith("checkpoints are written while the training waits: the copies of the ranks on ")
     assert lines[0].endswith("of which they may take 0% (checkpoint.asynchronous=true does not ask)")
     assert [line.split(" ", 2)[0] for line in lines[1:]] == ["waited", "waited"]
+
+
+def meet_failures(config: Config) -> list[object]:
+    """Let saves in flight be given up, fail, and find no memory on the last rank; return what came of each."""
+    engine, groups = build(config)
+    folder = Path(config.train.output_dir) / "checkpoints"
+    is_last = groups.world.rank == groups.world.size - 1
+    saves = make_saves(config, engine, groups, True)
+    came: list[object] = []
+
+    saves.save(1)
+    saves.confirm()
+    came.append(saves.saver._pending.partial.is_dir())  # what is in flight is no leftover
+    saves.pending_is_good = False
+    saves.judge_step(math.nan)
+    saves.abandon()
+    came.append((saves.saved, saves.saver.pending_step, list_checkpoints(folder)))
+    saves.judge_step(1.0)
+    saves.save(1)
+    while not saves.saver._pending.is_written:
+        saves.saver.poll()
+    saves.pending_is_good = False
+    saves.abandon()
+    came.append(saves.saved)  # for it was being committed
+
+    def begin_to_fail(step: int) -> None:
+        saves.save(step)
+        saves.saver._pending.task.result()
+        saves.saver._pending.task._values[0] = Attempt(None, f"file of {step}" if is_last else None)
+
+    begin_to_fail(2)
+    saves.save(2, wait=True)
+    came.append(saves.saved)
+    begin_to_fail(3)
+    saves.saver.save = lambda step: saves.saver._raise_together(f"again {step}", None)
+    with pytest.raises(FileError) as refusal:
+        saves.save(4, wait=True)
+    came.append(str(refusal.value))
+    came += [_save_without_memory(make_saves(config, engine, groups, choice), is_last) for choice in (None, True)]
+    engine.destroy()
+    return came
+
+
+def _save_without_memory(saves: Saves, is_last: bool) -> object:
+    def copy(files: RankFiles) -> RankFiles:
+        if is_last:
+            raise KeyError("of no kind that anybody foresaw")
+        return files
+
+    saves.saver._snapshot.copy = copy
+    try:
+        saves.save(5)
+    except FileError as error:
+        return str(error)
+    return saves.saved, saves.asynchronous, saves.saver.pending_step
+
+
+def test_saves_that_fail_or_are_not_wanted_leave_the_run_with_the_best_that_can_be_had(tmp_path: Path) -> None:
+    config = make_config(write_tokens(tmp_path, num_tokens=10_000), train={"output_dir": str(tmp_path / "run")})
+    first, second = run_on_ranks(2, meet_failures, config)
+    assert first == second
+    start = "checkpoint not written, the one before it stays: "
+    *others, refused = first
+    assert others == [True, (0, None, []), 1, 2, f"{start}file of 3", (5, False, None)]
+    assert refused.startswith(start)
+    assert "KeyError('of no kind that anybody foresaw'); checkpoint.asynchronous=false needs no memory" in refused
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert [assert_whole(path) for path in list_checkpoints(checkpoints)] == [1, 2, 5]
+    assert not any(checkpoints.glob("*.partial"))

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 from megalibi.errors import UserError, describe_os_error
+from megalibi.log import get_logger
 
+_LOGGER = get_logger(__name__)
 _T = TypeVar("_T")
 
 
@@ -21,7 +23,7 @@ class Attempt(NamedTuple, Generic[_T]):
 
 
 def attempt(work: Callable[[], _T], path: Path) -> Attempt[_T]:
-    """Do some work; what a user can mend is returned and not raised.
+    """Do some work; no error is raised: it is returned, and one that nobody foresaw is logged with its traceback.
 
     Args:
         work: The work.
@@ -35,3 +37,6 @@ def attempt(work: Callable[[], _T], path: Path) -> Attempt[_T]:
         return Attempt(None, str(error))
     except (RuntimeError, MemoryError) as error:  # of a device, or no memory for a copy on the host
         return Attempt(None, f"{path}: {error}")
+    except Exception as error:  # raised here alone, it would leave the other ranks in a collective
+        _LOGGER.exception("%s: an error that nobody foresaw", path)
+        return Attempt(None, f"{path}: {error!r}")

@@ -41,6 +41,8 @@ class _Pending:
     task: BackgroundTask[Attempt[dict[str, FileEntry]]]
     committing: BackgroundTask[Attempt[Path]] | None = None
     """Of rank 0, once all ranks have written; the others wait for it to be done."""
+    error: str | None = None
+    """Why rank 0 could not begin to commit."""
     is_written: bool = False
 
 
@@ -60,11 +62,6 @@ class CheckpointSaver:
     def pending_step(self) -> int | None:
         """The step that is being saved in the background; None: no save is in flight."""
         return None if self._pending is None else self._pending.step
-
-    @property
-    def pending_folder(self) -> Path | None:
-        """The folder that is being written in the background; None: no save is in flight."""
-        return None if self._pending is None else self._pending.partial
 
     def explain_lack_of_memory(self) -> str | None:
         """Return why no copy of the ranks' files should be made in the hosts' memory, or None if there is room."""
@@ -105,14 +102,18 @@ class CheckpointSaver:
         """
         assert self._pending is None
         run, partial = self._run, self._make_partial(step)
-        copied, error = attempt(
-            lambda: (describe_checkpoint(run, step), self._snapshot.copy(self._list_files())), partial
-        )
-        self._raise_together(error, partial, "; checkpoint.asynchronous=false needs no memory for a copy")
-        assert copied is not None
-        draft, files = copied
-        task = BackgroundTask(lambda: attempt(lambda: write_rank_files(partial, files), partial))
-        self._pending = _Pending(step=step, partial=partial, draft=draft, task=task)
+
+        def begin_writing() -> _Pending:
+            draft, files = describe_checkpoint(run, step), self._snapshot.copy(self._list_files())
+            task = BackgroundTask(lambda: attempt(lambda: write_rank_files(partial, files), partial))
+            return _Pending(step=step, partial=partial, draft=draft, task=task)
+
+        pending, error = attempt(begin_writing, partial)
+        errors = gather_objects(error, run.groups.world)
+        if any(errors):
+            self._wait_for_writers(pending)
+        self._raise_first(errors, partial, "; checkpoint.asynchronous=false needs no memory for a copy")
+        self._pending = pending
 
     def poll(self, *, wait: bool = False) -> int | None:
         """Go on with the save in flight if all ranks are done with its present part.
@@ -151,6 +152,23 @@ class CheckpointSaver:
             step = self.poll(wait=True)
         return step
 
+    def abandon(self) -> bool:
+        """Give up the save in flight, unless it is being committed already; return whether one was given up."""
+        pending = self._pending
+        if pending is None or pending.is_written:
+            return False
+        self._wait_for_writers(pending)
+        self._pending = None
+        if self._is_first:
+            shutil.rmtree(pending.partial, ignore_errors=True)
+        return True
+
+    def _wait_for_writers(self, pending: _Pending | None) -> None:
+        """Wait until no rank writes into the folder any more."""
+        if pending is not None:
+            pending.task.result()
+        gather_objects(None, self._run.groups.world)
+
     def _end_part(self, pending: _Pending) -> int | None:
         """Begin the second part of a save where the first is done, and return the step where the second is."""
         if not pending.is_written:
@@ -159,9 +177,11 @@ class CheckpointSaver:
             pending.is_written = True
             if self._is_first:
                 partial = pending.partial
-                pending.committing = BackgroundTask(lambda: attempt(lambda: _commit(partial, manifest), partial))
+                pending.committing, pending.error = attempt(
+                    lambda: BackgroundTask(lambda: attempt(lambda: _commit(partial, manifest), partial)), partial
+                )
             return None
-        error = None if pending.committing is None else pending.committing.result()[1]
+        error = pending.error if pending.committing is None else pending.committing.result().error
         self._raise_together(error, pending.partial)
         self._pending = None
         return pending.step
