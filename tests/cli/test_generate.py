@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megalibi.checkpoint import Checkpoint, save_checkpoint
 from megalibi.cli.command import spell_script
@@ -25,7 +26,7 @@ from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.token_file import TokenFileWriter
-from megalibi.errors import UserError
+from megalibi.errors import CheckpointError, UserError
 from megalibi.generate.sampling import Sampling
 from megalibi.runtime.ranks import Place
 from tests.support.jobs import ScriptJob, torchrun_environment
@@ -95,6 +96,17 @@ def speak_on_a_data_rank(run_dir: Path) -> None:
     generate_command.speak_all(make_speaker(run_dir, groups), PROMPTS, groups, run_dir, run_dir / "shared.jsonl")
 
 
+def fail_on_the_second_data_rank(run_dir: Path) -> str:
+    groups = process_groups(1)
+    speaker = make_speaker(run_dir, groups)
+    if groups.data.rank == 1:
+        with torch.no_grad():
+            speaker.model.embedding.weight.fill_(float("nan"))
+    with pytest.raises(CheckpointError) as refused:
+        generate_command.speak_all(speaker, PROMPTS, groups, run_dir, None)
+    return str(refused.value)
+
+
 def test_prompts_of_a_file_are_answered_alike_on_any_ranks(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(run_dir, "--prompts", str(run_dir / "prompts.txt"), "--seed", "5", "--output", str(run_dir / "alone.jsonl"))
     shown = capsys.readouterr().out
@@ -112,6 +124,10 @@ def test_prompts_of_a_file_are_answered_alike_on_any_ranks(run_dir: Path, capsys
 
     run_on_ranks(2, speak_on_a_data_rank, run_dir)
     assert (run_dir / "shared.jsonl").read_text() == (run_dir / "alone.jsonl").read_text()
+
+    for message in run_on_ranks(2, fail_on_the_second_data_rank, run_dir):
+        assert "the model gives NaN" in message
+        assert "(rank 1 on" in message
 
     words = ["--checkpoint", str(run_dir / "run"), "--prompts", str(run_dir / "prompts.txt"), "--max-tokens", "12"]
     words += ["--seed", "5", "--tensor-parallel-size", "2", "--output", str(run_dir / "tensor.jsonl")]
