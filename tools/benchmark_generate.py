@@ -1,8 +1,8 @@
 """Measure generation: the memory of the cache, and tokens per second against recomputation, a full cache and MPT.
 
 The model is a checkpoint's, or has the random weights of a configuration; it computes in fp32. The text is read once
-into each cache, and then continued by the tokens that follow it, one at a time. transformers' MPT gets the same weights
-and the same full cache.
+into each cache, and then continued by the tokens that follow it, one at a time. transformers' MPT is what it loads from
+the export of the checkpoint, or has the same random weights; its cache is filled from the full one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from megalibi.config import ModelConfig, load_config
 from megalibi.config.checks import check_option
 from megalibi.data.tokens.token_file import TokenFile
 from megalibi.errors import ConfigError
+from megalibi.export.hf.formats import get_format
 from megalibi.files import write_json
 from megalibi.generate.decoder import DEFAULT_HORIZON_EPS, Decoder
 from megalibi.metrics.provenance import describe_run
@@ -56,19 +58,20 @@ MPT_NAMES = {
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-def open_model(arguments: argparse.Namespace) -> tuple[GPT, ModelConfig]:
-    """Return the model, in fp32, and what it is."""
+def open_model(arguments: argparse.Namespace) -> tuple[GPT, ModelConfig, torch.dtype]:
+    """Return the model, in fp32, what it is, and the type that its weights had."""
     if arguments.checkpoint is not None:
         from megalibi.checkpoint import Checkpoint  # it imports DeepSpeed
 
         checkpoint = Checkpoint.open(arguments.checkpoint)
-        model = checkpoint.load_model(torch.device("cpu")).float()
+        model = checkpoint.load_model(torch.device("cpu"))
+        dtype = next(model.parameters()).dtype
         model.compute_dtype = torch.float32
-        return model, checkpoint.config.model
+        return model.float(), checkpoint.config.model, dtype
     config = load_config(arguments.config).model
     model = GPT(config, padded_vocab_size=config.vocab_size, layout=WHOLE)
     initialize(model, seed=1, group=ALONE)
-    return model.requires_grad_(False).eval(), config
+    return model.requires_grad_(False).eval(), config, torch.float32
 
 
 def read_text_tokens(prefix: str | None, model: GPT, count: int) -> list[int]:
@@ -100,6 +103,35 @@ def build_mpt(model: GPT, config: ModelConfig, max_length: int) -> MptForCausalL
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing  # tied
     return mpt
+
+
+def open_exported_mpt(path: Path, dtype: torch.dtype, max_length: int) -> MptForCausalLM:
+    """Return what transformers loads from the checkpoint's export as MPT, and computes in fp32.
+
+    Args:
+        path: The checkpoint.
+        dtype: The type of its model's weights, to which the export rounds those of the optimizer as the model does.
+        max_length: The most tokens.
+
+    Raises:
+        ConfigError: MPT cannot hold the model.
+    """
+    from megalibi.checkpoint import Checkpoint  # both import DeepSpeed
+    from megalibi.export.hf.write import convert_to_hf, plan_hf
+
+    checkpoint = Checkpoint.open(path)
+    plan = plan_hf(
+        checkpoint,
+        get_format("mpt"),
+        dtype=str(dtype).removeprefix("torch."),
+        max_length=max_length,
+        accept_rounded_bias=False,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        exported = Path(folder, "mpt")
+        convert_to_hf(checkpoint, exported, plan, compare=False)
+        mpt = MptForCausalLM.from_pretrained(exported, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+    return mpt.eval().requires_grad_(False)
 
 
 def repeat_rate(step: Callable[[int], object], tokens: Sequence[int], repeats: int) -> dict[str, Any]:
@@ -243,9 +275,12 @@ def main() -> None:
     for length in arguments.lengths:
         check_option("--lengths", length, 1)
     check_outputs({"--output": arguments.output})
-    model, config = open_model(arguments)
+    model, config, dtype = open_model(arguments)
     longest = max(arguments.lengths) + arguments.tokens
-    mpt = build_mpt(model, config, longest)
+    if arguments.checkpoint is not None:
+        mpt = open_exported_mpt(arguments.checkpoint, dtype, longest)
+    else:
+        mpt = build_mpt(model, config, longest)
     tokens = read_text_tokens(arguments.data, model, longest)
     results: list[dict[str, Any]] = []
     for length in sorted(arguments.lengths):

@@ -37,7 +37,8 @@ What is needed of query i is its excess |c| |q_i| N - M, which is linear in N: `
 whose left side, the logarithm of the largest share, is ``log_share_of_gone``; ``distance_to_keep`` solves it for i - J.
 All of this is in fp64, where the error of each norm and product is below head_dim * 2^-53, and that of k_j - r 2^-53:
 NORM_MARGIN covers them many times over. Here N is of the gone keys alone, and M may be of a longer one: its own error
-has a margin of its own.
+has a margin of its own. The sums of these numbers and logarithms are rounded too, for which SUM_MARGIN is added to the
+left side.
 
 Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries.
 """
@@ -50,6 +51,7 @@ import torch
 
 NORM_MARGIN = 1.0 + 2.0**-12
 NORM_FLOOR = 2.0**-59  # sqrt(256) times the largest number whose fp32 square is not normal
+SUM_MARGIN = 2.0**-30
 MAX_HEAD_DIM_FP32 = 256
 
 
@@ -132,7 +134,7 @@ def excess_terms(
 def log_share_of_gone(
     excess_QH: torch.Tensor, gone_H: torch.Tensor, slopes_H: torch.Tensor, *, first_query: int
 ) -> torch.Tensor:
-    """Return the logarithm of the largest share of a query's weights that keys may hold that are gone, fp64 [H].
+    """Return an upper bound of the logarithm of the share of a query's weights that gone keys hold, fp64 [H].
 
     Args:
         excess_QH: |c| |q_i| N - M of each query, N the largest norm of the keys that are gone.
@@ -147,7 +149,7 @@ def log_share_of_gone(
     position_Q1 = torch.arange(first_query, first_query + len(excess_QH), device=excess_QH.device)[:, None]
     distance_QH = position_Q1 - gone_H + 1
     share_H = (excess_QH - slopes_H * distance_QH).amax(dim=0) + log_key_count(slopes_H, max(1, first_query))
-    share_H = torch.where(slopes_H > 0, share_H, torch.inf)
+    share_H = torch.where(slopes_H > 0, share_H + SUM_MARGIN, torch.inf)
     return torch.where(gone_H > 0, share_H, -torch.inf)
 
 
@@ -163,7 +165,7 @@ def distance_to_keep(
         horizon_eps: Largest share of a row's weights that may be gone, above 0.
     """
     slopes_H = slopes_H.double()
-    slack_H = log_key_count(slopes_H, max(1, num_keys)) - math.log(horizon_eps)
+    slack_H = log_key_count(slopes_H, max(1, num_keys)) - math.log(horizon_eps) + SUM_MARGIN
     distance_H = ((excess_H + slack_H) / slopes_H).ceil()
     is_proven_H = (slopes_H > 0) & (distance_H >= 1) & (distance_H < num_keys)
     return torch.where(is_proven_H, distance_H, num_keys).to(torch.int64)

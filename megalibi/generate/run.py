@@ -34,12 +34,14 @@ class Generation:
 def check_room(model: ModelConfig, num_prompt_tokens: int, max_tokens: int) -> None:
     """Check before the work that the model has a position for every token.
 
+    The last token that is generated is not read by the model, and needs none.
+
     Raises:
         ConfigError: It has learned fewer.
     """
     cap = model.max_position_embeddings
-    if cap and num_prompt_tokens + max_tokens > cap:
-        left = cap - num_prompt_tokens
+    if cap and num_prompt_tokens + max_tokens - 1 > cap:
+        left = cap - num_prompt_tokens + 1
         room = f"be at most {left}" if left > 0 else "stand beside a shorter prompt"
         refuse(
             "--max-tokens",
@@ -68,6 +70,7 @@ def generate(
     sampler: Sampler,
     *,
     max_tokens: int,
+    num_tokens: int,
     end_of_document_id: int,
     show: Callable[[int], None] = lambda token: None,
 ) -> Generation:
@@ -80,7 +83,8 @@ def generate(
         prompt: One token or more.
         sampler: Chooses each token.
         max_tokens: Most tokens to generate.
-        end_of_document_id: The token that ends the text.
+        num_tokens: How many tokens the tokenizer has; the model may have more, which are no text and never chosen.
+        end_of_document_id: The token that ends the text; -1: none does.
         show: Called with each token as soon as it is known.
     """
     group = decoder.model.layout.tensor
@@ -90,7 +94,7 @@ def generate(
     tokens: list[int] = []
     ended = False
     while len(tokens) < max_tokens:
-        token = _choose_together(log_probs_V, sampler, group)
+        token = _choose_together(log_probs_V[:num_tokens], sampler, group)
         ended = token == end_of_document_id
         if ended:
             break
@@ -103,6 +107,19 @@ def generate(
         ended=ended,
         prompt_seconds=after_prompt - start,
         seconds=time.perf_counter() - after_prompt,
+    )
+
+
+def describe_generation(done: Generation, decoder: Decoder, num_prompt_tokens: int) -> str:
+    """Return in one line what a text took."""
+    kept = [tokens for layer in decoder.cache.kept_tokens() for tokens in layer]
+    share = sum(kept) / (len(kept) * max(1, decoder.cache.num_tokens))
+    whose = "cache" if decoder.model.layout.tensor.size == 1 else "cache of this rank's heads"
+    rate = (len(done.tokens) - 1) / done.seconds if len(done.tokens) > 1 else 0.0
+    return (
+        f"{num_prompt_tokens:,} tokens of the prompt in {done.prompt_seconds:.2f} s, {len(done.tokens):,} generated at "
+        f"{rate:,.1f} tokens/s; the {whose} has {decoder.cache.memory_bytes() / 1e6:.1f} MB and keeps {share:.0%} of "
+        f"all keys, rebuilt {decoder.num_rebuilds} times"
     )
 
 

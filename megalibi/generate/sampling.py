@@ -5,6 +5,7 @@ Shapes: V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ class Sampling:
     top_p: float = 1.0
     """Draw among the likeliest tokens that together have this probability, after temperature and top-k."""
     seed: int = 0
-    """Seed of the draws: the same seed, prompt and machine give the same text."""
+    """Seed of the draws: the same seed, prompt, its number and machine give the same text."""
 
     def __post_init__(self) -> None:
         check_option("--temperature", self.temperature, 0.0)
@@ -49,7 +50,9 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, number: int = 0) -> None:
         self.sampling = sampling
-        self._generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + number) % 2**63)
+        # Hashed, so that no text of one seed has the draws of another text of a neighbouring seed.
+        digest = hashlib.sha256(f"{sampling.seed}/{number}".encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
     def choose(self, log_probs_V: Tensor) -> int:
         """Return the next token.
@@ -67,7 +70,9 @@ class Sampler:
             )
         if self.sampling.temperature == 0.0:
             return int(log_probs_V.argmax())
-        probs_V = keep_likeliest(log_probs_V / self.sampling.temperature, self.sampling)
+        # Less the largest, which is then 0 at any temperature: a tiny one would make all of them -inf, and NaN.
+        logits_V = (log_probs_V - log_probs_V.max()) / self.sampling.temperature
+        probs_V = keep_likeliest(logits_V, self.sampling)
         return int(torch.multinomial(probs_V, 1, generator=self._generator))
 
 

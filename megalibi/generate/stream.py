@@ -8,6 +8,7 @@ from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 
 _CONTEXT_TOKENS = 8
+_MAX_UNFINISHED_TOKENS = 3  # four bytes are the longest character
 _UNFINISHED = "\ufffd"  # what stands for bytes that are no whole character
 
 
@@ -39,9 +40,11 @@ class TextStream:
     def _take(self, *, at_end: bool) -> str:
         before = self._tokenizer.decode(self._known)
         text = self._tokenizer.decode([*self._known, *self._new])
-        # Four bytes are the longest character: what is unfinished after them is no text.
-        if text.endswith(_UNFINISHED) and not at_end and len(self._new) < 4:
-            return ""
-        self._known = [*self._known, *self._new][-_CONTEXT_TOKENS:]
-        self._new = []
+        num_ready = len(self._new)
+        if text.endswith(_UNFINISHED) and not at_end:
+            # The last tokens may be the beginning of a character; those before them are no text.
+            num_ready = max(0, num_ready - _MAX_UNFINISHED_TOKENS)
+            text = self._tokenizer.decode([*self._known, *self._new[:num_ready]])
+        self._known = [*self._known, *self._new[:num_ready]][-_CONTEXT_TOKENS:]
+        self._new = self._new[num_ready:]
         return text[len(before) :]

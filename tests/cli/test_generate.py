@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import io
 import json
 import os
 import pty
@@ -14,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megalibi.checkpoint import Checkpoint, save_checkpoint
 from megalibi.cli.command import spell_script
@@ -21,8 +24,9 @@ from megalibi.cli.inference import generate as generate_command
 from megalibi.config import Config, derive
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.training import train_tokenizer
+from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.token_file import TokenFileWriter
-from megalibi.errors import UserError
+from megalibi.errors import CheckpointError, UserError
 from megalibi.generate.sampling import Sampling
 from megalibi.runtime.ranks import Place
 from tests.support.jobs import ScriptJob, torchrun_environment
@@ -89,7 +93,18 @@ def make_speaker(run_dir: Path, groups: Any) -> generate_command.Speaker:
 
 def speak_on_a_data_rank(run_dir: Path) -> None:
     groups = process_groups(1)
-    generate_command.speak_all(make_speaker(run_dir, groups), PROMPTS, groups, run_dir / "shared.jsonl")
+    generate_command.speak_all(make_speaker(run_dir, groups), PROMPTS, groups, run_dir, run_dir / "shared.jsonl")
+
+
+def fail_on_the_second_data_rank(run_dir: Path) -> str:
+    groups = process_groups(1)
+    speaker = make_speaker(run_dir, groups)
+    if groups.data.rank == 1:
+        with torch.no_grad():
+            speaker.model.embedding.weight.fill_(float("nan"))
+    with pytest.raises(CheckpointError) as refused:
+        generate_command.speak_all(speaker, PROMPTS, groups, run_dir, None)
+    return str(refused.value)
 
 
 def test_prompts_of_a_file_are_answered_alike_on_any_ranks(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +124,10 @@ def test_prompts_of_a_file_are_answered_alike_on_any_ranks(run_dir: Path, capsys
 
     run_on_ranks(2, speak_on_a_data_rank, run_dir)
     assert (run_dir / "shared.jsonl").read_text() == (run_dir / "alone.jsonl").read_text()
+
+    for message in run_on_ranks(2, fail_on_the_second_data_rank, run_dir):
+        assert "the model gives NaN" in message
+        assert "(rank 1 on" in message
 
     words = ["--checkpoint", str(run_dir / "run"), "--prompts", str(run_dir / "prompts.txt"), "--max-tokens", "12"]
     words += ["--seed", "5", "--tensor-parallel-size", "2", "--output", str(run_dir / "tensor.jsonl")]
@@ -141,7 +160,7 @@ def test_what_cannot_be_used_is_one_line(run_dir: Path, monkeypatch: pytest.Monk
             {},
             "is not the tokenizer that the checkpoint was trained",
         ),
-        (("--prompt", "caf\udce9"), {}, "the prompt is not UTF-8 text"),
+        (("--prompt", "caf\udce9"), {}, "--prompt: the prompt 'caf\\udce9' must be UTF-8 text"),
     ]:
         with pytest.raises(UserError) as refused:
             run(run_dir, *words, **place)
@@ -155,6 +174,48 @@ def test_what_cannot_be_used_is_one_line(run_dir: Path, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match=r"data.tokenizer=.*t.model of the checkpoint is not there: name it with"):
         run(run_dir, *prompt)
     shutil.move(moved, run_dir / "t.model")
+
+
+def test_a_line_of_a_pipe_that_is_no_text_costs_no_other(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(run_dir, "--prompts", str(run_dir / "prompts.txt"), "--output", str(run_dir / "of_file.jsonl"))
+    answers = [json.loads(line) for line in (run_dir / "of_file.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    lines = [PROMPTS[0].encode(), b"caf\xe9", PROMPTS[2].encode()]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines))))
+    with pytest.raises(UserError, match="1 of the prompts on standard input were refused"):
+        run(run_dir)
+    shown = capsys.readouterr()
+    assert shown.out == answers[0]["text"] + "\n" + answers[2]["text"] + "\n"
+    assert "error: prompt 2: it must be UTF-8 text" in shown.err
+
+
+def test_an_interruption_keeps_the_answers_before_it(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speak = generate_command.Speaker.speak
+
+    def stop_at_third(speaker: generate_command.Speaker, prompt: str, number: int = 0) -> dict[str, Any]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return speak(speaker, prompt, number)
+
+    monkeypatch.setattr(generate_command.Speaker, "speak", stop_at_third)
+    output = run_dir / "stopped.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir, "--prompts", str(run_dir / "prompts.txt"), "--output", str(output))
+    assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == PROMPTS[:2]
+
+
+def test_word_level_text_goes_on_after_a_line(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.words").write_text("".join(f"{word} 1\n" for word in ("<s>", "<pad>", "</s>", "<unk>", "x")))
+    words = WordTokenizer(tmp_path / "t.words")
+    speaker = dataclasses.replace(
+        make_speaker(run_dir, None), tokenizer=words, max_tokens=60, sampling=Sampling(temperature=50.0)
+    )
+    answer = speaker.speak("x")
+    assert len(answer["tokens"]) == 60
+    assert words.end_of_document_id in answer["tokens"]
+    assert max(answer["tokens"]) < words.vocab_size
 
 
 def test_typed_prompts_are_answered_until_the_end(run_dir: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megalibi.errors import ConfigError
 from megalibi.generate.decoder import Decoder
-from megalibi.generate.run import generate
+from megalibi.generate.run import check_room, generate
 from megalibi.generate.sampling import Sampler, Sampling
 from megalibi.model import GPT
 from megalibi.parallel import ALONE, Group
@@ -39,7 +39,9 @@ def assert_greedy_is_full_recomputation(gpt: GPT, prompt: list[int], max_tokens:
     decoder, seen = Decoder(gpt, horizon_eps=horizon_eps), []
     feed = decoder.feed
     decoder.feed = lambda tokens: seen.append(feed(tokens)) or seen[-1]  # type: ignore[method-assign]
-    done = generate(decoder, prompt, Sampler(GREEDY), max_tokens=max_tokens, end_of_document_id=-1)
+    done = generate(
+        decoder, prompt, Sampler(GREEDY), max_tokens=max_tokens, num_tokens=VOCAB_SIZE, end_of_document_id=-1
+    )
     assert len(done.tokens) == max_tokens
     assert not done.ended
     log_probs, likeliest = greedy_in_full(gpt, decoder.tokens, len(prompt) - 1)
@@ -75,6 +77,24 @@ def test_every_kind_of_model_generates(fields: dict[str, Any]) -> None:
     if fields.get("max_position_embeddings"):
         with pytest.raises(ConfigError, match="max_position_embeddings=64: must be at least 65"):
             decoder.feed([1])
+        check_room(make_model(**fields), 40, 25)
+        with pytest.raises(ConfigError, match="--max-tokens=26: must be at most 25: the prompt has 40 tokens"):
+            check_room(make_model(**fields), 40, 26)
+
+
+def test_a_token_that_the_tokenizer_does_not_have_is_never_chosen(gpt: GPT) -> None:
+    texts = {
+        num_tokens: generate(
+            Decoder(gpt),
+            [1, 2, 3],
+            Sampler(Sampling(seed=1)),
+            max_tokens=20,
+            num_tokens=num_tokens,
+            end_of_document_id=-1,
+        ).tokens
+        for num_tokens in (5, VOCAB_SIZE)
+    }
+    assert max(texts[5]) < 5 <= max(texts[VOCAB_SIZE])
 
 
 def plant_seeker(gpt: GPT) -> None:

@@ -44,7 +44,8 @@ def test_a_seed_and_the_number_of_the_text_decide_the_draws() -> None:
     assert draw(Sampling(seed=3)) == draw(Sampling(seed=3))
     assert draw(Sampling(seed=3)) != draw(Sampling(seed=4))
     assert draw(Sampling(seed=3)) != draw(Sampling(seed=3), number=1)
-    assert set(draw(Sampling(temperature=0.0))) == {1}
+    assert draw(Sampling(seed=0), number=1_000_003) != draw(Sampling(seed=1))
+    assert set(draw(Sampling(temperature=0.0))) == set(draw(Sampling(temperature=1e-310))) == {1}
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:

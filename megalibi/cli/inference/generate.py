@@ -10,28 +10,30 @@ the prompts of a file, too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megalibi import log
 from megalibi.cli.command import RankCommand
+from megalibi.cli.inference.prompts import iterate_typed, read_prompts
 from megalibi.config import ModelConfig
 from megalibi.config.checks import check_option, refuse
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
-from megalibi.errors import ConfigError, DataError, FileError, UserError, describe_os_error
+from megalibi.errors import ConfigError, DataError, UserError
 from megalibi.evaluate.run import check_same_tokenizer, check_tensor_parallel_size
-from megalibi.files import write_aside
+from megalibi.files import lock_file, sync_file
 from megalibi.generate.decoder import DEFAULT_HORIZON_EPS, Decoder
-from megalibi.generate.run import Generation, check_prompt, check_room, generate
+from megalibi.generate.run import check_prompt, check_room, describe_generation, generate
 from megalibi.generate.sampling import Sampler, Sampling
 from megalibi.generate.stream import TextStream
 from megalibi.model import GPT
-from megalibi.parallel import ProcessGroups, gather_objects
+from megalibi.parallel import ProcessGroups, gather_objects, refusing_together
 from megalibi.runtime.device import set_up_device
 from megalibi.runtime.outputs import check_outputs
 from megalibi.runtime.ranks import Place, join_ranks
@@ -106,7 +108,7 @@ class Speaker:
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise DataError("the prompt is not UTF-8 text: give it in that encoding, or in a file") from error
+            raise DataError(f"the prompt {prompt[:40]!a} must be UTF-8 text: give it in that encoding") from error
         tokens = self.tokenizer.encode(prompt) or [self.tokenizer.end_of_document_id]
         check_prompt(tokens, self.config.vocab_size)
         check_room(self.config, len(tokens), self.max_tokens)
@@ -131,15 +133,24 @@ class Speaker:
                 print(piece, end="", flush=True)
 
         decoder = Decoder(self.model, horizon_eps=self.horizon_eps)
-        sampler, end = Sampler(self.sampling, number), self.tokenizer.end_of_document_id
+        # A line end of a word-level text is a token, and no end of the text.
+        end = -1 if self.tokenizer.counts_lines else self.tokenizer.end_of_document_id
         try:
-            done = generate(decoder, tokens, sampler, max_tokens=self.max_tokens, end_of_document_id=end, show=show)
+            done = generate(
+                decoder,
+                tokens,
+                Sampler(self.sampling, number),
+                max_tokens=self.max_tokens,
+                num_tokens=self.tokenizer.vocab_size,
+                end_of_document_id=end,
+                show=show,
+            )
         finally:
             take(stream.finish())
             if self.shows:
                 print(flush=True)
         if self.shows:
-            _LOGGER.info("%s", describe(done, decoder, len(tokens)))
+            _LOGGER.info("%s", describe_generation(done, decoder, len(tokens)))
         return {
             "prompt": prompt,
             "text": "".join(pieces),
@@ -150,80 +161,68 @@ class Speaker:
         }
 
 
-def describe(done: Generation, decoder: Decoder, num_prompt_tokens: int) -> str:
-    """Return in one line what a text took."""
-    kept = [tokens for layer in decoder.cache.kept_tokens() for tokens in layer]
-    share = sum(kept) / (len(kept) * max(1, decoder.cache.num_tokens))
-    rate = (len(done.tokens) - 1) / done.seconds if len(done.tokens) > 1 else 0.0
-    return (
-        f"{num_prompt_tokens:,} tokens of the prompt in {done.prompt_seconds:.2f} s, {len(done.tokens):,} generated at "
-        f"{rate:,.1f} tokens/s; the cache has {decoder.cache.memory_bytes() / 1e6:.1f} MB and keeps {share:.0%} of all "
-        f"keys, rebuilt {decoder.num_rebuilds} times"
-    )
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Return the lines of a file that are not empty.
+def converse(speaker: Speaker) -> None:
+    """Read prompts from the terminal, or from a pipe, up to its end, and answer each.
 
     Raises:
-        DataError: The file is no UTF-8 text, or has no such line.
-        FileError: It cannot be read.
+        DataError: A prompt of a pipe was refused; the others were answered.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise FileError(f"--prompts: {describe_os_error(error, path)}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"--prompts={path}: must be UTF-8 text: {error.reason} at byte {error.start}") from error
-    prompts = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
-    if not prompts:
-        raise DataError(f"--prompts={path}: must have a line that is not empty")
-    return prompts
-
-
-def converse(speaker: Speaker) -> None:
-    """Read prompts from the terminal, or from a pipe, up to its end, and answer each."""
-    number = 0
-    while True:
+    num_refused = 0
+    for number, prompt in enumerate(iterate_typed()):
         try:
-            prompt = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            print(flush=True)
-            continue
-        except UnicodeDecodeError:
-            print("error: the prompt is not UTF-8 text: type it again", file=sys.stderr, flush=True)
-            continue
-        try:
+            if prompt is None:
+                raise DataError("it must be UTF-8 text")
             speaker.speak(prompt, number)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            num_refused += 1
+            print(f"error: prompt {number + 1}: {error}", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             _LOGGER.info("stopped; Ctrl-D ends")
-        number += 1
+    if num_refused and not sys.stdin.isatty():
+        raise DataError(f"{num_refused} of the prompts on standard input were refused, as said above: mend those lines")
 
 
-def speak_all(speaker: Speaker, prompts: list[str], groups: ProcessGroups, output: Path | None) -> None:
-    """Answer the prompts of a file, which the data ranks share, and print and write the answers in order."""
-    for prompt in prompts:
-        speaker.encode(prompt)  # before the work: every rank refuses what one would refuse
-    mine = {}
-    for number in range(groups.data.rank, len(prompts), groups.data.size):
-        if speaker.shows:
-            print(prompts[number], end="", flush=True)
-        mine[number] = speaker.speak(prompts[number], number)
-    answers: dict[int, dict[str, Any]] = {}
-    for theirs in gather_objects(mine if groups.tensor.rank == 0 else {}, groups.world):
-        answers |= theirs
-    if groups.world.rank > 0:
-        return
-    in_order = [answers[number] for number in range(len(prompts))]
-    if not speaker.shows:
-        for answer in in_order:
+def check_given_prompt(speaker: Speaker, prompt: str, name: str) -> None:
+    """Refuse a prompt before the work; the message begins with its name."""
+    try:
+        speaker.encode(prompt)
+    except UserError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def speak_all(speaker: Speaker, prompts: list[str], groups: ProcessGroups, source: Path, output: Path | None) -> None:
+    """Answer the prompts of a file, one for each data rank a round, and print and write each round in order."""
+    for number, prompt in enumerate(prompts):  # every rank refuses what one would refuse
+        check_given_prompt(speaker, prompt, f"--prompts={source}: prompt {number + 1}")
+    is_first, file = groups.world.rank == 0, None
+    with contextlib.ExitStack() as stack:
+        with refusing_together(groups.world, output or source):
+            if is_first and output is not None:
+                file = stack.enter_context(open(output, "ab"))
+                lock_file(file.fileno(), output)
+                file.truncate(0)
+        for start in range(0, len(prompts), groups.data.size):
+            number, answer = start + groups.data.rank, None
+            with refusing_together(groups.world, output or source):
+                if number < len(prompts):
+                    if speaker.shows:
+                        print(prompts[number], end="", flush=True)
+                    answer = speaker.speak(prompts[number], number)
+            answers = gather_objects(answer if groups.tensor.rank == 0 else None, groups.world)
+            with refusing_together(groups.world, output or source):
+                if is_first:
+                    keep_answers([answer for answer in answers if answer is not None], file, shown=speaker.shows)
+
+
+def keep_answers(answers: list[dict[str, Any]], file: BinaryIO | None, *, shown: bool) -> None:
+    """Print the answers that are not yet shown, and put them on the disk: an interruption keeps them."""
+    for answer in answers:
+        if not shown:
             print(answer["prompt"] + answer["text"], flush=True)
-    if output is not None:
-        write_aside(output, "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in in_order))
+        if file is not None:
+            file.write((json.dumps(answer, ensure_ascii=False) + "\n").encode())
+    if file is not None:
+        sync_file(file)
 
 
 def check_generate_options(arguments: argparse.Namespace, place: Place) -> Sampling:
@@ -282,10 +281,10 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
         shows=place.rank == 0 and groups.data.size == 1,
     )
     if prompts is not None:
-        speak_all(speaker, prompts, groups, arguments.output)
+        speak_all(speaker, prompts, groups, arguments.prompts, arguments.output)
     elif arguments.prompt is not None:
+        check_given_prompt(speaker, arguments.prompt, "--prompt")
         if speaker.shows:
-            speaker.encode(arguments.prompt)
             print(arguments.prompt, end="", flush=True)
         speaker.speak(arguments.prompt)
     else:
