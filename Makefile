@@ -95,6 +95,7 @@ $(VENV)/.llama-cpp: $(VENV)/.installed
 llama-cpp: $(VENV)/.llama-cpp
 
 test-gguf: llama-cpp
+	python -c 'import llama_cpp'
 	python -m pytest tests/export/gguf
 
 lint: install

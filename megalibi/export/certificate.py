@@ -48,20 +48,20 @@ class TensorRecord:
     bit_equal: bool
     """Whether what was read back, put into the source's order, has the source's bits, rounded to the target's type."""
     largest_difference: float | None = None
-    """The largest absolute difference that rounding made to a number; None: the action did not measure it."""
+    """The largest absolute difference that rounding made to a number; None: the action rounds nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlopeTables:
     """The slope of each attention head on both sides."""
 
-    source: list[float]
-    """The slopes that the source's own code computes, by head."""
+    source: list[float] | None
+    """The slopes that the source's own code computes, by head; None: it could not be asked."""
     target: list[float] | None
     """The slopes that the target's own function computes, by head, or, for GGUF, megalibi by llama.cpp's formula;
     None: it could not be asked."""
     largest_difference: float | None
-    """The largest difference of two slopes of one head, relative to the source's; None: the target was not asked."""
+    """The largest difference of two slopes of one head, relative to the source's; None: one side was not asked."""
 
 
 @dataclass(frozen=True, kw_only=True)

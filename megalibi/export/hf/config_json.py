@@ -49,6 +49,9 @@ def _read(fields: Mapping[str, Any]) -> ForeignModel:
     bare = known.architecture.replace("ForCausalLM", "Model")
     if architectures not in ([known.architecture], [bare]):
         raise ConfigError(f"architectures={architectures}: must be [{known.architecture}]")
+    for name in ("attn_implementation", "_attn_implementation"):
+        if fields.get(name) not in (None, "eager", "sdpa"):
+            raise ConfigError(f"{name}={fields[name]!r}: must be eager or sdpa; nothing else is run")
     if fields.get("quantization_config") is not None:
         raise ConfigError("quantization_config: must not be there; weights are read as they are")
     readers = {"mpt": _read_mpt, "bloom": _read_bloom, "falcon": _read_falcon}

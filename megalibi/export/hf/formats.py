@@ -248,6 +248,6 @@ def get_format(model_type: object) -> HfFormat:
     Raises:
         ConfigError: There is none of that name.
     """
-    if model_type not in FORMATS:
+    if not isinstance(model_type, str) or model_type not in FORMATS:
         raise ConfigError(f"model_type={model_type!r}: must be one of {', '.join(FORMATS)}, which have ALiBi")
-    return FORMATS[str(model_type)]
+    return FORMATS[model_type]

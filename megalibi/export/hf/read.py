@@ -17,6 +17,7 @@ from megalibi.errors import CheckpointError, ConfigError
 from megalibi.export.certificate import (
     Certificate,
     LogitComparison,
+    SlopeTables,
     TensorRecord,
     check_equal,
     check_logits,
@@ -153,7 +154,10 @@ def convert_from_hf(
         theirs = (
             compute_their_slopes(known, model.num_attention_heads, model.head_dim) if TRANSFORMERS_VERSION else None
         )
-        slopes = compare_slopes(model_slopes(model) if theirs is None else theirs, model_slopes(model))
+        ours = model_slopes(model)
+        slopes = SlopeTables(source=None, target=ours.tolist(), largest_difference=None)
+        if theirs is not None:
+            slopes = compare_slopes(theirs, ours)
         comparison = None
         not_compared = WHY_NOT if not TRANSFORMERS_VERSION else None if compare else "--no-compare was given"
         if not_compared is None:

@@ -51,10 +51,14 @@ def load_hf_model(known: HfFormat, folder: Path) -> nn.Module:
     Raises:
         FileError: The class does not find every tensor, or finds others.
     """
-    # The attention that a user gets who asks for none: in transformers 5.24 Falcon's "eager" adds its bias twice.
     with _saying_nothing():
         model, info = _get_class(known).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            attn_implementation=_name_attention(known),
+            output_loading_info=True,
         )
     wrong = {kind: sorted(names) for kind, names in info.items() if names}
     if wrong:
@@ -72,16 +76,29 @@ def build_hf_model(known: HfFormat, fields: Mapping[str, Any], tensors: Mapping[
         tensors: Every tensor by name, without those that are tied.
     """
     kind = _get_class(known)
-    model: nn.Module = kind(kind.config_class.from_dict(dict(fields)))
+    config = kind.config_class.from_dict(dict(fields))
+    config._attn_implementation = _name_attention(known)
+    model: nn.Module = kind(config)
     missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing
     return model.float().eval()
 
 
+def _name_attention(known: HfFormat) -> str:
+    """Return transformers' attention for a class, never what a foreign config.json names: that could be code of a hub.
+
+    It is what a user gets who asks for none. In transformers 5.24 Falcon's "eager" adds its bias twice.
+    """
+    return "sdpa" if known.name == "falcon" else "eager"
+
+
 @torch.no_grad()
 def compute_their_logits(model: nn.Module, tokens_S: Tensor) -> Tensor:
-    """Return the logits of every position of a text, fp32 [S, V]."""
+    """Return the logits of every position of a text, fp32 [S, V]; a cap on its length, as MPT has it, is lifted."""
+    config: Any = model.config
+    if getattr(config, "max_seq_len", len(tokens_S)) < len(tokens_S):
+        config.max_seq_len = len(tokens_S)  # read anew in every forward pass
     logits_SV: Tensor = model(input_ids=tokens_S[None], use_cache=False).logits[0]
     return logits_SV.float()
 

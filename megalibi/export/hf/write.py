@@ -14,7 +14,7 @@ from megalibi.checkpoint import Checkpoint
 from megalibi.checkpoint.tensors.safetensors_header import HeaderEntry
 from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
-from megalibi.errors import ConfigError, DataError
+from megalibi.errors import ConfigError, DataError, FileError
 from megalibi.export.certificate import (
     Certificate,
     LogitComparison,
@@ -93,7 +93,7 @@ def plan_hf(
             notes.append(f"{said}; that was accepted when this folder was written.")
     if refusals:
         raise ConfigError("; ".join(refusals))
-    length = max_length or _MAX_LENGTH_FACTOR * config.data.seq_length
+    length = _MAX_LENGTH_FACTOR * config.data.seq_length if max_length is None else max_length
     if length < config.data.seq_length:
         raise ConfigError(f"--max-length={length}: must be at least data.seq_length={config.data.seq_length}")
     return HfPlan(known=known, dtype=dtype, max_length=length, notes=tuple(notes), rounds=rounds)
@@ -117,6 +117,10 @@ def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> Tokenizer | Wo
                 f"--tokenizer={given} (sha256 {tokenizer.fingerprint[:12]}): must be the tokenizer that the checkpoint "
                 f"was trained with (sha256 {trained[:12]})"
             )
+        rows = checkpoint.config.model.vocab_size
+        if tokenizer.vocab_size > rows:
+            most = f"must have at most model.vocab_size={rows} ids"
+            raise DataError(f"--tokenizer={given}: {most}, and has {tokenizer.vocab_size}")
         return tokenizer
     path = checkpoint.config.data.tokenizer
     if path is None or not Path(path).is_file():
@@ -252,10 +256,15 @@ def _write_tensors(
         HeaderEntry(target, DTYPE_NAMES[dtype], checkpoint.parameters[name].shape) for target, name in sources.items()
     ]
     tensors = TensorFolder(folder, entries, max_shard_bytes=max_shard_bytes, metadata={"format": "pt"})
-    saved, before, rounded = checkpoint.read_state(), {}, {}
+    saved, before, rounded, differences = checkpoint.read_state(), {}, {}, {}
     for done, (target, name) in enumerate(sources.items()):
         show(name, done, len(sources))
         values = saved.read_whole(name)
+        if not values.to(dtype).isfinite().all():
+            raise FileError(
+                f"--dtype={plan.dtype}: cannot hold {name}, whose largest number is {values.abs().max():.3g}"
+            )
+        differences[target] = (values.to(dtype).float() - values).abs().max().item()
         before[target], rounded[target] = hash_tensor(values), hash_tensor(values.to(dtype))
         tensors.write(known.to_theirs(name, values, heads).to(dtype))
     tensors.close()
@@ -266,6 +275,7 @@ def _write_tensors(
             source_sha256=before[target],
             target_sha256=hash_tensor(values),
             bit_equal=hash_tensor(known.to_ours(sources[target], values, heads)) == rounded[target],
+            largest_difference=differences[target],
         )
         for target, values in read_back(folder, tensors.files)
     ]

@@ -55,6 +55,12 @@ def try_import(folder: Path, *, accept: bool = False) -> None:
     ("kind", "changes", "message"),
     [
         ("mpt", {"model_type": "llama"}, "model_type='llama': must be one of mpt, bloom, falcon, which have ALiBi"),
+        ("mpt", {"model_type": ["mpt"]}, "must be one of mpt, bloom, falcon, which have ALiBi"),
+        (
+            "mpt",
+            {"_attn_implementation": "somebody/kernel"},
+            "_attn_implementation='somebody/kernel': must be eager or",
+        ),
         ("mpt", {"architectures": ["MptForQuestionAnswering"]}, "must be \\[MptForCausalLM\\]"),
         ("mpt", {"attn_config": {"alibi": False}}, "alibi=False: must be True"),
         ("mpt", {"attn_config": {"alibi_bias_max": 16}}, "alibi_bias_max=16: must be 8: the slopes of ALiBi end at 2"),

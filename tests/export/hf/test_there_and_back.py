@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megalibi.checkpoint import Checkpoint
+from megalibi.errors import FileError
 from megalibi.export.certificate import CERTIFICATE, MAX_LOGIT_DIFFERENCE, Certificate
+from megalibi.export.compose import compose_checkpoint
 from megalibi.export.hf.read import ImportPlan, convert_from_hf, plan_import
 from megalibi.export.hf.write import convert_to_hf
-from tests.support.conversions import SEQ_LENGTH, configure_model, has_weights, plan, write_random
+from tests.support.conversions import SEQ_LENGTH, configure_model, draw_weights, has_weights, plan, write_random
 
 CASES = [
     ("mpt", 4, 1, 2),
@@ -97,7 +99,7 @@ def check_perplexities(folder: Path, checkpoint: Checkpoint) -> None:
 
 SIZES: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32}
 FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
-    "mpt": ("Mpt", {"n_layers": 2, "n_heads": 3, "vocab_size": 101, "d_model": 48, "max_seq_len": 200}),
+    "mpt": ("Mpt", {"n_layers": 2, "n_heads": 3, "vocab_size": 101, "d_model": 48}),
     "bloom": ("Bloom", {"n_layer": 2, "n_head": 4, **SIZES}),
     "falcon": (
         "Falcon",
@@ -146,3 +148,24 @@ def test_old_bin_files_and_16_bits_come_in(tmp_path: Path) -> None:
     assert_same(certificate)  # of numbers that bfloat16 has
     theirs = read_all(tmp_path / "hf2")
     assert all(torch.equal(values, theirs[f"transformer.{name}"]) for name, values in states.items())
+
+
+def test_a_cap_on_the_length_of_the_text_is_lifted_to_compare(tmp_path: Path) -> None:
+    """As in a folder of others, which does not say how long the samples were: the cap is then taken for that."""
+    torch.manual_seed(0)
+    make_foreign("mpt", max_seq_len=64).save_pretrained(tmp_path / "hf")
+    certificate = convert_from_hf(plan_again(tmp_path / "hf"), tmp_path / "b")
+    assert certificate.comparison is not None
+    assert certificate.comparison.tokens == 128
+
+
+def test_a_type_that_cannot_hold_a_weight_is_refused(tmp_path: Path) -> None:
+    config = configure_model("mpt")
+    weights = draw_weights(config)
+    weights["final_norm.weight"][3] = 1e5
+    (tmp_path / "a").mkdir()
+    compose_checkpoint(tmp_path / "a", config, weights.__getitem__)
+    checkpoint = Checkpoint.open(tmp_path / "a")
+    with pytest.raises(FileError, match=r"--dtype=float16: cannot hold final_norm\.weight"):
+        convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, "mpt", dtype="float16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
