@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.costs import FAST_SECONDS, choose_fast, file_seconds, name_of, processor_seconds, read_costs
+from tests.support.costs import FAST_SECONDS, choose_fast, file_seconds, name_of, read_costs
 
 BURNED_SECONDS = 0.3
 TESTS = Path(__file__).parents[1]
