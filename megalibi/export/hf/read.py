@@ -36,10 +36,10 @@ from megalibi.export.hf.config_json import ForeignModel, read_hf_config
 from megalibi.export.hf.foreign import ForeignTensors
 from megalibi.export.hf.software import (
     TRANSFORMERS_VERSION,
-    WHY_NOT,
     build_hf_model,
     compute_their_logits,
-    compute_their_slopes,
+    explain_no_comparison,
+    find_their_slopes,
     load_hf_model,
 )
 from megalibi.export.output import writing_folder
@@ -151,15 +151,13 @@ def convert_from_hf(
         checkpoint = Checkpoint.open(folder)
         records = _read_records(plan, checkpoint, before)
         check_equal(records, output)
-        theirs = (
-            compute_their_slopes(known, model.num_attention_heads, model.head_dim) if TRANSFORMERS_VERSION else None
-        )
+        theirs = find_their_slopes(known, model)
         ours = model_slopes(model)
         slopes = SlopeTables(source=None, target=ours.tolist(), largest_difference=None)
         if theirs is not None:
             slopes = compare_slopes(theirs, ours)
         comparison = None
-        not_compared = WHY_NOT if not TRANSFORMERS_VERSION else None if compare else "--no-compare was given"
+        not_compared = explain_no_comparison(compare=compare)
         if not_compared is None:
             show("comparison", total, total)
             comparison = _compare(plan, checkpoint)

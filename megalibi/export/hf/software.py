@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megalibi.config import ModelConfig
 from megalibi.errors import FileError
 from megalibi.export.hf.formats import HfFormat
 
@@ -39,6 +40,24 @@ def compute_their_slopes(known: HfFormat, num_heads: int, head_dim: int) -> Tens
     mask = torch.ones(1, 2, dtype=torch.long)
     slopes_H: Tensor = modeling.build_alibi_tensor(mask, num_heads, torch.float32)[:, 0, 1]
     return slopes_H / head_dim**0.5 if known.name == "falcon" else slopes_H
+
+
+def find_their_slopes(known: HfFormat, model: ModelConfig) -> Tensor | None:
+    """Return the slopes that the class computes for a model, [heads]; None: it is not installed."""
+    if not TRANSFORMERS_VERSION:
+        return None
+    return compute_their_slopes(known, model.num_attention_heads, model.head_dim)
+
+
+def explain_no_comparison(*, compare: bool) -> str | None:
+    """Return why both models are not run, for the certificate; None: they are.
+
+    Args:
+        compare: Whether the user wants it.
+    """
+    if not TRANSFORMERS_VERSION:
+        return WHY_NOT
+    return None if compare else "--no-compare was given"
 
 
 def load_hf_model(known: HfFormat, folder: Path) -> nn.Module:

@@ -38,7 +38,8 @@ from megalibi.export.hf.software import (
     TRANSFORMERS_VERSION,
     WHY_NOT,
     compute_their_logits,
-    compute_their_slopes,
+    explain_no_comparison,
+    find_their_slopes,
     load_hf_model,
 )
 from megalibi.export.output import DTYPE_NAMES, MAX_SHARD_BYTES, TensorFolder, read_back, writing_folder
@@ -170,12 +171,10 @@ def convert_to_hf(
         _write_json(folder / "config.json", make_config_json(checkpoint, plan, tokenizer))
         _write_json(folder / "generation_config.json", _make_generation_json(tokenizer))
         write_synced(folder / "README.md", make_card(checkpoint, known, plan.dtype, notes).encode())
-        theirs = (
-            compute_their_slopes(known, model.num_attention_heads, model.head_dim) if TRANSFORMERS_VERSION else None
-        )
+        theirs = find_their_slopes(known, model)
         slopes = compare_slopes(model_slopes(model), theirs)
         comparison = None
-        not_compared = WHY_NOT if not TRANSFORMERS_VERSION else None if compare else "--no-compare was given"
+        not_compared = explain_no_comparison(compare=compare)
         if not_compared is None:
             show("comparison", len(records), len(records))
             comparison = _compare(checkpoint, folder, plan, tokenizer)

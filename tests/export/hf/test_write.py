@@ -10,7 +10,7 @@ import torch
 
 from megalibi.checkpoint import Checkpoint
 from megalibi.errors import ConfigError, DataError, FileError
-from megalibi.export.hf import write
+from megalibi.export.hf import software, write
 from megalibi.export.hf.formats import FORMATS, get_format
 from megalibi.export.hf.write import convert_to_hf, find_tokenizer, plan_hf
 from tests.support.conversions import configure_model, plan, write_random
@@ -73,8 +73,8 @@ def test_a_wrong_conversion_is_found_and_leaves_nothing(
 ) -> None:
     checkpoint, _ = write_random(tmp_path / "a", configure_model("bloom"))
     if fault == "slopes":
-        right = write.compute_their_slopes
-        monkeypatch.setattr(write, "compute_their_slopes", lambda *sizes: right(*sizes).flip(0))
+        right = software.compute_their_slopes
+        monkeypatch.setattr(software, "compute_their_slopes", lambda *sizes: right(*sizes).flip(0))
         message = "computes other slopes than the source"
     elif fault == "qkv":  # there and back alike, so that the bits alone would not show it
         monkeypatch.setattr("megalibi.export.hf.formats.interleave_heads", lambda fused, heads: fused)
@@ -100,7 +100,8 @@ def test_without_the_software_nothing_is_claimed(tmp_path: Path, monkeypatch: py
     checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
     certificate = convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"), compare=False)
     assert (certificate.comparison, certificate.not_compared) == (None, "--no-compare was given")
-    monkeypatch.setattr(write, "TRANSFORMERS_VERSION", None)
+    for module in (software, write):
+        monkeypatch.setattr(module, "TRANSFORMERS_VERSION", None)
     certificate = convert_to_hf(checkpoint, tmp_path / "c", plan(checkpoint, "mpt"))
     assert certificate.comparison is None
     assert certificate.not_compared is not None
