@@ -117,16 +117,13 @@ def open_exported_mpt(path: Path, dtype: torch.dtype, max_length: int) -> MptFor
         ConfigError: MPT cannot hold the model.
     """
     from megalibi.checkpoint import Checkpoint  # both import DeepSpeed
-    from megalibi.export.hf.write import convert_to_hf, plan_hf
+    from megalibi.export.hf.plan import plan_hf
+    from megalibi.export.hf.write import convert_to_hf
+    from megalibi.export.portable_tokenizer import find_tokenizer
 
     checkpoint = Checkpoint.open(path)
-    plan = plan_hf(
-        checkpoint,
-        get_format("mpt"),
-        dtype=str(dtype).removeprefix("torch."),
-        max_length=max_length,
-        accept_rounded_bias=False,
-    )
+    tokenizer, name = find_tokenizer(checkpoint, None), str(dtype).removeprefix("torch.")
+    plan = plan_hf(checkpoint, get_format("mpt"), tokenizer, dtype=name, max_length=max_length)
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder, "mpt")
         convert_to_hf(checkpoint, exported, plan, compare=False)

@@ -165,13 +165,16 @@ class Checkpoint:
         if needed != {name: entry.shape for name, entry in self.parameters.items()}:
             raise CheckpointError(f"{self.path / MANIFEST} has parameters that are not those of its configuration")
 
-    def load_model(self, device: torch.device, groups: ProcessGroups | None = None) -> GPT:
+    def load_model(
+        self, device: torch.device, groups: ProcessGroups | None = None, *, is_verified: bool = False
+    ) -> GPT:
         """Verify every file, and return the model, in the precision of its run, ready to be evaluated.
 
         Args:
             device: Where the model will compute.
             groups: The ranks that load it together, every one of which must call it: those of ``groups.tensor`` share
                 the layers, and those of ``groups.world`` on one host the verification. None: this process is alone.
+            is_verified: Whether the caller has called ``verify`` already, which reads every file.
 
         Raises:
             CheckpointError: On every rank, with the same line: the ranks opened different checkpoints, or a file is
@@ -179,7 +182,8 @@ class Checkpoint:
             FileError: On every rank: a file may not be read.
         """
         groups = groups or single_process_groups()
-        self.verify(groups.world)
+        if not is_verified:
+            self.verify(groups.world)
         with refusing_together(groups.world, self.path):
             return self._fill_model(device, groups.tensor)
 

@@ -15,11 +15,10 @@ from pathlib import Path
 
 from megalibi.checkpoint.manifest import MANIFEST, Manifest, write_manifest
 from megalibi.errors import CheckpointError, FileError
-from megalibi.files import rename_synced, sync_folder, write_aside
+from megalibi.files import PARTIAL_SUFFIX, rename_synced, sync_folder, write_aside
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"
-PARTIAL_SUFFIX = ".partial"
 _DISCARDED_SUFFIX = ".discarded"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 

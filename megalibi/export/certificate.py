@@ -12,7 +12,6 @@ import hashlib
 import platform
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,20 @@ import torch
 from torch import Tensor
 
 import megalibi
-from megalibi.errors import FileError
 from megalibi.files import write_json
 
 CERTIFICATE = "certificate.json"
-CERTIFICATE_VERSION = 1
-MAX_LOGIT_DIFFERENCE = 1e-4
-"""The largest difference of two logits between source and target in fp32; above it a conversion fails."""
-MAX_SLOPE_DIFFERENCE = 1e-6
-"""The largest difference of two slopes, relative to the source's: a few bits in the last place."""
+CERTIFICATE_VERSION = 2
+
+
+def describe_command() -> list[str]:
+    """Return the words of this process's command line, the program by its name alone."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+
+
+def describe_date() -> str:
+    """Return the time in UTC, to the second."""
+    return time.strftime("%FT%TZ", time.gmtime())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,14 +89,26 @@ class LogitComparison:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """How far source and target may be apart; a conversion past one of these keeps nothing."""
+
+    slopes: float | None = None
+    """The largest difference of two slopes, relative to the source's; None: the model has none, or none were asked."""
+    logits: float | None = None
+    """The largest absolute difference of two logits; None: their types differ, and no bound is known."""
+    probabilities: float | None = None
+    """The largest absolute difference of two probabilities of a next token; None: logits are bounded, or nothing is."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Certificate:
     """What a conversion read and wrote, and how both compare."""
 
     version: int = CERTIFICATE_VERSION
     """The version of this description."""
-    command: list[str]
+    command: list[str] = field(default_factory=describe_command)
     """The words of the command line."""
-    date: str
+    date: str = field(default_factory=describe_date)
     """When the conversion ended, in UTC."""
     versions: dict[str, str]
     """The versions of megalibi and of the packages that took part."""
@@ -110,6 +126,14 @@ class Certificate:
     """How far source and target are apart; None: they were not compared."""
     not_compared: str | None = None
     """Why source and target were not compared; None: they were."""
+    unrounded_logit_difference: float | None = None
+    """The largest difference of two logits where the target's class was made to compute its bias in fp32, which
+    ``bounds`` holds in place of the comparison's; None: the class was compared as it is."""
+    texts_of_same_ids: int | None = None
+    """The number of odd texts to which both tokenizers gave the same ids; None: no tokenizer came along, or it could
+    not be run."""
+    bounds: Bounds
+    """What was allowed, and holds."""
     notes: list[str] = field(default_factory=list)
     """What a user should know besides, a sentence each."""
 
@@ -130,37 +154,28 @@ def as_bytes(values: Tensor) -> memoryview:
     return flat.data
 
 
-def describe_command() -> list[str]:
-    """Return the words of this process's command line, the program by its name alone."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
-
-
-def describe_date() -> str:
-    """Return the time in UTC, to the second."""
-    return time.strftime("%FT%TZ", time.gmtime())
-
-
-def describe_software(**others: str) -> dict[str, str]:
+def describe_software(**others: str | None) -> dict[str, str]:
     """Return the versions of what takes part in a conversion.
 
     Args:
-        others: Versions of further packages by name.
+        others: Versions of further packages by name; None: it is not installed.
     """
     own = {"megalibi": megalibi.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {**own, **others}
+    return own | {name.replace("_", "-"): number or "not installed" for name, number in others.items()}
 
 
-def compare_slopes(source: Tensor, target: Tensor | None) -> SlopeTables:
+def compare_slopes(source: Tensor | None, target: Tensor | None) -> SlopeTables:
     """Return the slopes of both sides and their largest difference.
 
     Args:
-        source: The source's slopes, [heads].
-        target: The target's, [heads]; None: its software could not be asked.
+        source: The source's slopes, [heads]; None: its software could not be asked.
+        target: The target's, likewise.
     """
-    if target is None:
-        return SlopeTables(source=source.tolist(), target=None, largest_difference=None)
-    difference = ((target.double() - source.double()).abs() / source.double().abs()).max().item()
-    return SlopeTables(source=source.tolist(), target=target.tolist(), largest_difference=difference)
+    source_list, target_list = (None if slopes is None else slopes.tolist() for slopes in (source, target))
+    difference = None
+    if source is not None and target is not None:
+        difference = ((target.double() - source.double()).abs() / source.double().abs()).max().item()
+    return SlopeTables(source=source_list, target=target_list, largest_difference=difference)
 
 
 def write_certificate(certificate: Certificate, folder: Path) -> None:
@@ -170,50 +185,3 @@ def write_certificate(certificate: Certificate, folder: Path) -> None:
         FileError: It cannot be written.
     """
     write_json(dataclasses.asdict(certificate), folder / CERTIFICATE)
-
-
-def name_differing(tensors: Sequence[TensorRecord]) -> list[str]:
-    """Return the target's names of tensors that did not come out bit-equal."""
-    return [tensor.target for tensor in tensors if not tensor.bit_equal]
-
-
-def check_equal(tensors: Sequence[TensorRecord], output: Path) -> None:
-    """Check that every tensor came out with the bits that it should have.
-
-    Raises:
-        FileError: Some did not; they are named.
-    """
-    if differing := name_differing(tensors):
-        shown = ", ".join(differing[:5]) + (f" and {len(differing) - 5} more" if len(differing) > 5 else "")
-        raise FileError(
-            f"{output}: {len(differing)} tensors read back from the disk are not what was written: {shown}; nothing "
-            "is kept; try another disk"
-        )
-
-
-def check_slopes(slopes: SlopeTables, what: str) -> None:
-    """Check that the slopes of both sides agree.
-
-    Raises:
-        FileError: They do not.
-    """
-    difference = slopes.largest_difference
-    if difference is not None and not difference <= MAX_SLOPE_DIFFERENCE:
-        raise FileError(
-            f"{what} computes other slopes than the source, by up to {difference:.1e} of a slope, where at most "
-            f"{MAX_SLOPE_DIFFERENCE:.0e} is allowed: nothing is kept"
-        )
-
-
-def check_logits(comparison: LogitComparison, what: str) -> None:
-    """Check that the logits of source and target agree.
-
-    Raises:
-        FileError: They do not.
-    """
-    difference = comparison.largest_logit_difference
-    if not difference <= MAX_LOGIT_DIFFERENCE:
-        raise FileError(
-            f"{what} computes other logits than the source, by up to {difference:.1e}, where at most "
-            f"{MAX_LOGIT_DIFFERENCE:.0e} is allowed in fp32: nothing is kept"
-        )

@@ -14,15 +14,28 @@ import torch
 from torch import Tensor
 
 from megalibi.checkpoint import Checkpoint
+from megalibi.checkpoint.writing.host_memory import measure_available_bytes
+from megalibi.config import Config
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
-from megalibi.errors import FileError
+from megalibi.errors import ConfigError
 from megalibi.export.certificate import LogitComparison
+from megalibi.export.compose import describe_whole_model
+from megalibi.units import format_bytes
 
+_MODEL_BYTES = 8
+"""Of each parameter: two models in fp32."""
+_LOGIT_BYTES = 12
+"""Of each token of the text and each of the vocabulary: logits of both sides, and what a softmax makes of one."""
+_SCORE_BYTES = 20
+"""Of each pair of tokens and each head: a layer's scores, bias, mask and softmax, in a class without a fused attention.
+"""
 _RANDOM_SEED = 1234
 _TEXT_FILE = "license.txt"
-_ROWS = 256
-"""Rows of probabilities that exist at once."""
+_COMPARED_AT_ONCE = 1 << 20
+"""Logits that are compared at once, in whole rows: the fp64 copies are of no more."""
+_MAX_EXPONENT = 700.0
+"""The largest loss whose perplexity fp64 has; a certificate holds numbers alone."""
 
 
 class ComparisonText(NamedTuple):
@@ -55,11 +68,34 @@ def choose_text(num_tokens: int, vocab_size: int, tokenizer: Tokenizer | WordTok
     return ComparisonText(tokens_S, f"random ids of seed {_RANDOM_SEED}, for no tokenizer was at hand")
 
 
+def check_comparison_memory(config: Config, *, compare: bool = True) -> None:
+    """Check before the work of a conversion that both models and their logits at the end find room on this host.
+
+    Args:
+        config: Of the model, and of how long its texts were: twice as many tokens are compared.
+        compare: Whether they will be run.
+
+    Raises:
+        ConfigError: They do not; the sizes are named.
+    """
+    if not compare:
+        return
+    tokens, model = 2 * config.data.seq_length, config.model
+    parameters = sum(math.prod(entry.shape) for entry in describe_whole_model(config)[0].values())
+    needed = _MODEL_BYTES * parameters + _LOGIT_BYTES * tokens * model.vocab_size
+    needed += _SCORE_BYTES * tokens * tokens * model.num_attention_heads
+    if needed > (available := measure_available_bytes()):
+        raise ConfigError(
+            f"comparing source and target at {tokens:,} tokens takes about {format_bytes(needed)}, and this host has "
+            f"{format_bytes(available)} of memory left: give --no-compare, which the certificate will say"
+        )
+
+
 def compute_our_log_probs(checkpoint: Checkpoint, tokens_S: Tensor) -> Tensor:
     """Return the log-probabilities of every next token, fp32 [S, V], by the fp32 weights on the CPU.
 
     Args:
-        checkpoint: The checkpoint; whatever the precision of its run, it is computed in fp32.
+        checkpoint: The checkpoint, verified; whatever the precision of its run, it is computed in fp32.
         tokens_S: Token ids.
 
     Raises:
@@ -68,7 +104,7 @@ def compute_our_log_probs(checkpoint: Checkpoint, tokens_S: Tensor) -> Tensor:
     """
     fields = {**checkpoint.manifest.config, "train": {**checkpoint.manifest.config["train"], "precision": "fp32"}}
     in_fp32 = dataclasses.replace(checkpoint, manifest=dataclasses.replace(checkpoint.manifest, config=fields))
-    return in_fp32.load_model(torch.device("cpu")).log_probs(tokens_S[None])[0]
+    return in_fp32.load_model(torch.device("cpu"), is_verified=True).log_probs(tokens_S[None])[0]
 
 
 def compare_logits(
@@ -83,45 +119,35 @@ def compare_logits(
         software: What ran the side that is not ours, with its version.
         vocab_size: The number of ids that both have.
     """
-    source_SV, target_SV = source_SV[:, :vocab_size], target_SV[:, :vocab_size]
-    centred = [
-        logits_SV - logits_SV.mean(-1, keepdim=True, dtype=torch.float64) for logits_SV in (source_SV, target_SV)
-    ]
+    logit_difference = probability_difference = 0.0
+    losses: tuple[list[float], list[float]] = [], []
+    # A row's losses are of the token after it: the last row has none.
+    rows = max(1, _COMPARED_AT_ONCE // vocab_size)
+    pieces = zip(source_SV.split(rows), target_SV.split(rows), text.tokens.roll(-1).split(rows), strict=True)
+    for source, target, next_tokens in pieces:
+        ours, theirs = (logits[:, :vocab_size].double() for logits in (source, target))
+        centred = [logits - logits.mean(-1, keepdim=True) for logits in (ours, theirs)]
+        logit_difference = _max(logit_difference, centred[0] - centred[1])
+        log_probs = [logits.log_softmax(-1) for logits in (ours, theirs)]
+        probability_difference = _max(probability_difference, log_probs[0].exp() - log_probs[1].exp())
+        for found, values in zip(losses, log_probs, strict=True):
+            found.extend((-values.gather(1, next_tokens[:, None])[:, 0]).tolist())
     return LogitComparison(
         software=software,
         text=text.description,
         tokens=len(text.tokens),
-        largest_logit_difference=(centred[0] - centred[1]).abs().max().item(),
-        source_perplexity=_compute_perplexity(source_SV, text.tokens),
-        target_perplexity=_compute_perplexity(target_SV, text.tokens),
-        largest_probability_difference=_compute_probability_difference(source_SV, target_SV),
+        largest_logit_difference=logit_difference,
+        source_perplexity=_compute_perplexity(losses[0][:-1]),
+        target_perplexity=_compute_perplexity(losses[1][:-1]),
+        largest_probability_difference=probability_difference,
     )
 
 
-def check_probabilities(comparison: LogitComparison, what: str, bound: float) -> None:
-    """Check that the probabilities of source and target agree, for software that does not compute in fp32 throughout.
-
-    Args:
-        comparison: What was compared.
-        what: The target's software.
-        bound: The largest difference that is allowed.
-
-    Raises:
-        FileError: They do not agree.
-    """
-    difference = comparison.largest_probability_difference
-    if not difference <= bound:
-        raise FileError(
-            f"{what} computes other probabilities than the source, by up to {difference:.1e}, where at most "
-            f"{bound:.0e} is allowed: nothing is kept"
-        )
+def _max(so_far: float, differences: Tensor) -> float:
+    """Return the larger of a difference and the largest of a tensor; not a number if one of them is none."""
+    return torch.maximum(torch.tensor(so_far, dtype=torch.float64), differences.abs().max()).item()
 
 
-def _compute_probability_difference(source_SV: Tensor, target_SV: Tensor) -> float:
-    pairs = zip(source_SV.split(_ROWS), target_SV.split(_ROWS), strict=True)
-    return max((ours.double().softmax(-1) - theirs.double().softmax(-1)).abs().max().item() for ours, theirs in pairs)
-
-
-def _compute_perplexity(logits_SV: Tensor, tokens_S: Tensor) -> float:
-    log_probs_SV = logits_SV[:-1].double().log_softmax(-1)
-    return float((-log_probs_SV.gather(1, tokens_S[1:, None]).mean()).exp())
+def _compute_perplexity(losses: list[float]) -> float:
+    mean = math.fsum(losses) / len(losses)
+    return math.exp(min(mean, _MAX_EXPONENT))

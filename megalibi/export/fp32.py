@@ -12,17 +12,17 @@ from megalibi.checkpoint.parameters import build_without_memory, find_ties
 from megalibi.checkpoint.tensors.safetensors_header import HeaderEntry
 from megalibi.config import save_config
 from megalibi.export.certificate import (
+    Bounds,
     Certificate,
     TensorRecord,
-    check_equal,
     compare_slopes,
-    describe_command,
-    describe_date,
     describe_software,
     hash_tensor,
     write_certificate,
 )
-from megalibi.export.output import MAX_SHARD_BYTES, TensorFolder, read_back, writing_folder
+from megalibi.export.judge import judge
+from megalibi.export.output import MAX_SHARD_BYTES, TensorFolder, read_back
+from megalibi.files import writing_folder
 from megalibi.model import model_slopes
 
 CONFIG_FILE = "config.yaml"
@@ -100,11 +100,8 @@ def convert_to_fp32(
             )
             for name, values in read_back(folder, tensors.files)
         ]
-        check_equal(records, output)
         model = checkpoint.config.model
         certificate = Certificate(
-            command=describe_command(),
-            date=describe_date(),
             versions=describe_software(),
             source=describe_source(checkpoint),
             target={"format": "safetensors", "dtype": "float32"},
@@ -112,6 +109,8 @@ def convert_to_fp32(
             ties=ties,
             slopes=compare_slopes(model_slopes(model), None) if model.position_method == "alibi" else None,
             not_compared="consolidated weights have no software of their own",
+            bounds=Bounds(),
         )
+        judge(certificate, output, "a reader of the weights")
         write_certificate(certificate, folder)
     return certificate

@@ -1,23 +1,19 @@
-"""A folder that appears when it is complete, and safetensors written into it tensor by tensor."""
+"""Safetensors written into a folder, tensor by tensor."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from megalibi.checkpoint.folder import PARTIAL_SUFFIX
 from megalibi.checkpoint.tensors.safetensors_header import HeaderEntry, encode_safetensors_header
 from megalibi.errors import CheckpointError
 from megalibi.export.certificate import as_bytes
-from megalibi.files import make_folder, rename_synced, sync_file, sync_folder, write_synced
+from megalibi.files import sync_file, write_synced
 
 MAX_SHARD_BYTES = 5_000_000_000
 """The most bytes of tensors in a file, above which there are several and an index: 5 GB, as at Hugging Face."""
@@ -25,30 +21,6 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The name that safetensors has for each type that can be written."""
-
-
-@contextmanager
-def writing_folder(output: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes OUT at the end; leaving by an exception removes it.
-
-    Args:
-        output: The new folder; it must not exist.
-
-    Raises:
-        OSError: The disk is full or fails.
-    """
-    partial = output.with_name(f"{output.name}{PARTIAL_SUFFIX}.{os.getpid()}")  # nobody else's
-    make_folder(partial)
-    try:
-        yield partial
-        for path in partial.iterdir():  # what the libraries of others wrote, too
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(partial)
-        rename_synced(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def plan_shards(entries: Sequence[HeaderEntry], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[list[HeaderEntry]]:

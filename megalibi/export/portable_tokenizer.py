@@ -1,4 +1,4 @@
-"""Which tokenizers give the same ids in other software, and texts on which that is compared."""
+"""The tokenizer of a checkpoint: where it is, and whether it gives the same ids in other software."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 from sentencepiece import sentencepiece_model_pb2
 
-from megalibi.data.tokenizer.tokenizer import Tokenizer
+from megalibi.checkpoint import Checkpoint
+from megalibi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.errors import DataError
 
 SPACE_SIGN = "\u2581"
@@ -30,6 +32,17 @@ ODD_TEXTS = (
 """Texts whose ids are compared at each conversion, beside those of the tests."""
 
 
+class FoundTokenizer(NamedTuple):
+    """The tokenizer of a checkpoint, or why it is not at hand."""
+
+    tokenizer: Tokenizer | WordTokenizer | None
+    """The tokenizer; None: it is not at hand."""
+    reason: str
+    """Why it is not at hand, as the end of a sentence; empty if it is."""
+    is_given: bool
+    """Whether the user named it."""
+
+
 class PortableTokenizer(NamedTuple):
     """A byte-pair encoding that does nothing to a text before it cuts it."""
 
@@ -37,6 +50,40 @@ class PortableTokenizer(NamedTuple):
     """The tokenizer, as a run uses it."""
     model: Any
     """Its sentencepiece model, a ModelProto: pieces with their scores and kinds, and the ids that are special."""
+
+
+def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> FoundTokenizer:
+    """Return the tokenizer of a checkpoint, or why it is not at hand.
+
+    Args:
+        checkpoint: The checkpoint.
+        given: What the user says it is; None: nothing.
+
+    Raises:
+        DataError: What the user gave is no tokenizer, or another one than the checkpoint's; or what lies where the run
+            had its tokenizer is none.
+    """
+    trained = checkpoint.manifest.data.get("tokenizer_sha256")
+    path = given if given is not None else checkpoint.config.data.tokenizer
+    if path is None:
+        return FoundTokenizer(None, "the run had no data.tokenizer, and --tokenizer names none", is_given=False)
+    if given is None and not Path(path).is_file():
+        return FoundTokenizer(
+            None, f"{path}, where the run had it, is not there, and --tokenizer names none", is_given=False
+        )
+    tokenizer, name = load_tokenizer(path), f"{path}" if given is None else f"--tokenizer={path}"
+    rows = checkpoint.config.model.vocab_size
+    wrong = ""
+    if trained not in (None, tokenizer.fingerprint):
+        wrong = (
+            f"{name} (sha256 {tokenizer.fingerprint[:12]}): must be the tokenizer that the checkpoint was trained with "
+            f"(sha256 {trained[:12]})"
+        )
+    elif tokenizer.vocab_size > rows:
+        wrong = f"{name}: must have at most model.vocab_size={rows} ids, and has {tokenizer.vocab_size}"
+    if wrong and given is not None:
+        raise DataError(wrong)
+    return FoundTokenizer(None if wrong else tokenizer, wrong, is_given=given is not None)
 
 
 def check_portable(tokenizer: object, target: str) -> PortableTokenizer:

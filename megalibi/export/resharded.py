@@ -6,16 +6,15 @@ from pathlib import Path
 
 from megalibi.checkpoint import Checkpoint
 from megalibi.export.certificate import (
+    Bounds,
     Certificate,
     TensorRecord,
-    check_equal,
-    describe_command,
-    describe_date,
     describe_software,
     hash_tensor,
     write_certificate,
 )
 from megalibi.export.fp32 import describe_source
+from megalibi.export.judge import judge
 
 
 def certify_reshard(source: Checkpoint, output: Path, folder: Path) -> None:
@@ -45,15 +44,14 @@ def certify_reshard(source: Checkpoint, output: Path, folder: Path) -> None:
                     bit_equal=hashes[0] == hashes[1],
                 )
             )
-    check_equal(records, output)
     certificate = Certificate(
-        command=describe_command(),
-        date=describe_date(),
         versions=describe_software(),
         source=describe_source(source),
         target={"format": "megalibi", "dtype": "float32", **target.manifest.topology},
         tensors=records,
         ties=target.manifest.ties,
         not_compared="the target is a checkpoint of megalibi with the same bits",
+        bounds=Bounds(),
     )
+    judge(certificate, output, "megalibi")
     write_certificate(certificate, folder)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -115,9 +114,10 @@ def test_a_micro_batch_that_does_not_fit_becomes_smaller(checkpoint: Checkpoint)
 def test_more_files_than_a_process_may_have_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     plan = plan_reshard(checkpoint, tensor_parallel_size=1, data_parallel_size=24, zero_stage=1)
-    many = dataclasses.replace(plan, derived=dataclasses.replace(plan.derived, world_size=hard))
     with pytest.raises(ConfigError, match="raise `ulimit -Hn`, or take fewer ranks"):
-        reshard(checkpoint, tmp_path / "new", many)
+        plan_reshard(checkpoint, tensor_parallel_size=1, data_parallel_size=hard, zero_stage=1)
+    with pytest.raises(ConfigError, match="raise `ulimit -Hn`, or take fewer ranks"):
+        reshard(checkpoint, tmp_path / "new", dataclasses.replace(plan, data_parallel_size=hard))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -126,7 +126,8 @@ def test_what_fails_half_way_leaves_nothing(checkpoint: Checkpoint, tmp_path: Pa
 
     def interrupt(name: str, done: int, total: int) -> None:
         if done == total // 2:
-            assert [path.name for path in tmp_path.iterdir()] == [f"new.partial.{os.getpid()}"]
+            (partial,) = tmp_path.iterdir()
+            assert partial.name.startswith("new.partial.")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

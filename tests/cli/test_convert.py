@@ -9,6 +9,7 @@ import torch
 
 import megalibi
 from megalibi.checkpoint import Checkpoint
+from tests.export.gguf.checkpoints import make_checkpoint
 from tests.support.jobs import Job, run_job, write_job
 from tests.support.warm_python import warm_python
 
@@ -62,7 +63,7 @@ def test_a_dry_run_writes_nothing_and_says_whether_it_can_be(config: Path, tmp_p
 
 def test_bad_input_is_one_line(config: Path, tmp_path: Path) -> None:
     for words, message in (
-        ((config.parent / "run", tmp_path), f"OUT={tmp_path}: must not exist; give another folder, or move that one"),
+        ((config.parent / "run", tmp_path), f"OUT={tmp_path}: must not exist; give another name, or move that one"),
         (
             (config.parent / "run", tmp_path / "a", "--data-parallel-size", 0),
             "--data-parallel-size=0: must be at least 1",
@@ -109,7 +110,9 @@ def test_out_to_transformers_and_in_again_for_a_run(config: Path, tmp_path: Path
     """A run begins from what came in, if it was made for that run."""
     done = run("to-hf", config.parent / "run", tmp_path / "hf", "--format", "mpt", "--dry-run")
     assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
-    assert done.stdout.endswith("step_00000002 (step 2) as MptForCausalLM in float32; it can be done\n")
+    what = "step_00000002 (step 2) as MptForCausalLM in float32; it can be done\n"
+    why = "No tokenizer comes along: the run had no data.tokenizer, and --tokenizer names none.\n"
+    assert done.stdout.endswith(what + why)
     done = run("to-hf", config.parent / "run", tmp_path / "hf", "--format", "mpt", "--max-shard-size", "100KB")
     assert done.returncode == 0, done.stderr
     assert "14 tensors bit-equal; at " in done.stdout
@@ -125,6 +128,36 @@ def test_out_to_transformers_and_in_again_for_a_run(config: Path, tmp_path: Path
     job = Job(config, f"checkpoint.resume={tmp_path}/b", f"train.output_dir={tmp_path}/run2", world_size=2)
     assert set(job.wait()) == {2}
     assert "must be a checkpoint that was imported for this run" in job.output
+
+
+def test_the_weights_alone(config: Path, tmp_path: Path) -> None:
+    done = run("to-fp32", config.parent / "run", tmp_path / "new" / "fp32", "--dry-run")
+    assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
+    assert done.stdout.endswith("step_00000002 (step 2): 14 tensors in fp32; it can be done\n")
+    done = run("to-fp32", config.parent / "run", tmp_path / "new" / "fp32")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f"in {tmp_path}/new/fp32, each read back from there with the same bits\n")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {"fp32"}
+
+
+def test_a_file_for_llama_cpp(tmp_path: Path) -> None:
+    """Which has the model and its tokenizer; what is refused makes no folder."""
+    make_checkpoint(tmp_path / "c")
+    output = tmp_path / "new" / "m.gguf"
+    done = run("to-gguf", tmp_path / "c", output, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path}/c (step 0) -> GGUF, f16; it can be done\n"
+    tokenizer = (tmp_path / "t.model").rename(tmp_path / "moved.model")
+    done = run("to-gguf", tmp_path / "c", output)
+    assert (done.returncode, done.stdout) == (2, "")
+    why = f"{tmp_path}/t.model, where the run had it, is not there, and --tokenizer names none"
+    assert done.stderr == f"error: a GGUF file has the model and its tokenizer: give --tokenizer FILE, for {why}\n"
+    assert not output.parent.exists()
+    done = run("to-gguf", tmp_path / "c", output, "--tokenizer", tokenizer, "--no-compare")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in output.parent.iterdir()} == {"m.gguf", "m.gguf.certificate.json"}
+    done = run("to-gguf", tmp_path / "c", output)
+    assert done.stderr == f"error: OUT={output}: must not exist; give another name, or move that one\n"
 
 
 @pytest.mark.parametrize(

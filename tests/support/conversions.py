@@ -12,7 +12,8 @@ from megalibi.checkpoint import Checkpoint
 from megalibi.config import Config
 from megalibi.export.compose import compose_checkpoint, describe_whole_model
 from megalibi.export.hf.formats import FORMATS
-from megalibi.export.hf.write import HfPlan, plan_hf
+from megalibi.export.hf.plan import HfPlan, plan_hf
+from megalibi.export.portable_tokenizer import find_tokenizer
 from tests.support.runs import VOCAB_SIZE, make_config
 
 SEQ_LENGTH = 33
@@ -48,7 +49,8 @@ def write_random(folder: Path, config: Config) -> tuple[Checkpoint, dict[str, Te
 
 
 def plan(checkpoint: Checkpoint, kind: str, *, dtype: str = "float32", accept: bool = False) -> HfPlan:
-    return plan_hf(checkpoint, FORMATS[kind], dtype=dtype, max_length=None, accept_rounded_bias=accept)
+    found = find_tokenizer(checkpoint, None)
+    return plan_hf(checkpoint, FORMATS[kind], found, dtype=dtype, accept_rounded_bias=accept)
 
 
 def has_weights(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> bool:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from megalibi.checkpoint.folder import PARTIAL_SUFFIX, checkpoint_name, commit
+from megalibi.checkpoint.folder import checkpoint_name, commit
 from megalibi.checkpoint.manifest import FileEntry, Manifest
 from megalibi.checkpoint.writing.attempt import Attempt, attempt
 from megalibi.checkpoint.writing.description import SavedRun, describe_checkpoint
@@ -29,7 +29,7 @@ from megalibi.config import Config, Derived
 from megalibi.data.tokens.identity import DataIdentity
 from megalibi.engine.masters import find_masters
 from megalibi.errors import FileError
-from megalibi.files import make_folder
+from megalibi.files import PARTIAL_SUFFIX, make_folder
 from megalibi.parallel import ProcessGroups, all_reduce_raw, gather_objects
 
 

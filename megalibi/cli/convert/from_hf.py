@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.tensor_parallel_size < 1:
         raise ConfigError(f"--tensor-parallel-size={arguments.tensor_parallel_size}: must be at least 1")
     from megalibi.config import load_config
-    from megalibi.export.hf.read import convert_from_hf, plan_import
+    from megalibi.export.hf.incoming.read import convert_from_hf, plan_import
 
     plan = plan_import(
         arguments.input,
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     what = f"{arguments.input} ({plan.foreign.known.architecture}) as a checkpoint"
     if arguments.dry_run:
-        print("; ".join([what, *plan.notes, "it can be done"]))
+        print("\n".join([f"{what}; it can be done", *plan.notes]))
         return
     with showing_tensors("from-hf", arguments.output) as show:
         certificate = convert_from_hf(plan, arguments.output, compare=not arguments.no_compare, show=show)

@@ -82,13 +82,14 @@ def _parse_size(text: str) -> int:
 
 
 def check_new(output: Path) -> None:
-    """Check before the work that a folder can come to exist.
+    """Check before the work that a folder or a file can come to exist. Nothing is made.
 
     Raises:
-        ConfigError: It exists, or cannot be made.
+        ConfigError: It exists.
+        FileError: It cannot be made.
     """
     if os.path.lexists(output):
-        raise ConfigError(f"OUT={output}: must not exist; give another folder, or move that one")
+        raise ConfigError(f"OUT={output}: must not exist; give another name, or move that one")
     check_folder(output, "OUT")
 
 

@@ -11,9 +11,15 @@ import argparse
 from pathlib import Path
 
 from megalibi.cli.command import Command
-from megalibi.cli.convert.output import CHECKPOINT_HELP, add_compare, add_paths, describe_certificate, showing_tensors
+from megalibi.cli.convert.output import (
+    CHECKPOINT_HELP,
+    add_compare,
+    add_paths,
+    check_new,
+    describe_certificate,
+    showing_tensors,
+)
 from megalibi.errors import ConfigError
-from megalibi.runtime.outputs import check_outputs
 
 EXAMPLES = """examples:
   {command} runs/quickstart quickstart.gguf
@@ -33,25 +39,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Open the checkpoint, and write it as a file of llama.cpp."""
-    check_outputs({"OUT": arguments.output})
+    check_new(arguments.output)
     try:
-        from megalibi.export.gguf.write import check_gguf, check_new_file, convert_to_gguf
+        from megalibi.export.gguf.write import check_gguf, convert_to_gguf
     except ModuleNotFoundError as error:
         raise ConfigError(f"to-gguf needs the package {error.name}: pip install 'megalibi[gguf]'") from error
     from megalibi.checkpoint import Checkpoint
-    from megalibi.export.hf.write import find_tokenizer
-    from megalibi.export.portable_tokenizer import check_portable
+    from megalibi.export.portable_tokenizer import check_portable, find_tokenizer
 
-    check_new_file(arguments.output)
     checkpoint = Checkpoint.open(arguments.input)
     check_gguf(checkpoint.config.model, arguments.type)
     found = find_tokenizer(checkpoint, arguments.tokenizer)
-    if found is None:
-        raise ConfigError(
-            f"{checkpoint.config.data.tokenizer}: the tokenizer of the checkpoint is not there, or another one: give "
-            "--tokenizer FILE; a GGUF file has the model and its tokenizer"
-        )
-    portable = check_portable(found, "a GGUF file")
+    if found.tokenizer is None:
+        raise ConfigError(f"a GGUF file has the model and its tokenizer: give --tokenizer FILE, for {found.reason}")
+    portable = check_portable(found.tokenizer, "a GGUF file")
     what = f"{checkpoint.path} (step {checkpoint.manifest.step:,}) -> GGUF, {arguments.type}"
     if arguments.dry_run:
         print(f"{what}; it can be done")

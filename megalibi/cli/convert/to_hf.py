@@ -59,27 +59,28 @@ def run(arguments: argparse.Namespace) -> None:
     check_new(arguments.output)
     from megalibi.checkpoint import Checkpoint
     from megalibi.export.hf.formats import get_format
-    from megalibi.export.hf.write import convert_to_hf, find_tokenizer, plan_hf
+    from megalibi.export.hf.plan import plan_hf
+    from megalibi.export.hf.write import convert_to_hf
+    from megalibi.export.portable_tokenizer import find_tokenizer
 
     checkpoint = Checkpoint.open(arguments.input)
     plan = plan_hf(
         checkpoint,
         get_format(arguments.format),
+        find_tokenizer(checkpoint, arguments.tokenizer),
         dtype=arguments.dtype,
         max_length=arguments.max_length,
         accept_rounded_bias=arguments.accept_rounded_bias,
     )
-    tokenizer = find_tokenizer(checkpoint, arguments.tokenizer)
     what = f"{checkpoint.path} (step {checkpoint.manifest.step:,}) as {plan.known.architecture} in {plan.dtype}"
     if arguments.dry_run:
-        print("; ".join([what, *plan.notes, "it can be done"]))
+        print("\n".join([f"{what}; it can be done", *plan.notes]))
         return
     with showing_tensors("to-hf", arguments.output) as show:
         certificate = convert_to_hf(
             checkpoint,
             arguments.output,
             plan,
-            tokenizer=tokenizer,
             compare=not arguments.no_compare,
             max_shard_bytes=arguments.max_shard_size,
             show=show,

@@ -19,18 +19,20 @@ from megalibi.config import ModelConfig
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.errors import ConfigError, FileError
 from megalibi.export.certificate import (
+    Bounds,
     Certificate,
     LogitComparison,
     TensorRecord,
-    check_equal,
-    check_slopes,
     compare_slopes,
-    describe_command,
-    describe_date,
     describe_software,
     hash_tensor,
 )
-from megalibi.export.comparison import check_probabilities, choose_text, compare_logits, compute_our_log_probs
+from megalibi.export.comparison import (
+    check_comparison_memory,
+    choose_text,
+    compare_logits,
+    compute_our_log_probs,
+)
 from megalibi.export.fp32 import describe_source, list_ties
 from megalibi.export.gguf.architectures import (
     choose_architecture,
@@ -40,8 +42,9 @@ from megalibi.export.gguf.architectures import (
 )
 from megalibi.export.gguf.llama import LLAMA_VERSION, WHY_NOT_LLAMA, compute_llama_logits, tokenize_with_llama
 from megalibi.export.gguf.metadata import add_model_facts, add_tokenizer_facts
+from megalibi.export.judge import MAX_SLOPE_DIFFERENCE, check_equal, judge
 from megalibi.export.portable_tokenizer import ODD_TEXTS, SPACE_SIGN, PortableTokenizer
-from megalibi.files import sync_folder, write_json
+from megalibi.files import make_folder, name_partial, refuse_existing, rename_new, write_json
 from megalibi.model import model_slopes
 
 CERTIFICATE_SUFFIX = ".certificate.json"
@@ -124,64 +127,75 @@ def convert_to_gguf(
 
     Raises:
         CheckpointError: A file is missing, damaged, would run code, or does not hold what the manifest says.
+        ConfigError: The host has no room for the comparison.
         FileError: A file may not be read, or what came out is not the source: nothing is kept.
         OSError: The disk is full or fails.
     """
+    check_comparison_memory(checkpoint.config, compare=compare and LLAMA_VERSION is not None)
     checkpoint.verify()
-    partial = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+    model, partial, certified = checkpoint.config.model, name_partial(output), name_certificate(output)
+    make_folder(output.parent)
     try:
         records = _write_file(checkpoint, partial, portable, kind, show)
         check_equal(records, output)
-        slopes = compare_slopes(
-            model_slopes(checkpoint.config.model), compute_llama_slopes(checkpoint.config.model.num_attention_heads)
-        )
-        check_slopes(slopes, "llama.cpp")
         not_compared = WHY_NOT_LLAMA if not LLAMA_VERSION else None if compare else "--no-compare was given"
-        comparison = None
+        comparison = num_texts = None
         if not_compared is None:
             show("comparison", len(records), len(records))
-            comparison = _compare(checkpoint, partial, portable, kind)
+            num_texts = _check_ids(partial, portable.tokenizer)
+            comparison = _compare(checkpoint, partial, portable.tokenizer)
         certificate = Certificate(
-            command=describe_command(),
-            date=describe_date(),
-            versions=describe_software(gguf=version("gguf")),
+            versions=describe_software(gguf=version("gguf"), llama_cpp_python=LLAMA_VERSION),
             source=describe_source(checkpoint),
-            target={"format": "gguf", "architecture": choose_architecture(checkpoint.config.model), "dtype": kind},
+            target={"format": "gguf", "architecture": choose_architecture(model), "dtype": kind},
             tensors=records,
             ties={rename_for_gguf(name): rename_for_gguf(first) for name, first in list_ties(checkpoint).items()},
-            slopes=slopes,
+            slopes=compare_slopes(model_slopes(model), compute_llama_slopes(model.num_attention_heads)),
             comparison=comparison,
             not_compared=not_compared,
+            texts_of_same_ids=num_texts,
+            bounds=Bounds(slopes=MAX_SLOPE_DIFFERENCE, probabilities=MAX_PROBABILITY_DIFFERENCES.get(kind)),
             notes=_NOTES,
         )
-        write_json(dataclasses.asdict(certificate), Path(f"{output}{CERTIFICATE_SUFFIX}"))
-        os.replace(partial, output)
-        sync_folder(output.parent)
+        judge(certificate, output, "llama.cpp")
+        refuse_existing(output)
+        # The certificate first: a kill between the two leaves it alone, and the next conversion writes over it.
+        write_json(dataclasses.asdict(certificate), certified)
+        try:
+            rename_new(partial, output)
+        except BaseException:
+            if partial.exists():
+                certified.unlink(missing_ok=True)
+            raise
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     return certificate
 
 
-def _compare(checkpoint: Checkpoint, file: Path, portable: PortableTokenizer, kind: str) -> LogitComparison:
-    """Run both tokenizers and both models, and check what came out."""
-    length, vocab_size = 2 * checkpoint.config.data.seq_length, checkpoint.config.model.vocab_size
-    _check_ids(file, portable.tokenizer)
-    text = choose_text(length, vocab_size, portable.tokenizer)
-    comparison = compare_logits(
+def name_certificate(output: Path) -> Path:
+    """Return where the certificate of a file stands."""
+    return Path(f"{output}{CERTIFICATE_SUFFIX}")
+
+
+def _compare(checkpoint: Checkpoint, file: Path, tokenizer: Tokenizer) -> LogitComparison:
+    """Run both models."""
+    vocab_size = checkpoint.config.model.vocab_size
+    text = choose_text(2 * checkpoint.config.data.seq_length, vocab_size, tokenizer)
+    return compare_logits(
         compute_our_log_probs(checkpoint, text.tokens),
         compute_llama_logits(file, text.tokens),
         text,
         software=f"llama-cpp-python {LLAMA_VERSION}, on the CPU, with a cache in fp32",
         vocab_size=vocab_size,
     )
-    if kind in MAX_PROBABILITY_DIFFERENCES:
-        check_probabilities(comparison, "llama.cpp", MAX_PROBABILITY_DIFFERENCES[kind])
-    return comparison
 
 
-def _check_ids(file: Path, tokenizer: Tokenizer) -> None:
+def _check_ids(file: Path, tokenizer: Tokenizer) -> int:
     """Check that llama.cpp gives the ids of the tokenizer to texts that are hard, where they have no sign U+2581.
+
+    Returns:
+        The number of texts.
 
     Raises:
         FileError: It does not.
@@ -190,6 +204,7 @@ def _check_ids(file: Path, tokenizer: Tokenizer) -> None:
     for text, theirs in zip(texts, tokenize_with_llama(file, texts), strict=True):
         if theirs != tokenizer.encode(text):
             raise FileError(f"llama.cpp gives the text {text!r} other ids than {tokenizer.path}: nothing is kept")
+    return len(texts)
 
 
 def _write_file(
@@ -261,14 +276,3 @@ def _read_records(
             )
         )
     return records
-
-
-def check_new_file(output: Path) -> None:
-    """Check before the work that neither the file nor its certificate is there.
-
-    Raises:
-        FileError: One of them is.
-    """
-    for path in (output, Path(f"{output}{CERTIFICATE_SUFFIX}")):
-        if os.path.lexists(path):
-            raise FileError(f"OUT={path}: must not exist; give another file, or move that one")

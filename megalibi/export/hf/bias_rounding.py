@@ -11,6 +11,7 @@ import dataclasses
 import torch
 
 from megalibi.config import ModelConfig
+from megalibi.export.hf.formats import HfFormat
 from megalibi.model import model_slopes
 
 
@@ -28,8 +29,17 @@ def find_bias_error(model: ModelConfig, tokens: int) -> float:
     return float((rounded.double() - exact).abs().max())
 
 
-def spell_rounding(model: ModelConfig, tokens: int, error: float) -> str:
-    """Return what the class rounds, in a sentence for the certificate, the model card and errors."""
+def describe_rounding(known: HfFormat, model: ModelConfig, seq_length: int) -> str | None:
+    """Return what a class rounds, in a sentence for certificate, model card and errors; None: it computes what we do.
+
+    Args:
+        known: The architecture.
+        model: The model.
+        seq_length: The training length, in tokens.
+    """
+    tokens = 2 * seq_length
+    if not known.rounds_bias or not (error := find_bias_error(model, tokens)):
+        return None
     return (
         f"transformers' Falcon computes the bias of ALiBi in bfloat16, which at {tokens:,} tokens (twice the training "
         f"length) and {model.num_attention_heads} heads is off by up to {error:.3g} before it is scaled"

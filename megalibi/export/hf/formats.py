@@ -5,6 +5,7 @@ Everything here is of transformers' own classes (models/mpt, models/bloom and mo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -249,5 +250,5 @@ def get_format(model_type: object) -> HfFormat:
         ConfigError: There is none of that name.
     """
     if not isinstance(model_type, str) or model_type not in FORMATS:
-        raise ConfigError(f"model_type={model_type!r}: must be one of {', '.join(FORMATS)}, which have ALiBi")
+        raise ConfigError(f"model_type={json.dumps(model_type)}: must be one of {', '.join(FORMATS)}, which have ALiBi")
     return FORMATS[model_type]

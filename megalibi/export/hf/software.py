@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megalibi.config import ModelConfig
-from megalibi.errors import FileError
+from megalibi.errors import FileError, UserError
 from megalibi.export.hf.formats import HfFormat
 
 try:
@@ -49,15 +49,16 @@ def find_their_slopes(known: HfFormat, model: ModelConfig) -> Tensor | None:
     return compute_their_slopes(known, model.num_attention_heads, model.head_dim)
 
 
-def explain_no_comparison(*, compare: bool) -> str | None:
-    """Return why both models are not run, for the certificate; None: they are.
-
-    Args:
-        compare: Whether the user wants it.
-    """
-    if not TRANSFORMERS_VERSION:
-        return WHY_NOT
-    return None if compare else "--no-compare was given"
+@contextmanager
+def unrounded_bias(known: HfFormat) -> Iterator[None]:
+    """Let Falcon's class compute its bias in fp32, by the function of Bloom's, the same but for the rounding."""
+    modeling = _import_modeling(known)
+    rounding = modeling.build_alibi_tensor
+    modeling.build_alibi_tensor = importlib.import_module("transformers.models.bloom.modeling_bloom").build_alibi_tensor
+    try:
+        yield
+    finally:
+        modeling.build_alibi_tensor = rounding
 
 
 def load_hf_model(known: HfFormat, folder: Path) -> nn.Module:
@@ -68,9 +69,9 @@ def load_hf_model(known: HfFormat, folder: Path) -> nn.Module:
         folder: A folder with config.json and safetensors.
 
     Raises:
-        FileError: The class does not find every tensor, or finds others.
+        FileError: The class does not find every tensor, or finds others, or fails.
     """
-    with _saying_nothing():
+    with _naming_failures(known, folder), _saying_nothing():
         model, info = _get_class(known).from_pretrained(
             folder,
             local_files_only=True,
@@ -86,22 +87,46 @@ def load_hf_model(known: HfFormat, folder: Path) -> nn.Module:
     return loaded
 
 
-def build_hf_model(known: HfFormat, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def build_hf_model(
+    known: HfFormat, folder: Path, fields: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> nn.Module:
     """Return a model in fp32 of tensors that were read already: of a file that is no safetensors.
 
     Args:
         known: The architecture.
+        folder: Where config.json and the tensors are from, for errors.
         fields: What config.json says.
-        tensors: Every tensor by name, without those that are tied.
+        tensors: Every tensor by name in fp32; one that is tied to another may be left out.
+
+    Raises:
+        FileError: The class does not take the tensors, or fails.
     """
-    kind = _get_class(known)
-    config = kind.config_class.from_dict(dict(fields))
-    config._attn_implementation = _name_attention(known)
-    model: nn.Module = kind(config)
-    missing, unexpected = model.load_state_dict(dict(tensors), strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= {"lm_head.weight"}, missing
-    return model.float().eval()
+    with _naming_failures(known, folder), _saying_nothing():
+        kind = _get_class(known)
+        config = kind.config_class.from_dict(dict(fields))
+        config._attn_implementation = _name_attention(known)
+        model: Any = kind(config)
+        missing, unexpected = model.load_state_dict(dict(tensors), strict=False, assign=True)
+        model.tie_weights()
+    if unexpected or not set(missing) <= {"lm_head.weight"}:
+        raise FileError(f"{folder}: {known.architecture} does not load it as it is: {missing}, {unexpected}")
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+@contextmanager
+def _naming_failures(known: HfFormat, folder: Path) -> Iterator[None]:
+    """Turn what a class raises about a folder of others, which can be anything, into one line."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        raise FileError(
+            f"{folder}: {known.architecture} of transformers {TRANSFORMERS_VERSION} fails on it: "
+            f"{type(error).__name__}: {reason[0]}"
+        ) from error
 
 
 def _name_attention(known: HfFormat) -> str:
@@ -113,12 +138,23 @@ def _name_attention(known: HfFormat) -> str:
 
 
 @torch.no_grad()
-def compute_their_logits(model: nn.Module, tokens_S: Tensor) -> Tensor:
-    """Return the logits of every position of a text, fp32 [S, V]; a cap on its length, as MPT has it, is lifted."""
+def compute_their_logits(known: HfFormat, folder: Path, model: nn.Module, tokens_S: Tensor) -> Tensor:
+    """Return the logits of every position of a text, fp32 [S, V]; a cap on its length, as MPT has it, is lifted.
+
+    Args:
+        known: The architecture.
+        folder: Where the model is from, for errors.
+        model: The model.
+        tokens_S: Token ids.
+
+    Raises:
+        FileError: The class fails.
+    """
     config: Any = model.config
-    if getattr(config, "max_seq_len", len(tokens_S)) < len(tokens_S):
-        config.max_seq_len = len(tokens_S)  # read anew in every forward pass
-    logits_SV: Tensor = model(input_ids=tokens_S[None], use_cache=False).logits[0]
+    with _naming_failures(known, folder):
+        if getattr(config, "max_seq_len", len(tokens_S)) < len(tokens_S):
+            config.max_seq_len = len(tokens_S)  # read anew in every forward pass
+        logits_SV: Tensor = model(input_ids=tokens_S[None], use_cache=False, return_dict=True).logits[0]
     return logits_SV.float()
 
 

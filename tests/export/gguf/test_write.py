@@ -136,6 +136,33 @@ def test_what_llama_cpp_cannot_compute_is_refused(fields: dict[str, Any], messag
         check_gguf(make_model(**{"hidden_size": 64, **fields}), "q8_0")
 
 
+def test_an_interruption_leaves_nothing(mpt: Checkpoint, tmp_path: Path) -> None:
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done == total // 2:
+            (partial,) = tmp_path.iterdir()
+            assert partial.name.startswith("m.gguf.partial.")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(mpt, tmp_path / "m.gguf", "f16", show=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_certificate_that_a_kill_left_is_replaced(mpt: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "m.gguf.certificate.json").write_text("of another file")
+    assert convert(mpt, tmp_path / "m.gguf", "f16")["target"]["dtype"] == "f16"
+
+
+def test_a_file_that_has_come_to_exist_meanwhile_is_kept(mpt: Checkpoint, tmp_path: Path) -> None:
+    def appear(name: str, done: int, total: int) -> None:
+        (tmp_path / "m.gguf").write_text("another's")
+
+    with pytest.raises(FileExistsError, match="meanwhile"):
+        convert(mpt, tmp_path / "m.gguf", "f16", show=appear)
+    assert (tmp_path / "m.gguf").read_text() == "another's"
+    assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
 def test_a_damaged_checkpoint_leaves_no_file(folder: Path, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(folder / "damaged")
     victim = next(checkpoint.path.glob("weights_*"))

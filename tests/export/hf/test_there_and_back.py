@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from megalibi.checkpoint import Checkpoint
 from megalibi.errors import FileError
-from megalibi.export.certificate import CERTIFICATE, MAX_LOGIT_DIFFERENCE, Certificate
+from megalibi.export.certificate import CERTIFICATE, Certificate
 from megalibi.export.compose import compose_checkpoint
-from megalibi.export.hf.read import ImportPlan, convert_from_hf, plan_import
+from megalibi.export.hf.incoming.read import ImportPlan, convert_from_hf, plan_import
 from megalibi.export.hf.write import convert_to_hf
+from megalibi.export.judge import MAX_LOGIT_DIFFERENCE
 from tests.support.conversions import SEQ_LENGTH, configure_model, draw_weights, has_weights, plan, write_random
 
 CASES = [
@@ -43,8 +45,12 @@ def assert_same(certificate: Certificate, *, rounded: bool = False) -> None:
     assert certificate.not_compared is None
     assert certificate.comparison is not None
     assert certificate.comparison.tokens == 2 * SEQ_LENGTH
-    is_near = certificate.comparison.largest_logit_difference <= MAX_LOGIT_DIFFERENCE
-    assert is_near is not rounded
+    assert (certificate.comparison.largest_logit_difference <= MAX_LOGIT_DIFFERENCE) is not rounded
+    if rounded:  # and all but the rounding is as it should be
+        assert certificate.unrounded_logit_difference is not None
+        assert certificate.unrounded_logit_difference <= MAX_LOGIT_DIFFERENCE
+    else:
+        assert certificate.unrounded_logit_difference is None
     assert any("bfloat16" in note for note in certificate.notes) is rounded
 
 
@@ -99,12 +105,12 @@ def check_perplexities(folder: Path, checkpoint: Checkpoint) -> None:
 
 SIZES: dict[str, Any] = {"vocab_size": 101, "hidden_size": 32}
 FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
-    "mpt": ("Mpt", {"n_layers": 2, "n_heads": 3, "vocab_size": 101, "d_model": 48}),
+    "mpt": ("Mpt", {"n_layers": 2, "n_heads": 12, "vocab_size": 101, "d_model": 48}),
     "bloom": ("Bloom", {"n_layer": 2, "n_head": 4, **SIZES}),
     "falcon": (
         "Falcon",
         {
-            "num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True, "multi_query": False,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True, "multi_query": False,
             "parallel_attn": False, "ffn_hidden_size": 72, "bias": False, "activation": "relu", **SIZES,
         },
     ),
@@ -125,22 +131,24 @@ def test_what_transformers_wrote_comes_in_and_goes_out_again(tmp_path: Path, kin
         parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(tmp_path / "hf")
     assert_same(convert_from_hf(plan_again(tmp_path / "hf", tensor=1), tmp_path / "a"))
-    checkpoint = Checkpoint.open(tmp_path / "a")
-    assert_same(convert_to_hf(checkpoint, tmp_path / "hf2", plan(checkpoint, kind)))
-    first, second = read_all(tmp_path / "hf"), read_all(tmp_path / "hf2")
-    assert first.keys() == second.keys()
-    assert all(torch.equal(values, second[name]) for name, values in first.items())
-    convert_from_hf(plan_again(tmp_path / "hf2", tensor=2 if kind != "mpt" else 3), tmp_path / "b")
-    assert has_weights(Checkpoint.open(tmp_path / "b"), dict(checkpoint.read_weights()))
+    checkpoint, first = Checkpoint.open(tmp_path / "a"), read_all(tmp_path / "hf")
+    assert_same(convert_to_hf(checkpoint, tmp_path / "hf1", plan(checkpoint, kind)))
+    for tensor, before in ((2, 1), (4, 2)):
+        convert_from_hf(plan_again(tmp_path / f"hf{before}", tensor=tensor), tmp_path / f"b{tensor}", compare=False)
+        checkpoint = Checkpoint.open(tmp_path / f"b{tensor}")
+        convert_to_hf(checkpoint, tmp_path / f"hf{tensor}", plan(checkpoint, kind), compare=False)
+        again = read_all(tmp_path / f"hf{tensor}")
+        assert first.keys() == again.keys()
+        assert all(torch.equal(values, again[name]) for name, values in first.items())
 
 
 def test_old_bin_files_and_16_bits_come_in(tmp_path: Path) -> None:
-    """The names of a model without its output layer, too, as Bloom's files have them."""
+    """The names of a model without its output layer, too, as Bloom's files; in the format before torch 1.6."""
     torch.manual_seed(0)
     model = make_foreign("bloom", megalibi_seq_length=SEQ_LENGTH).bfloat16()
     model.transformer.config.save_pretrained(tmp_path / "hf")
     states = model.transformer.state_dict()
-    torch.save(states, tmp_path / "hf" / "pytorch_model.bin")
+    torch.save(states, tmp_path / "hf" / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     assert_same(convert_from_hf(plan_again(tmp_path / "hf"), tmp_path / "a"))
     checkpoint = Checkpoint.open(tmp_path / "a")
     assert checkpoint.config.train.precision == "bf16"
@@ -148,6 +156,46 @@ def test_old_bin_files_and_16_bits_come_in(tmp_path: Path) -> None:
     assert_same(certificate)  # of numbers that bfloat16 has
     theirs = read_all(tmp_path / "hf2")
     assert all(torch.equal(values, theirs[f"transformer.{name}"]) for name, values in states.items())
+
+
+def test_several_bin_files_come_in_by_their_index(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = make_foreign("falcon", megalibi_seq_length=SEQ_LENGTH, tie_word_embeddings=False)
+    model.config.save_pretrained(tmp_path / "hf")
+    states = model.state_dict()
+    half = len(states) // 2
+    places = {name: f"pytorch_model-0000{1 + (number >= half)}-of-00002.bin" for number, name in enumerate(states)}
+    for file in set(places.values()):
+        torch.save({name: states[name] for name in states if places[name] == file}, tmp_path / "hf" / file)
+    (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    assert_same(convert_from_hf(plan_again(tmp_path / "hf"), tmp_path / "a"))
+    checkpoint = Checkpoint.open(tmp_path / "a")
+    convert_to_hf(checkpoint, tmp_path / "hf2", plan(checkpoint, "falcon"), compare=False)
+    again = read_all(tmp_path / "hf2")
+    assert states.keys() == again.keys()
+    assert all(torch.equal(values, again[name]) for name, values in states.items())
+
+
+def test_a_run_of_longer_texts_is_compared_at_their_length(tmp_path: Path) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
+    convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, "mpt"), compare=False)
+    data = dataclasses.replace(checkpoint.config.data, seq_length=2 * SEQ_LENGTH)
+    config = dataclasses.replace(checkpoint.config, data=data)
+    longer = plan_import(tmp_path / "hf", config=config, tensor_parallel_size=1, accept_rounded_bias=False)
+    certificate = convert_from_hf(longer, tmp_path / "b")
+    assert certificate.comparison is not None
+    assert certificate.comparison.tokens == 4 * SEQ_LENGTH
+
+
+def test_the_rounding_of_a_class_on_long_texts_is_allowed(tmp_path: Path) -> None:
+    """Its bias is half the length of the text at the first head, of which fp32 has 24 bits."""
+    config = configure_model("mpt", heads=8)
+    long = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=1024))
+    checkpoint, _ = write_random(tmp_path / "a", long)
+    certificate = convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, "mpt"))
+    assert certificate.comparison is not None
+    assert certificate.bounds.logits == pytest.approx(4 * 2**-24 * 2048 / 2)
+    assert MAX_LOGIT_DIFFERENCE < certificate.comparison.largest_logit_difference < certificate.bounds.logits
 
 
 def test_a_cap_on_the_length_of_the_text_is_lifted_to_compare(tmp_path: Path) -> None:

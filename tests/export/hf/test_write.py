@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,15 @@ import pytest
 import torch
 
 from megalibi.checkpoint import Checkpoint
+from megalibi.config import DatasetConfig
 from megalibi.errors import ConfigError, DataError, FileError
-from megalibi.export.hf import software, write
+from megalibi.export.fp32 import convert_to_fp32
+from megalibi.export.hf import software, trial, write
 from megalibi.export.hf.formats import FORMATS, get_format
-from megalibi.export.hf.write import convert_to_hf, find_tokenizer, plan_hf
+from megalibi.export.hf.incoming.read import convert_from_hf, plan_import
+from megalibi.export.hf.plan import plan_hf
+from megalibi.export.hf.write import convert_to_hf
+from megalibi.export.portable_tokenizer import find_tokenizer
 from tests.support.conversions import configure_model, plan, write_random
 
 REFUSED = [
@@ -44,6 +50,9 @@ def test_what_a_format_cannot_hold_is_refused_with_the_reason(
         plan(checkpoint, kind)
 
 
+ACCEPTED = [("falcon", "slopes"), ("falcon", "qkv")]
+
+
 def test_falcons_bias_is_exact_up_to_position_256(tmp_path: Path) -> None:
     checkpoint, _ = write_random(tmp_path / "a", configure_model("falcon", heads=8))
     for seq_length, is_exact in ((128, True), (129, False)):
@@ -59,19 +68,22 @@ def test_falcons_bias_is_exact_up_to_position_256(tmp_path: Path) -> None:
 
 def test_options_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
     checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
-    with pytest.raises(ConfigError, match="model_type='gpt2': must be one of mpt"):
+    with pytest.raises(ConfigError, match='model_type="gpt2": must be one of mpt'):
         get_format("gpt2")
     with pytest.raises(ConfigError, match=r"--max-length=5: must be at least data\.seq_length=33"):
-        plan_hf(checkpoint, FORMATS["mpt"], dtype="float32", max_length=5, accept_rounded_bias=False)
+        plan_hf(checkpoint, FORMATS["mpt"], find_tokenizer(checkpoint, None), max_length=5)
     with pytest.raises(DataError, match="no such tokenizer"):
         find_tokenizer(checkpoint, tmp_path / "t.model")
 
 
-@pytest.mark.parametrize("fault", ["slopes", "qkv", "flipped bit"])
+@pytest.mark.parametrize(
+    ("kind", "fault"), [("bloom", "slopes"), ("bloom", "qkv"), ("bloom", "flipped bit"), *ACCEPTED]
+)
 def test_a_wrong_conversion_is_found_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
 ) -> None:
-    checkpoint, _ = write_random(tmp_path / "a", configure_model("bloom"))
+    """Of a Falcon whose rounded bias the user accepts, too: the rounding alone is accepted."""
+    checkpoint, _ = write_random(tmp_path / "a", configure_model(kind, heads=12 if kind == "falcon" else 4))
     if fault == "slopes":
         right = software.compute_their_slopes
         monkeypatch.setattr(software, "compute_their_slopes", lambda *sizes: right(*sizes).flip(0))
@@ -92,7 +104,7 @@ def test_a_wrong_conversion_is_found_and_leaves_nothing(
         monkeypatch.setattr(write, "read_back", read_flipped)
         message = "1 tensors read back from the disk are not what was written: transformer.ln_f.bias"
     with pytest.raises(FileError, match=message):
-        convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, "bloom"))
+        convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, kind, accept=kind == "falcon"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -100,7 +112,11 @@ def test_without_the_software_nothing_is_claimed(tmp_path: Path, monkeypatch: py
     checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
     certificate = convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"), compare=False)
     assert (certificate.comparison, certificate.not_compared) == (None, "--no-compare was given")
-    for module in (software, write):
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "The logits of both were not compared: --no-compare was given." in card
+    assert "logits of both are within" not in card
+    back = plan_import(tmp_path / "b", config=None, tensor_parallel_size=1, accept_rounded_bias=False)
+    for module in (software, write, trial):
         monkeypatch.setattr(module, "TRANSFORMERS_VERSION", None)
     certificate = convert_to_hf(checkpoint, tmp_path / "c", plan(checkpoint, "mpt"))
     assert certificate.comparison is None
@@ -109,3 +125,61 @@ def test_without_the_software_nothing_is_claimed(tmp_path: Path, monkeypatch: py
     assert certificate.slopes is not None
     assert (certificate.slopes.target, certificate.slopes.largest_difference) == (None, None)
     assert certificate.all_equal
+    imported = convert_from_hf(back, tmp_path / "d")
+    assert imported.slopes is not None
+    assert (imported.slopes.source, imported.comparison, imported.all_equal) == (None, None, True)
+    assert imported.slopes.target == certificate.slopes.source
+
+
+def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
+    convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, "mpt"), compare=False)
+    back = plan_import(tmp_path / "hf", config=None, tensor_parallel_size=1, accept_rounded_bias=False)
+
+    def interrupt(name: str, done: int, total: int) -> None:
+        if done == total // 2:
+            assert any(path.name.startswith("b.partial.") for path in tmp_path.iterdir())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"), show=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_from_hf(back, tmp_path / "b", show=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert_to_fp32(checkpoint, tmp_path / "b", show=interrupt)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "hf"]
+
+
+def test_what_has_come_to_exist_meanwhile_is_kept(tmp_path: Path) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
+
+    def appear(name: str, done: int, total: int) -> None:
+        if not done:
+            (tmp_path / "b").mkdir()
+
+    with pytest.raises(FileExistsError, match="meanwhile"):
+        convert_to_fp32(checkpoint, tmp_path / "b", show=appear)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert list((tmp_path / "b").iterdir()) == []
+
+
+def test_a_card_has_no_path_of_the_host(tmp_path: Path) -> None:
+    config = configure_model("mpt")
+    data = dataclasses.replace(config.data, train=(DatasetConfig(prefix="/home/somebody/secret/tokens"),))
+    checkpoint, _ = write_random(tmp_path / "a", dataclasses.replace(config, data=data))
+    convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"), compare=False)
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert "prefix: tokens" in card
+    assert "secret" not in card
+
+
+def test_a_comparison_for_which_there_is_no_room_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
+    monkeypatch.setattr("megalibi.export.comparison.measure_available_bytes", lambda: 100_000)
+    with pytest.raises(
+        ConfigError, match=r"at 66 tokens takes about .* has 100\.0 KB of memory left: give --no-compare"
+    ):
+        convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"))
+    convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"), compare=False)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 from megalibi.config import ModelConfig
 from megalibi.errors import ConfigError
 from megalibi.export.hf.formats import FALCON_ACTIVATIONS, SEQ_LENGTH_FIELD, HfFormat, get_format
 
 _DEFAULT_SEQ_LENGTH = 2048
-_T = TypeVar("_T")
+_MAX_SEQ_LENGTH = 1 << 24
+_MAX_SPELLED = 60
+_KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
 @dataclass(frozen=True)
@@ -46,56 +50,60 @@ def read_hf_config(fields: Mapping[str, Any], where: str) -> ForeignModel:
 def _read(fields: Mapping[str, Any]) -> ForeignModel:
     known = get_format(fields.get("model_type"))
     architectures = fields.get("architectures") or [known.architecture]
-    bare = known.architecture.replace("ForCausalLM", "Model")
-    if architectures not in ([known.architecture], [bare]):
-        raise ConfigError(f"architectures={architectures}: must be [{known.architecture}]")
+    allowed = (known.architecture, known.architecture.replace("ForCausalLM", "Model"))  # with the output layer, or bare
+    spelled = [str(name).lower() for name in architectures] if isinstance(architectures, list) else architectures
+    if spelled not in [[name.lower()] for name in allowed]:  # MosaicML's folders have MPTForCausalLM
+        raise ConfigError(f"architectures={_spell(architectures)}: must be {_spell([known.architecture])}")
     for name in ("attn_implementation", "_attn_implementation"):
         if fields.get(name) not in (None, "eager", "sdpa"):
-            raise ConfigError(f"{name}={fields[name]!r}: must be eager or sdpa; nothing else is run")
+            raise ConfigError(f"{name}={_spell(fields[name])}: must be eager or sdpa; nothing else is run")
     if fields.get("quantization_config") is not None:
         raise ConfigError("quantization_config: must not be there; weights are read as they are")
     readers = {"mpt": _read_mpt, "bloom": _read_bloom, "falcon": _read_falcon}
     model = ModelConfig(
-        vocab_size=_get(fields, "vocab_size", int),
+        vocab_size=_get_size(fields, "vocab_size"),
         tie_embeddings=_get(fields, "tie_word_embeddings", bool, True),
-        layer_norm_epsilon=float(_get(fields, "layer_norm_epsilon", (float, int), 1e-5)),
+        layer_norm_epsilon=_get_epsilon(fields),
         **readers[known.name](fields),
     )
     for refusal in known.find_refusals(model):  # what the readers above made cannot be told from a mistake of theirs
         raise ConfigError(refusal)
     lengths = (SEQ_LENGTH_FIELD, "max_seq_len", "seq_length", "max_position_embeddings")
-    seq_length = next((fields[name] for name in lengths if fields.get(name)), _DEFAULT_SEQ_LENGTH)
-    if type(seq_length) is not int or seq_length < 1:
-        raise ConfigError(f"{SEQ_LENGTH_FIELD}={seq_length!r}: must be a number of tokens")
+    said = [name for name in lengths if fields.get(name) is not None]
+    seq_length = _get_size(fields, said[0]) if said else _DEFAULT_SEQ_LENGTH
+    if seq_length > _MAX_SEQ_LENGTH:
+        raise ConfigError(f"{said[0]}={seq_length}: must be at most {_MAX_SEQ_LENGTH}")
     return ForeignModel(known, model, seq_length)
 
 
 def _read_mpt(fields: Mapping[str, Any]) -> dict[str, Any]:
-    hidden, heads = _get(fields, ("d_model", "hidden_size"), int), _get(fields, ("n_heads", "num_attention_heads"), int)
+    hidden = _get_size(fields, "d_model", "hidden_size")
+    heads = _get_size(fields, "n_heads", "num_attention_heads")
     attention = fields.get("attn_config") or {}
     if not isinstance(attention, Mapping):
         raise ConfigError("attn_config: must be an object")
-    _check(attention, "alibi", True, True, "our model has ALiBi alone to read it into")
-    _check(attention, "alibi_bias_max", 8, 8, "the slopes of ALiBi end at 2^-8")
-    _check(attention, "attn_type", "multihead_attention", "multihead_attention", "each head has keys of its own")
+    check = partial(_check, attention, within="attn_config.")
+    check("alibi", True, True, "our model has ALiBi alone to read it into")
+    check("alibi_bias_max", 8, 8, "the slopes of ALiBi end at 2^-8")
+    check("attn_type", "multihead_attention", "multihead_attention", "each head has keys of its own")
     for name in ("qk_ln", "prefix_lm", "attn_uses_sequence_id"):
-        _check(attention, name, False, False, "our attention has no such step")
-    _check(attention, "clip_qkv", None, None, "our attention clips nothing")
+        check(name, False, False, "our attention has no such step")
+    check("clip_qkv", None, None, "our attention clips nothing")
     scale = attention.get("softmax_scale")
-    if scale is not None and not (isinstance(scale, float) and heads and math.isclose(scale, (hidden / heads) ** -0.5)):
-        raise ConfigError(f"softmax_scale={scale!r}: must be null, or 1/sqrt(head dimension)")
+    if scale is not None and not (isinstance(scale, float) and math.isclose(scale, (hidden / heads) ** -0.5)):
+        raise ConfigError(f"attn_config.softmax_scale={_spell(scale)}: must be null, or 1/sqrt(head dimension)")
     _check(fields, "logit_scale", None, None, "our output layer scales nothing")
     _check(fields, "no_bias", True, True, "its class has no biases")
     _check(fields, "expansion_ratio", 4, 4, "its class has feed-forward layers of 4 x hidden size")
-    layers = _get(fields, ("n_layers", "num_hidden_layers"), int)
+    layers = _get_size(fields, "n_layers", "num_hidden_layers")
     return _sizes(hidden, heads, layers, 4 * hidden) | {"activation": "gelu", "bias": False}
 
 
 def _read_bloom(fields: Mapping[str, Any]) -> dict[str, Any]:
     _check(fields, "apply_residual_connection_post_layernorm", False, False, "our residual stream has no norm in it")
-    hidden = _get(fields, ("n_embed", "hidden_size"), int)
-    heads = _get(fields, ("n_head", "num_attention_heads"), int)
-    layers = _get(fields, ("n_layer", "num_hidden_layers"), int)
+    hidden = _get_size(fields, "n_embed", "hidden_size")
+    heads = _get_size(fields, "n_head", "num_attention_heads")
+    layers = _get_size(fields, "n_layer", "num_hidden_layers")
     return _sizes(hidden, heads, layers, 4 * hidden) | {
         "activation": "gelu_tanh",
         "bias": True,
@@ -108,15 +116,14 @@ def _read_falcon(fields: Mapping[str, Any]) -> dict[str, Any]:
     _check(fields, "new_decoder_architecture", False, False, "our blocks are those of Falcon-RW")
     _check(fields, "multi_query", True, False, "each head has keys of its own")
     _check(fields, "parallel_attn", True, False, "attention comes before the feed-forward layer")
-    hidden = _get(fields, ("n_embed", "hidden_size"), int)
-    heads = _get(fields, ("n_head", "num_attention_heads"), int)
-    layers = _get(fields, ("n_layer", "num_hidden_layers"), int)
+    hidden = _get_size(fields, "n_embed", "hidden_size")
+    heads, layers = _get_size(fields, "num_attention_heads"), _get_size(fields, "num_hidden_layers")
     if fields.get("num_kv_heads") not in (None, heads):
-        raise ConfigError(f"num_kv_heads={fields['num_kv_heads']!r}: must be num_attention_heads={heads}")
+        raise ConfigError(f"num_kv_heads={_spell(fields['num_kv_heads'])}: must be num_attention_heads={heads}")
     activations = {theirs: ours for ours, theirs in FALCON_ACTIVATIONS.items()}
     activation = _get(fields, "activation", str, "gelu")
     if activation not in activations:
-        raise ConfigError(f"activation={activation!r}: must be one of {', '.join(activations)}")
+        raise ConfigError(f"activation={_spell(activation)}: must be one of {', '.join(activations)}")
     width = _get(fields, "ffn_hidden_size", int, 4 * hidden)
     return _sizes(hidden, heads, layers, width) | {
         "activation": activations[activation],
@@ -131,7 +138,7 @@ def _sizes(hidden: int, heads: int, layers: int, width: int) -> dict[str, Any]:
 
 
 def _get(
-    fields: Mapping[str, Any], names: str | tuple[str, ...], kind: type[_T] | tuple[type, ...], default: Any = None
+    fields: Mapping[str, Any], names: str | tuple[str, ...], kind: type | tuple[type, ...], default: Any = None
 ) -> Any:
     """Return a field of one of several names that is of a type; null is the default."""
     names = (names,) if isinstance(names, str) else names
@@ -140,11 +147,38 @@ def _get(
     value = default if value is None else value
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if type(value) not in kinds:
-        raise ConfigError(f"{name}={value!r}: must be {' or '.join(k.__name__ for k in kinds)}")
+        raise ConfigError(f"{name}={_spell(value)}: must be {_KIND_NAMES[kinds[0]]}")
     return value
 
 
-def _check(fields: Mapping[str, Any], name: str, default: Any, allowed: Any, reason: str) -> None:
+def _get_size(fields: Mapping[str, Any], *names: str) -> int:
+    """Return a field of one of several names that is a number of things."""
+    size: int = _get(fields, names, int)
+    if size < 1:
+        name = next(name for name in names if fields.get(name) is not None)
+        raise ConfigError(f"{name}={size}: must be at least 1")
+    return size
+
+
+def _get_epsilon(fields: Mapping[str, Any]) -> float:
+    value = _get(fields, "layer_norm_epsilon", (float, int), 1e-5)
+    try:
+        epsilon = float(value)
+    except OverflowError:
+        epsilon = math.inf
+    if not math.isfinite(epsilon):
+        raise ConfigError(f"layer_norm_epsilon={_spell(value)}: must be a finite number")
+    return epsilon
+
+
+def _check(fields: Mapping[str, Any], name: str, default: Any, allowed: Any, reason: str, *, within: str = "") -> None:
+    """Check that a field, of an object within config.json or of its own, has the one value that is ours."""
     value = fields.get(name, default)
     if value != allowed or (isinstance(allowed, bool) and type(value) is not bool):
-        raise ConfigError(f"{name}={value!r}: must be {allowed!r}: {reason}")
+        raise ConfigError(f"{within}{name}={_spell(value)}: must be {_spell(allowed)}: {reason}")
+
+
+def _spell(value: Any) -> str:
+    """Return a value as config.json has it, and of a long one the beginning."""
+    text = json.dumps(value)
+    return text if len(text) <= _MAX_SPELLED else f"{text[:_MAX_SPELLED]}..."

@@ -103,6 +103,9 @@ class ForeignTensors:
     def _find_files(self) -> dict[str, str] | None:
         """Find which files hold tensors; return where the index says that each is, if there is one."""
         for single, index in _KINDS:
+            if (self.folder / single).is_file():  # which transformers takes before an index
+                self.files = [single]
+                return None
             if (self.folder / index).is_file():
                 places = read_json_object(self.folder / index).get("weight_map")
                 if not isinstance(places, dict) or not places:
@@ -120,9 +123,6 @@ class ForeignTensors:
                     if not (self.folder / file).is_file():
                         raise CheckpointError(f"{self.folder / index} names {file}, which is missing")
                 return places
-            if (self.folder / single).is_file():
-                self.files = [single]
-                return None
         raise CheckpointError(
             f"{self.folder} has no weights: must have {_KINDS[0][0]} or {_KINDS[1][0]}, or their index"
         )
@@ -157,9 +157,20 @@ def _load_pickle(path: Path) -> Mapping[str, Any]:
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(f"{path} would run code when loaded, for it names {named[1]}") from error
         raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
-    if not isinstance(states, dict) or not all(isinstance(values, Tensor) for values in states.values()):
-        raise CheckpointError(f"{path} holds other things than tensors by name: it is no file of weights")
+    if not isinstance(states, dict) or not all(map(_is_plain, states, states.values())):
+        raise CheckpointError(f"{path} holds other things than dense tensors by name: it is no file of weights")
     return states
+
+
+def _is_plain(name: object, values: object) -> bool:
+    """Return whether an entry is a dense tensor with its numbers, by a name: no sparse, quantized or empty shell."""
+    return (
+        isinstance(name, str)
+        and isinstance(values, Tensor)
+        and values.layout == torch.strided
+        and not values.is_quantized
+        and values.device.type == "cpu"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalibi.checkpoint import IMPORTED_DATA, Checkpoint
 from megalibi.checkpoint.checkpoint import hash_file
@@ -16,35 +17,21 @@ from megalibi.config import Config, DataConfig, DatasetConfig, ModelConfig, Opti
 from megalibi.errors import CheckpointError, ConfigError
 from megalibi.export.certificate import (
     Certificate,
-    LogitComparison,
-    SlopeTables,
     TensorRecord,
-    check_equal,
-    check_logits,
-    check_slopes,
-    compare_slopes,
-    describe_command,
-    describe_date,
     describe_software,
     hash_tensor,
     write_certificate,
 )
-from megalibi.export.comparison import choose_text, compare_logits, compute_our_log_probs
+from megalibi.export.comparison import check_comparison_memory, choose_text
 from megalibi.export.compose import compose_checkpoint, describe_whole_model
-from megalibi.export.hf.bias_rounding import find_bias_error, spell_rounding
-from megalibi.export.hf.config_json import ForeignModel, read_hf_config
-from megalibi.export.hf.foreign import ForeignTensors
-from megalibi.export.hf.software import (
-    TRANSFORMERS_VERSION,
-    build_hf_model,
-    compute_their_logits,
-    explain_no_comparison,
-    find_their_slopes,
-    load_hf_model,
-)
-from megalibi.export.output import writing_folder
-from megalibi.files import read_json_object
-from megalibi.model import model_slopes
+from megalibi.export.hf.bias_rounding import describe_rounding
+from megalibi.export.hf.formats import HfFormat
+from megalibi.export.hf.incoming.config_json import ForeignModel, read_hf_config
+from megalibi.export.hf.incoming.foreign import ForeignTensors
+from megalibi.export.hf.software import TRANSFORMERS_VERSION, build_hf_model, load_hf_model
+from megalibi.export.hf.trial import try_both
+from megalibi.export.judge import check_equal, judge
+from megalibi.files import read_json_object, writing_folder
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _UNDECIDED = {
@@ -70,6 +57,13 @@ class ImportPlan:
     """The configuration of the checkpoint."""
     notes: tuple[str, ...]
     """What a user should know besides, a sentence each."""
+    rounds: bool
+    """Whether the class computes another bias than ours will, and the user accepts it."""
+
+    @property
+    def seq_length(self) -> int:
+        """The longer of both training lengths, in tokens: that of the folder and that of the run that goes on."""
+        return max(self.foreign.seq_length, self.config.data.seq_length)
 
 
 def plan_import(
@@ -101,14 +95,15 @@ def plan_import(
         _check_model(config.model, foreign.model)
         parallel = dataclasses.replace(config.parallel, tensor_parallel_size=tensor_parallel_size)
     config = dataclasses.replace(config, parallel=parallel)
-    notes = []
-    tokens = 2 * foreign.seq_length
-    if foreign.known.rounds_bias and (error := find_bias_error(foreign.model, tokens)):
-        said = spell_rounding(foreign.model, tokens, error)
+    plan = ImportPlan(
+        folder=folder, fields=fields, foreign=foreign, tensors=tensors, config=config, notes=(), rounds=False
+    )
+    rounding = describe_rounding(foreign.known, foreign.model, plan.seq_length)
+    if rounding is not None:
         if not accept_rounded_bias:
-            raise ConfigError(f"{folder}: {said}, and ours does not: give --accept-rounded-bias if that may be")
-        notes.append(f"{said}, and ours does not; that was accepted when the checkpoint was written.")
-    plan = ImportPlan(folder=folder, fields=fields, foreign=foreign, tensors=tensors, config=config, notes=tuple(notes))
+            raise ConfigError(f"{folder}: {rounding}, and ours does not: give --accept-rounded-bias if that may be")
+        note = f"{rounding}, and ours does not; that was accepted when the checkpoint was written."
+        plan = dataclasses.replace(plan, notes=(note,), rounds=True)
     _check_tensors(plan)
     return plan
 
@@ -133,51 +128,47 @@ def convert_from_hf(
 
     Raises:
         CheckpointError: A file is damaged or would run code.
+        ConfigError: The host has no room for the comparison.
         FileError: A file may not be read, or what came out is not the source: nothing is kept.
         OSError: The disk is full or fails.
     """
-    known, model, total = plan.foreign.known, plan.foreign.model, len(describe_whole_model(plan.config)[0])
+    known, model = plan.foreign.known, plan.foreign.model
+    as_long = dataclasses.replace(plan.config.data, seq_length=plan.seq_length)
+    in_length = dataclasses.replace(plan.config, data=as_long)
+    check_comparison_memory(in_length, compare=compare and TRANSFORMERS_VERSION is not None)
     before: dict[str, str] = {}
 
     def read_weight(name: str) -> Tensor:
-        show(name, len(before), total)
         values = plan.tensors.read(known.rename(name)).float()
         before[name] = hash_tensor(values)
         return known.to_ours(name, values, model.num_attention_heads)
 
     files = {name: hash_file(plan.folder / name) for name in ("config.json", *plan.tensors.files)}
     with writing_folder(output) as folder:
-        compose_checkpoint(folder, plan.config, read_weight)
+        compose_checkpoint(folder, plan.config, read_weight, show=show)
         checkpoint = Checkpoint.open(folder)
         records = _read_records(plan, checkpoint, before)
         check_equal(records, output)
-        theirs = find_their_slopes(known, model)
-        ours = model_slopes(model)
-        slopes = SlopeTables(source=None, target=ours.tolist(), largest_difference=None)
-        if theirs is not None:
-            slopes = compare_slopes(theirs, ours)
-        comparison = None
-        not_compared = explain_no_comparison(compare=compare)
-        if not_compared is None:
-            show("comparison", total, total)
-            comparison = _compare(plan, checkpoint)
-        if not plan.notes:
-            check_slopes(slopes, "the model of megalibi")
-            if comparison is not None:
-                check_logits(comparison, "the model of megalibi")
+        show("comparison", len(records), len(records))
+        text = choose_text(2 * plan.seq_length, model.vocab_size, None)
+        load = partial(_load, plan)
+        trial = try_both(
+            known, plan.folder, checkpoint, text, is_import=True, rounds=plan.rounds, compare=compare, load=load
+        )
         certificate = Certificate(
-            command=describe_command(),
-            date=describe_date(),
-            versions=describe_software(transformers=TRANSFORMERS_VERSION or "not installed"),
+            versions=describe_software(transformers=TRANSFORMERS_VERSION),
             source={"path": str(plan.folder), "format": known.name, "files": files},
             target={"format": "megalibi", "dtype": "float32", "manifest_sha256": checkpoint.manifest.checksum},
             tensors=records,
             ties=checkpoint.manifest.ties,
-            slopes=slopes,
-            comparison=comparison,
-            not_compared=not_compared,
+            slopes=trial.slopes,
+            comparison=trial.comparison,
+            not_compared=trial.not_compared,
+            unrounded_logit_difference=trial.unrounded_logit_difference,
+            bounds=trial.bounds,
             notes=list(plan.notes),
         )
+        judge(certificate, output, "the model of megalibi")
         write_certificate(certificate, folder)
     return certificate
 
@@ -250,15 +241,9 @@ def _read_records(plan: ImportPlan, checkpoint: Checkpoint, before: Mapping[str,
     return records
 
 
-def _compare(plan: ImportPlan, checkpoint: Checkpoint) -> LogitComparison:
-    known, vocab_size = plan.foreign.known, plan.foreign.model.vocab_size
-    text = choose_text(2 * plan.foreign.seq_length, vocab_size, None)
+def _load(plan: ImportPlan, known: HfFormat, folder: Path) -> nn.Module:
+    """Return the folder's model; of .bin files from what was read of them, which ran no code."""
     if plan.tensors.are_safetensors:
-        model = load_hf_model(known, plan.folder)
-    else:
-        names = plan.tensors.names
-        model = build_hf_model(known, plan.fields, {name: plan.tensors.read(name).float() for name in names})
-    theirs_SV = compute_their_logits(model, text.tokens)
-    ours_SV = compute_our_log_probs(checkpoint, text.tokens)
-    software = f"transformers {TRANSFORMERS_VERSION}, {known.architecture}, in float32 on the CPU"
-    return compare_logits(theirs_SV, ours_SV, text, software=software, vocab_size=vocab_size)
+        return load_hf_model(known, folder)
+    tensors = {name: plan.tensors.read(name).float() for name in plan.tensors.names}
+    return build_hf_model(known, folder, plan.fields, tensors)

@@ -1,0 +1,1 @@
+"""A folder of Hugging Face as a checkpoint of ours."""
