@@ -78,6 +78,12 @@ def test_it_is_evaluated_to_the_recorded_loss(tmp_path: Path, tensor: int) -> No
     assert losses == pytest.approx(EXPECTED["losses_by_length"], rel=GOLDEN_RELATIVE_BOUND, abs=0.0)
 
 
+def test_what_is_read_of_it_are_numbers_alone() -> None:
+    """Not the parameters that DeepSpeed had written, which want gradients and are refused by NumPy."""
+    old = Checkpoint.open(CHECKPOINT)
+    assert not any(old.read_state().read_whole(name).requires_grad for name in old.parameters)
+
+
 def test_the_folder_is_small() -> None:
     """It is in every clone."""
     sizes = [path.stat().st_size for path in MADE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]

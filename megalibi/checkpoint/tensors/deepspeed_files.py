@@ -43,8 +43,11 @@ class MappedPiece(NamedTuple):
         return self.values.numel()
 
     def read(self, first: int, last: int) -> Tensor:
-        """Return the elements from ``first`` up to ``last`` of the slice, [last - first], in fp32."""
-        return self.values[first - self.start : last - self.start].float()
+        """Return the elements from ``first`` up to ``last`` of the slice, [last - first], in fp32: numbers alone.
+
+        DeepSpeed's files at ZeRO 0 have parameters, which want gradients.
+        """
+        return self.values.detach()[first - self.start : last - self.start].float()
 
 
 _Found = Iterator[tuple[str, str, MappedPiece]]
