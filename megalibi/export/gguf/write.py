@@ -133,49 +133,59 @@ def convert_to_gguf(
     """
     check_comparison_memory(checkpoint.config, compare=compare and LLAMA_VERSION is not None)
     checkpoint.verify()
-    model, partial, certified = checkpoint.config.model, name_partial(output), name_certificate(output)
+    partial = name_partial(output)
     make_folder(output.parent)
     try:
         records = _write_file(checkpoint, partial, portable, kind, show)
         check_equal(records, output)
-        not_compared = WHY_NOT_LLAMA if not LLAMA_VERSION else None if compare else "--no-compare was given"
-        comparison = num_texts = None
-        if not_compared is None:
-            show("comparison", len(records), len(records))
-            num_texts = _check_ids(partial, portable.tokenizer)
-            comparison = _compare(checkpoint, partial, portable.tokenizer)
-        certificate = Certificate(
-            versions=describe_software(gguf=version("gguf"), llama_cpp_python=LLAMA_VERSION),
-            source=describe_source(checkpoint),
-            target={"format": "gguf", "architecture": choose_architecture(model), "dtype": kind},
-            tensors=records,
-            ties={rename_for_gguf(name): rename_for_gguf(first) for name, first in list_ties(checkpoint).items()},
-            slopes=compare_slopes(model_slopes(model), compute_llama_slopes(model.num_attention_heads)),
-            comparison=comparison,
-            not_compared=not_compared,
-            texts_of_same_ids=num_texts,
-            bounds=Bounds(slopes=MAX_SLOPE_DIFFERENCE, probabilities=MAX_PROBABILITY_DIFFERENCES.get(kind)),
-            notes=_NOTES,
-        )
+        show("comparison", len(records), len(records))
+        certificate = _certify(checkpoint, partial, portable.tokenizer, records, kind, compare=compare)
         judge(certificate, output, "llama.cpp")
-        refuse_existing(output)
-        # The certificate first: a kill between the two leaves it alone, and the next conversion writes over it.
-        write_json(dataclasses.asdict(certificate), certified)
-        try:
-            rename_new(partial, output)
-        except BaseException:
-            if partial.exists():
-                certified.unlink(missing_ok=True)
-            raise
+        _put_in_place(partial, output, certificate)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     return certificate
 
 
-def name_certificate(output: Path) -> Path:
-    """Return where the certificate of a file stands."""
-    return Path(f"{output}{CERTIFICATE_SUFFIX}")
+def _put_in_place(partial: Path, output: Path, certificate: Certificate) -> None:
+    """Give a file and its certificate their names."""
+    certified = Path(f"{output}{CERTIFICATE_SUFFIX}")
+    refuse_existing(output)
+    # The certificate first: a kill between the two leaves it alone, and the next conversion writes over it.
+    write_json(dataclasses.asdict(certificate), certified)
+    try:
+        rename_new(partial, output)
+    except BaseException:
+        if partial.exists():
+            certified.unlink(missing_ok=True)
+        raise
+
+
+def _certify(
+    checkpoint: Checkpoint, file: Path, tokenizer: Tokenizer, records: list[TensorRecord], kind: str, *, compare: bool
+) -> Certificate:
+    """Compare both tokenizers and both models, and return what came out."""
+    model = checkpoint.config.model
+    not_compared = WHY_NOT_LLAMA or (None if compare else "--no-compare was given")
+    comparison = num_texts = bound = None
+    if not_compared is None:
+        num_texts = _check_ids(file, tokenizer)
+        comparison = _compare(checkpoint, file, tokenizer)
+        bound = MAX_PROBABILITY_DIFFERENCES.get(kind)
+    return Certificate(
+        versions=describe_software(gguf=version("gguf"), llama_cpp_python=LLAMA_VERSION),
+        source=describe_source(checkpoint),
+        target={"format": "gguf", "architecture": choose_architecture(model), "dtype": kind},
+        tensors=records,
+        ties={rename_for_gguf(name): rename_for_gguf(first) for name, first in list_ties(checkpoint).items()},
+        slopes=compare_slopes(model_slopes(model), compute_llama_slopes(model.num_attention_heads)),
+        comparison=comparison,
+        not_compared=not_compared,
+        texts_of_same_ids=num_texts,
+        bounds=Bounds(slopes=MAX_SLOPE_DIFFERENCE, probabilities=bound),
+        notes=_NOTES,
+    )
 
 
 def _compare(checkpoint: Checkpoint, file: Path, tokenizer: Tokenizer) -> LogitComparison:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from megalibi.checkpoint import Checkpoint
-from megalibi.export.certificate import Bounds, LogitComparison, SlopeTables, compare_slopes
+from megalibi.export.certificate import (
+    Bounds,
+    Certificate,
+    LogitComparison,
+    SlopeTables,
+    compare_slopes,
+    describe_software,
+)
 from megalibi.export.comparison import ComparisonText, compare_logits, compute_our_log_probs
 from megalibi.export.hf.formats import HfFormat
 from megalibi.export.hf.software import (
@@ -29,7 +38,7 @@ _ROUNDINGS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What came of it, for the fields of a certificate that have these names."""
+    """What came of it."""
 
     slopes: SlopeTables
     """The slopes of both sides."""
@@ -41,6 +50,15 @@ class Trial:
     """The same where the class was made to compute its bias in fp32; None: it was compared as it is."""
     bounds: Bounds
     """How far both may be apart."""
+
+    def certify(self, **fields: Any) -> Certificate:
+        """Return the certificate that says so.
+
+        Args:
+            fields: Those that say what was read and written.
+        """
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Certificate(versions=describe_software(transformers=TRANSFORMERS_VERSION), **own, **fields)
 
 
 def try_both(

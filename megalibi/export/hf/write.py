@@ -15,7 +15,6 @@ from megalibi.errors import FileError
 from megalibi.export.certificate import (
     Certificate,
     TensorRecord,
-    describe_software,
     hash_tensor,
     write_certificate,
 )
@@ -67,44 +66,46 @@ def convert_to_hf(
     """
     check_comparison_memory(checkpoint.config, compare=compare and TRANSFORMERS_VERSION is not None)
     checkpoint.verify()
-    known, tokenizer = plan.known, plan.found.tokenizer
     with writing_folder(output) as folder:
         records = _write_tensors(checkpoint, folder, plan, max_shard_bytes, show)
         check_equal(records, output)
-        _write_json(folder / "config.json", make_config_json(checkpoint, plan))
-        _write_json(folder / "generation_config.json", _make_generation_json(tokenizer))
-        num_texts = _write_tokenizer(folder, plan, checkpoint.config.data.seq_length)
+        num_texts = _write_other_files(checkpoint, folder, plan)
         show("comparison", len(records), len(records))
-        text = choose_text(2 * checkpoint.config.data.seq_length, checkpoint.config.model.vocab_size, tokenizer)
-        has_all_bits = plan.dtype == "float32"
-        trial = try_both(
-            known,
-            folder,
-            checkpoint,
-            text,
-            is_import=False,
-            rounds=plan.rounds,
-            has_all_bits=has_all_bits,
-            compare=compare,
-        )
-        certificate = Certificate(
-            versions=describe_software(transformers=TRANSFORMERS_VERSION),
-            source=describe_source(checkpoint),
-            target={"format": known.name, "architecture": known.architecture, "dtype": plan.dtype},
-            tensors=records,
-            ties={known.rename(name): known.rename(first) for name, first in list_ties(checkpoint).items()},
-            slopes=trial.slopes,
-            comparison=trial.comparison,
-            not_compared=trial.not_compared,
-            unrounded_logit_difference=trial.unrounded_logit_difference,
-            texts_of_same_ids=num_texts,
-            bounds=trial.bounds,
-            notes=list(plan.notes),
-        )
-        judge(certificate, output, known.architecture)
+        certificate = _certify(checkpoint, folder, plan, records, num_texts, compare=compare)
+        judge(certificate, output, plan.known.architecture)
         write_synced(folder / "README.md", make_card(checkpoint, plan, certificate).encode())
         write_certificate(certificate, folder)
     return certificate
+
+
+def _certify(
+    checkpoint: Checkpoint,
+    folder: Path,
+    plan: HfPlan,
+    records: list[TensorRecord],
+    num_texts: int | None,
+    *,
+    compare: bool,
+) -> Certificate:
+    """Compare both models, and return what came out."""
+    known, config = plan.known, checkpoint.config
+    return try_both(
+        known,
+        folder,
+        checkpoint,
+        choose_text(2 * config.data.seq_length, config.model.vocab_size, plan.found.tokenizer),
+        is_import=False,
+        rounds=plan.rounds,
+        has_all_bits=plan.dtype == "float32",
+        compare=compare,
+    ).certify(
+        source=describe_source(checkpoint),
+        target={"format": known.name, "architecture": known.architecture, "dtype": plan.dtype},
+        tensors=records,
+        ties={known.rename(name): known.rename(first) for name, first in list_ties(checkpoint).items()},
+        texts_of_same_ids=num_texts,
+        notes=list(plan.notes),
+    )
 
 
 def make_config_json(checkpoint: Checkpoint, plan: HfPlan) -> dict[str, Any]:
@@ -128,13 +129,16 @@ def make_config_json(checkpoint: Checkpoint, plan: HfPlan) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path, plan: HfPlan, max_length: int) -> int | None:
-    """Write the tokenizer's files; return on how many texts its ids were compared, None if none comes along."""
-    if not plan.carries_tokenizer or plan.found.tokenizer is None:
+def _write_other_files(checkpoint: Checkpoint, folder: Path, plan: HfPlan) -> int | None:
+    """Write config and tokenizer; return on how many texts its ids were compared, None if none comes along."""
+    tokenizer = plan.found.tokenizer
+    _write_json(folder / "config.json", make_config_json(checkpoint, plan))
+    _write_json(folder / "generation_config.json", _make_generation_json(tokenizer))
+    if not plan.carries_tokenizer or tokenizer is None:
         return None
     from megalibi.export.tokenizer_json import write_hf_tokenizer
 
-    write_hf_tokenizer(Path(plan.found.tokenizer.path), folder, max_length=max_length)
+    write_hf_tokenizer(Path(tokenizer.path), folder, max_length=checkpoint.config.data.seq_length)
     return len(ODD_TEXTS)
 
 

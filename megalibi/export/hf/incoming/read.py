@@ -18,7 +18,6 @@ from megalibi.errors import CheckpointError, ConfigError
 from megalibi.export.certificate import (
     Certificate,
     TensorRecord,
-    describe_software,
     hash_tensor,
     write_certificate,
 )
@@ -150,22 +149,20 @@ def convert_from_hf(
         records = _read_records(plan, checkpoint, before)
         check_equal(records, output)
         show("comparison", len(records), len(records))
-        text = choose_text(2 * plan.seq_length, model.vocab_size, None)
-        load = partial(_load, plan)
-        trial = try_both(
-            known, plan.folder, checkpoint, text, is_import=True, rounds=plan.rounds, compare=compare, load=load
-        )
-        certificate = Certificate(
-            versions=describe_software(transformers=TRANSFORMERS_VERSION),
+        certificate = try_both(
+            known,
+            plan.folder,
+            checkpoint,
+            choose_text(2 * plan.seq_length, model.vocab_size, None),
+            is_import=True,
+            rounds=plan.rounds,
+            compare=compare,
+            load=partial(_load, plan),
+        ).certify(
             source={"path": str(plan.folder), "format": known.name, "files": files},
             target={"format": "megalibi", "dtype": "float32", "manifest_sha256": checkpoint.manifest.checksum},
             tensors=records,
             ties=checkpoint.manifest.ties,
-            slopes=trial.slopes,
-            comparison=trial.comparison,
-            not_compared=trial.not_compared,
-            unrounded_logit_difference=trial.unrounded_logit_difference,
-            bounds=trial.bounds,
             notes=list(plan.notes),
         )
         judge(certificate, output, "the model of megalibi")
