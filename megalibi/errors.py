@@ -42,6 +42,12 @@ class DivergenceError(UserError):
     exit_code = 1
 
 
+def spell_line(text: str) -> str:
+    """Return a message as one line of a terminal: what a file of others put into it can neither break nor steer it."""
+    line = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+
+
 _MAX_NAME = 100
 """The most characters that a message shows of a name that is too long."""
 

@@ -14,8 +14,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,8 +22,6 @@ from megalibi.errors import FileError
 
 ASIDE_SUFFIX = ".tmp"
 """The end of the name of a file that is being written, or that a killed process left."""
-PARTIAL_SUFFIX = ".partial"
-"""What the name of a folder has, after its own, while it is being written, or if a killed process left it."""
 # NFS without a lock daemon, Lustre mounted without flock, and file systems in user space that have none.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
@@ -147,58 +143,6 @@ def rename_synced(path: str | os.PathLike[str], new_path: str | os.PathLike[str]
     """
     os.replace(path, new_path)
     sync_folder(Path(new_path).parent)
-
-
-@contextlib.contextmanager
-def writing_folder(output: Path) -> Iterator[Path]:
-    """Give a folder to write into, which becomes OUT at the end; leaving by an exception removes it.
-
-    Args:
-        output: The new folder; it must not exist. Its parents are made.
-
-    Raises:
-        FileExistsError: It has come to exist meanwhile.
-        OSError: The disk is full or fails.
-    """
-    partial = name_partial(output)
-    make_folder(partial.parent)
-    partial.mkdir()
-    try:
-        yield partial
-        for path in partial.iterdir():  # what the libraries of others wrote, too
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(partial)
-        rename_new(partial, output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def name_partial(output: Path) -> Path:
-    """Return a name beside a file or folder that nobody else has, on this host or another, for what is not complete."""
-    return output.with_name(f"{output.name}{PARTIAL_SUFFIX}.{uuid.uuid4().hex[:12]}")
-
-
-def rename_new(path: Path, new_path: Path) -> None:
-    """Rename a file or a folder to a name that nothing has, and wait until it is on the disk.
-
-    Raises:
-        FileExistsError: Something has the name.
-        OSError: It cannot be renamed.
-    """
-    refuse_existing(new_path)
-    rename_synced(path, new_path)
-
-
-def refuse_existing(path: Path) -> None:
-    """Check after the work what was checked before it: that nothing has the name of what was made.
-
-    Raises:
-        FileExistsError: Something has it.
-    """
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, "has come to exist meanwhile, and is kept", os.fspath(path))
 
 
 def make_folder(folder: str | os.PathLike[str]) -> None:

@@ -123,10 +123,10 @@ def open_exported_mpt(path: Path, dtype: torch.dtype, max_length: int) -> MptFor
 
     checkpoint = Checkpoint.open(path)
     tokenizer, name = find_tokenizer(checkpoint, None), str(dtype).removeprefix("torch.")
-    plan = plan_hf(checkpoint, get_format("mpt"), tokenizer, dtype=name, max_length=max_length)
+    plan = plan_hf(checkpoint, get_format("mpt"), tokenizer, dtype=name, max_length=max_length, compare=False)
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder, "mpt")
-        convert_to_hf(checkpoint, exported, plan, compare=False)
+        convert_to_hf(checkpoint, exported, plan)
         mpt = MptForCausalLM.from_pretrained(exported, dtype=torch.float32, use_safetensors=True, local_files_only=True)
     return mpt.eval().requires_grad_(False)
 

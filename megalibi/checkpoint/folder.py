@@ -15,7 +15,8 @@ from pathlib import Path
 
 from megalibi.checkpoint.manifest import MANIFEST, Manifest, write_manifest
 from megalibi.errors import CheckpointError, FileError
-from megalibi.files import PARTIAL_SUFFIX, rename_synced, sync_folder, write_aside
+from megalibi.files import rename_synced, sync_folder, write_aside
+from megalibi.partial import PARTIAL_SUFFIX
 
 LATEST = "latest"
 CHECKPOINTS = "checkpoints"

@@ -24,6 +24,11 @@ FORMAT_VERSION = 3
 """In format 3 the files are ours and fit any topology; in 1 and 2 they are DeepSpeed's. Format 2 describes the
 parameters; format 1 does not, and has no ``format_version``."""
 _ONE_LINE_EACH = ("files", "parameters")
+_TOPOLOGY = ("world_size", "tensor_parallel_size", "data_parallel_size", "zero_stage")
+_AT_LEAST_ONE = (*_TOPOLOGY[:3], "padded_vocab_size")
+_TOO_LARGE = 2**63
+_MAX_REASON = 300
+"""The most letters of what is wrong, which can be a value of the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +132,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
         )
     try:
         return _parse(json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{checkpoint / MANIFEST} was not written by this version of megalibi: {error}; use the version that "
-            "wrote it, or another checkpoint"
+            f"{checkpoint / MANIFEST} was not written by this version of megalibi: {str(error)[:_MAX_REASON]}; use the "
+            "version that wrote it, or another checkpoint"
         ) from error
 
 
@@ -144,4 +149,32 @@ def _parse(fields: dict[str, Any]) -> Manifest:
             raise ValueError(f"file {name!r}: must be a name without a folder")
     described = fields.pop("parameters", {})
     parameters = {name: ParameterEntry.from_fields(entry) for name, entry in described.items()}
-    return Manifest(**fields, format_version=version, files=files, parameters=parameters)
+    manifest = Manifest(**fields, format_version=version, files=files, parameters=parameters)
+    _check_types(manifest)
+    return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Check the types of what readers take for granted: a manifest can be written anew to fit other files.
+
+    Raises:
+        ValueError: A field is of another type, or a topology of other sizes.
+    """
+    for name in ("config", "derived", "versions", "data", "ties", "optimizer", "topology"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise ValueError(f"{name}: must be an object")
+    sizes = {name: manifest.topology.get(name, -1) for name in _TOPOLOGY}
+    counts: dict[str, Any] = {"step": manifest.step, "samples_consumed": manifest.samples_consumed, **sizes}
+    if manifest.format_version == 1:
+        counts["padded_vocab_size"] = manifest.derived.get("padded_vocab_size")
+    counts |= {f"size_bytes of {name}": entry.size_bytes for name, entry in manifest.files.items()}
+    for name, count in counts.items():
+        least = 1 if name in _AT_LEAST_ONE else 0
+        if type(count) is not int or not least <= count < _TOO_LARGE:
+            raise ValueError(f"{name}={count!r}: must be a whole number of at least {least}")
+    if sizes["world_size"] != sizes["tensor_parallel_size"] * sizes["data_parallel_size"]:
+        raise ValueError(f"world_size={sizes['world_size']}: must be tensor_parallel_size x data_parallel_size")
+    texts = {**manifest.versions, **manifest.ties, "run_id": manifest.run_id}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name}={text!r}: must be a text")

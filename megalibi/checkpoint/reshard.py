@@ -18,8 +18,8 @@ from megalibi.checkpoint.writing.description import describe_versions
 from megalibi.checkpoint.writing.topology_files import allow_open_files, write_topology_files
 from megalibi.config import Config, Derived, config_to_dict, derive
 from megalibi.engine.masters import STATES
-from megalibi.files import writing_folder
 from megalibi.model import DTYPES
+from megalibi.partial import writing_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -128,6 +128,7 @@ def verify(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{len(found)} of {len(files)} files: {'; '.join(found)}; use another checkpoint")
     print(f"{checkpoint.path}: {len(files):,} files, {format_bytes(total)}, all as they were written")
     verify_numbers(checkpoint)
+    verify_model(checkpoint)
 
 
 def verify_numbers(checkpoint: Checkpoint) -> None:
@@ -147,6 +148,27 @@ def verify_numbers(checkpoint: Checkpoint) -> None:
         shown = "; ".join(found[:_MAX_WRONG]) + (f"; and {len(found) - _MAX_WRONG} more" * (len(found) > _MAX_WRONG))
         raise CheckpointError(f"{checkpoint.path}: {shown}; use another checkpoint")
     print(f"{len(names):,} parameters and what the optimizer keeps for them: finite, and the same on all tensor ranks")
+
+
+def verify_model(checkpoint: Checkpoint) -> None:
+    """Compare the parameters with those of the configuration, and print the slopes, which no file of it holds.
+
+    Raises:
+        CheckpointError: They are others.
+    """
+    from megalibi.checkpoint.parameters import build_without_memory
+    from megalibi.model import model_slopes
+
+    manifest, model = checkpoint.manifest, checkpoint.config.model
+    rows, size = manifest.derived["padded_vocab_size"], manifest.topology["tensor_parallel_size"]
+    checkpoint.check_parameters(
+        build_without_memory(checkpoint.config, padded_vocab_size=rows, tensor_parallel_size=size)
+    )
+    said = f"{len(checkpoint.parameters):,} parameters: those of its configuration"
+    if model.position_method == "alibi":
+        slopes = model_slopes(model)
+        said += f", from which its {len(slopes)} slopes follow, {slopes.max():.4g} to {slopes.min():.4g}"
+    print(said)
 
 
 def say_whether_it_loads(checkpoint: Checkpoint, path: str, overrides: list[str]) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import megalibi
+from megalibi.errors import FileError
 from megalibi.files import write_json
 
 CERTIFICATE = "certificate.json"
@@ -95,7 +96,7 @@ class Bounds:
     slopes: float | None = None
     """The largest difference of two slopes, relative to the source's; None: the model has none, or none were asked."""
     logits: float | None = None
-    """The largest absolute difference of two logits; None: their types differ, and no bound is known."""
+    """The largest absolute difference of two logits; None: probabilities are bounded, or nothing was compared."""
     probabilities: float | None = None
     """The largest absolute difference of two probabilities of a next token; None: logits are bounded, or nothing is."""
 
@@ -126,13 +127,13 @@ class Certificate:
     """How far source and target are apart; None: they were not compared."""
     not_compared: str | None = None
     """Why source and target were not compared; None: they were."""
-    unrounded_logit_difference: float | None = None
-    """The largest difference of two logits where the target's class was made to compute its bias in fp32, which
-    ``bounds`` holds in place of the comparison's; None: the class was compared as it is."""
+    held_logit_difference: float | None = None
+    """The largest difference of two logits where ours has the weights as they were rounded for the target, and a class
+    that rounds its bias computes it in fp32: what ``bounds`` holds. None: the same as the comparison's."""
     texts_of_same_ids: int | None = None
     """The number of odd texts to which both tokenizers gave the same ids; None: no tokenizer came along, or it could
     not be run."""
-    bounds: Bounds
+    bounds: Bounds = field(default_factory=Bounds)
     """What was allowed, and holds."""
     notes: list[str] = field(default_factory=list)
     """What a user should know besides, a sentence each."""
@@ -178,10 +179,21 @@ def compare_slopes(source: Tensor | None, target: Tensor | None) -> SlopeTables:
     return SlopeTables(source=source_list, target=target_list, largest_difference=difference)
 
 
-def write_certificate(certificate: Certificate, folder: Path) -> None:
-    """Write ``certificate.json`` into a folder.
+def check_tensor_finite(name: str, values: Tensor) -> None:
+    """Check that a tensor's numbers are finite, before it goes on to where nobody looks at them.
+
+    Raises:
+        FileError: They are not.
+    """
+    if not values.isfinite().all():
+        count = int((~values.isfinite()).sum())
+        raise FileError(f"{name} has {count:,} numbers that are not finite: give a checkpoint from before that")
+
+
+def write_certificate(certificate: Certificate, path: Path) -> None:
+    """Write a certificate: ``certificate.json`` in a folder, or beside a file that is one alone.
 
     Raises:
         FileError: It cannot be written.
     """
-    write_json(dataclasses.asdict(certificate), folder / CERTIFICATE)
+    write_json(dataclasses.asdict(certificate), path)

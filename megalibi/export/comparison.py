@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from importlib import resources
 from typing import NamedTuple
 
@@ -91,20 +92,27 @@ def check_comparison_memory(config: Config, *, compare: bool = True) -> None:
         )
 
 
-def compute_our_log_probs(checkpoint: Checkpoint, tokens_S: Tensor) -> Tensor:
+def compute_our_log_probs(
+    checkpoint: Checkpoint, tokens_S: Tensor, store: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Return the log-probabilities of every next token, fp32 [S, V], by the fp32 weights on the CPU.
 
     Args:
         checkpoint: The checkpoint, verified; whatever the precision of its run, it is computed in fp32.
         tokens_S: Token ids.
+        store: What a target keeps of a parameter, in fp32; None: all of it.
 
     Raises:
-        CheckpointError: A file is missing, damaged, would run code, or does not hold what the manifest says.
+        CheckpointError: A file does not hold what the manifest says.
         FileError: A file may not be read.
     """
     fields = {**checkpoint.manifest.config, "train": {**checkpoint.manifest.config["train"], "precision": "fp32"}}
     in_fp32 = dataclasses.replace(checkpoint, manifest=dataclasses.replace(checkpoint.manifest, config=fields))
-    return in_fp32.load_model(torch.device("cpu"), is_verified=True).log_probs(tokens_S[None])[0]
+    model = in_fp32.load_model(torch.device("cpu"), is_verified=True)
+    if store is not None:
+        for parameter in model.parameters():
+            parameter.copy_(store(parameter))
+    return model.log_probs(tokens_S[None])[0]
 
 
 def compare_logits(

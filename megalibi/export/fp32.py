@@ -12,18 +12,19 @@ from megalibi.checkpoint.parameters import build_without_memory, find_ties
 from megalibi.checkpoint.tensors.safetensors_header import HeaderEntry
 from megalibi.config import save_config
 from megalibi.export.certificate import (
-    Bounds,
+    CERTIFICATE,
     Certificate,
     TensorRecord,
+    check_tensor_finite,
     compare_slopes,
     describe_software,
     hash_tensor,
     write_certificate,
 )
-from megalibi.export.judge import judge
+from megalibi.export.judge import check_equal
 from megalibi.export.output import MAX_SHARD_BYTES, TensorFolder, read_back
-from megalibi.files import writing_folder
 from megalibi.model import model_slopes
+from megalibi.partial import writing_folder
 
 CONFIG_FILE = "config.yaml"
 
@@ -86,6 +87,7 @@ def convert_to_fp32(
         for done, entry in enumerate(entries):
             show(entry.name, done, len(entries))
             values = saved.read_whole(entry.name)
+            check_tensor_finite(entry.name, values)
             hashes[entry.name] = hash_tensor(values)
             tensors.write(values)
         tensors.close()
@@ -100,6 +102,7 @@ def convert_to_fp32(
             )
             for name, values in read_back(folder, tensors.files)
         ]
+        check_equal(records, output)
         model = checkpoint.config.model
         certificate = Certificate(
             versions=describe_software(),
@@ -109,8 +112,6 @@ def convert_to_fp32(
             ties=ties,
             slopes=compare_slopes(model_slopes(model), None) if model.position_method == "alibi" else None,
             not_compared="consolidated weights have no software of their own",
-            bounds=Bounds(),
         )
-        judge(certificate, output, "a reader of the weights")
-        write_certificate(certificate, folder)
+        write_certificate(certificate, folder / CERTIFICATE)
     return certificate

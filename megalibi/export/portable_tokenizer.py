@@ -60,8 +60,7 @@ def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> FoundTokenizer
         given: What the user says it is; None: nothing.
 
     Raises:
-        DataError: What the user gave is no tokenizer, or another one than the checkpoint's; or what lies where the run
-            had its tokenizer is none.
+        DataError: What the user gave is no tokenizer, or another one than the checkpoint's.
     """
     trained = checkpoint.manifest.data.get("tokenizer_sha256")
     path = given if given is not None else checkpoint.config.data.tokenizer
@@ -71,7 +70,13 @@ def find_tokenizer(checkpoint: Checkpoint, given: Path | None) -> FoundTokenizer
         return FoundTokenizer(
             None, f"{path}, where the run had it, is not there, and --tokenizer names none", is_given=False
         )
-    tokenizer, name = load_tokenizer(path), f"{path}" if given is None else f"--tokenizer={path}"
+    name = f"{path}" if given is None else f"--tokenizer={path}"
+    try:
+        tokenizer = load_tokenizer(path)
+    except DataError as error:
+        if given is not None:
+            raise
+        return FoundTokenizer(None, str(error), is_given=False)
     rows = checkpoint.config.model.vocab_size
     wrong = ""
     if trained not in (None, tokenizer.fingerprint):

@@ -6,15 +6,18 @@ from pathlib import Path
 
 from megalibi.checkpoint import Checkpoint
 from megalibi.export.certificate import (
-    Bounds,
+    CERTIFICATE,
     Certificate,
     TensorRecord,
+    check_tensor_finite,
+    compare_slopes,
     describe_software,
     hash_tensor,
     write_certificate,
 )
 from megalibi.export.fp32 import describe_source
-from megalibi.export.judge import judge
+from megalibi.export.judge import check_equal
+from megalibi.model import model_slopes
 
 
 def certify_reshard(source: Checkpoint, output: Path, folder: Path) -> None:
@@ -34,7 +37,9 @@ def certify_reshard(source: Checkpoint, output: Path, folder: Path) -> None:
     records = []
     for name in target.parameters:
         for kind in sorted(after.kinds):
-            hashes = [hash_tensor(state.read_whole(name, kind)) for state in (before, after)]
+            values = after.read_whole(name, kind)
+            check_tensor_finite(f"{kind}/{name}", values)
+            hashes = [hash_tensor(before.read_whole(name, kind)), hash_tensor(values)]
             records.append(
                 TensorRecord(
                     source=f"{kind}/{name}",
@@ -44,14 +49,16 @@ def certify_reshard(source: Checkpoint, output: Path, folder: Path) -> None:
                     bit_equal=hashes[0] == hashes[1],
                 )
             )
+    check_equal(records, output)
+    models = [side.config.model for side in (source, target)]
+    has_slopes = models[0].position_method == "alibi"
     certificate = Certificate(
         versions=describe_software(),
         source=describe_source(source),
         target={"format": "megalibi", "dtype": "float32", **target.manifest.topology},
         tensors=records,
         ties=target.manifest.ties,
+        slopes=compare_slopes(*map(model_slopes, models)) if has_slopes else None,
         not_compared="the target is a checkpoint of megalibi with the same bits",
-        bounds=Bounds(),
     )
-    judge(certificate, output, "megalibi")
-    write_certificate(certificate, folder)
+    write_certificate(certificate, folder / CERTIFICATE)

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from megalibi import log
-from megalibi.errors import FileError, UserError, describe_os_error
+from megalibi.errors import FileError, UserError, describe_os_error, spell_line
 from megalibi.runtime.ranks import Place, find_place
 from megalibi.runtime.spokesman import has_spoken, is_spokesman, tell_others
 
@@ -158,4 +158,4 @@ def _say(message: str, place: Place | None) -> None:
 def _write_error(message: str, place: Place | None = None) -> None:
     """Write an error as one line, with the rank and its host if it is not rank 0."""
     where = f" [rank {place.rank}/{place.world_size} on {socket.gethostname()}]" if place and place.rank > 0 else ""
-    sys.stderr.write(f"error: {' '.join(message.split())}{where}\n")
+    sys.stderr.write(f"error: {spell_line(message)}{where}\n")

@@ -69,9 +69,11 @@ def test_the_latest_checkpoint_of_a_run_is_shown_with_its_text(finished: Path) -
 def test_whole_files_are_said_to_be_so(finished: Path) -> None:
     done = run("verify", finished)
     assert done.returncode == 0, done.stderr
-    files, numbers = done.stdout.splitlines()
+    files, numbers, parameters = done.stdout.splitlines()
     assert files.endswith("all as they were written")
     assert numbers.endswith("finite, and the same on all tensor ranks")
+    said = "those of its configuration, from which its 4 slopes follow, 0.25 to 0.003906"
+    assert parameters.endswith(f" parameters: {said}")
 
 
 def test_every_damaged_file_is_named_on_one_line(damaged: Path) -> None:

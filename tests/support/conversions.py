@@ -48,9 +48,11 @@ def write_random(folder: Path, config: Config) -> tuple[Checkpoint, dict[str, Te
     return Checkpoint.open(folder), weights
 
 
-def plan(checkpoint: Checkpoint, kind: str, *, dtype: str = "float32", accept: bool = False) -> HfPlan:
+def plan(
+    checkpoint: Checkpoint, kind: str, *, dtype: str = "float32", accept: bool = False, compare: bool = True
+) -> HfPlan:
     found = find_tokenizer(checkpoint, None)
-    return plan_hf(checkpoint, FORMATS[kind], found, dtype=dtype, accept_rounded_bias=accept)
+    return plan_hf(checkpoint, FORMATS[kind], found, dtype=dtype, accept_rounded_bias=accept, compare=compare)
 
 
 def has_weights(checkpoint: Checkpoint, weights: dict[str, Tensor]) -> bool:

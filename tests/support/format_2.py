@@ -13,9 +13,10 @@ from megalibi.checkpoint.manifest import FileEntry, Manifest
 from megalibi.checkpoint.parameters import describe_parameters, find_ties
 from megalibi.checkpoint.writing.description import describe_topology
 from megalibi.config import Config, config_to_dict, derive
-from megalibi.files import PARTIAL_SUFFIX, make_folder
+from megalibi.files import make_folder
 from megalibi.model import DTYPES
 from megalibi.parallel import ProcessGroups, gather_objects
+from megalibi.partial import PARTIAL_SUFFIX
 from tests.support.runs import identify
 
 

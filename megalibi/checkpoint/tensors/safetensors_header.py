@@ -77,7 +77,7 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: its header is no JSON: {error!r}") from error
+        raise CheckpointError(f"{path} cannot be loaded: its header is no JSON ({type(error).__name__})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} cannot be loaded: its header is no JSON object")
     return header, 8 + header_bytes, file_bytes

@@ -29,8 +29,9 @@ from megalibi.config import Config, Derived
 from megalibi.data.tokens.identity import DataIdentity
 from megalibi.engine.masters import find_masters
 from megalibi.errors import FileError
-from megalibi.files import PARTIAL_SUFFIX, make_folder
+from megalibi.files import make_folder
 from megalibi.parallel import ProcessGroups, all_reduce_raw, gather_objects
+from megalibi.partial import PARTIAL_SUFFIX
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,8 @@
 Safetensors and the old .bin files are read tensor by tensor, one file or several with an index; nothing that could run
 code is loaded. The checkpoint is at step 0: it can be evaluated, generated from, resharded and exported again. With
 --config FILE it is made for a run, which begins from it with checkpoint.resume=OUT. Where transformers is installed,
-both models are run on a text of twice the training length, and a difference of logits above 1e-4 ends the conversion.
+both models are run on a text of twice the training length, and a difference of logits above 1e-4 ends the conversion
+(or, on long texts, above what fp32 leaves of the biases that the class adds).
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ from __future__ import annotations
 import argparse
 
 from megalibi.cli.command import Command
-from megalibi.cli.convert.output import add_compare, add_paths, check_new, describe_certificate, showing_tensors
+from megalibi.cli.convert.output import (
+    add_compare,
+    add_paths,
+    check_new_checkpoint,
+    describe_certificate,
+    showing_tensors,
+)
 from megalibi.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -37,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Open the folder, and write a checkpoint."""
-    check_new(arguments.output)
+    check_new_checkpoint(arguments.output)
     if arguments.tensor_parallel_size < 1:
         raise ConfigError(f"--tensor-parallel-size={arguments.tensor_parallel_size}: must be at least 1")
     from megalibi.config import load_config
@@ -48,13 +55,14 @@ def run(arguments: argparse.Namespace) -> None:
         config=None if arguments.config is None else load_config(arguments.config),
         tensor_parallel_size=arguments.tensor_parallel_size,
         accept_rounded_bias=arguments.accept_rounded_bias,
+        compare=not arguments.no_compare,
     )
     what = f"{arguments.input} ({plan.foreign.known.architecture}) as a checkpoint"
     if arguments.dry_run:
         print("\n".join([f"{what}; it can be done", *plan.notes]))
         return
     with showing_tensors("from-hf", arguments.output) as show:
-        certificate = convert_from_hf(plan, arguments.output, compare=not arguments.no_compare, show=show)
+        certificate = convert_from_hf(plan, arguments.output, show=show)
     print(f"{what}, in {arguments.output}; {describe_certificate(certificate)}")
     for note in certificate.notes:
         print(note)

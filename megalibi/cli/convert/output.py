@@ -63,7 +63,7 @@ def describe_certificate(certificate: Certificate) -> str:
     """Return what a certificate says, in a few words."""
     rounding = max((tensor.largest_difference or 0.0 for tensor in certificate.tensors), default=0.0)
     equal = f"rounded by up to {rounding:.1e}" if rounding else "bit-equal"
-    said = f"{len(certificate.tensors):,} tensors {equal}" if certificate.all_equal else "tensors differ"
+    said = f"{len(certificate.tensors):,} tensors {equal}"
     if (comparison := certificate.comparison) is None:
         return f"{said}; logits not compared: {certificate.not_compared}"
     return (
@@ -88,9 +88,23 @@ def check_new(output: Path) -> None:
         ConfigError: It exists.
         FileError: It cannot be made.
     """
+    if output.name in ("", ".."):
+        raise ConfigError(f"OUT={output}: must end in the name of what is to be made")
     if os.path.lexists(output):
         raise ConfigError(f"OUT={output}: must not exist; give another name, or move that one")
     check_folder(output, "OUT")
+
+
+def check_new_checkpoint(output: Path) -> None:
+    """Check besides that a new checkpoint does not come between those of a run, whose latest it would be.
+
+    Raises:
+        ConfigError: It exists, or stands among the checkpoints of a run.
+        FileError: It cannot be made.
+    """
+    check_new(output)
+    if output.absolute().parent.name == "checkpoints":
+        raise ConfigError(f"OUT={output}: must not stand in the checkpoints of a run: give another folder")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import argparse
 from functools import partial
 
 from megalibi.cli.command import Command
-from megalibi.cli.convert.output import CHECKPOINT_HELP, add_paths, check_new, showing_tensors
+from megalibi.cli.convert.output import CHECKPOINT_HELP, add_paths, check_new_checkpoint, showing_tensors
 from megalibi.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Open the checkpoint, and write it anew."""
-    check_new(arguments.output)
+    check_new_checkpoint(arguments.output)
     for name in ("tensor_parallel_size", "data_parallel_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -48,6 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
     }
     what = f"{checkpoint.path} (step {checkpoint.manifest.step:,}): {spell_topology(old)} -> {spell_topology(new)}"
     plan = plan_reshard(checkpoint, **new)
+    sizes = [side.config.train.micro_batch_size for side in (checkpoint, plan)]
+    if sizes[0] != sizes[1]:
+        what += f", train.micro_batch_size {sizes[0]} -> {sizes[1]}"
     if arguments.dry_run:
         print(f"{what}; it can be done")
         return

@@ -41,17 +41,21 @@ def run(arguments: argparse.Namespace) -> None:
     """Open the checkpoint, and write it as a file of llama.cpp."""
     check_new(arguments.output)
     try:
-        from megalibi.export.gguf.write import check_gguf, convert_to_gguf
+        from megalibi.export.gguf.llama import WHY_NOT_LLAMA
+        from megalibi.export.gguf.write import check_gguf, convert_to_gguf, name_certificate
     except ModuleNotFoundError as error:
         raise ConfigError(f"to-gguf needs the package {error.name}: pip install 'megalibi[gguf]'") from error
     from megalibi.checkpoint import Checkpoint
+    from megalibi.export.comparison import check_comparison_memory
     from megalibi.export.portable_tokenizer import check_portable, find_tokenizer
 
+    check_new(name_certificate(arguments.output))
     checkpoint = Checkpoint.open(arguments.input)
     check_gguf(checkpoint.config.model, arguments.type)
     found = find_tokenizer(checkpoint, arguments.tokenizer)
     if found.tokenizer is None:
         raise ConfigError(f"a GGUF file has the model and its tokenizer: give --tokenizer FILE, for {found.reason}")
+    check_comparison_memory(checkpoint.config, compare=not arguments.no_compare and not WHY_NOT_LLAMA)
     portable = check_portable(found.tokenizer, "a GGUF file")
     what = f"{checkpoint.path} (step {checkpoint.manifest.step:,}) -> GGUF, {arguments.type}"
     if arguments.dry_run:

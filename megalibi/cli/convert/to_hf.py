@@ -3,7 +3,8 @@
 mpt is the format of a model without biases, bloom of one with biases, an embedding norm and the GELU by tanh, falcon of
 one whose slopes are divided by sqrt(head dimension), as Falcon-RW's. What a format cannot hold is refused with the
 reason. The weights are the fp32 weights that the optimizer steps on. Where transformers is installed, both models are
-run on a text of twice the training length, and a difference of logits above 1e-4 in fp32 ends the conversion.
+run on a text of twice the training length, and a difference of logits above 1e-4 ends the conversion
+(or, on long texts, above what fp32 leaves of the biases that the class adds).
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         max_length=arguments.max_length,
         accept_rounded_bias=arguments.accept_rounded_bias,
+        compare=not arguments.no_compare,
     )
     what = f"{checkpoint.path} (step {checkpoint.manifest.step:,}) as {plan.known.architecture} in {plan.dtype}"
     if arguments.dry_run:
@@ -81,7 +83,6 @@ def run(arguments: argparse.Namespace) -> None:
             checkpoint,
             arguments.output,
             plan,
-            compare=not arguments.no_compare,
             max_shard_bytes=arguments.max_shard_size,
             show=show,
         )

@@ -69,16 +69,20 @@ def rename_for_gguf(name: str) -> str:
     return f"{_OUTSIDE[module]}.{kind}"
 
 
-def compute_llama_slopes(num_heads: int) -> Tensor:
+def compute_llama_slopes(num_heads: int, max_bias: float = MAX_ALIBI_BIAS) -> Tensor:
     """Return the slopes as ggml_soft_max_ext computes them, fp32 [heads] (ggml/src/ggml-cpu/ops.cpp).
 
     It is written here after llama.cpp's formula, for its library does not offer them: the logits alone can show that
     it does as it says. Powers of bases that fp32 has rounded differ from the paper's slopes by up to 7e-7 of a slope,
     with 128 heads.
+
+    Args:
+        num_heads: The number of heads.
+        max_bias: The exponent that the file says.
     """
     power = 2 ** math.floor(math.log2(num_heads))
     two = np.float32(2.0)
-    base, others_base = (np.power(two, np.float32(-bias / power)) for bias in (MAX_ALIBI_BIAS, MAX_ALIBI_BIAS / 2))
+    base, others_base = (np.power(two, np.float32(-bias / power)) for bias in (max_bias, max_bias / 2))
     first_H = np.power(base, np.arange(1, power + 1, dtype=np.float32))
     others_H = np.power(others_base, np.arange(1, 2 * (num_heads - power), 2, dtype=np.float32))
     return torch.from_numpy(np.concatenate([first_H, others_H]))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import gguf
+from pathlib import Path
 
-from megalibi.checkpoint import Checkpoint
-from megalibi.export.gguf.architectures import MAX_ALIBI_BIAS
+import gguf
+import torch
+from torch import Tensor
+
+from megalibi.checkpoint import CHECKPOINTS, Checkpoint
+from megalibi.export.gguf.architectures import MAX_ALIBI_BIAS, compute_llama_slopes
 from megalibi.export.portable_tokenizer import PortableTokenizer
 
 
@@ -19,7 +23,8 @@ def add_model_facts(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: 
     """
     model, manifest = checkpoint.config.model, checkpoint.manifest
     steps = f"trained by megalibi for {manifest.step:,} steps, {manifest.samples_consumed:,} samples"
-    writer.add_name(checkpoint.path.parent.parent.name or "megalibi")
+    is_of_run = checkpoint.path.parent.name == CHECKPOINTS
+    writer.add_name(checkpoint.path.parent.parent.name if is_of_run else "megalibi")
     writer.add_description(f"{steps} of {checkpoint.config.data.seq_length:,} tokens")
     # ALiBi has no longest text: this is what it was trained on, which llama.cpp takes as its default.
     writer.add_context_length(checkpoint.config.data.seq_length)
@@ -31,6 +36,21 @@ def add_model_facts(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: 
     writer.add_max_alibi_bias(MAX_ALIBI_BIAS)
     writer.add_vocab_size(model.vocab_size)
     writer.add_file_type(file_type)
+
+
+def read_alibi_slopes(file: Path, num_heads: int) -> Tensor:
+    """Return the slopes that llama.cpp computes from what a file says, fp32 [heads]; 0 where it says nothing.
+
+    Args:
+        file: The file.
+        num_heads: The number of heads that it should say.
+    """
+    fields = gguf.GGUFReader(file).fields
+    said = {name.partition(".")[2]: field for name, field in fields.items()}
+    bias, heads = said.get("attention.max_alibi_bias"), said.get("attention.head_count")
+    if bias is None or heads is None or heads.contents() != num_heads:
+        return torch.zeros(num_heads)
+    return compute_llama_slopes(num_heads, bias.contents())
 
 
 def add_tokenizer_facts(writer: gguf.GGUFWriter, portable: PortableTokenizer, vocab_size: int) -> None:

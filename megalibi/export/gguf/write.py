@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import os
 from collections.abc import Callable
 from importlib.metadata import version
@@ -19,13 +19,16 @@ from megalibi.config import ModelConfig
 from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.errors import ConfigError, FileError
 from megalibi.export.certificate import (
+    CERTIFICATE,
     Bounds,
     Certificate,
     LogitComparison,
     TensorRecord,
+    check_tensor_finite,
     compare_slopes,
     describe_software,
     hash_tensor,
+    write_certificate,
 )
 from megalibi.export.comparison import (
     check_comparison_memory,
@@ -36,28 +39,27 @@ from megalibi.export.comparison import (
 from megalibi.export.fp32 import describe_source, list_ties
 from megalibi.export.gguf.architectures import (
     choose_architecture,
-    compute_llama_slopes,
     find_gguf_refusals,
     rename_for_gguf,
 )
 from megalibi.export.gguf.llama import LLAMA_VERSION, WHY_NOT_LLAMA, compute_llama_logits, tokenize_with_llama
-from megalibi.export.gguf.metadata import add_model_facts, add_tokenizer_facts
+from megalibi.export.gguf.metadata import add_model_facts, add_tokenizer_facts, read_alibi_slopes
 from megalibi.export.judge import MAX_SLOPE_DIFFERENCE, check_equal, judge
 from megalibi.export.portable_tokenizer import ODD_TEXTS, SPACE_SIGN, PortableTokenizer
-from megalibi.files import make_folder, name_partial, refuse_existing, rename_new, write_json
+from megalibi.files import sync_folder
 from megalibi.model import model_slopes
+from megalibi.partial import rename_new, sync_files, working_beside
 
 CERTIFICATE_SUFFIX = ".certificate.json"
 """What is added to the name of the file for that of its certificate."""
-MAX_PROBABILITY_DIFFERENCES = {"f32": 1e-3, "f16": 1e-2}
-"""The largest difference of two probabilities of a next token; above it a conversion fails. q8_0 has no such bound."""
+MAX_PROBABILITY_DIFFERENCES = {"f32": 1e-3, "f16": 1e-2, "q8_0": 1e-1}
+"""The largest difference of two probabilities of a next token; above it a conversion fails. In q8_0 llama.cpp rounds
+the activations to 8 bits, too."""
 _TYPES = {
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-GGUF_TYPES = tuple(_TYPES)
-"""The types of matrices that can be written; vectors are fp32 in all of them."""
 _Q8_BLOCK = 32
 _NOTES = [
     "llama.cpp computes the GELU by tanh, from a table of half precision, in a file of any type.",
@@ -87,7 +89,7 @@ def check_gguf(model: ModelConfig, kind: str) -> None:
 
     Args:
         model: The network.
-        kind: The type of the matrices, one of GGUF_TYPES.
+        kind: The type of the matrices, f32, f16 or q8_0; vectors are fp32 in all.
 
     Raises:
         ConfigError: It cannot; the message names every field with the reason.
@@ -118,7 +120,7 @@ def convert_to_gguf(
         checkpoint: The checkpoint, of any topology, which check_gguf has passed.
         output: The new file.
         portable: The tokenizer of the checkpoint, as check_portable returns it.
-        kind: The type of the matrices, one of GGUF_TYPES.
+        kind: The type of the matrices, f32, f16 or q8_0; vectors are fp32 in all.
         compare: Whether to run both models on a text.
         show: Called before each tensor with its name, the number of those done, and of all.
 
@@ -131,35 +133,26 @@ def convert_to_gguf(
         FileError: A file may not be read, or what came out is not the source: nothing is kept.
         OSError: The disk is full or fails.
     """
-    check_comparison_memory(checkpoint.config, compare=compare and LLAMA_VERSION is not None)
+    check_comparison_memory(checkpoint.config, compare=compare and not WHY_NOT_LLAMA)
     checkpoint.verify()
-    partial = name_partial(output)
-    make_folder(output.parent)
-    try:
-        records = _write_file(checkpoint, partial, portable, kind, show)
+    with working_beside(output) as folder:
+        file, certified = folder / "model.gguf", folder / CERTIFICATE
+        records = _write_file(checkpoint, file, portable, kind, show)
         check_equal(records, output)
         show("comparison", len(records), len(records))
-        certificate = _certify(checkpoint, partial, portable.tokenizer, records, kind, compare=compare)
-        judge(certificate, output, "llama.cpp")
-        _put_in_place(partial, output, certificate)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        certificate = _certify(checkpoint, file, portable.tokenizer, records, kind, compare=compare)
+        judge(certificate, "llama.cpp")
+        write_certificate(certificate, certified)
+        sync_files(folder)
+        rename_new(file, output)  # whoever comes first has the name, and its certificate
+        os.replace(certified, name_certificate(output))
+        sync_folder(output.parent)
     return certificate
 
 
-def _put_in_place(partial: Path, output: Path, certificate: Certificate) -> None:
-    """Give a file and its certificate their names."""
-    certified = Path(f"{output}{CERTIFICATE_SUFFIX}")
-    refuse_existing(output)
-    # The certificate first: a kill between the two leaves it alone, and the next conversion writes over it.
-    write_json(dataclasses.asdict(certificate), certified)
-    try:
-        rename_new(partial, output)
-    except BaseException:
-        if partial.exists():
-            certified.unlink(missing_ok=True)
-        raise
+def name_certificate(output: Path) -> Path:
+    """Return where the certificate of a file stands."""
+    return Path(f"{output}{CERTIFICATE_SUFFIX}")
 
 
 def _certify(
@@ -167,19 +160,20 @@ def _certify(
 ) -> Certificate:
     """Compare both tokenizers and both models, and return what came out."""
     model = checkpoint.config.model
+    written = read_alibi_slopes(file, model.num_attention_heads)
     not_compared = WHY_NOT_LLAMA or (None if compare else "--no-compare was given")
     comparison = num_texts = bound = None
     if not_compared is None:
         num_texts = _check_ids(file, tokenizer)
         comparison = _compare(checkpoint, file, tokenizer)
-        bound = MAX_PROBABILITY_DIFFERENCES.get(kind)
+        bound = MAX_PROBABILITY_DIFFERENCES[kind]
     return Certificate(
         versions=describe_software(gguf=version("gguf"), llama_cpp_python=LLAMA_VERSION),
         source=describe_source(checkpoint),
         target={"format": "gguf", "architecture": choose_architecture(model), "dtype": kind},
         tensors=records,
         ties={rename_for_gguf(name): rename_for_gguf(first) for name, first in list_ties(checkpoint).items()},
-        slopes=compare_slopes(model_slopes(model), compute_llama_slopes(model.num_attention_heads)),
+        slopes=compare_slopes(model_slopes(model), written),
         comparison=comparison,
         not_compared=not_compared,
         texts_of_same_ids=num_texts,
@@ -244,15 +238,16 @@ def _write_file(
         for done, (name, tensor) in enumerate(stored.items()):
             show(name, done, len(stored))
             values = saved.read_whole(name)
+            check_tensor_finite(name, values)
             encoded = tensor.encode(values)
             hashes[name] = hash_tensor(values), hash_tensor(torch.from_numpy(encoded))
             rounding[name] = tensor.measure_rounding(values, encoded)
+            if not math.isfinite(rounding[name]):
+                raise FileError(f"--type={kind}: cannot hold {name}, whose largest number is {values.abs().max():.3g}")
             writer.write_tensor_data(encoded)
         writer.flush()
     finally:
         writer.close()
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
     return _read_records(file, stored, hashes, rounding)
 
 

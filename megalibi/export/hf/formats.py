@@ -18,6 +18,8 @@ from megalibi.export.hf.qkv import interleave_heads, separate_heads
 
 _BLOCK = "blocks"
 _FUSED = "attention.qkv"
+MAX_LENGTH = 1 << 24
+"""The most tokens of a text that a config.json may allow: MPT's class makes a bias of that length."""
 SEQ_LENGTH_FIELD = "megalibi_seq_length"
 """A field of config.json that transformers leaves alone: the length of the samples that the model was trained on."""
 

@@ -8,8 +8,9 @@ import torch
 
 from megalibi.checkpoint import Checkpoint
 from megalibi.errors import ConfigError, DataError
+from megalibi.export.comparison import check_comparison_memory
 from megalibi.export.hf.bias_rounding import describe_rounding
-from megalibi.export.hf.formats import HfFormat
+from megalibi.export.hf.formats import MAX_LENGTH, HfFormat
 from megalibi.export.hf.software import TRANSFORMERS_VERSION, WHY_NOT
 from megalibi.export.portable_tokenizer import FoundTokenizer, check_portable
 
@@ -36,6 +37,8 @@ class HfPlan:
     """What a user should know besides, a sentence each."""
     rounds: bool
     """Whether the class computes another bias than the model was trained with, and the user accepts it."""
+    compare: bool
+    """Whether both models are run on a text, where transformers is installed."""
 
 
 def plan_hf(
@@ -46,6 +49,7 @@ def plan_hf(
     dtype: str = "float32",
     max_length: int | None = None,
     accept_rounded_bias: bool = False,
+    compare: bool = True,
 ) -> HfPlan:
     """Return what a checkpoint would become.
 
@@ -56,9 +60,11 @@ def plan_hf(
         dtype: The type of the weights, a key of HF_DTYPES.
         max_length: The most tokens; None: 16 times the training length.
         accept_rounded_bias: Whether a class may compute the bias in 16 bits.
+        compare: Whether to run both models on a text.
 
     Raises:
-        ConfigError: The format cannot hold the model; the message names every field with the reason.
+        ConfigError: The format cannot hold the model, and the message names every field with the reason; an option is
+            out of range or of another format; or the host has no room for the comparison.
         DataError: The user gave a tokenizer that transformers would cut texts with otherwise.
     """
     config = checkpoint.config
@@ -70,9 +76,15 @@ def plan_hf(
         notes.append(f"{rounding}; that was accepted when this folder was written.")
     if refusals:
         raise ConfigError("; ".join(refusals))
-    length = _MAX_LENGTH_FACTOR * config.data.seq_length if max_length is None else max_length
-    if length < config.data.seq_length:
-        raise ConfigError(f"--max-length={length}: must be at least data.seq_length={config.data.seq_length}")
+    if max_length is not None and known.name == "bloom":
+        raise ConfigError(f"--max-length={max_length}: must not stand beside --format bloom, whose class has no cap")
+    if accept_rounded_bias and not known.rounds_bias:
+        raise ConfigError(f"--accept-rounded-bias: must stand beside --format falcon, and not {known.name}")
+    least = config.data.seq_length
+    length = min(_MAX_LENGTH_FACTOR * least, MAX_LENGTH) if max_length is None else max_length
+    if not least <= length <= MAX_LENGTH:
+        raise ConfigError(f"--max-length={length}: must be from data.seq_length={least} to {MAX_LENGTH}")
+    check_comparison_memory(config, compare=compare and TRANSFORMERS_VERSION is not None)
     absence = _explain_absence(found)
     if absence is not None:
         notes.append(f"No tokenizer comes along: {absence}.")
@@ -84,6 +96,7 @@ def plan_hf(
         carries_tokenizer=absence is None,
         notes=tuple(notes),
         rounds=rounding is not None,
+        compare=compare,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megalibi.config import ModelConfig
-from megalibi.errors import FileError, UserError
+from megalibi.errors import FileError, UserError, spell_line
 from megalibi.export.hf.formats import HfFormat
 
 try:
@@ -22,6 +22,7 @@ try:
 except ImportError:
     TRANSFORMERS_VERSION = None
 
+_MAX_REASON = 300
 WHY_NOT = "transformers is not installed: pip install 'megalibi[hf]'"
 """Why nothing can be run."""
 
@@ -61,17 +62,19 @@ def unrounded_bias(known: HfFormat) -> Iterator[None]:
         modeling.build_alibi_tensor = rounding
 
 
-def load_hf_model(known: HfFormat, folder: Path) -> nn.Module:
+def load_hf_model(known: HfFormat, folder: Path, name: Path | None = None) -> nn.Module:
     """Return a folder's model in fp32, ready to be evaluated, as ``from_pretrained`` loads it.
 
     Args:
         known: The architecture.
         folder: A folder with config.json and safetensors.
+        name: What errors call it; None: its own name.
 
     Raises:
         FileError: The class does not find every tensor, or finds others, or fails.
     """
-    with _naming_failures(known, folder), _saying_nothing():
+    name = name or folder
+    with _naming_failures(known.architecture, name), _saying_nothing():
         model, info = _get_class(known).from_pretrained(
             folder,
             local_files_only=True,
@@ -82,7 +85,7 @@ def load_hf_model(known: HfFormat, folder: Path) -> nn.Module:
         )
     wrong = {kind: sorted(names) for kind, names in info.items() if names}
     if wrong:
-        raise FileError(f"{folder}: {known.architecture} does not load it as it is: {wrong}")
+        raise FileError(f"{name}: {known.architecture} does not load it as it is: {wrong}")
     loaded: nn.Module = model.eval()
     return loaded
 
@@ -101,7 +104,7 @@ def build_hf_model(
     Raises:
         FileError: The class does not take the tensors, or fails.
     """
-    with _naming_failures(known, folder), _saying_nothing():
+    with _naming_failures(known.architecture, folder), _saying_nothing():
         kind = _get_class(known)
         config = kind.config_class.from_dict(dict(fields))
         config._attn_implementation = _name_attention(known)
@@ -115,17 +118,16 @@ def build_hf_model(
 
 
 @contextmanager
-def _naming_failures(known: HfFormat, folder: Path) -> Iterator[None]:
+def _naming_failures(what: str, folder: Path) -> Iterator[None]:
     """Turn what a class raises about a folder of others, which can be anything, into one line."""
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines() or ["no reason given"]
+        reason = spell_line(str(error))[:_MAX_REASON] or "no reason given"
         raise FileError(
-            f"{folder}: {known.architecture} of transformers {TRANSFORMERS_VERSION} fails on it: "
-            f"{type(error).__name__}: {reason[0]}"
+            f"{folder}: {what} of transformers {TRANSFORMERS_VERSION} fails on it: {type(error).__name__}: {reason}"
         ) from error
 
 
@@ -139,7 +141,7 @@ def _name_attention(known: HfFormat) -> str:
 
 @torch.no_grad()
 def compute_their_logits(known: HfFormat, folder: Path, model: nn.Module, tokens_S: Tensor) -> Tensor:
-    """Return the logits of every position of a text, fp32 [S, V]; a cap on its length, as MPT has it, is lifted.
+    """Return the logits of every position of a text, fp32 [S, V]; MPT has a cap on its length, which is set to it.
 
     Args:
         known: The architecture.
@@ -151,11 +153,27 @@ def compute_their_logits(known: HfFormat, folder: Path, model: nn.Module, tokens
         FileError: The class fails.
     """
     config: Any = model.config
-    with _naming_failures(known, folder):
-        if getattr(config, "max_seq_len", len(tokens_S)) < len(tokens_S):
-            config.max_seq_len = len(tokens_S)  # read anew in every forward pass
+    with _naming_failures(known.architecture, folder):
+        if hasattr(config, "max_seq_len"):
+            config.max_seq_len = len(tokens_S)  # read anew in every forward pass, which makes a bias of that length
         logits_SV: Tensor = model(input_ids=tokens_S[None], use_cache=False, return_dict=True).logits[0]
     return logits_SV.float()
+
+
+def tokenize_with_transformers(folder: Path, texts: Sequence[str], name: Path) -> list[list[int]]:
+    """Return the ids of texts by the tokenizer of a folder, as AutoTokenizer loads it.
+
+    Args:
+        folder: The folder.
+        texts: The texts.
+        name: What errors call the folder.
+
+    Raises:
+        FileError: It is not loaded.
+    """
+    with _naming_failures("AutoTokenizer", name), _saying_nothing():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from megalibi.checkpoint import Checkpoint
@@ -26,7 +27,6 @@ from megalibi.export.hf.software import (
     WHY_NOT,
     compute_their_logits,
     find_their_slopes,
-    load_hf_model,
     unrounded_bias,
 )
 from megalibi.export.judge import MAX_LOGIT_DIFFERENCE, MAX_ROUNDED_SLOPE_DIFFERENCE, MAX_SLOPE_DIFFERENCE
@@ -42,12 +42,12 @@ class Trial:
 
     slopes: SlopeTables
     """The slopes of both sides."""
-    comparison: LogitComparison | None
+    comparison: LogitComparison | None = None
     """How far the logits are apart; None: they were not compared."""
-    not_compared: str | None
+    not_compared: str | None = None
     """Why they were not; None: they were."""
-    unrounded_logit_difference: float | None
-    """The same where the class was made to compute its bias in fp32; None: it was compared as it is."""
+    held_logit_difference: float | None = None
+    """The same without what the target is known to round; None: it rounds nothing."""
     bounds: Bounds
     """How far both may be apart."""
 
@@ -61,64 +61,78 @@ class Trial:
         return Certificate(versions=describe_software(transformers=TRANSFORMERS_VERSION), **own, **fields)
 
 
-def try_both(
-    known: HfFormat,
-    folder: Path,
-    checkpoint: Checkpoint,
-    text: ComparisonText,
-    *,
-    is_import: bool,
-    rounds: bool,
-    has_all_bits: bool = True,
-    compare: bool = True,
-    load: Callable[[HfFormat, Path], nn.Module] = load_hf_model,
-) -> Trial:
+@dataclass(frozen=True, kw_only=True)
+class Sides:
+    """The two that are compared."""
+
+    known: HfFormat
+    """The architecture that transformers has of it."""
+    load: Callable[[], nn.Module]
+    """Returns the model of the folder, in fp32."""
+    name: Path
+    """What errors call the folder."""
+    checkpoint: Checkpoint
+    """Our side, whose files were verified."""
+    is_import: bool
+    """Whether the folder is the source."""
+    rounds_bias: bool
+    """Whether the class rounds its bias, and the user accepts it."""
+    dtype: torch.dtype = torch.float32
+    """The type to which the folder's weights are rounded."""
+
+
+def try_both(sides: Sides, text: ComparisonText, *, compare: bool) -> Trial:
     """Compare the slopes, and run both models.
 
+    What the target is known to round, its weights or its bias, is left out of a second run, in which ours has the
+    rounded weights and the class its bias in fp32: everything but the rounding is held to the bounds all the same.
+
     Args:
-        known: The architecture.
-        folder: Its folder.
-        checkpoint: Ours, verified.
+        sides: The two.
         text: The tokens.
-        is_import: Whether the folder is the source.
-        rounds: Whether the class rounds its bias, and the user accepts it. It is then run a second time with a bias in
-            fp32, so that everything but the rounding is held to the bounds all the same.
-        has_all_bits: Whether the folder has every bit of our weights, so that the logits must agree.
         compare: Whether to run the models.
-        load: Returns the folder's model.
 
     Raises:
         CheckpointError: A file of the checkpoint does not hold what the manifest says.
         FileError: A file may not be read, or the class fails.
     """
-    ours, theirs = model_slopes(checkpoint.config.model), find_their_slopes(known, checkpoint.config.model)
-    slopes = compare_slopes(theirs, ours) if is_import else compare_slopes(ours, theirs)
-    not_compared = WHY_NOT if not TRANSFORMERS_VERSION else None if compare else "--no-compare was given"
-    comparison = unrounded = None
-    if not_compared is None:
-        model, our_SV = load(known, folder), compute_our_log_probs(checkpoint, text.tokens)
-
-        def run() -> LogitComparison:
-            their_SV = compute_their_logits(known, folder, model, text.tokens)
-            source_SV, target_SV = (their_SV, our_SV) if is_import else (our_SV, their_SV)
-            software = f"transformers {TRANSFORMERS_VERSION}, {known.architecture}, in float32 on the CPU"
-            vocab_size = checkpoint.config.model.vocab_size
-            return compare_logits(source_SV, target_SV, text, software=software, vocab_size=vocab_size)
-
-        comparison = run()
-        if rounds:
-            with unrounded_bias(known):
-                unrounded = run().largest_logit_difference
+    model = sides.checkpoint.config.model
+    ours, theirs = model_slopes(model), find_their_slopes(sides.known, model)
+    slopes = compare_slopes(theirs, ours) if sides.is_import else compare_slopes(ours, theirs)
+    slope_bound = MAX_ROUNDED_SLOPE_DIFFERENCE if sides.rounds_bias else MAX_SLOPE_DIFFERENCE
+    bounds = Bounds(slopes=None if theirs is None else slope_bound)
+    if not TRANSFORMERS_VERSION or not compare:
+        not_compared = "--no-compare was given" if TRANSFORMERS_VERSION else WHY_NOT
+        return Trial(slopes=slopes, not_compared=not_compared, bounds=bounds)
+    comparison, held = _run_both(sides, text)
     return Trial(
         slopes=slopes,
         comparison=comparison,
-        not_compared=not_compared,
-        unrounded_logit_difference=unrounded,
-        bounds=Bounds(
-            slopes=None if theirs is None else MAX_ROUNDED_SLOPE_DIFFERENCE if rounds else MAX_SLOPE_DIFFERENCE,
-            logits=_bound_logits(ours, len(text.tokens)) if comparison is not None and has_all_bits else None,
-        ),
+        held_logit_difference=held,
+        bounds=dataclasses.replace(bounds, logits=_bound_logits(ours, len(text.tokens))),
     )
+
+
+def _run_both(sides: Sides, text: ComparisonText) -> tuple[LogitComparison, float | None]:
+    """Run both models, and once more without what is rounded; return how far they are apart in either."""
+    model, known, dtype = sides.load(), sides.known, sides.dtype
+
+    def compare(our_SV: Tensor, their_SV: Tensor) -> LogitComparison:
+        source_SV, target_SV = (their_SV, our_SV) if sides.is_import else (our_SV, their_SV)
+        software = f"transformers {TRANSFORMERS_VERSION}, {known.architecture}, in float32 on the CPU"
+        vocab_size = sides.checkpoint.config.model.vocab_size
+        return compare_logits(source_SV, target_SV, text, software=software, vocab_size=vocab_size)
+
+    our_SV = compute_our_log_probs(sides.checkpoint, text.tokens)
+    their_SV = compute_their_logits(known, sides.name, model, text.tokens)
+    comparison = compare(our_SV, their_SV)
+    if dtype != torch.float32:
+        our_SV = compute_our_log_probs(sides.checkpoint, text.tokens, lambda values: values.to(dtype).float())
+    if sides.rounds_bias:
+        with unrounded_bias(known):
+            their_SV = compute_their_logits(known, sides.name, model, text.tokens)
+    is_rounded = sides.rounds_bias or dtype != torch.float32
+    return comparison, compare(our_SV, their_SV).largest_logit_difference if is_rounded else None
 
 
 def _bound_logits(slopes_H: Tensor, tokens: int) -> float:

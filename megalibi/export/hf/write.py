@@ -13,22 +13,25 @@ from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.errors import FileError
 from megalibi.export.certificate import (
+    CERTIFICATE,
     Certificate,
     TensorRecord,
+    check_tensor_finite,
     hash_tensor,
     write_certificate,
 )
-from megalibi.export.comparison import check_comparison_memory, choose_text
+from megalibi.export.comparison import choose_text
 from megalibi.export.fp32 import describe_source, list_ties
 from megalibi.export.hf.card import make_card
 from megalibi.export.hf.formats import SEQ_LENGTH_FIELD
 from megalibi.export.hf.plan import HF_DTYPES, HfPlan
-from megalibi.export.hf.software import TRANSFORMERS_VERSION
-from megalibi.export.hf.trial import try_both
+from megalibi.export.hf.software import load_hf_model, tokenize_with_transformers
+from megalibi.export.hf.trial import Sides, try_both
 from megalibi.export.judge import check_equal, judge
 from megalibi.export.output import DTYPE_NAMES, MAX_SHARD_BYTES, TensorFolder, read_back
 from megalibi.export.portable_tokenizer import ODD_TEXTS
-from megalibi.files import write_synced, writing_folder
+from megalibi.files import write_synced
+from megalibi.partial import writing_folder
 
 
 def convert_to_hf(
@@ -36,7 +39,6 @@ def convert_to_hf(
     output: Path,
     plan: HfPlan,
     *,
-    compare: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     show: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Certificate:
@@ -50,7 +52,6 @@ def convert_to_hf(
         checkpoint: The checkpoint, of any topology.
         output: The new folder.
         plan: What it shall be, of plan_hf.
-        compare: Whether to run both models on a text.
         max_shard_bytes: The most bytes of tensors in a file.
         show: Called before each tensor with its name, the number of those done, and of all.
 
@@ -59,46 +60,44 @@ def convert_to_hf(
 
     Raises:
         CheckpointError: A file is missing, damaged, would run code, or does not hold what the manifest says.
-        ConfigError: The host has no room for the comparison.
         DataError: transformers would cut some text otherwise than the checkpoint's tokenizer.
         FileError: A file may not be read, or what came out is not the source: nothing is kept.
         OSError: The disk is full or fails.
     """
-    check_comparison_memory(checkpoint.config, compare=compare and TRANSFORMERS_VERSION is not None)
     checkpoint.verify()
     with writing_folder(output) as folder:
         records = _write_tensors(checkpoint, folder, plan, max_shard_bytes, show)
         check_equal(records, output)
-        num_texts = _write_other_files(checkpoint, folder, plan)
+        num_texts = _write_other_files(checkpoint, folder, output, plan)
         show("comparison", len(records), len(records))
-        certificate = _certify(checkpoint, folder, plan, records, num_texts, compare=compare)
-        judge(certificate, output, plan.known.architecture)
+        certificate = _certify(checkpoint, folder, output, plan, records, num_texts)
+        judge(certificate, plan.known.architecture)
         write_synced(folder / "README.md", make_card(checkpoint, plan, certificate).encode())
-        write_certificate(certificate, folder)
+        write_certificate(certificate, folder / CERTIFICATE)
     return certificate
 
 
 def _certify(
     checkpoint: Checkpoint,
     folder: Path,
+    output: Path,
     plan: HfPlan,
     records: list[TensorRecord],
     num_texts: int | None,
-    *,
-    compare: bool,
 ) -> Certificate:
     """Compare both models, and return what came out."""
     known, config = plan.known, checkpoint.config
-    return try_both(
-        known,
-        folder,
-        checkpoint,
-        choose_text(2 * config.data.seq_length, config.model.vocab_size, plan.found.tokenizer),
+    sides = Sides(
+        known=known,
+        load=lambda: load_hf_model(known, folder, output),
+        name=output,
+        checkpoint=checkpoint,
         is_import=False,
-        rounds=plan.rounds,
-        has_all_bits=plan.dtype == "float32",
-        compare=compare,
-    ).certify(
+        rounds_bias=plan.rounds,
+        dtype=HF_DTYPES[plan.dtype],
+    )
+    text = choose_text(2 * config.data.seq_length, config.model.vocab_size, plan.found.tokenizer)
+    return try_both(sides, text, compare=plan.compare).certify(
         source=describe_source(checkpoint),
         target={"format": known.name, "architecture": known.architecture, "dtype": plan.dtype},
         tensors=records,
@@ -129,8 +128,12 @@ def make_config_json(checkpoint: Checkpoint, plan: HfPlan) -> dict[str, Any]:
     }
 
 
-def _write_other_files(checkpoint: Checkpoint, folder: Path, plan: HfPlan) -> int | None:
-    """Write config and tokenizer; return on how many texts its ids were compared, None if none comes along."""
+def _write_other_files(checkpoint: Checkpoint, folder: Path, output: Path, plan: HfPlan) -> int | None:
+    """Write config and tokenizer; return on how many texts its ids were compared, None if none comes along.
+
+    Raises:
+        FileError: transformers gives a text other ids than the tokenizer of the checkpoint.
+    """
     tokenizer = plan.found.tokenizer
     _write_json(folder / "config.json", make_config_json(checkpoint, plan))
     _write_json(folder / "generation_config.json", _make_generation_json(tokenizer))
@@ -139,6 +142,9 @@ def _write_other_files(checkpoint: Checkpoint, folder: Path, plan: HfPlan) -> in
     from megalibi.export.tokenizer_json import write_hf_tokenizer
 
     write_hf_tokenizer(Path(tokenizer.path), folder, max_length=checkpoint.config.data.seq_length)
+    for text, theirs in zip(ODD_TEXTS, tokenize_with_transformers(folder, ODD_TEXTS, output), strict=True):
+        if theirs != tokenizer.encode(text):
+            raise FileError(f"transformers gives the text {text!r} other ids than {tokenizer.path}: nothing is kept")
     return len(ODD_TEXTS)
 
 
@@ -164,6 +170,7 @@ def _write_tensors(
     for done, (target, name) in enumerate(sources.items()):
         show(name, done, len(sources))
         values = saved.read_whole(name)
+        check_tensor_finite(name, values)
         if not values.to(dtype).isfinite().all():
             raise FileError(
                 f"--dtype={plan.dtype}: cannot hold {name}, whose largest number is {values.abs().max():.3g}"

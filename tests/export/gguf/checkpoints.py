@@ -21,8 +21,13 @@ SCALE = 0.4
 """Of the matrices: larger weights than a trained model has would inflate what llama.cpp rounds to half precision."""
 
 
-def make_checkpoint(folder: Path, *, tensor: int = 1, seq_length: int = 64, **model: Any) -> Checkpoint:
-    """A checkpoint of random weights, in a folder that must not exist; its tokenizer is in the folder above."""
+def make_checkpoint(
+    folder: Path, *, tensor: int = 1, seq_length: int = 64, change: dict[str, float] | None = None, **model: Any
+) -> Checkpoint:
+    """A checkpoint of random weights, in a folder that must not exist; its tokenizer is in the folder above.
+
+    ``change`` has numbers for the first element of parameters.
+    """
     tokenizer = folder.parent / "t.model"
     if not tokenizer.exists():
         train_tokenizer([TEXT], VOCAB_SIZE - 20, tokenizer)
@@ -34,6 +39,8 @@ def make_checkpoint(folder: Path, *, tensor: int = 1, seq_length: int = 64, **mo
         parallel={"tensor_parallel_size": tensor},
     )
     weights = {name: values * (SCALE if values.dim() > 1 else 1.0) for name, values in draw_weights(config).items()}
+    for name, number in (change or {}).items():
+        weights[name].view(-1)[0] = number
     folder.mkdir()
     compose_checkpoint(folder, config, weights.__getitem__)
     return Checkpoint.open(folder)

@@ -12,6 +12,7 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make
 
 from megalibi.errors import FileError
 from megalibi.export.gguf import metadata
+from megalibi.export.gguf.architectures import compute_llama_slopes
 from megalibi.export.gguf.llama import tokenize_with_llama
 from megalibi.export.gguf.write import convert_to_gguf
 from megalibi.export.portable_tokenizer import ODD_TEXTS, SPACE_SIGN
@@ -19,8 +20,8 @@ from tests.export.gguf.checkpoints import BLOOM, ROOT, TEXT, load_portable, make
 
 SEQ_LENGTH = 300
 BIASES: dict[str, Any] = {"num_attention_heads": 20, "hidden_size": 160, "bias": True, "tie_embeddings": False}
-PROBABILITY_BOUNDS = {"f32": 1e-3, "f16": 1e-2}
-"""At twice the training length; f16 rounds the weights."""
+PROBABILITY_BOUNDS = {"f32": 1e-3, "f16": 1e-2, "q8_0": 1e-1}
+"""At twice the training length; f16 and q8_0 round the weights."""
 
 
 @pytest.mark.parametrize("kind", PROBABILITY_BOUNDS)
@@ -39,7 +40,8 @@ def test_it_computes_the_probabilities_of_the_checkpoint(tmp_path: Path, model: 
 
 def test_other_slopes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = make_checkpoint(tmp_path / "c", seq_length=SEQ_LENGTH)
-    monkeypatch.setattr(metadata, "MAX_ALIBI_BIAS", 7.5)
+    monkeypatch.setattr(metadata, "MAX_ALIBI_BIAS", 7.5)  # and as if llama.cpp made of it what it should not
+    monkeypatch.setattr(metadata, "compute_llama_slopes", lambda heads, bias: compute_llama_slopes(heads))
     with pytest.raises(FileError, match="computes other probabilities than the source"):
         convert_to_gguf(checkpoint, tmp_path / "m.gguf", load_portable(checkpoint), kind="f32")
     assert not (tmp_path / "m.gguf").exists()

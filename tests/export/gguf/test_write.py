@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megalibi.checkpoint import Checkpoint
-from megalibi.errors import CheckpointError, ConfigError
+from megalibi.errors import CheckpointError, ConfigError, FileError
 from megalibi.export.gguf.architectures import compute_llama_slopes, rename_for_gguf
 from megalibi.export.gguf.write import check_gguf, convert_to_gguf
 from megalibi.model import model_slopes
@@ -80,7 +80,8 @@ def test_the_file_has_every_tensor(
         assert records[name]["source_sha256"] == hashlib.sha256(values.numpy().tobytes()).hexdigest()
         assert records[name]["target_sha256"] == hashlib.sha256(np.array(tensor.data).tobytes()).hexdigest()
     assert certificate["slopes"]["largest_difference"] < 1e-6
-    assert (certificate["comparison"], certificate["not_compared"]) != (None, None)
+    assert certificate["comparison"] is None
+    assert certificate["not_compared"].startswith(("--no-compare was given", "llama-cpp-python is not installed"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "m.gguf.certificate.json"]
 
 
@@ -141,6 +142,7 @@ def test_an_interruption_leaves_nothing(mpt: Checkpoint, tmp_path: Path) -> None
         if done == total // 2:
             (partial,) = tmp_path.iterdir()
             assert partial.name.startswith("m.gguf.partial.")
+            assert [path.name for path in partial.iterdir()] == ["model.gguf"]
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -148,9 +150,26 @@ def test_an_interruption_leaves_nothing(mpt: Checkpoint, tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_certificate_that_a_kill_left_is_replaced(mpt: Checkpoint, tmp_path: Path) -> None:
-    (tmp_path / "m.gguf.certificate.json").write_text("of another file")
-    assert convert(mpt, tmp_path / "m.gguf", "f16")["target"]["dtype"] == "f16"
+def test_what_a_type_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:
+    for number, kind, message in (
+        (1e8, "f16", "--type=f16: cannot hold embedding.weight, whose largest number is 1e[+]08"),
+        (1e8, "q8_0", "--type=q8_0: cannot hold embedding.weight, whose largest number is 1e[+]08"),
+        (torch.nan, "f32", "embedding.weight has 1 numbers that are not finite"),
+    ):
+        checkpoint = make_checkpoint(folder / f"of_{number}_{kind}", change={"embedding.weight": number})
+        with pytest.raises(FileError, match=message):
+            convert(checkpoint, tmp_path / "m.gguf", kind)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_slopes_that_the_file_does_not_say_are_found(
+    mpt: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr("megalibi.export.gguf.metadata.MAX_ALIBI_BIAS", 7.5)
+    with pytest.raises(FileError, match=r"llama\.cpp computes other slopes than the source"):
+        convert(mpt, tmp_path / "m.gguf", kind)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_has_come_to_exist_meanwhile_is_kept(mpt: Checkpoint, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind in ("mpt", "falcon"):
         folder = tmp_path_factory.mktemp(kind)
         checkpoint, _ = write_random(folder / "a", configure_model(kind))
-        convert_to_hf(checkpoint, folder / "hf", plan(checkpoint, kind), compare=False, max_shard_bytes=60_000)
+        convert_to_hf(checkpoint, folder / "hf", plan(checkpoint, kind, compare=False), max_shard_bytes=60_000)
         made[kind] = folder / "hf"
     return made
 
@@ -83,6 +83,12 @@ def try_import(folder: Path, *, accept: bool = False) -> None:
         ("mpt", {"max_seq_len": "long", "megalibi_seq_length": None}, 'max_seq_len="long": must be a whole number'),
         ("mpt", {"layer_norm_epsilon": 10**400}, r"layer_norm_epsilon=10*\.\.\.: must be a finite number"),
         ("mpt", {"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=NaN: must be a finite number"),
+        ("mpt", {"num_attention_heads": 2}, "n_heads=4, num_attention_heads=2: must be the same"),
+        ("mpt", {"n_layers": 5000}, "holds 14 tensors, too few for its number of layers"),
+        ("mpt", {"max_seq_len": 10**20}, "max_seq_len=100000000000000000000: must be at most 16777216"),
+        ("mpt", {"attn_config": {"rope": True}}, "attn_config.rope=true: must be false"),
+        ("mpt", {"attn_config": {"kv_n_heads": 2}}, "attn_config.kv_n_heads=2: must be 4"),
+        ("mpt", {"norm_type": "rmsnorm"}, 'norm_type="rmsnorm": must be layernorm'),
         ("mpt", {"n_heads": 5}, "num_attention_heads=5: must divide model.hidden_size=48"),
         ("mpt", {"quantization_config": {}}, "quantization_config: must not be there"),
         ("mpt", {"d_model": 96}, "has the shape"),
@@ -229,11 +235,14 @@ def test_tensors_of_other_kinds_are_refused(folders: dict[str, Path], tmp_path: 
     for values in (
         dense.to_sparse(),
         dense.to("meta"),
+        torch._neg_view(dense),
         torch.quantize_per_tensor(dense, 0.1, 0, torch.qint8),
         {"inner": dense},
     ):
         torch.save({"a": values}, tmp_path / "pytorch_model.bin")
-        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin (holds other|cannot be loaded|would run code)"):
+        with pytest.raises(
+            CheckpointError, match=r"pytorch_model\.bin (holds other|cannot be loaded as|would run code)"
+        ):
             try_import(tmp_path)
 
 

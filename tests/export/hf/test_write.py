@@ -12,14 +12,16 @@ import torch
 from megalibi.checkpoint import Checkpoint
 from megalibi.config import DatasetConfig
 from megalibi.errors import ConfigError, DataError, FileError
+from megalibi.export.compose import compose_checkpoint
 from megalibi.export.fp32 import convert_to_fp32
+from megalibi.export.hf import plan as hf_plan
 from megalibi.export.hf import software, trial, write
 from megalibi.export.hf.formats import FORMATS, get_format
 from megalibi.export.hf.incoming.read import convert_from_hf, plan_import
 from megalibi.export.hf.plan import plan_hf
 from megalibi.export.hf.write import convert_to_hf
 from megalibi.export.portable_tokenizer import find_tokenizer
-from tests.support.conversions import configure_model, plan, write_random
+from tests.support.conversions import configure_model, draw_weights, plan, write_random
 
 REFUSED = [
     ("mpt", {"bias": True}, "model.bias=true: must be false for --format mpt: its class has no biases; model.norm_b"),
@@ -50,9 +52,6 @@ def test_what_a_format_cannot_hold_is_refused_with_the_reason(
         plan(checkpoint, kind)
 
 
-ACCEPTED = [("falcon", "slopes"), ("falcon", "qkv")]
-
-
 def test_falcons_bias_is_exact_up_to_position_256(tmp_path: Path) -> None:
     checkpoint, _ = write_random(tmp_path / "a", configure_model("falcon", heads=8))
     for seq_length, is_exact in ((128, True), (129, False)):
@@ -70,19 +69,30 @@ def test_options_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
     checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
     with pytest.raises(ConfigError, match='model_type="gpt2": must be one of mpt'):
         get_format("gpt2")
-    with pytest.raises(ConfigError, match=r"--max-length=5: must be at least data\.seq_length=33"):
-        plan_hf(checkpoint, FORMATS["mpt"], find_tokenizer(checkpoint, None), max_length=5)
+    found = find_tokenizer(checkpoint, None)
+    with pytest.raises(ConfigError, match=r"--max-length=5: must be from data\.seq_length=33 to 16777216"):
+        plan_hf(checkpoint, FORMATS["mpt"], found, max_length=5)
+    with pytest.raises(ConfigError, match="--accept-rounded-bias: must stand beside --format falcon, and not mpt"):
+        plan_hf(checkpoint, FORMATS["mpt"], found, accept_rounded_bias=True)
     with pytest.raises(DataError, match="no such tokenizer"):
         find_tokenizer(checkpoint, tmp_path / "t.model")
 
 
 @pytest.mark.parametrize(
-    ("kind", "fault"), [("bloom", "slopes"), ("bloom", "qkv"), ("bloom", "flipped bit"), *ACCEPTED]
+    ("kind", "fault", "dtype"),
+    [
+        ("bloom", "slopes", "float32"),
+        ("bloom", "qkv", "float32"),
+        ("bloom", "qkv", "bfloat16"),
+        ("bloom", "flipped bit", "float32"),
+        ("falcon", "slopes", "float32"),
+        ("falcon", "qkv", "float16"),
+    ],
 )
 def test_a_wrong_conversion_is_found_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: str, dtype: str
 ) -> None:
-    """Of a Falcon whose rounded bias the user accepts, too: the rounding alone is accepted."""
+    """Of weights in 16 bits and of a Falcon whose rounded bias the user accepts, too: the rounding alone is allowed."""
     checkpoint, _ = write_random(tmp_path / "a", configure_model(kind, heads=12 if kind == "falcon" else 4))
     if fault == "slopes":
         right = software.compute_their_slopes
@@ -104,19 +114,19 @@ def test_a_wrong_conversion_is_found_and_leaves_nothing(
         monkeypatch.setattr(write, "read_back", read_flipped)
         message = "1 tensors read back from the disk are not what was written: transformer.ln_f.bias"
     with pytest.raises(FileError, match=message):
-        convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, kind, accept=kind == "falcon"))
+        convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, kind, dtype=dtype, accept=kind == "falcon"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_without_the_software_nothing_is_claimed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
-    certificate = convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"), compare=False)
+    certificate = convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt", compare=False))
     assert (certificate.comparison, certificate.not_compared) == (None, "--no-compare was given")
     card = (tmp_path / "b" / "README.md").read_text()
     assert "The logits of both were not compared: --no-compare was given." in card
     assert "logits of both are within" not in card
     back = plan_import(tmp_path / "b", config=None, tensor_parallel_size=1, accept_rounded_bias=False)
-    for module in (software, write, trial):
+    for module in (software, trial, hf_plan):
         monkeypatch.setattr(module, "TRANSFORMERS_VERSION", None)
     certificate = convert_to_hf(checkpoint, tmp_path / "c", plan(checkpoint, "mpt"))
     assert certificate.comparison is None
@@ -131,9 +141,32 @@ def test_without_the_software_nothing_is_claimed(tmp_path: Path, monkeypatch: py
     assert imported.slopes.target == certificate.slopes.source
 
 
+def test_numbers_that_are_not_finite_go_nowhere(tmp_path: Path) -> None:
+    config = configure_model("mpt")
+    weights = draw_weights(config)
+    weights["final_norm.weight"][3] = torch.nan
+    (tmp_path / "a").mkdir()
+    compose_checkpoint(tmp_path / "a", config, weights.__getitem__)
+    checkpoint = Checkpoint.open(tmp_path / "a")
+    message = r"final_norm\.weight has 1 numbers that are not finite"
+    with pytest.raises(FileError, match=message):
+        convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"))
+    with pytest.raises(FileError, match=message):
+        convert_to_fp32(checkpoint, tmp_path / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_16_bits_are_compared_with_weights_of_16_bits(tmp_path: Path) -> None:
+    checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
+    certificate = convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt", dtype="bfloat16"))
+    assert certificate.comparison is not None
+    assert certificate.held_logit_difference is not None
+    assert certificate.held_logit_difference <= 1e-4 < certificate.comparison.largest_logit_difference
+
+
 def test_an_interruption_leaves_nothing(tmp_path: Path) -> None:
     checkpoint, _ = write_random(tmp_path / "a", configure_model("mpt"))
-    convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, "mpt"), compare=False)
+    convert_to_hf(checkpoint, tmp_path / "hf", plan(checkpoint, "mpt", compare=False))
     back = plan_import(tmp_path / "hf", config=None, tensor_parallel_size=1, accept_rounded_bias=False)
 
     def interrupt(name: str, done: int, total: int) -> None:
@@ -167,7 +200,7 @@ def test_a_card_has_no_path_of_the_host(tmp_path: Path) -> None:
     config = configure_model("mpt")
     data = dataclasses.replace(config.data, train=(DatasetConfig(prefix="/home/somebody/secret/tokens"),))
     checkpoint, _ = write_random(tmp_path / "a", dataclasses.replace(config, data=data))
-    convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"), compare=False)
+    convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt", compare=False))
     card = (tmp_path / "b" / "README.md").read_text()
     assert "prefix: tokens" in card
     assert "secret" not in card
@@ -181,5 +214,5 @@ def test_a_comparison_for_which_there_is_no_room_is_refused_before_the_work(
     with pytest.raises(
         ConfigError, match=r"at 66 tokens takes about .* has 100\.0 KB of memory left: give --no-compare"
     ):
-        convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"))
-    convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt"), compare=False)
+        plan(checkpoint, "mpt")
+    convert_to_hf(checkpoint, tmp_path / "b", plan(checkpoint, "mpt", compare=False))

@@ -11,10 +11,9 @@ from typing import Any
 
 from megalibi.config import ModelConfig
 from megalibi.errors import ConfigError
-from megalibi.export.hf.formats import FALCON_ACTIVATIONS, SEQ_LENGTH_FIELD, HfFormat, get_format
+from megalibi.export.hf.formats import FALCON_ACTIVATIONS, MAX_LENGTH, SEQ_LENGTH_FIELD, HfFormat, get_format
 
 _DEFAULT_SEQ_LENGTH = 2048
-_MAX_SEQ_LENGTH = 1 << 24
 _MAX_SPELLED = 60
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
@@ -71,8 +70,9 @@ def _read(fields: Mapping[str, Any]) -> ForeignModel:
     lengths = (SEQ_LENGTH_FIELD, "max_seq_len", "seq_length", "max_position_embeddings")
     said = [name for name in lengths if fields.get(name) is not None]
     seq_length = _get_size(fields, said[0]) if said else _DEFAULT_SEQ_LENGTH
-    if seq_length > _MAX_SEQ_LENGTH:
-        raise ConfigError(f"{said[0]}={seq_length}: must be at most {_MAX_SEQ_LENGTH}")
+    for name in said:
+        if _get_size(fields, name) > MAX_LENGTH:
+            raise ConfigError(f"{name}={_spell(fields[name])}: must be at most {MAX_LENGTH}")
     return ForeignModel(known, model, seq_length)
 
 
@@ -88,11 +88,15 @@ def _read_mpt(fields: Mapping[str, Any]) -> dict[str, Any]:
     check("attn_type", "multihead_attention", "multihead_attention", "each head has keys of its own")
     for name in ("qk_ln", "prefix_lm", "attn_uses_sequence_id"):
         check(name, False, False, "our attention has no such step")
+    check("rope", False, False, "our positions are ALiBi alone")
+    check("kv_n_heads", heads, heads, "each head has keys of its own")
     check("clip_qkv", None, None, "our attention clips nothing")
     scale = attention.get("softmax_scale")
     if scale is not None and not (isinstance(scale, float) and math.isclose(scale, (hidden / heads) ** -0.5)):
         raise ConfigError(f"attn_config.softmax_scale={_spell(scale)}: must be null, or 1/sqrt(head dimension)")
     _check(fields, "logit_scale", None, None, "our output layer scales nothing")
+    if fields.get("norm_type") not in (None, "low_precision_layernorm", "layernorm"):
+        raise ConfigError(f"norm_type={_spell(fields['norm_type'])}: must be layernorm: our norm is no other")
     _check(fields, "no_bias", True, True, "its class has no biases")
     _check(fields, "expansion_ratio", 4, 4, "its class has feed-forward layers of 4 x hidden size")
     layers = _get_size(fields, "n_layers", "num_hidden_layers")
@@ -142,7 +146,11 @@ def _get(
 ) -> Any:
     """Return a field of one of several names that is of a type; null is the default."""
     names = (names,) if isinstance(names, str) else names
-    name = next((name for name in names if fields.get(name) is not None), names[-1])
+    said = [name for name in names if fields.get(name) is not None]
+    if any(fields[name] != fields[said[0]] for name in said[1:]):  # of which transformers takes one
+        values = ", ".join(f"{name}={_spell(fields[name])}" for name in said)
+        raise ConfigError(f"{values}: must be the same, for they are names of one thing")
+    name = said[0] if said else names[-1]
     value = fields.get(name)
     value = default if value is None else value
     kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -6,20 +6,21 @@ Nothing that could run code is loaded, and nothing outside of the folder: an ind
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalibi.errors import CheckpointError, FileError, describe_os_error
+from megalibi.errors import CheckpointError, FileError, describe_os_error, spell_line
 from megalibi.files import read_json_object
 
 _KINDS = (("model.safetensors", "model.safetensors.index.json"), ("pytorch_model.bin", "pytorch_model.bin.index.json"))
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 _PREFIX = "transformer."
+_T = TypeVar("_T")
 
 
 class ForeignTensors:
@@ -37,6 +38,8 @@ class ForeignTensors:
         self.folder = folder
         self.files: list[str] = []
         """The names of the files that hold tensors."""
+        self.index_file: str | None = None
+        """The name of the file that says which of them holds what; None: there is one alone."""
         self._where: dict[str, tuple[str, str]] = {}
         self._opened: tuple[str, Mapping[str, Any]] | None = None
         expected = self._find_files()
@@ -53,6 +56,11 @@ class ForeignTensors:
                 absent = [name for name, place in expected.items() if place == file and not self._has(name)]
                 if absent:
                     raise CheckpointError(f"{folder / file} does not hold {absent[0]}, which by the index is there")
+
+    @property
+    def all_files(self) -> list[str]:
+        """The names of all files that decided what is read."""
+        return self.files if self.index_file is None else [self.index_file, *self.files]
 
     @property
     def names(self) -> set[str]:
@@ -75,11 +83,7 @@ class ForeignTensors:
         """
         file, stored = self._where[name]
         if self.are_safetensors:
-            try:
-                with safe_open(self.folder / file, framework="pt") as opened:
-                    values = opened.get_tensor(stored)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{self.folder / file} cannot be loaded: {_first_line(error)}") from error
+            values: Tensor = self._ask(file, lambda opened: opened.get_tensor(stored))
         else:
             values = self._open_pickle(file)[stored]
         if values.dtype not in _FLOATING:
@@ -91,11 +95,15 @@ class ForeignTensors:
         file, stored = self._where[name]
         if not self.are_safetensors:
             return tuple(self._open_pickle(file)[stored].shape)
+        return tuple(self._ask(file, lambda opened: opened.get_slice(stored).get_shape()))
+
+    def _ask(self, file: str, question: Callable[[Any], _T]) -> _T:
+        """Return what the library of safetensors says of a file."""
         try:
             with safe_open(self.folder / file, framework="pt") as opened:
-                return tuple(opened.get_slice(stored).get_shape())
+                return question(opened)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / file} cannot be loaded: {_first_line(error)}") from error
+            raise CheckpointError(f"{self.folder / file} cannot be loaded: {spell_line(str(error))}") from error
 
     def _has(self, name: str) -> bool:
         return name in self._where or _PREFIX + name in self._where
@@ -115,7 +123,7 @@ class ForeignTensors:
                         raise CheckpointError(
                             f"{self.folder / index}: {name} is in {file!r}: must be the name of a file in the folder"
                         )
-                self.files = sorted(set(places.values()))
+                self.files, self.index_file = sorted(set(places.values())), index
                 suffix = Path(single).suffix
                 for file in self.files:
                     if not file.endswith(suffix):
@@ -130,11 +138,7 @@ class ForeignTensors:
     def _list_names(self, file: str) -> list[str]:
         if not file.endswith(".safetensors"):
             return list(self._open_pickle(file))
-        try:
-            with safe_open(self.folder / file, framework="pt") as opened:
-                return list(opened.keys())
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.folder / file} cannot be loaded: {_first_line(error)}") from error
+        return self._ask(file, lambda opened: list(opened.keys()))
 
     def _open_pickle(self, file: str) -> Mapping[str, Any]:
         if self._opened is None or self._opened[0] != file:
@@ -156,7 +160,7 @@ def _load_pickle(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # a forged pickle can raise anything
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(f"{path} would run code when loaded, for it names {named[1]}") from error
-        raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be loaded as tensors alone: {type(error).__name__}") from error
     if not isinstance(states, dict) or not all(map(_is_plain, states, states.values())):
         raise CheckpointError(f"{path} holds other things than dense tensors by name: it is no file of weights")
     return states
@@ -170,8 +174,6 @@ def _is_plain(name: object, values: object) -> bool:
         and values.layout == torch.strided
         and not values.is_quantized
         and values.device.type == "cpu"
+        and not values.is_neg()  # views that torch computes when they are used
+        and not values.is_conj()
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else "no reason given"

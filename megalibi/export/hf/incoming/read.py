@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,23 @@ from megalibi.checkpoint.checkpoint import hash_file
 from megalibi.config import Config, DataConfig, DatasetConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megalibi.errors import CheckpointError, ConfigError
 from megalibi.export.certificate import (
+    CERTIFICATE,
     Certificate,
     TensorRecord,
+    check_tensor_finite,
     hash_tensor,
     write_certificate,
 )
 from megalibi.export.comparison import check_comparison_memory, choose_text
 from megalibi.export.compose import compose_checkpoint, describe_whole_model
 from megalibi.export.hf.bias_rounding import describe_rounding
-from megalibi.export.hf.formats import HfFormat
 from megalibi.export.hf.incoming.config_json import ForeignModel, read_hf_config
 from megalibi.export.hf.incoming.foreign import ForeignTensors
 from megalibi.export.hf.software import TRANSFORMERS_VERSION, build_hf_model, load_hf_model
-from megalibi.export.hf.trial import try_both
+from megalibi.export.hf.trial import Sides, try_both
 from megalibi.export.judge import check_equal, judge
-from megalibi.files import read_json_object, writing_folder
+from megalibi.files import read_json_object
+from megalibi.partial import writing_folder
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _UNDECIDED = {
@@ -58,6 +59,8 @@ class ImportPlan:
     """What a user should know besides, a sentence each."""
     rounds: bool
     """Whether the class computes another bias than ours will, and the user accepts it."""
+    compare: bool
+    """Whether both models are run on a text, where transformers is installed."""
 
     @property
     def seq_length(self) -> int:
@@ -66,7 +69,12 @@ class ImportPlan:
 
 
 def plan_import(
-    folder: Path, *, config: Config | None, tensor_parallel_size: int, accept_rounded_bias: bool
+    folder: Path,
+    *,
+    config: Config | None = None,
+    tensor_parallel_size: int = 1,
+    accept_rounded_bias: bool = False,
+    compare: bool = True,
 ) -> ImportPlan:
     """Return what a folder of Hugging Face would become. Names and shapes of its tensors are checked, and none is read.
 
@@ -75,10 +83,12 @@ def plan_import(
         config: The run that will go on from the checkpoint; None: none, the checkpoint is evaluated or converted.
         tensor_parallel_size: The number of ranks over which the checkpoint's layers are cut.
         accept_rounded_bias: Whether the model may have been trained with a bias in 16 bits, which ours is not.
+        compare: Whether to run both models on a text.
 
     Raises:
         CheckpointError: A file is missing, damaged or would run code, or a tensor is missing, unknown or misshapen.
-        ConfigError: The folder is of a model that ours cannot be, or not of the model of ``config``.
+        ConfigError: The folder is of a model that ours cannot be, or not of the model of ``config``; or the host has
+            no room for the comparison.
         FileError: A file may not be read.
     """
     if not (folder / "config.json").is_file():
@@ -86,6 +96,8 @@ def plan_import(
     fields = read_json_object(folder / "config.json")
     foreign = read_hf_config(fields, str(folder / "config.json"))
     tensors = ForeignTensors(folder)
+    if foreign.model.num_layers > len(tensors.names):  # before a model of so many is built
+        raise CheckpointError(f"{folder} holds {len(tensors.names):,} tensors, too few for its number of layers")
     parallel = ParallelConfig(tensor_parallel_size=tensor_parallel_size)
     if config is None:
         table = tensors.read(_find_first(foreign, tensors, folder))
@@ -95,7 +107,14 @@ def plan_import(
         parallel = dataclasses.replace(config.parallel, tensor_parallel_size=tensor_parallel_size)
     config = dataclasses.replace(config, parallel=parallel)
     plan = ImportPlan(
-        folder=folder, fields=fields, foreign=foreign, tensors=tensors, config=config, notes=(), rounds=False
+        folder=folder,
+        fields=fields,
+        foreign=foreign,
+        tensors=tensors,
+        config=config,
+        notes=(),
+        rounds=False,
+        compare=compare,
     )
     rounding = describe_rounding(foreign.known, foreign.model, plan.seq_length)
     if rounding is not None:
@@ -104,6 +123,8 @@ def plan_import(
         note = f"{rounding}, and ours does not; that was accepted when the checkpoint was written."
         plan = dataclasses.replace(plan, notes=(note,), rounds=True)
     _check_tensors(plan)
+    as_long = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=plan.seq_length))
+    check_comparison_memory(as_long, compare=compare and TRANSFORMERS_VERSION is not None)
     return plan
 
 
@@ -111,7 +132,6 @@ def convert_from_hf(
     plan: ImportPlan,
     output: Path,
     *,
-    compare: bool = True,
     show: Callable[[str, int, int], None] = lambda name, done, total: None,
 ) -> Certificate:
     """Write a checkpoint of the tensors of a folder, one after the other; the optimizer has done nothing there.
@@ -119,7 +139,6 @@ def convert_from_hf(
     Args:
         plan: What it shall be, of plan_import.
         output: The new folder.
-        compare: Whether to run both models on a text; see convert_to_hf for the memory that it needs.
         show: Called before each tensor with its name, the number of those done, and of all.
 
     Returns:
@@ -127,46 +146,43 @@ def convert_from_hf(
 
     Raises:
         CheckpointError: A file is damaged or would run code.
-        ConfigError: The host has no room for the comparison.
         FileError: A file may not be read, or what came out is not the source: nothing is kept.
         OSError: The disk is full or fails.
     """
     known, model = plan.foreign.known, plan.foreign.model
-    as_long = dataclasses.replace(plan.config.data, seq_length=plan.seq_length)
-    in_length = dataclasses.replace(plan.config, data=as_long)
-    check_comparison_memory(in_length, compare=compare and TRANSFORMERS_VERSION is not None)
     before: dict[str, str] = {}
 
     def read_weight(name: str) -> Tensor:
         values = plan.tensors.read(known.rename(name)).float()
+        check_tensor_finite(f"{plan.folder}: {known.rename(name)}", values)
         before[name] = hash_tensor(values)
         return known.to_ours(name, values, model.num_attention_heads)
 
-    files = {name: hash_file(plan.folder / name) for name in ("config.json", *plan.tensors.files)}
+    files = {name: hash_file(plan.folder / name) for name in ("config.json", *plan.tensors.all_files)}
     with writing_folder(output) as folder:
         compose_checkpoint(folder, plan.config, read_weight, show=show)
         checkpoint = Checkpoint.open(folder)
         records = _read_records(plan, checkpoint, before)
         check_equal(records, output)
         show("comparison", len(records), len(records))
-        certificate = try_both(
-            known,
-            plan.folder,
-            checkpoint,
-            choose_text(2 * plan.seq_length, model.vocab_size, None),
+        sides = Sides(
+            known=known,
+            load=lambda: _load(plan),
+            name=plan.folder,
+            checkpoint=checkpoint,
             is_import=True,
-            rounds=plan.rounds,
-            compare=compare,
-            load=partial(_load, plan),
-        ).certify(
+            rounds_bias=plan.rounds,
+        )
+        text = choose_text(2 * plan.seq_length, model.vocab_size, None)
+        certificate = try_both(sides, text, compare=plan.compare).certify(
             source={"path": str(plan.folder), "format": known.name, "files": files},
             target={"format": "megalibi", "dtype": "float32", "manifest_sha256": checkpoint.manifest.checksum},
             tensors=records,
             ties=checkpoint.manifest.ties,
             notes=list(plan.notes),
         )
-        judge(certificate, output, "the model of megalibi")
-        write_certificate(certificate, folder)
+        judge(certificate, "the model of megalibi")
+        write_certificate(certificate, folder / CERTIFICATE)
     return certificate
 
 
@@ -238,9 +254,9 @@ def _read_records(plan: ImportPlan, checkpoint: Checkpoint, before: Mapping[str,
     return records
 
 
-def _load(plan: ImportPlan, known: HfFormat, folder: Path) -> nn.Module:
+def _load(plan: ImportPlan) -> nn.Module:
     """Return the folder's model; of .bin files from what was read of them, which ran no code."""
     if plan.tensors.are_safetensors:
-        return load_hf_model(known, folder)
+        return load_hf_model(plan.foreign.known, plan.folder)
     tensors = {name: plan.tensors.read(name).float() for name in plan.tensors.names}
-    return build_hf_model(known, folder, plan.fields, tensors)
+    return build_hf_model(plan.foreign.known, plan.folder, plan.fields, tensors)
