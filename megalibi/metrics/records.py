@@ -68,7 +68,7 @@ class StepRecord:
     samples: int | None = None
     """Samples consumed since the run began, which is the position in the data; early versions did not record it."""
     skipped: bool | None = None
-    """Whether the optimizer left the weights unchanged because the gradients overflowed; only in fp16."""
+    """Whether the step left the weights as they were, since a number was not finite; outside of fp16 only where so."""
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON without its newline; fields that are None are left out."""

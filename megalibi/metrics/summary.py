@@ -57,7 +57,7 @@ class Summary:
     train_seconds: float
     """Sum of the wall times of the steps, in seconds, without validation and saving."""
     skipped_steps: int
-    """Number of steps that were skipped because the gradients overflowed in fp16."""
+    """Number of steps that left the weights as they were, because the loss or the gradient was not finite."""
 
 
 def summarize(metrics: RunMetrics) -> Summary | None:

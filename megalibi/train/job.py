@@ -9,6 +9,7 @@ import torch
 
 from megalibi.checkpoint import CHECKPOINTS
 from megalibi.config import Config, DatasetConfig, Derived
+from megalibi.config.sample_ranges import SampleRanges
 from megalibi.data.dataset import Dataset, open_dataset
 from megalibi.data.loader import Loader, ValidationLoader
 from megalibi.data.tokens.identity import DataIdentity
@@ -57,6 +58,11 @@ def open_split(config: Config, split: tuple[DatasetConfig, ...]) -> Dataset:
     )
 
 
+def left_out_by(config: Config) -> SampleRanges:
+    """Return the numbers of the samples of data.train that a configuration leaves out."""
+    return SampleRanges.parse(config.data.skip)
+
+
 def open_loader(job: Job) -> Loader:
     """Return what reads this rank's batches of data.train."""
     config, groups = job.config, job.groups
@@ -67,6 +73,7 @@ def open_loader(job: Job) -> Loader:
         data_rank=groups.data.rank,
         data_size=groups.data.size,
         document_mask=config.data.document_mask,
+        left_out=left_out_by(config),
     )
 
 

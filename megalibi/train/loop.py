@@ -20,7 +20,8 @@ from megalibi.log import get_logger
 from megalibi.metrics.writers import Writers, build_writers
 from megalibi.parallel import refusing_together
 from megalibi.runtime.stop import StoppedError, StopRequest, read_together
-from megalibi.train.job import Job, is_due, open_loader, open_validation, validation_is_due
+from megalibi.train.job import Job, is_due, left_out_by, open_loader, open_validation, validation_is_due
+from megalibi.train.nonfinite import NonFiniteSteps
 from megalibi.train.records import make_step_record, make_validation_record, record_start
 from megalibi.train.resume import Start, hold_run
 from megalibi.train.saving import Saves
@@ -91,6 +92,8 @@ class Loop:
         self.job, self.start, self.engine = job, start, engine
         self.loader, self.writers, self.stop = loader, writers, stop
         self.saves = Saves(job, start, engine, writers, first_step)
+        self.nonfinite = NonFiniteSteps(job)
+        self.left_out = left_out_by(job.config)
         self.done = first_step
 
     def run(self) -> None:
@@ -137,8 +140,7 @@ class Loop:
         result = take_step(self.job, self.engine, batches, self.done)
         self.done += 1
         self.writers.step(make_step_record(self.job, self.done, result, time.perf_counter() - began))
-        check_finite(self.done, result, config.train.precision, self.saves.describe_way_back())
-        self.saves.judge_step(result.loss)
+        self.saves.judge_weights(self.nonfinite.judge(self.done, result, self.left_out, self.saves.describe_way_back()))
 
     def validate(self) -> None:
         """Record the loss on the first ``train.eval_samples`` samples of data.valid, or on all if they are fewer."""
@@ -193,29 +195,4 @@ def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done:
         learning_rate=learning_rate_at(done, config.optimizer, config.train.steps),
         seed=config.train.seed,
         samples_consumed=done * config.train.global_batch_size,
-    )
-
-
-def check_finite(step: int, result: StepResult, precision: str, way_back: str) -> None:
-    """Stop a run whose loss or gradient is not finite any more, before it saves that or repeats it for ever.
-
-    Only fp16 has a remedy, to skip the step and scale the loss less; DeepSpeed skips such steps in any precision.
-
-    Args:
-        step: The number of optimizer steps done.
-        result: What the last of them gave.
-        precision: The precision of the run.
-        way_back: What the error tells the user to do, with a lower learning rate.
-
-    Raises:
-        DivergenceError: On every rank, for all have the same result.
-    """
-    finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-    scales_less = precision == "fp16" and result.skipped and result.loss_scale > 1.0
-    if finite or scales_less:
-        return
-    why = " with fp16's loss scale at its minimum of 1" if precision == "fp16" and result.skipped else ""
-    raise DivergenceError(
-        f"step {step} has loss {result.loss} and gradient norm {result.grad_norm}{why}: the run has diverged and "
-        f"stops; {way_back}, with a lower optimizer.learning_rate"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 
 from megalibi.checkpoint import CheckpointSaver, SavedRun, prune
@@ -162,9 +161,9 @@ class Saves:
             if self.pending_is_good:
                 self.confirm()
 
-    def judge_step(self, loss: float) -> None:
-        """Take the training loss of a step, which was computed with the weights before it."""
-        self.loss_is_finite = math.isfinite(loss)
+    def judge_weights(self, gave_finite_loss: bool) -> None:
+        """Take whether the training loss of a step, which was computed with the weights before it, is finite."""
+        self.loss_is_finite = gave_finite_loss
         if self.loss_is_finite:
             self.confirm()
 

@@ -47,6 +47,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.recompute": "full",
     "data.seq_length": 32,
     "data.document_mask": True,
+    "data.skip": ["2-3"],
     "optimizer.kind": "nesterov",
     "optimizer.learning_rate": 1e-3,
     "optimizer.min_learning_rate": 1e-4,
@@ -69,6 +70,8 @@ OTHER_VALUES: dict[str, Any] = {
     "train.log_every_steps": 3,
     "train.eval_every_steps": 3,
     "train.eval_samples": 3,
+    "train.on_nonfinite": "skip",
+    "train.max_consecutive_skips": 5,
     "parallel.tensor_parallel_size": 2,
     "parallel.sequence_parallel": True,
     "parallel.timeout_minutes": 1.0,
@@ -100,7 +103,7 @@ def configure(prefix: str, values: dict[str, Any]) -> Config:
     return make_config(prefix, **sections)
 
 
-def write_checkpoint(folder: Path, config: Config, step: int = 2) -> Path:
+def write_checkpoint(folder: Path, config: Config, step: int = 2, samples_consumed: int = 0) -> Path:
     """Write a checkpoint without tensors."""
     partial = folder / f"step_{step:08d}.partial"
     make_folder(partial)
@@ -108,7 +111,7 @@ def write_checkpoint(folder: Path, config: Config, step: int = 2) -> Path:
         partial,
         Manifest(
             step=step,
-            samples_consumed=0,
+            samples_consumed=samples_consumed,
             topology={"world_size": 1},
             config=config_to_dict(config),
             derived={},
@@ -181,3 +184,31 @@ def test_the_samples_of_a_step_depend_on_the_fields_that_say_so(prefix: str, nam
     needed, value = entry if isinstance(entry, tuple) else ({}, entry)
     before, after = (hash_first_step(configure(prefix, values)) for values in (needed, needed | {name: value}))
     assert (before != after) == (DECIDES[name] is Decides.SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "refused"),
+    [
+        ([], ["16-23"], ""),  # what lies ahead
+        (["16-23"], [], ""),
+        (["3"], ["3", "17"], ""),
+        (["3"], ["3", "16"], "data.skip=[3,16]: must leave out [3] of the samples before 17"),  # the 16 are 0 to 16
+        ([], ["15-20"], "data.skip=[15-20]: must leave out [] of the samples before 16"),
+        (["3"], [], "data.skip=[]: must leave out [3] of the samples before 17"),
+        (["8-15", "30"], ["12-15", "8-11"], ""),  # other words for the same
+    ],
+)
+def test_samples_that_lie_ahead_can_be_left_out_and_the_past_stays(
+    prefix: str, tmp_path: Path, was: list[str], now: list[str], refused: str
+) -> None:
+    before, after = configure(prefix, {"data.skip": was}), configure(prefix, {"data.skip": now})
+    checkpoint = write_checkpoint(tmp_path, before, samples_consumed=16)
+    if not refused:
+        manifest = check_resumable(checkpoint, after, identify(after))
+        assert any("data.skip" in line for line in describe_changes(manifest, after, identify(after), 1))
+        return
+    with pytest.raises(ConfigError) as error:
+        check_resumable(checkpoint, after, identify(after))
+    assert str(error.value).startswith(
+        f"{refused}, which the checkpoint {checkpoint} has behind it; resume with it, or"
+    )

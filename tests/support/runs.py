@@ -27,6 +27,7 @@ from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize
 from megalibi.parallel import IGNORED_LABEL, WHOLE, ProcessGroups, build_process_groups
+from megalibi.train.job import left_out_by
 from tests.support.device import DEVICE
 
 VOCAB_SIZE = 509  # prime: padded on every tensor parallel size
@@ -91,6 +92,7 @@ def open_loader(config: Config, *, data_rank: int = 0, data_size: int = 1, micro
         data_rank=data_rank,
         data_size=data_size,
         document_mask=config.data.document_mask,
+        left_out=left_out_by(config),
     )
 
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import pytest
 from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
 from megalibi.data.tokens.token_file import TokenFileWriter
-from megalibi.engine.step import StepResult
-from megalibi.errors import DataError, DivergenceError
-from megalibi.train.loop import check_finite
+from megalibi.errors import DataError
 from tests.support.device import ON_GPU
 from tests.support.jobs import Job, exact_records, last_step, read_records, run_job, write_job
 from tests.support.runs import VOCAB_SIZE, make_config, write_tokens
@@ -189,24 +186,6 @@ def spoil_one_sample(prefix: str, first: int = 12) -> int:
         else:
             return place
     raise AssertionError("no place is missed")
-
-
-def test_what_is_not_finite_stops_a_run_unless_the_loss_can_be_scaled_less() -> None:
-    good = StepResult(loss=1.0, grad_norm=1.0, tokens=1, sample_hash=0, loss_scale=1.0, skipped=False)
-    check_finite(1, good, "bf16", "go back")
-    for field in ("loss", "grad_norm"):
-        for value in (float("nan"), float("inf")):
-            bad = replace(good, **{field: value})
-            skipped = replace(bad, skipped=True, loss_scale=2.0)
-            for result, precision in (
-                (bad, "fp16"),
-                (replace(skipped, loss_scale=1.0), "fp16"),
-                (skipped, "bf16"),
-                (skipped, "fp32"),
-            ):
-                with pytest.raises(DivergenceError, match=r"^step 7 has .*: .* stops; go back, with a lower"):
-                    check_finite(7, result, precision, "go back")
-            check_finite(7, skipped, "fp16", "go back")
 
 
 def test_a_validation_reads_all_of_a_blend_on_any_number_of_ranks(tmp_path: Path) -> None:

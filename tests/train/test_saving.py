@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import signal
 from dataclasses import replace
@@ -167,10 +166,10 @@ def meet_failures(config: Config) -> list[object]:
     saves.confirm()
     came.append(saves.saver._pending.partial.is_dir())  # what is in flight is no leftover
     saves.pending_is_good = False
-    saves.judge_step(math.nan)
+    saves.judge_weights(False)
     saves.abandon()
     came.append((saves.saved, saves.saver.pending_step, list_checkpoints(folder)))
-    saves.judge_step(1.0)
+    saves.judge_weights(True)
     saves.save(1)
     while not saves.saver._pending.is_written:
         saves.saver.poll()
