@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 
 from megalibi.checkpoint import check_resumable, describe_changes
-from megalibi.checkpoint.folder import commit
-from megalibi.checkpoint.manifest import Manifest
 from megalibi.config import DECIDES, ON_RESUME, Config, Decides, OnResume, config_to_dict
 from megalibi.config.identity import BY_CONTENT
 from megalibi.errors import ConfigError
-from megalibi.files import make_folder
+from tests.support.checkpoints import write_checkpoint_without_tensors
 from tests.support.runs import identify, make_config, open_loader, write_tokens
 
 LEARNED = {"model.position_method": "learned", "model.max_position_embeddings": 64}
@@ -103,31 +101,12 @@ def configure(prefix: str, values: dict[str, Any]) -> Config:
     return make_config(prefix, **sections)
 
 
-def write_checkpoint(folder: Path, config: Config, step: int = 2, samples_consumed: int = 0) -> Path:
-    """Write a checkpoint without tensors."""
-    partial = folder / f"step_{step:08d}.partial"
-    make_folder(partial)
-    return commit(
-        partial,
-        Manifest(
-            step=step,
-            samples_consumed=samples_consumed,
-            topology={"world_size": 1},
-            config=config_to_dict(config),
-            derived={},
-            versions={},
-            files={},
-            data=identify(config).to_dict(),
-        ),
-    )
-
-
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_a_changed_field_is_refused_or_said_or_free_as_the_table_has_it(prefix: str, tmp_path: Path, name: str) -> None:
     entry = OTHER_VALUES[name]
     needed, value = entry if isinstance(entry, tuple) else ({}, entry)
     before, after = configure(prefix, needed), configure(prefix, needed | {name: value})
-    checkpoint = write_checkpoint(tmp_path, before)
+    checkpoint = write_checkpoint_without_tensors(tmp_path, before)
     manifest = check_resumable(checkpoint, before, identify(before))
     assert list(describe_changes(manifest, before, identify(before), 1)) == []
     section, field = name.split(".")
@@ -161,7 +140,7 @@ def test_another_learning_rate_is_said_with_both_and_what_keeps_it(
     prefix: str, tmp_path: Path, was: dict[str, Any], now: dict[str, Any], expected: str | None
 ) -> None:
     before, after = configure(prefix, was), configure(prefix, now)
-    checkpoint = write_checkpoint(tmp_path, before, step=20)
+    checkpoint = write_checkpoint_without_tensors(tmp_path, before, step=20)
     manifest = check_resumable(checkpoint, after, identify(after))
     lines = [line for line in describe_changes(manifest, after, identify(after), 1) if "learning rate" in line]
     if expected is None:
@@ -202,7 +181,7 @@ def test_samples_that_lie_ahead_can_be_left_out_and_the_past_stays(
     prefix: str, tmp_path: Path, was: list[str], now: list[str], refused: str
 ) -> None:
     before, after = configure(prefix, {"data.skip": was}), configure(prefix, {"data.skip": now})
-    checkpoint = write_checkpoint(tmp_path, before, samples_consumed=16)
+    checkpoint = write_checkpoint_without_tensors(tmp_path, before, samples_consumed=16)
     if not refused:
         manifest = check_resumable(checkpoint, after, identify(after))
         assert any("data.skip" in line for line in describe_changes(manifest, after, identify(after), 1))

@@ -162,6 +162,29 @@ def test_a_rank_that_alone_meets_bad_data_ends_the_job_and_names_itself(tmp_path
     assert [record["step"] for record in read_records(tmp_path / "run")] == list(range(1, done + 4))
 
 
+def test_a_token_file_that_changes_under_a_run_ends_it_in_order(tmp_path: Path) -> None:
+    config = write_job(tmp_path, checkpoint={"every_steps": 0})
+    run, tokens = tmp_path / "run", tmp_path / "tokens.bin"
+    job = Job(config, FOREVER, world_size=2)
+    job.wait_until(lambda: last_step(run) > 2)
+    place = tokens.stat().st_size // 2
+    with tokens.open("r+b") as file:
+        file.seek(place)
+        (old,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([old ^ 1]))
+    assert job.wait() == [2, 2]
+    error, done = error_of(job), last_step(run)
+    assert f"{tokens}: changed while it is being read (of the same size): put the file back as it was" in error
+    assert f"; stopped after step {done}, checkpoint saved; the same command goes on when the data is mended" in error
+    steps = f"train.steps={done + 1}"
+    assert f"data.train={tmp_path}/tokens (20,000 tokens" in refusal_of(Job(config, steps, world_size=2))
+    with tokens.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([old]))
+    run_job(config, steps, world_size=2)
+
+
 def refusal_of(job: Job) -> str:
     assert set(job.wait()) == {2}, job.output
     return error_of(job)
