@@ -196,6 +196,16 @@ class TrainConfig:
     max_consecutive_skips: Free[int] = 3
     """The number of steps in a row that on_nonfinite=skip leaves out; at one more the run stops, since a batch that is
     bad is rare and weights that are bad stay so."""
+    on_spike: Said[str] = "none"
+    """What happens when a loss is far above those before it: none goes on, rollback takes the run back to the last
+    checkpoint whose weights gave no such loss, and leaves out the samples since (arXiv:2204.02311, section 5.1)."""
+    spike_deviations: Said[float] = 7.0
+    """The number of standard deviations above the mean of the last losses from which a loss is a spike, 7 as in the
+    spike score of OLMo 2 (arXiv:2501.00656)."""
+    spike_window: Said[int] = 100
+    """The number of last losses that a spike is judged by; as long as there are fewer, no loss is one."""
+    max_rollbacks: Said[int] = 3
+    """The number of times that a run goes back by on_spike=rollback, resumes included; at one more it stops."""
 
     def __post_init__(self) -> None:
         """Check what one section can know of itself."""
@@ -206,6 +216,10 @@ class TrainConfig:
         check_at_least("train", 1, max_consecutive_skips=self.max_consecutive_skips)
         check_one_of("train", "precision", self.precision, PRECISIONS)
         check_one_of("train", "on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_one_of("train", "on_spike", self.on_spike, ON_SPIKE)
+        check_at_least("train", 0, spike_deviations=self.spike_deviations)
+        check_at_least("train", 2, spike_window=self.spike_window)
+        check_at_least("train", 1, max_rollbacks=self.max_rollbacks)
         if not self.output_dir.strip():
             refuse("train.output_dir", repr(self.output_dir), "be the path of the run's folder")
 

@@ -16,6 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from fused_ops import fusing
+from megalibi.checkpoint import find_left_out
 from megalibi.config import Config, config_from_dict, derive, learning_rate_at
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import Batch, Loader
@@ -27,7 +28,6 @@ from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.model import GPT, initialize
 from megalibi.parallel import IGNORED_LABEL, WHOLE, ProcessGroups, build_process_groups
-from megalibi.train.job import left_out_by
 from tests.support.device import DEVICE
 
 VOCAB_SIZE = 509  # prime: padded on every tensor parallel size
@@ -92,7 +92,7 @@ def open_loader(config: Config, *, data_rank: int = 0, data_size: int = 1, micro
         data_rank=data_rank,
         data_size=data_size,
         document_mask=config.data.document_mask,
-        left_out=left_out_by(config),
+        left_out=find_left_out(config),
     )
 
 

@@ -52,7 +52,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path) -> No
     names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
     last = diverged["step"] - 1
     assert names == [f"step_{step:08d}" for step in range(1, last)]  # not the last, whose weights gave no number
-    assert f"the checkpoint of step {last} is given up: its weights gave no finite loss" in job.read_log(0)
+    assert f"the checkpoint of step {last} is given up: its weights gave no good loss" in job.read_log(0)
     way_back = f"go back to step {last - 1}, the newest checkpoint" if last > 1 else "start anew"
     assert f"the run has diverged and stops; {way_back}" in error
     assert not any((tmp_path / "run" / "checkpoints").glob("*.partial"))
