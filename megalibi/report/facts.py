@@ -76,6 +76,8 @@ def result_facts(run: Run) -> list[Fact]:
     ]
     if summary.skipped_steps:
         facts.append(Fact("length", "Skipped steps", f"{summary.skipped_steps:,}", "not finite"))
+    if summary.rollbacks:
+        facts.append(Fact("length", "Rollbacks", f"{summary.rollbacks:,}", "loss spikes"))
     return facts
 
 

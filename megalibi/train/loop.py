@@ -182,7 +182,10 @@ class Loop:
         step, checkpoint = good
         left_out = ",".join(self.find_batches(step).spell())
         record = RollbackRecord(step=step, rolled_back_from=spike_step, spike_loss=loss, left_out=left_out)
-        _LOGGER.warning("%s: goes back to %s and leaves out the samples %s", spike, checkpoint.name, record.left_out)
+        if groups.world.rank == 0:
+            _LOGGER.warning(
+                "%s: goes back to %s and leaves out the samples %s", spike, checkpoint.name, record.left_out
+            )
         self.loader.close()
         load_checkpoint(self.engine, checkpoint, groups)
         self.leave_out((*self.rollbacks, record))

@@ -95,6 +95,8 @@ class NonFiniteSteps:
             row = f"; steps in a row: {self.in_a_row}" if self.in_a_row > 1 else ""
             found = f", or, to leave its batch out, with {remedy}; {origin}{row}"
             check_finite(step, result, train.precision, way_back, found)
+        if self.job.groups.world.rank > 0:
+            return num_bad < batch_size
         _LOGGER.warning(
             "step %d has loss %s and gradient norm %s: no rank changes its weights, and the run goes on with the next "
             "batch (%d of train.max_consecutive_skips=%d in a row); %s; %s leaves the batch out",

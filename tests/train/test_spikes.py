@@ -103,6 +103,23 @@ def test_a_poisoned_stretch_takes_the_run_back_and_is_left_out(tmp_path: Path) -
     assert [record["step"] for record in steps_of(run)] == list(range(1, 21))
     assert [record["samples"] for record in steps_of(run)] == [BATCH * step for step in range(1, 21)]
 
+    # A run that began from another one's checkpoint, and has none of its own, goes back to that.
+    begin, branch = saved[1], tmp_path / "branch"
+    job = run_job(
+        config,
+        f"checkpoint.resume={begin}",
+        f"train.output_dir={branch}",
+        "checkpoint.every_steps=0",
+        "train.spike_window=4",
+        "train.max_rollbacks=2",
+        "train.steps=14",
+        world_size=2,
+    )
+    for left_out in ("32-55", "56-79"):  # then batch 19 is that of step 14
+        assert f"goes back to step_00000008 and leaves out the samples {left_out}" in " ".join(job.read_log(0).split())
+    assert [assert_whole(path) for path in list_checkpoints(branch / "checkpoints")] == [8, 14]
+    assert [record["step"] for record in steps_of(branch)] == list(range(9, 15))
+
 
 def go_back_in_process(config: Config) -> tuple[list[StepResult], list[StepResult]]:
     """Take five steps, go back to the second in the same engine, and take three again."""
