@@ -90,7 +90,6 @@ class TokenFile:
 
         Raises:
             DataError: The content of one is another one now.
-            OSError: One is gone, or may not be read.
         """
         self._unchanged.check(self.__dict__.get("identity"), self._identify)
 
