@@ -36,6 +36,10 @@ class JobError(UserError):
     """A process that the command had started has failed, or has died."""
 
 
+class ShortageError(UserError):
+    """The memory of this rank's GPU or host ran out; the other ranks may have enough."""
+
+
 class DivergenceError(UserError):
     """The loss or the gradient is not finite: the run cannot go on as it is."""
 

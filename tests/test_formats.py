@@ -16,7 +16,7 @@ from megalibi.data.tokens.identity import DataIdentity, Identity
 from megalibi.engine.masters import OptimizerProgress
 from megalibi.evaluate.result import Evaluation, EvaluationResult
 from megalibi.export.certificate import Certificate, LogitComparison, SlopeTables, TensorRecord
-from megalibi.metrics.records import StepRecord, ValidationRecord
+from megalibi.metrics.records import RollbackRecord, StepRecord, ValidationRecord
 from megalibi.model import DTYPES
 from megalibi.parallel import ShardSpec, shard
 
@@ -44,6 +44,7 @@ def names_of(record: type) -> list[str]:
     [
         ("Step", StepRecord, set()),
         ("Validation", ValidationRecord, set()),
+        ("Rollback", RollbackRecord, set()),
         ("evaluation.json", Evaluation, {"name"}),  # of the file, and not in it
         ("Result", EvaluationResult, set()),
         ("Parameter", ParameterEntry, set()),

@@ -1,13 +1,14 @@
 """Checkpoints that survive a crash at any moment."""
 
 from megalibi.checkpoint.checkpoint import Checkpoint
-from megalibi.checkpoint.folder import CHECKPOINTS, LATEST, find_checkpoint, list_checkpoints, prune
+from megalibi.checkpoint.folder import CHECKPOINTS, LATEST, checkpoint_name, find_checkpoint, list_checkpoints, prune
 from megalibi.checkpoint.lock import RunLock
 from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest, spell_topology
 from megalibi.checkpoint.resume import (
     IMPORTED_DATA,
     check_resumable,
     describe_changes,
+    find_left_out,
     find_refusals,
     find_said_changes,
     load_checkpoint,
@@ -28,8 +29,10 @@ __all__ = [
     "RunLock",
     "SavedRun",
     "check_resumable",
+    "checkpoint_name",
     "describe_changes",
     "find_checkpoint",
+    "find_left_out",
     "find_refusals",
     "find_said_changes",
     "list_checkpoints",

@@ -17,6 +17,7 @@ from typing import Any
 from megalibi.checkpoint.parameters import ParameterEntry
 from megalibi.errors import CheckpointError, FileError, describe_os_error
 from megalibi.files import write_synced
+from megalibi.metrics.records import RollbackRecord, record_from_fields
 
 MANIFEST = "manifest.json"
 MANIFEST_CHECKSUM = "manifest.sha256"
@@ -71,6 +72,8 @@ class Manifest:
     """Further names of parameters that have several: a tied output layer is that of the embedding."""
     optimizer: dict[str, Any] = field(default_factory=dict)
     """The optimizer's ``kind``, and what it has done: the fields of OptimizerProgress. Empty in formats 1 and 2."""
+    rollbacks: tuple[RollbackRecord, ...] = ()
+    """The loss spikes that took the run back so far; what they left out stays left out."""
 
     @property
     def checksum(self) -> str:
@@ -149,7 +152,8 @@ def _parse(fields: dict[str, Any]) -> Manifest:
             raise ValueError(f"file {name!r}: must be a name without a folder")
     described = fields.pop("parameters", {})
     parameters = {name: ParameterEntry.from_fields(entry) for name, entry in described.items()}
-    manifest = Manifest(**fields, format_version=version, files=files, parameters=parameters)
+    rollbacks = tuple(record_from_fields(RollbackRecord, entry) for entry in fields.pop("rollbacks", ()))
+    manifest = Manifest(**fields, format_version=version, files=files, parameters=parameters, rollbacks=rollbacks)
     _check_types(manifest)
     return manifest
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from megalibi.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from megalibi.checkpoint.tensors.saved_state import RankSlice
 from megalibi.checkpoint.tensors.state_file import WEIGHT
 from megalibi.config import ON_RESUME, Config, OnResume, config_from_dict, find_changes, learning_rate_at
+from megalibi.config.sample_ranges import SampleRanges
 from megalibi.data.tokens.identity import DataIdentity
 from megalibi.engine.masters import find_masters, hand_out_weights, write_progress
 from megalibi.errors import CheckpointError, ConfigError
+from megalibi.metrics.records import RollbackRecord
 from megalibi.parallel import ProcessGroups, get_shard_spec, refusing_together
 
 IMPORTED_DATA = "none-imported-from-other-software"
@@ -68,6 +70,25 @@ def find_refusals(checkpoint: Path, manifest: Manifest, config: Config) -> Itera
     for name, (theirs, ours) in find_changes(trained, config).items():
         if ON_RESUME[name] is OnResume.FIXED:
             yield f"{name}={ours}: must be {theirs}, the value in the checkpoint {checkpoint}"
+    left_out, left_out_then = (find_left_out(c, manifest.rollbacks) for c in (config, trained))
+    consumed = manifest.samples_consumed
+    reached = left_out_then.number_at(consumed - 1) + 1 if consumed else 0
+    if left_out.below(reached) != left_out_then.below(reached):
+        yield (
+            f"data.skip={left_out}: must leave out {left_out_then.below(reached)} of the samples before {reached}, "
+            f"which the checkpoint {checkpoint} has behind it"
+        )
+
+
+def find_left_out(config: Config, rollbacks: Iterable[RollbackRecord] = ()) -> SampleRanges:
+    """Return the numbers of the samples of data.train that a run leaves out.
+
+    Args:
+        config: The run's configuration.
+        rollbacks: The loss spikes that took the run back.
+    """
+    texts = (text for record in rollbacks for text in record.left_out.split(","))
+    return SampleRanges.parse([*config.data.skip, *texts])
 
 
 def find_said_changes(manifest: Manifest, config: Config) -> list[str]:

@@ -7,11 +7,14 @@ configuration, the data, a checkpoint, the disk or the memory cannot be used, sa
 from __future__ import annotations
 
 import argparse
+import traceback
 
 from megalibi.cli.command import RankCommand, add_run
-from megalibi.config import load_config
+from megalibi.config import Config, load_config
+from megalibi.errors import ShortageError
 from megalibi.runtime.cuda_environment import set_cuda_environment
 from megalibi.runtime.ranks import Place
+from megalibi.runtime.shortage import find_shortage
 from megalibi.train.start import start_job
 
 EXAMPLES = """examples:
@@ -29,11 +32,34 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
     """Check everything, set up the device and torch.distributed, and train."""
     config = load_config(arguments.config, arguments.overrides)
     set_cuda_environment(config)
-    job = start_job(config, place)
+    try:
+        job = start_job(config, place)
 
-    from megalibi.train.loop import train  # not before the device is set up
+        from megalibi.train.loop import train  # not before the device is set up
 
-    train(job)
+        train(job)
+    except Exception as error:
+        _explain_shortage(error, config, place)
+        raise
+
+
+def _explain_shortage(error: Exception, config: Config, place: Place) -> None:
+    """If the memory ran out, say what the plan has for this run.
+
+    Raises:
+        ShortageError: The memory of this rank ran out.
+    """
+    shortage = find_shortage(error)
+    if shortage is None:
+        return
+    traceback.clear_frames(error.__traceback__)  # whose tensors fill the memory, of which the plan needs some
+
+    import torch
+
+    from megalibi.plan.shortage import explain_shortage
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    raise ShortageError(explain_shortage(shortage, config, place.world_size, device_type)) from error
 
 
 COMMAND = RankCommand(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -91,6 +91,7 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     tree = dataclasses.asdict(config)
     for split in ("train", "valid"):
         tree["data"][split] = list(tree["data"][split])
+    tree["data"]["skip"] = list(tree["data"]["skip"])
     tree["model"]["adaptive_cutoffs"] = list(tree["model"]["adaptive_cutoffs"])
     return tree
 

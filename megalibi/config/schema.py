@@ -14,9 +14,12 @@ from typing import Annotated
 from megalibi.config.annotations import Decides, Files, Fixed, Free, Said
 from megalibi.config.checks import check_at_least, check_at_most, check_fraction, check_one_of, refuse
 from megalibi.config.model import ModelConfig
+from megalibi.config.sample_ranges import SampleRanges
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 OPTIMIZERS = ("adamw", "nesterov")
+ON_NONFINITE = ("stop", "skip")
+ON_SPIKE = ("none", "rollback")
 MAX_TIMEOUT_MINUTES = 525_600
 """The longest timeout, a year: torch counts it in whole numbers that do not hold everything."""
 MAX_BUCKET_ELEMENTS = 2**31 - 1
@@ -56,10 +59,15 @@ class DataConfig:
     document_mask: Fixed[bool] = False
     """Whether attention stays inside each document; if not, a sample's documents see those before them, as in GPT-2
     and GPT-3."""
+    skip: Annotated[Said[tuple[str, ...]], Decides.SAMPLES] = ()
+    """The samples of data.train that are left out, as ranges of their numbers: [128-135,400]. A number is a place in
+    the order of the data, from 0, and the log names those of a bad batch; the samples after it move up. When a run
+    resumes, only samples that lie ahead can be added or taken away."""
 
     def __post_init__(self) -> None:
         """Check what one section can know of itself."""
         check_at_least("data", 1, seq_length=self.seq_length)
+        SampleRanges.parse(self.skip)
         if not self.train:
             refuse("data.train", [], "be a PREFIX or a list of {prefix, weight}")
 
@@ -182,6 +190,22 @@ class TrainConfig:
     eval_samples: Annotated[Said[int], Decides.NO_WEIGHT] = 256
     """The number of sequences of data.valid in a validation loss: always the first ones, and none of them twice, so
     that a blend's set that is used up has no more turns."""
+    on_nonfinite: Free[str] = "stop"
+    """What happens when the loss or the gradient is not finite, before the weights are changed: stop ends the run, skip
+    goes on with the next batch. In fp16 a smaller loss scale is tried first."""
+    max_consecutive_skips: Free[int] = 3
+    """The number of steps in a row that on_nonfinite=skip leaves out; at one more the run stops, since a batch that is
+    bad is rare and weights that are bad stay so."""
+    on_spike: Said[str] = "none"
+    """What happens when a loss is far above those before it: none goes on, rollback takes the run back to the last
+    checkpoint whose weights gave no such loss, and leaves out the samples since (arXiv:2204.02311, section 5.1)."""
+    spike_deviations: Said[float] = 7.0
+    """The number of standard deviations above the mean of the last losses from which a loss is a spike, 7 as in the
+    spike score of OLMo 2 (arXiv:2501.00656)."""
+    spike_window: Said[int] = 100
+    """The number of last losses that a spike is judged by; as long as there are fewer, no loss is one."""
+    max_rollbacks: Said[int] = 3
+    """The number of times that a run goes back by on_spike=rollback, resumes included; at one more it stops."""
 
     def __post_init__(self) -> None:
         """Check what one section can know of itself."""
@@ -189,7 +213,13 @@ class TrainConfig:
             check_at_least("train", 1, **{name: getattr(self, name)})
         check_at_least("train", 0, eval_every_steps=self.eval_every_steps, seed=self.seed)
         check_at_most("train", MAX_BATCH_SIZE, global_batch_size=self.global_batch_size)
+        check_at_least("train", 1, max_consecutive_skips=self.max_consecutive_skips)
         check_one_of("train", "precision", self.precision, PRECISIONS)
+        check_one_of("train", "on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_one_of("train", "on_spike", self.on_spike, ON_SPIKE)
+        check_at_least("train", 0, spike_deviations=self.spike_deviations)
+        check_at_least("train", 2, spike_window=self.spike_window)
+        check_at_least("train", 1, max_rollbacks=self.max_rollbacks)
         if not self.output_dir.strip():
             refuse("train.output_dir", repr(self.output_dir), "be the path of the run's folder")
 

@@ -102,11 +102,13 @@ class TokenDataset:
         """See Dataset.
 
         Raises:
-            DataError: If a token is not in the vocabulary.
+            DataError: If a token is not in the vocabulary, or the file has changed.
         """
         tokens_NT = np.empty((len(ids_N2), self.seq_length + 1), np.int64)
+        self.token_file.check_unchanged()  # first, for a file that was cut ends the process that reads it
         for row, place in enumerate(ids_N2[:, 1].tolist()):
             tokens_NT[row] = self.token_file.read(place * self.seq_length, self.seq_length + 1)
+        self.token_file.check_unchanged()  # again, for what was read may be what came meanwhile
         # As uint64, a negative id is a huge one: one pass finds both.
         if self._vocab_size is not None and tokens_NT.size and tokens_NT.view(np.uint64).max() >= self._vocab_size:
             for tokens_T, place in zip(tokens_NT, ids_N2[:, 1].tolist(), strict=True):

@@ -1,7 +1,9 @@
 """Batches of one data-parallel rank, from a position that is one integer on every topology.
 
-The global batch at position p is the samples [p, p + global_batch_size) of the order, however many ranks and micro
-batches share it. Shape suffixes: B samples of a micro batch, S = seq_length, N samples of a rank.
+The global batch at position p is the samples [p, p + global_batch_size) of the order, without those that are left out,
+however many ranks and micro batches share it.
+
+Shape suffixes: B samples of a micro batch, S = seq_length, N samples of a rank.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from megalibi.config.sample_ranges import SampleRanges
 from megalibi.data.dataset import Dataset
 from megalibi.data.hashing import hash_samples, sum_hashes
 from megalibi.data.schedule import Int64Array
+from megalibi.data.skipping import KeptSamples
 from megalibi.errors import ConfigError
 from megalibi.parallel import IGNORED_LABEL
 
@@ -61,6 +65,7 @@ class Loader:
         data_rank: This rank's place in its data-parallel group.
         data_size: Number of data-parallel ranks.
         document_mask: Whether batches carry document boundaries.
+        left_out: The numbers of the samples that are left out of the order.
 
     Raises:
         ConfigError: If micro_batch_size * data_size does not divide global_batch_size.
@@ -75,6 +80,7 @@ class Loader:
         data_rank: int = 0,
         data_size: int = 1,
         document_mask: bool = False,
+        left_out: SampleRanges = SampleRanges(),  # noqa: B008 - it is frozen
     ) -> None:
         if global_batch_size % (micro_batch_size * data_size):
             raise ConfigError(
@@ -85,6 +91,7 @@ class Loader:
         self._global_batch_size = global_batch_size
         self._micro_batch_size = micro_batch_size
         self._document_mask = document_mask
+        self._kept = KeptSamples(left_out)
         # Micro batch m of rank r is the m-th group's r-th part.
         self._offsets_MB = np.arange(global_batch_size).reshape(-1, data_size, micro_batch_size)[:, data_rank]
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megalibi-loader")
@@ -112,7 +119,7 @@ class Loader:
         self._executor.shutdown(cancel_futures=True)
 
     def _load(self, samples_consumed: int) -> list[Batch]:
-        indices_N = samples_consumed + self._offsets_MB.reshape(-1)
+        indices_N = self._kept.numbers_at(samples_consumed + self._offsets_MB.reshape(-1))
         ids_N2 = self._dataset.sample_ids(indices_N)
         return _read_batches(self._dataset, ids_N2, self._micro_batch_size, self._document_mask)
 

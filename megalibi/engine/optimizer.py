@@ -5,6 +5,7 @@ At ZeRO 0 they also do what DeepSpeed does not do there: the global norm, the cl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -117,12 +118,12 @@ class _Clipped(torch.optim.Optimizer):
         self._global_grad_norm = 0.0
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Unscale, measure, clip and step; on overflow skip the step and halve the loss scale."""
+        """Unscale, measure, clip, step; leave out a step whose norm is not finite, and halve the loss scale of fp16."""
         assert closure is None
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = self._global_norm() / self.loss_scale
         self._global_grad_norm = norm
-        self.overflow = self.dynamic_loss_scale and not torch.isfinite(torch.tensor(norm)).item()
+        self.overflow = not math.isfinite(norm)  # as DeepSpeed has it at ZeRO 1 to 3, in any precision
         if not self.overflow:
             clip = min(1.0, self.clip_grad_norm / (norm + 1e-6)) if self.clip_grad_norm > 0 else 1.0
             if clip != 1.0 or self.loss_scale != 1.0:

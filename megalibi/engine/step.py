@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from megalibi.parallel import IGNORED_LABEL, ProcessGroups, all_reduce_raw, deri
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step was; all fields are the same on every rank."""
+    """What a step was; all fields but the last are the same on every rank."""
 
     loss: float
     """Mean loss over the tokens of the global batch, in nats."""
@@ -27,7 +28,9 @@ class StepResult:
     loss_scale: float
     """The factor by which the loss was multiplied; 1 unless the precision is fp16."""
     skipped: bool
-    """Whether a gradient was not finite, so that the step left the weights as they were."""
+    """Whether the gradient was not finite, so that the step left the weights as they were."""
+    bad_samples: tuple[tuple[int, int], ...] = ()
+    """Of the samples of this rank whose loss is not finite: the micro batch, and the position in the data."""
 
 
 def train_step(
@@ -45,6 +48,10 @@ def train_step(
     Every token of the global batch weighs the same, however many of them each rank and micro batch has: the summed
     losses are divided by the number of tokens of all ranks, known before the first backward pass, and DeepSpeed's
     division by the number of data ranks is undone.
+
+    Where the loss or the gradient of a rank is not finite, no rank changes its weights or its optimizer's state.
+    DeepSpeed and our optimizers decide that by the global norm, which they bring to the host in any case. A loss that
+    is not finite is carried into the gradient, so that the norm shows it, too.
 
     Args:
         engine: The engine that build_engine returned.
@@ -70,6 +77,7 @@ def train_step(
     factor = groups.data.size / tokens * (loss_scale if engine.zero_optimization_stage() == 0 else 1.0)
 
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    losses_by_position: dict[int, torch.Tensor] = {}
     for index, host_batch in enumerate(batches):
         batch = host_batch.to(device)
         first_sample = samples_consumed + (index * groups.data.size + groups.data.rank) * len(batch.tokens)
@@ -79,18 +87,32 @@ def train_step(
             cu_seqlens=batch.cu_seqlens,
             micro_batch_key=derive_key(seed, "dropout", first_sample),
         )
+        losses_by_position[first_sample] = losses_BS.detach()
         loss = losses_BS.sum(dtype=torch.float64)
         loss_sum += loss.detach()
+        if index == len(batches) - 1:
+            loss = loss * (1.0 + 0.0 * loss_sum)  # by exactly 1, or by NaN
         engine.backward(loss * factor, scale_wrt_gas=False)
         engine.step()
 
+    loss_mean = all_reduce_raw(loss_sum, groups.data).item() / tokens
     return StepResult(
-        loss=all_reduce_raw(loss_sum, groups.data).item() / tokens,
+        loss=loss_mean,
         grad_norm=float(engine.get_global_grad_norm()),
         tokens=tokens,
         sample_hash=sample_hash,
         loss_scale=loss_scale,
         skipped=bool(getattr(engine.optimizer, "overflow", False)),
+        bad_samples=() if math.isfinite(loss_mean) else _find_bad_samples(losses_by_position),
+    )
+
+
+def _find_bad_samples(losses_by_position: dict[int, torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    """Return micro batch and position of the samples with a loss [B, S] that is not finite; it waits for the device."""
+    return tuple(
+        (index, first + row)
+        for index, (first, losses_BS) in enumerate(losses_by_position.items())
+        for row in (~losses_BS.isfinite()).any(dim=1).nonzero().flatten().tolist()
     )
 
 

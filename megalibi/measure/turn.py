@@ -17,7 +17,8 @@ from megalibi.metrics.provenance import describe_run
 from megalibi.plan.memory_trace import measure_memory
 from megalibi.runtime.stop import read_together
 from megalibi.train.job import Job, open_loader
-from megalibi.train.loop import check_finite, take_step
+from megalibi.train.loop import take_step
+from megalibi.train.nonfinite import check_finite
 
 
 def measure_turn(job: Job, output: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from megalibi.errors import FileError
 from megalibi.files import make_folder, open_aside, sync_file, sync_folder
 from megalibi.log import get_logger
-from megalibi.metrics.records import StepRecord, ValidationRecord, parse_line
+from megalibi.metrics.records import RollbackRecord, StepRecord, ValidationRecord, parse_line
 
 _LOGGER = get_logger(__name__)
 
@@ -75,6 +75,14 @@ class JsonlWriter:
 
     def validation(self, record: ValidationRecord) -> None:
         """Append the record of one validation."""
+        self._append(record.to_json())
+
+    def go_back(self, record: RollbackRecord) -> None:
+        """Move the lines of the steps that a loss spike took back away, and append the line that says so."""
+        self._write()
+        kept = [line for line in self._unwritten.splitlines(keepends=True) if _is_until(bytes(line), record.step)]
+        self._unwritten = bytearray(b"".join(kept))
+        self.set_aside_after(record.step)
         self._append(record.to_json())
 
     def sync(self) -> None:

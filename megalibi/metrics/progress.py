@@ -8,7 +8,7 @@ from collections import deque
 from rich.console import Console
 
 from megalibi.console import Progress
-from megalibi.metrics.records import StepRecord, ValidationRecord
+from megalibi.metrics.records import RollbackRecord, StepRecord, ValidationRecord
 from megalibi.units import format_bytes, format_count, format_duration
 
 # The time left follows from the mean over so many steps: long enough to be steady, short enough to follow a change.
@@ -65,6 +65,13 @@ class ConsoleWriter:
             f"step {record.step}/{self._total_steps} | validation loss {record.validation_loss:.4f} | "
             f"perplexity {record.validation_perplexity:.2f} | {format_count(record.validation_tokens)} tokens | "
             f"{format_duration(record.validation_seconds)}{few}"
+        )
+
+    def go_back(self, record: RollbackRecord) -> None:
+        """Print a line, which stays above the bar on a terminal."""
+        self._progress.say(
+            f"step {record.rolled_back_from}/{self._total_steps} | loss spike {record.spike_loss:.4f} | goes on from "
+            f"step {record.step} without the samples {record.left_out}"
         )
 
     def sync(self) -> None:

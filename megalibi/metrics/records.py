@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class StepRecord:
     samples: int | None = None
     """Samples consumed since the run began, which is the position in the data; early versions did not record it."""
     skipped: bool | None = None
-    """Whether the optimizer left the weights unchanged because the gradients overflowed; only in fp16."""
+    """Whether the step left the weights as they were, since a number was not finite; outside of fp16 only where so."""
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON without its newline; fields that are None are left out."""
@@ -99,6 +100,24 @@ class ValidationRecord:
         return _to_json(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RollbackRecord:
+    """A loss spike that took the run back to a checkpoint: a line of metrics.jsonl, and an entry of the manifests."""
+
+    step: int
+    """Optimizer steps done where the run went on: those of the checkpoint."""
+    rolled_back_from: int
+    """The step whose loss was the spike: it and the steps before it, down to `step`, were taken back."""
+    spike_loss: float
+    """Mean cross entropy of that step, in nats per token."""
+    left_out: str
+    """Numbers of the samples of these steps, which are left out from then on, as data.skip has them."""
+
+    def to_json(self) -> str:
+        """Return the record as one line of strict JSON without its newline."""
+        return _to_json(self)
+
+
 _Record = TypeVar("_Record", bound="DataclassInstance")
 
 
@@ -110,9 +129,11 @@ class RunMetrics:
     """The recorded steps, in their order."""
     validations: tuple[ValidationRecord, ...]
     """The recorded validations, in the order of their steps."""
+    rollbacks: tuple[RollbackRecord, ...] = ()
+    """The loss spikes that took the run back, in the order in which they came."""
 
 
-def parse_line(line: str) -> StepRecord | ValidationRecord:
+def parse_line(line: str) -> StepRecord | ValidationRecord | RollbackRecord:
     """Read one line of metrics.jsonl; unknown fields are ignored.
 
     Raises:
@@ -123,10 +144,12 @@ def parse_line(line: str) -> StepRecord | ValidationRecord:
         raise ValueError("not a JSON object")
     if "validation_loss" in fields:
         return record_from_fields(ValidationRecord, fields)
+    if "rolled_back_from" in fields:
+        return record_from_fields(RollbackRecord, fields)
     return record_from_fields(StepRecord, fields)
 
 
-def read_records_of_step(path: Path | str, step: int) -> Iterator[StepRecord | ValidationRecord]:
+def read_records_of_step(path: Path | str, step: int) -> Iterator[StepRecord | ValidationRecord | RollbackRecord]:
     """Yield the records of one step of a metrics.jsonl in the order of its lines; unreadable lines are passed over."""
     if not Path(path).exists():
         return
@@ -135,6 +158,27 @@ def read_records_of_step(path: Path | str, step: int) -> Iterator[StepRecord | V
             if f'"step": {step},' in line:  # because parsing a million lines takes many seconds
                 with contextlib.suppress(ValueError):
                     yield parse_line(line)
+
+
+def read_last_losses(run_dir: Path | str, count: int) -> list[tuple[int, float]]:
+    """Return the last steps of a metrics.jsonl with their losses, ``count`` of them or fewer.
+
+    Args:
+        run_dir: The run's folder (train.output_dir).
+        count: How many.
+    """
+    path = Path(run_dir) / METRICS_FILE
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        lines = deque(file, maxlen=4 * count)  # for validations and the like stand between them
+    steps = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            record = parse_line(line)
+            if isinstance(record, StepRecord):
+                steps.append((record.step, record.loss))
+    return steps[-count:]
 
 
 def read_metrics(run_dir: Path | str) -> RunMetrics:
@@ -152,6 +196,7 @@ def read_metrics(run_dir: Path | str) -> RunMetrics:
     path = Path(run_dir) / METRICS_FILE
     steps: dict[int, StepRecord] = {}
     validations: dict[int, ValidationRecord] = {}
+    rollbacks: list[RollbackRecord] = []
     # A torn line may end inside a character, or in the zeros of a block that was never written.
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
@@ -163,15 +208,18 @@ def read_metrics(run_dir: Path | str) -> RunMetrics:
             raise CheckpointError(f"{path} line {number}: not a record of a step ({error}); remove the line") from error
         if isinstance(record, StepRecord):
             steps[record.step] = record
+        elif isinstance(record, RollbackRecord):
+            rollbacks.append(record)
         else:
             validations[record.step] = record
     return RunMetrics(
         steps=tuple(steps[step] for step in sorted(steps)),
         validations=tuple(validations[step] for step in sorted(validations)),
+        rollbacks=tuple(rollbacks),
     )
 
 
-def _to_json(record: StepRecord | ValidationRecord) -> str:
+def _to_json(record: StepRecord | ValidationRecord | RollbackRecord) -> str:
     fields = {name: value for name, value in dataclasses.asdict(record).items() if value is not None}
     for name, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):

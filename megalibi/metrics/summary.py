@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,9 @@ class Summary:
     train_seconds: float
     """Sum of the wall times of the steps, in seconds, without validation and saving."""
     skipped_steps: int
-    """Number of steps that were skipped because the gradients overflowed in fp16."""
+    """Number of steps that left the weights as they were, because the loss or the gradient was not finite."""
+    rollbacks: int
+    """Number of loss spikes that took the run back to a checkpoint."""
 
 
 def summarize(metrics: RunMetrics) -> Summary | None:
@@ -65,7 +68,9 @@ def summarize(metrics: RunMetrics) -> Summary | None:
     steps = metrics.steps
     if not steps:
         return None
-    final: Sequence[StepRecord] = steps[-max(1, min(len(steps) // _FINAL_FRACTION, _FINAL_STEPS_MAX)) :]
+    # A step that was skipped says nothing of the model, unless the run ended with it.
+    counted = [r for r in steps if math.isfinite(r.loss) or not r.skipped or r is steps[-1]]
+    final: Sequence[StepRecord] = counted[-max(1, min(len(steps) // _FINAL_FRACTION, _FINAL_STEPS_MAX)) :]
     return Summary(
         steps=steps[-1].step,
         tokens=steps[-1].tokens,
@@ -78,4 +83,5 @@ def summarize(metrics: RunMetrics) -> Summary | None:
         memory_peak_bytes=max(record.memory_peak_bytes for record in steps),
         train_seconds=sum(record.step_seconds for record in steps),
         skipped_steps=sum(bool(record.skipped) for record in steps),
+        rollbacks=len(metrics.rollbacks),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-from megalibi.metrics.records import StepRecord, ValidationRecord
+from megalibi.metrics.records import RollbackRecord, StepRecord, ValidationRecord
 
 TENSORBOARD_FOLDER = "tensorboard"
 """Folder of the event files inside a run's folder."""
@@ -27,7 +27,8 @@ class TensorBoardWriter:
         )  # imported here, because it takes seconds and one rank needs it
 
         _silence_its_thread()
-        self._events = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+        self._open = lambda step: SummaryWriter(str(folder), purge_step=step + 1)
+        self._events = self._open(resumed_step)
 
     def step(self, record: StepRecord) -> None:
         """Write the scalars of one step."""
@@ -51,6 +52,11 @@ class TensorBoardWriter:
         """Write the scalars of one validation."""
         self._events.add_scalar("validation/loss", record.validation_loss, record.step)
         self._events.add_scalar("validation/perplexity", record.validation_perplexity, record.step)
+
+    def go_back(self, record: RollbackRecord) -> None:
+        """Begin another event file, which takes back the scalars of later steps."""
+        self._events.close()
+        self._events = self._open(record.step)
 
     def sync(self) -> None:
         """Write what is buffered to the event file."""

@@ -11,7 +11,7 @@ from megalibi.errors import UserError
 from megalibi.log import get_logger
 from megalibi.metrics.jsonl import DROPPED_FILE, JsonlWriter
 from megalibi.metrics.progress import ConsoleWriter
-from megalibi.metrics.records import METRICS_FILE, StepRecord, ValidationRecord
+from megalibi.metrics.records import METRICS_FILE, RollbackRecord, StepRecord, ValidationRecord
 from megalibi.metrics.tensorboard import TENSORBOARD_FOLDER, TensorBoardWriter
 
 _LOGGER = get_logger(__name__)
@@ -29,6 +29,9 @@ class Writer(Protocol):
 
     def validation(self, record: ValidationRecord) -> None:
         """Take the record of one validation."""
+
+    def go_back(self, record: RollbackRecord) -> None:
+        """Take back the records of the steps that a loss spike took back."""
 
     def sync(self) -> None:
         """Put all records so far on the disk."""
@@ -56,6 +59,10 @@ class Writers:
     def validation(self, record: ValidationRecord) -> None:
         """Hand the record of one validation to every writer."""
         self._each(lambda writer: writer.validation(record))
+
+    def go_back(self, record: RollbackRecord) -> None:
+        """Have every writer take back the records of the steps that a loss spike took back."""
+        self._each(lambda writer: writer.go_back(record))
 
     def sync(self) -> None:
         """Have every writer put its records on the disk."""

@@ -75,7 +75,9 @@ def result_facts(run: Run) -> list[Fact]:
         Fact("speed", "Highest memory", format_bytes(summary.memory_peak_bytes), "rank 0"),
     ]
     if summary.skipped_steps:
-        facts.append(Fact("length", "Skipped steps", f"{summary.skipped_steps:,}", "fp16 overflow"))
+        facts.append(Fact("length", "Skipped steps", f"{summary.skipped_steps:,}", "not finite"))
+    if summary.rollbacks:
+        facts.append(Fact("length", "Rollbacks", f"{summary.rollbacks:,}", "loss spikes"))
     return facts
 
 

@@ -16,17 +16,14 @@ from types import FrameType
 from typing import NoReturn
 
 from megalibi import log
-from megalibi.errors import FileError, UserError, describe_os_error, spell_line
+from megalibi.errors import FileError, ShortageError, UserError, describe_os_error, spell_line
 from megalibi.runtime.ranks import Place, find_place
+from megalibi.runtime.shortage import ADVICE, find_shortage
 from megalibi.runtime.spokesman import has_spoken, is_spokesman, tell_others
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-_MAX_REASON = 200
-"""The most characters that an error shows of what a library said."""
-# What torch says of a CPU, of CUDA, and of a tensor of more bytes than there are addresses.
-_NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "Storage size calculation overflowed")
 _RIGHTS = "ask its owner for the right to use it, or give another path"
 _ADVICE = {
     errno.EACCES: _RIGHTS,
@@ -111,6 +108,9 @@ def _run_rank(work: Callable[[Place], None]) -> int:
         log.configure(rank=place.rank, world_size=place.world_size)
         with refuse_files():
             work(place)
+    except ShortageError as error:
+        _write_error(str(error), place)  # by each rank, for it may be the only one
+        return error.exit_code
     except UserError as error:
         _say(str(error), place)
         return error.exit_code
@@ -133,11 +133,9 @@ def _explain(error: Exception, place: Place | None) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full on {socket.gethostname()}: {error}; free space and start again"
-    if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY):
-        return (
-            f"not enough memory on {socket.gethostname()}: {text[:_MAX_REASON]}; less is needed with a smaller model, "
-            "train.micro_batch_size or zero.bucket_elements, model.recompute=full, a higher zero.stage or more ranks"
-        )
+    shortage = find_shortage(error)
+    if shortage is not None:
+        return f"not enough memory on {socket.gethostname()}, the {shortage.kind}'s: {shortage.said}; {ADVICE}"
     if "EADDRINUSE" in text and place is not None:
         return (
             f"port {place.master_port} of {socket.gethostname()} is in use, perhaps by another run: start with "

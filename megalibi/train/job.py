@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megalibi.checkpoint import CHECKPOINTS
+from megalibi.checkpoint import CHECKPOINTS, find_left_out
 from megalibi.config import Config, DatasetConfig, Derived
 from megalibi.data.dataset import Dataset, open_dataset
 from megalibi.data.loader import Loader, ValidationLoader
 from megalibi.data.tokens.identity import DataIdentity
+from megalibi.metrics.records import RollbackRecord
 from megalibi.parallel import ProcessGroups
 
 
@@ -57,8 +59,13 @@ def open_split(config: Config, split: tuple[DatasetConfig, ...]) -> Dataset:
     )
 
 
-def open_loader(job: Job) -> Loader:
-    """Return what reads this rank's batches of data.train."""
+def open_loader(job: Job, rollbacks: Iterable[RollbackRecord] = ()) -> Loader:
+    """Return what reads this rank's batches of data.train.
+
+    Args:
+        job: The run.
+        rollbacks: The loss spikes that took it back, whose samples are left out.
+    """
     config, groups = job.config, job.groups
     return Loader(
         job.data.train,
@@ -67,6 +74,7 @@ def open_loader(job: Job) -> Loader:
         data_rank=groups.data.rank,
         data_size=groups.data.size,
         document_mask=config.data.document_mask,
+        left_out=find_left_out(config, rollbacks),
     )
 
 

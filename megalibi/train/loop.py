@@ -9,21 +9,25 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from megalibi.checkpoint import load_checkpoint
+from megalibi.checkpoint import find_left_out, load_checkpoint
 from megalibi.config import learning_rate_at
-from megalibi.data.loader import Batch, Loader, ValidationLoader
+from megalibi.config.sample_ranges import SampleRanges
+from megalibi.data.loader import Batch, ValidationLoader
 from megalibi.engine.build import DeepSpeedEngine, build_engine
 from megalibi.engine.step import StepResult, train_step
 from megalibi.errors import DataError, DivergenceError, UserError
 from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
+from megalibi.metrics.records import RollbackRecord
 from megalibi.metrics.writers import Writers, build_writers
 from megalibi.parallel import refusing_together
 from megalibi.runtime.stop import StoppedError, StopRequest, read_together
 from megalibi.train.job import Job, is_due, open_loader, open_validation, validation_is_due
+from megalibi.train.nonfinite import NonFiniteSteps
 from megalibi.train.records import make_step_record, make_validation_record, record_start
 from megalibi.train.resume import Start, hold_run
 from megalibi.train.saving import Saves
+from megalibi.train.spikes import LossSpikes, open_spikes
 
 _LOGGER = get_logger(__name__)
 _T = TypeVar("_T")
@@ -45,8 +49,8 @@ def train(job: Job) -> None:
     stop = StopRequest()
     with hold_run(job) as start:
         engine = build_engine(config, job.derived, groups, job.device)
-        first_step = 0 if start.checkpoint is None else load_checkpoint(engine, start.checkpoint, groups).step
-        loader = open_loader(job)
+        manifest = None if start.checkpoint is None else load_checkpoint(engine, start.checkpoint, groups)
+        first_step = 0 if manifest is None else manifest.step
         with refusing_together(groups.world, Path(config.train.output_dir)):  # rank 0 alone writes there
             if groups.world.rank == 0:
                 record_start(job, start)
@@ -58,8 +62,9 @@ def train(job: Job) -> None:
                 resumed_step=first_step,
                 eval_samples=config.train.eval_samples,
             )
-        with contextlib.closing(loader), writers:
-            Loop(job, start, engine, loader, writers, stop, first_step).run()
+        rollbacks = () if manifest is None else manifest.rollbacks
+        with writers, contextlib.closing(Loop(job, start, engine, writers, stop, first_step, rollbacks)) as loop:
+            loop.run()
 
 
 class Loop:
@@ -72,10 +77,10 @@ class Loop:
         job: The run.
         start: Where it begins.
         engine: The engine from build_engine, loaded.
-        loader: The reader of the training data.
         writers: The writers of the records.
         stop: Whether a signal has asked for the end.
         first_step: The number of optimizer steps done before this process.
+        rollbacks: The loss spikes that took the run back before it.
     """
 
     def __init__(
@@ -83,15 +88,28 @@ class Loop:
         job: Job,
         start: Start,
         engine: DeepSpeedEngine,
-        loader: Loader,
         writers: Writers,
         stop: StopRequest,
         first_step: int,
+        rollbacks: tuple[RollbackRecord, ...],
     ) -> None:
         self.job, self.start, self.engine = job, start, engine
-        self.loader, self.writers, self.stop = loader, writers, stop
-        self.saves = Saves(job, start, engine, writers, first_step)
+        self.writers, self.stop = writers, stop
+        self.saves = Saves(job, start, engine, writers, first_step, rollbacks)
+        self.nonfinite = NonFiniteSteps(job)
+        self.spikes = open_spikes(job)
         self.done = first_step
+        self.leave_out(rollbacks)
+
+    def leave_out(self, rollbacks: tuple[RollbackRecord, ...]) -> None:
+        """Read the data without the samples that the configuration and these loss spikes leave out."""
+        self.rollbacks = rollbacks
+        self.left_out = find_left_out(self.job.config, rollbacks)
+        self.loader = open_loader(self.job, rollbacks)
+
+    def close(self) -> None:
+        """End the thread that reads ahead."""
+        self.loader.close()
 
     def run(self) -> None:
         """Go on until the last step, a signal, or an error that ends the run."""
@@ -102,7 +120,8 @@ class Loop:
             elif self.done >= config.train.steps:
                 _LOGGER.info("nothing to do: step %d of train.steps=%d is done", self.done, config.train.steps)
             while self.done < config.train.steps:
-                self.take_next_step()
+                if not self.take_next_step():
+                    continue
                 if self.done == config.train.steps or is_due(self.done, config.checkpoint.every_steps):
                     self.saves.save(self.done, wait=self.done == config.train.steps)
                 if self.job.data.valid and validation_is_due(config, self.done):
@@ -128,8 +147,8 @@ class Loop:
                 raise DivergenceError(f"{error}; and {unsaved}") from error
             raise
 
-    def take_next_step(self) -> None:
-        """Read a global batch, take the optimizer step and record it."""
+    def take_next_step(self) -> bool:
+        """Read a global batch, take the optimizer step and record it; return whether it stays."""
         config = self.job.config
         began = time.perf_counter()
         samples_consumed = self.done * config.train.global_batch_size
@@ -137,8 +156,48 @@ class Loop:
         result = take_step(self.job, self.engine, batches, self.done)
         self.done += 1
         self.writers.step(make_step_record(self.job, self.done, result, time.perf_counter() - began))
-        check_finite(self.done, result, config.train.precision, self.saves.describe_way_back())
-        self.saves.judge_step(result.loss)
+        is_good = self.nonfinite.judge(self.done, result, self.left_out, self.saves.describe_way_back())
+        if self.spikes is not None and self.spikes.any_spike(self.done, result.loss):
+            self.roll_back(self.spikes, result.loss)
+            return False
+        self.saves.judge_weights(is_good)
+        return True
+
+    def roll_back(self, spikes: LossSpikes, loss: float) -> None:
+        """Go back to the newest good checkpoint, and leave out the samples of the steps since, the last one's included.
+
+        Raises:
+            DivergenceError: On every rank: there is no such checkpoint, or the run has gone back too often.
+        """
+        config, groups, spike_step = self.job.config, self.job.groups, self.done
+        good = self.saves.find_good()
+        spike = f"step {spike_step} has loss {loss:.4f}, a spike above {spikes.find_limit():.4f}"
+        if good is None or len(self.rollbacks) >= config.train.max_rollbacks:
+            why = "no checkpoint to go back to" if good is None else f"train.max_rollbacks={config.train.max_rollbacks}"
+            start = self.saves.next_start
+            raise DivergenceError(
+                f"{spike}, and there is {why}: the run stops; 'data.skip={self.left_out | self.find_batches(start)}' "
+                f"leaves out the samples since step {start} at the next start"
+            )
+        step, checkpoint = good
+        left_out = ",".join(self.find_batches(step).spell())
+        record = RollbackRecord(step=step, rolled_back_from=spike_step, spike_loss=loss, left_out=left_out)
+        if groups.world.rank == 0:
+            _LOGGER.warning(
+                "%s: goes back to %s and leaves out the samples %s", spike, checkpoint.name, record.left_out
+            )
+        self.loader.close()
+        load_checkpoint(self.engine, checkpoint, groups)
+        self.leave_out((*self.rollbacks, record))
+        self.done = step
+        spikes.go_back(step)
+        self.saves.restart(step, self.rollbacks)
+        self.writers.go_back(record)
+
+    def find_batches(self, step: int) -> SampleRanges:
+        """Return the numbers of the samples of the steps after this one."""
+        batch_size = self.job.config.train.global_batch_size
+        return self.left_out.kept(step * batch_size, (self.done - step) * batch_size)
 
     def validate(self) -> None:
         """Record the loss on the first ``train.eval_samples`` samples of data.valid, or on all if they are fewer."""
@@ -193,29 +252,4 @@ def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done:
         learning_rate=learning_rate_at(done, config.optimizer, config.train.steps),
         seed=config.train.seed,
         samples_consumed=done * config.train.global_batch_size,
-    )
-
-
-def check_finite(step: int, result: StepResult, precision: str, way_back: str) -> None:
-    """Stop a run whose loss or gradient is not finite any more, before it saves that or repeats it for ever.
-
-    Only fp16 has a remedy, to skip the step and scale the loss less; DeepSpeed skips such steps in any precision.
-
-    Args:
-        step: The number of optimizer steps done.
-        result: What the last of them gave.
-        precision: The precision of the run.
-        way_back: What the error tells the user to do, with a lower learning rate.
-
-    Raises:
-        DivergenceError: On every rank, for all have the same result.
-    """
-    finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
-    scales_less = precision == "fp16" and result.skipped and result.loss_scale > 1.0
-    if finite or scales_less:
-        return
-    why = " with fp16's loss scale at its minimum of 1" if precision == "fp16" and result.skipped else ""
-    raise DivergenceError(
-        f"step {step} has loss {result.loss} and gradient norm {result.grad_norm}{why}: the run has diverged and "
-        f"stops; {way_back}, with a lower optimizer.learning_rate"
     )

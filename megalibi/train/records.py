@@ -91,7 +91,7 @@ def make_step_record(job: Job, step: int, result: StepResult, seconds: float) ->
         memory_peak_bytes=memory_peak_bytes(job.device),
         sample_hash=format_sample_hash(result.sample_hash),
         loss_scale=result.loss_scale if fp16 else None,
-        skipped=result.skipped if fp16 else None,
+        skipped=result.skipped if fp16 or result.skipped else None,
     )
 
 

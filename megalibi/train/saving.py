@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
+from pathlib import Path
 
-from megalibi.checkpoint import CheckpointSaver, SavedRun, prune
+from megalibi.checkpoint import CheckpointSaver, SavedRun, checkpoint_name, prune
 from megalibi.engine.build import DeepSpeedEngine
 from megalibi.errors import DivergenceError, FileError, UserError
 from megalibi.log import get_logger
+from megalibi.metrics.records import RollbackRecord
 from megalibi.metrics.writers import Writers
 from megalibi.train.job import Job, checkpoints_folder
 from megalibi.train.resume import Start
@@ -29,9 +30,18 @@ class Saves:
         engine: The engine from build_engine, loaded.
         writers: The writers of the records, which are on the disk before the checkpoint of their steps.
         first_step: The number of optimizer steps done before this process.
+        rollbacks: The loss spikes that took the run back so far.
     """
 
-    def __init__(self, job: Job, start: Start, engine: DeepSpeedEngine, writers: Writers, first_step: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        start: Start,
+        engine: DeepSpeedEngine,
+        writers: Writers,
+        first_step: int,
+        rollbacks: tuple[RollbackRecord, ...] = (),
+    ) -> None:
         self.job, self.writers = job, writers
         self.first_step = first_step
         self.folder = checkpoints_folder(job.config)
@@ -44,10 +54,12 @@ class Saves:
                 groups=job.groups,
                 folder=self.folder,
                 run_id=start.run_id,
+                rollbacks=rollbacks,
             )
         )
         self.asynchronous = job.config.checkpoint.asynchronous
         """Whether to save in the background; None: the first save finds out whether there is memory for it."""
+        self.start = start.checkpoint
         own = start.checkpoint is None or start.checkpoint.parent == self.folder
         self.saved = first_step if own else -1
         """The step of this run's newest checkpoint; 0: there is nothing to save yet; -1: it began with another's."""
@@ -144,7 +156,7 @@ class Saves:
             self.take(step)
 
     def abandon(self) -> None:
-        """Give up the save in flight, if its weights gave no finite loss and it is not being committed already.
+        """Give up the save in flight, if its weights gave no good loss and it is not being committed already.
 
         Raises:
             UserError: On every rank, if it was waited for and a rank could not write it.
@@ -153,7 +165,43 @@ class Saves:
         if self.pending_is_good or not self.saver.abandon():
             self.finish()
         else:
-            _LOGGER.warning("the checkpoint of step %d is given up: its weights gave no finite loss", step)
+            _LOGGER.warning("the checkpoint of step %d is given up: its weights gave no good loss", step)
+
+    @property
+    def next_start(self) -> int:
+        """The step from which the next start goes on."""
+        return self.saved if self.saved >= 0 else self.first_step
+
+    def find_good(self) -> tuple[int, Path] | None:
+        """Return the newest checkpoint that is known to be good, with its step; None: there is none.
+
+        The save in flight is waited for, or given up if nothing has shown that it is good.
+
+        Raises:
+            UserError: On every rank, if it was waited for and a rank could not write it.
+        """
+        self.abandon()
+        if self.confirmed > 0:
+            return self.confirmed, self.folder / checkpoint_name(self.confirmed)
+        return None if self.saved >= 0 or self.start is None else (self.first_step, self.start)
+
+    def restart(self, step: int, rollbacks: tuple[RollbackRecord, ...]) -> None:
+        """Save a step anew that the engine went back to, so that the next start knows what is left out since.
+
+        Later checkpoints stay until the next save, as where a user goes back.
+
+        Args:
+            step: The number of optimizer steps done.
+            rollbacks: The loss spikes that took the run back so far.
+
+        Raises:
+            UserError: On every rank, if a rank could not write it.
+        """
+        self.saver.note_rollbacks(rollbacks)
+        self.first_step, self.saved = step, -1
+        self.loss_is_finite = True
+        self.save(step, wait=True)
+        self.confirmed = step
 
     def take(self, step: int | None) -> None:
         """Take the step whose checkpoint has become complete, if one has."""
@@ -162,9 +210,9 @@ class Saves:
             if self.pending_is_good:
                 self.confirm()
 
-    def judge_step(self, loss: float) -> None:
-        """Take the training loss of a step, which was computed with the weights before it."""
-        self.loss_is_finite = math.isfinite(loss)
+    def judge_weights(self, gave_finite_loss: bool) -> None:
+        """Take whether the training loss of a step, which was computed with the weights before it, is finite."""
+        self.loss_is_finite = gave_finite_loss
         if self.loss_is_finite:
             self.confirm()
 

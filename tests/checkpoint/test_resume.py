@@ -6,12 +6,10 @@ from typing import Any
 import pytest
 
 from megalibi.checkpoint import check_resumable, describe_changes
-from megalibi.checkpoint.folder import commit
-from megalibi.checkpoint.manifest import Manifest
 from megalibi.config import DECIDES, ON_RESUME, Config, Decides, OnResume, config_to_dict
 from megalibi.config.identity import BY_CONTENT
 from megalibi.errors import ConfigError
-from megalibi.files import make_folder
+from tests.support.checkpoints import write_checkpoint_without_tensors
 from tests.support.runs import identify, make_config, open_loader, write_tokens
 
 LEARNED = {"model.position_method": "learned", "model.max_position_embeddings": 64}
@@ -47,6 +45,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.recompute": "full",
     "data.seq_length": 32,
     "data.document_mask": True,
+    "data.skip": ["2-3"],
     "optimizer.kind": "nesterov",
     "optimizer.learning_rate": 1e-3,
     "optimizer.min_learning_rate": 1e-4,
@@ -69,6 +68,12 @@ OTHER_VALUES: dict[str, Any] = {
     "train.log_every_steps": 3,
     "train.eval_every_steps": 3,
     "train.eval_samples": 3,
+    "train.on_nonfinite": "skip",
+    "train.max_consecutive_skips": 5,
+    "train.on_spike": "rollback",
+    "train.spike_deviations": 5.0,
+    "train.spike_window": 50,
+    "train.max_rollbacks": 2,
     "parallel.tensor_parallel_size": 2,
     "parallel.sequence_parallel": True,
     "parallel.timeout_minutes": 1.0,
@@ -100,31 +105,12 @@ def configure(prefix: str, values: dict[str, Any]) -> Config:
     return make_config(prefix, **sections)
 
 
-def write_checkpoint(folder: Path, config: Config, step: int = 2) -> Path:
-    """Write a checkpoint without tensors."""
-    partial = folder / f"step_{step:08d}.partial"
-    make_folder(partial)
-    return commit(
-        partial,
-        Manifest(
-            step=step,
-            samples_consumed=0,
-            topology={"world_size": 1},
-            config=config_to_dict(config),
-            derived={},
-            versions={},
-            files={},
-            data=identify(config).to_dict(),
-        ),
-    )
-
-
 @pytest.mark.parametrize("name", OTHER_VALUES)
 def test_a_changed_field_is_refused_or_said_or_free_as_the_table_has_it(prefix: str, tmp_path: Path, name: str) -> None:
     entry = OTHER_VALUES[name]
     needed, value = entry if isinstance(entry, tuple) else ({}, entry)
     before, after = configure(prefix, needed), configure(prefix, needed | {name: value})
-    checkpoint = write_checkpoint(tmp_path, before)
+    checkpoint = write_checkpoint_without_tensors(tmp_path, before)
     manifest = check_resumable(checkpoint, before, identify(before))
     assert list(describe_changes(manifest, before, identify(before), 1)) == []
     section, field = name.split(".")
@@ -158,7 +144,7 @@ def test_another_learning_rate_is_said_with_both_and_what_keeps_it(
     prefix: str, tmp_path: Path, was: dict[str, Any], now: dict[str, Any], expected: str | None
 ) -> None:
     before, after = configure(prefix, was), configure(prefix, now)
-    checkpoint = write_checkpoint(tmp_path, before, step=20)
+    checkpoint = write_checkpoint_without_tensors(tmp_path, before, step=20)
     manifest = check_resumable(checkpoint, after, identify(after))
     lines = [line for line in describe_changes(manifest, after, identify(after), 1) if "learning rate" in line]
     if expected is None:
@@ -181,3 +167,31 @@ def test_the_samples_of_a_step_depend_on_the_fields_that_say_so(prefix: str, nam
     needed, value = entry if isinstance(entry, tuple) else ({}, entry)
     before, after = (hash_first_step(configure(prefix, values)) for values in (needed, needed | {name: value}))
     assert (before != after) == (DECIDES[name] is Decides.SAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "refused"),
+    [
+        ([], ["16-23"], ""),  # what lies ahead
+        (["16-23"], [], ""),
+        (["3"], ["3", "17"], ""),
+        (["3"], ["3", "16"], "data.skip=[3,16]: must leave out [3] of the samples before 17"),  # the 16 are 0 to 16
+        ([], ["15-20"], "data.skip=[15-20]: must leave out [] of the samples before 16"),
+        (["3"], [], "data.skip=[]: must leave out [3] of the samples before 17"),
+        (["8-15", "30"], ["12-15", "8-11"], ""),  # other words for the same
+    ],
+)
+def test_samples_that_lie_ahead_can_be_left_out_and_the_past_stays(
+    prefix: str, tmp_path: Path, was: list[str], now: list[str], refused: str
+) -> None:
+    before, after = configure(prefix, {"data.skip": was}), configure(prefix, {"data.skip": now})
+    checkpoint = write_checkpoint_without_tensors(tmp_path, before, samples_consumed=16)
+    if not refused:
+        manifest = check_resumable(checkpoint, after, identify(after))
+        assert any("data.skip" in line for line in describe_changes(manifest, after, identify(after), 1))
+        return
+    with pytest.raises(ConfigError) as error:
+        check_resumable(checkpoint, after, identify(after))
+    assert str(error.value).startswith(
+        f"{refused}, which the checkpoint {checkpoint} has behind it; resume with it, or"
+    )

@@ -55,7 +55,8 @@ def test_what_each_field_decides() -> None:
     by_kind: dict[Decides, set[str]] = {kind: set() for kind in Decides}
     for name, decides in DECIDES.items():
         by_kind[decides].add(name)
-    assert by_kind[Decides.SAMPLES] == {"data.train", "data.seq_length", "train.global_batch_size", "train.seed"}
+    samples = {"data.train", "data.skip", "data.seq_length", "train.global_batch_size", "train.seed"}
+    assert by_kind[Decides.SAMPLES] == samples
     assert by_kind[Decides.TOPOLOGY] == {
         "parallel.tensor_parallel_size",
         "parallel.sequence_parallel",

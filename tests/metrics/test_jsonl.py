@@ -10,7 +10,7 @@ import pytest
 
 from megalibi.errors import FileError
 from megalibi.metrics.jsonl import DROPPED_FILE, JsonlWriter
-from megalibi.metrics.records import StepRecord, ValidationRecord, read_metrics
+from megalibi.metrics.records import RollbackRecord, StepRecord, ValidationRecord, read_last_losses, read_metrics
 from megalibi.metrics.writers import Writers
 from tests.support.jobs import CONTEXT
 
@@ -100,3 +100,25 @@ def test_lines_that_a_full_disk_does_not_take_are_written_when_it_does(tmp_path:
 def test_lines_that_no_disk_took_are_said_at_the_end(tmp_path: Path) -> None:
     with CONTEXT.Pool(1) as pool, pytest.raises(FileError, match=r"the last 3 lines of .* could not be written"):
         pool.apply(write_to_a_full_disk, (str(tmp_path), 3, 0))
+
+
+def test_a_rollback_takes_back_lines_that_are_written_and_lines_that_are_not(
+    tmp_path: Path, make_step: MakeStep, make_validation: MakeValidation
+) -> None:
+    writer = JsonlWriter(tmp_path / "metrics.jsonl")
+    for record in (make_step(1), make_step(2)):
+        writer.step(record)
+    writer.validation(make_validation(2))
+    writer.step(make_step(3))
+    writer._unwritten = bytearray(f"{make_step(4).to_json()}\n".encode())  # as after a full disk
+    rollback = RollbackRecord(step=2, rolled_back_from=4, spike_loss=9.5, left_out="8-15")
+    writer.go_back(rollback)
+    writer.step(make_step(3, loss=5.0))
+    writer.close()
+    metrics = read_metrics(tmp_path)
+    assert metrics.steps == (make_step(1), make_step(2), make_step(3, loss=5.0))
+    assert metrics.validations == (make_validation(2),)
+    assert metrics.rollbacks == (rollback,)
+    assert len((tmp_path / DROPPED_FILE).read_text().splitlines()) == 2
+    assert read_last_losses(tmp_path, 2) == [(2, make_step(2).loss), (3, 5.0)]
+    assert read_last_losses(tmp_path / "nowhere", 2) == []

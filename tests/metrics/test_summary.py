@@ -37,3 +37,11 @@ def test_no_steps_no_summary_and_a_diverged_run_says_so(make_step: MakeStep) -> 
     summary = summarize(RunMetrics(steps=(make_step(1, loss=math.nan),), validations=()))
     assert summary is not None
     assert math.isnan(summary.loss)
+
+
+def test_a_step_that_was_skipped_is_no_loss_of_the_model(make_step: MakeStep) -> None:
+    steps = [make_step(step, loss=1.0) for step in range(1, 61)]
+    steps[58] = make_step(59, loss=math.nan, skipped=True)
+    summary = summarize(RunMetrics(steps=tuple(steps), validations=()))
+    assert summary is not None
+    assert (summary.loss, summary.loss_steps, summary.skipped_steps) == (1.0, 3, 1)

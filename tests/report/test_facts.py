@@ -79,3 +79,15 @@ def test_a_run_of_an_earlier_version_lacks_what_run_info_holds_now(write_run: Ca
     origin = {"command": "python launch/pretrain.py", "commit": "0123456789ab-dirty", "date": "2026-11-26T16:00:00"}
     (folder / "run_info.json").write_text(json.dumps(info | origin))
     assert {fact.label: fact.value for fact in environment_facts(read_run(folder))} == {**facts, **origin}
+
+
+def test_steps_that_were_skipped_and_rollbacks_are_said(write_run: Callable[..., Path]) -> None:
+    folder = write_run("rolled_back")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "rolled_back_from": 43, "spike_loss": 9.5, "left_out": "320-343"}\n')
+    run = read_run(folder)
+    steps = (*run.metrics.steps[:-1], dataclasses.replace(run.metrics.steps[-1], skipped=True))
+    run = dataclasses.replace(run, metrics=dataclasses.replace(run.metrics, steps=steps))
+    facts = {fact.label: (fact.value, fact.note) for fact in result_facts(run)}
+    assert facts["Skipped steps"] == ("1", "not finite")
+    assert facts["Rollbacks"] == ("1", "loss spikes")

@@ -12,7 +12,9 @@ from typing import Any
 from megalibi.checkpoint import Checkpoint, prune
 from megalibi.checkpoint.folder import checkpoint_name, commit
 from megalibi.checkpoint.manifest import FileEntry, Manifest
+from megalibi.config import Config, config_to_dict
 from megalibi.files import make_folder, write_synced
+from tests.support.runs import identify
 
 
 def save_files(folder: Path, step: int, content: str = "", keep: int = 0) -> Path:
@@ -37,6 +39,25 @@ def assert_whole(checkpoint: Path | None) -> int:
     opened = Checkpoint.open(checkpoint)
     assert list(opened.find_damage()) == []
     return opened.manifest.step
+
+
+def write_checkpoint_without_tensors(folder: Path, config: Config, step: int = 2, samples_consumed: int = 0) -> Path:
+    """Write a checkpoint of a run, which has all but the tensors."""
+    partial = folder / f"step_{step:08d}.partial"
+    make_folder(partial)
+    return commit(
+        partial,
+        Manifest(
+            step=step,
+            samples_consumed=samples_consumed,
+            topology={"world_size": 1},
+            config=config_to_dict(config),
+            derived={},
+            versions={},
+            files={},
+            data=identify(config).to_dict(),
+        ),
+    )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from fused_ops import fusing
+from megalibi.checkpoint import find_left_out
 from megalibi.config import Config, config_from_dict, derive, learning_rate_at
 from megalibi.data.dataset import open_dataset
 from megalibi.data.loader import Batch, Loader
@@ -91,6 +92,7 @@ def open_loader(config: Config, *, data_rank: int = 0, data_size: int = 1, micro
         data_rank=data_rank,
         data_size=data_size,
         document_mask=config.data.document_mask,
+        left_out=find_left_out(config),
     )
 
 

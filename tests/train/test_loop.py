@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ import pytest
 from megalibi.checkpoint import find_checkpoint, list_checkpoints
 from megalibi.data.dataset import open_dataset
 from megalibi.data.tokens.token_file import TokenFileWriter
-from megalibi.engine.step import StepResult
-from megalibi.errors import DataError, DivergenceError
-from megalibi.train.loop import check_finite
+from megalibi.errors import DataError
 from tests.support.device import ON_GPU
 from tests.support.jobs import Job, exact_records, last_step, read_records, run_job, write_job
 from tests.support.runs import VOCAB_SIZE, make_config, write_tokens
@@ -165,6 +162,29 @@ def test_a_rank_that_alone_meets_bad_data_ends_the_job_and_names_itself(tmp_path
     assert [record["step"] for record in read_records(tmp_path / "run")] == list(range(1, done + 4))
 
 
+def test_a_token_file_that_changes_under_a_run_ends_it_in_order(tmp_path: Path) -> None:
+    config = write_job(tmp_path, checkpoint={"every_steps": 0})
+    run, tokens = tmp_path / "run", tmp_path / "tokens.bin"
+    job = Job(config, FOREVER, world_size=2)
+    job.wait_until(lambda: last_step(run) > 2)
+    place = tokens.stat().st_size // 2
+    with tokens.open("r+b") as file:
+        file.seek(place)
+        (old,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([old ^ 1]))
+    assert job.wait() == [2, 2]
+    error, done = error_of(job), last_step(run)
+    assert f"{tokens}: changed while it is being read (of the same size): put the file back as it was" in error
+    assert f"; stopped after step {done}, checkpoint saved; the same command goes on when the data is mended" in error
+    steps = f"train.steps={done + 1}"
+    assert f"data.train={tmp_path}/tokens (20,000 tokens" in refusal_of(Job(config, steps, world_size=2))
+    with tokens.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([old]))
+    run_job(config, steps, world_size=2)
+
+
 def refusal_of(job: Job) -> str:
     assert set(job.wait()) == {2}, job.output
     return error_of(job)
@@ -189,24 +209,6 @@ def spoil_one_sample(prefix: str, first: int = 12) -> int:
         else:
             return place
     raise AssertionError("no place is missed")
-
-
-def test_what_is_not_finite_stops_a_run_unless_the_loss_can_be_scaled_less() -> None:
-    good = StepResult(loss=1.0, grad_norm=1.0, tokens=1, sample_hash=0, loss_scale=1.0, skipped=False)
-    check_finite(1, good, "bf16", "go back")
-    for field in ("loss", "grad_norm"):
-        for value in (float("nan"), float("inf")):
-            bad = replace(good, **{field: value})
-            skipped = replace(bad, skipped=True, loss_scale=2.0)
-            for result, precision in (
-                (bad, "fp16"),
-                (replace(skipped, loss_scale=1.0), "fp16"),
-                (skipped, "bf16"),
-                (skipped, "fp32"),
-            ):
-                with pytest.raises(DivergenceError, match=r"^step 7 has .*: .* stops; go back, with a lower"):
-                    check_finite(7, result, precision, "go back")
-            check_finite(7, skipped, "fp16", "go back")
 
 
 def test_a_validation_reads_all_of_a_blend_on_any_number_of_ranks(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import signal
 from dataclasses import replace
@@ -53,7 +52,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path) -> No
     names = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
     last = diverged["step"] - 1
     assert names == [f"step_{step:08d}" for step in range(1, last)]  # not the last, whose weights gave no number
-    assert f"the checkpoint of step {last} is given up: its weights gave no finite loss" in job.read_log(0)
+    assert f"the checkpoint of step {last} is given up: its weights gave no good loss" in job.read_log(0)
     way_back = f"go back to step {last - 1}, the newest checkpoint" if last > 1 else "start anew"
     assert f"the run has diverged and stops; {way_back}" in error
     assert not any((tmp_path / "run" / "checkpoints").glob("*.partial"))
@@ -167,10 +166,10 @@ def meet_failures(config: Config) -> list[object]:
     saves.confirm()
     came.append(saves.saver._pending.partial.is_dir())  # what is in flight is no leftover
     saves.pending_is_good = False
-    saves.judge_step(math.nan)
+    saves.judge_weights(False)
     saves.abandon()
     came.append((saves.saved, saves.saver.pending_step, list_checkpoints(folder)))
-    saves.judge_step(1.0)
+    saves.judge_weights(True)
     saves.save(1)
     while not saves.saver._pending.is_written:
         saves.saver.poll()

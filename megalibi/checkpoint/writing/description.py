@@ -16,6 +16,7 @@ from megalibi.checkpoint.parameters import describe_parameters, find_ties
 from megalibi.config import Config, Derived, config_to_dict
 from megalibi.data.tokens.identity import DataIdentity
 from megalibi.engine.masters import read_progress
+from megalibi.metrics.records import RollbackRecord
 from megalibi.model import DTYPES
 from megalibi.parallel import ProcessGroups
 
@@ -38,6 +39,8 @@ class SavedRun:
     """The folder ``checkpoints`` of the run, on a file system that all ranks see."""
     run_id: str
     """The identity of the run."""
+    rollbacks: tuple[RollbackRecord, ...] = ()
+    """The loss spikes that took the run back so far."""
 
 
 def describe_checkpoint(run: SavedRun, step: int) -> Manifest:
@@ -61,6 +64,7 @@ def describe_checkpoint(run: SavedRun, step: int) -> Manifest:
         parameters=describe_parameters(run.engine.module, DTYPES[config.train.precision]),
         ties=find_ties(run.engine.module),
         optimizer={"kind": config.optimizer.kind, **dataclasses.asdict(read_progress(run.engine))},
+        rollbacks=run.rollbacks,
     )
 
 

@@ -30,6 +30,7 @@ from megalibi.data.tokens.identity import DataIdentity
 from megalibi.engine.masters import find_masters
 from megalibi.errors import FileError
 from megalibi.files import make_folder
+from megalibi.metrics.records import RollbackRecord
 from megalibi.parallel import ProcessGroups, all_reduce_raw, gather_objects
 from megalibi.partial import PARTIAL_SUFFIX
 
@@ -63,6 +64,11 @@ class CheckpointSaver:
     def pending_step(self) -> int | None:
         """The step that is being saved in the background; None: no save is in flight."""
         return None if self._pending is None else self._pending.step
+
+    def note_rollbacks(self, rollbacks: tuple[RollbackRecord, ...]) -> None:
+        """Let the checkpoints from here on say which loss spikes took the run back; no save is in flight."""
+        assert self._pending is None
+        self._run = dataclasses.replace(self._run, rollbacks=rollbacks)
 
     def explain_lack_of_memory(self) -> str | None:
         """Return why no copy of the ranks' files should be made in the hosts' memory, or None if there is room."""

@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from megalibi.data.tokens.identity import Identity, sampled_sha256
 from megalibi.data.tokens.token_index import IndexReader
+from megalibi.data.tokens.unchanged import UnchangedFiles
 from megalibi.errors import DataError
 from megalibi.files import AsideFile, sync_folder
 
@@ -63,6 +64,7 @@ class TokenFile:
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
                 raise DataError(f"{path}: no such token file; write it with megalibi preprocess")
+        self._unchanged = UnchangedFiles((self.idx_path, self.bin_path))
         with self.idx_path.open("rb") as file:
             index = _map(file)
             num_sequences, num_boundaries = self._read_header(index)
@@ -81,6 +83,17 @@ class TokenFile:
     @cached_property
     def identity(self) -> Identity:
         """What tells this file from others; reads 128 MiB at most."""
+        return self._identify()
+
+    def check_unchanged(self) -> None:
+        """Check that the files are what they were when they were opened.
+
+        Raises:
+            DataError: The content of one is another one now.
+        """
+        self._unchanged.check(self.__dict__.get("identity"), self._identify)
+
+    def _identify(self) -> Identity:
         return Identity(
             tokens=self.num_tokens,
             documents=self.num_documents,

@@ -12,7 +12,7 @@ from megalibi.checkpoint import CHECKPOINTS, Checkpoint, read_manifest
 from megalibi.config import config_to_dict
 from megalibi.export.certificate import Certificate
 from megalibi.export.hf.plan import HfPlan
-from megalibi.metrics.records import METRICS_FILE, StepRecord, read_records_of_step
+from megalibi.metrics.records import METRICS_FILE, StepRecord, ValidationRecord, read_records_of_step
 
 
 def make_card(checkpoint: Checkpoint, plan: HfPlan, certificate: Certificate) -> str:
@@ -81,7 +81,7 @@ def find_last_losses(checkpoint: Path) -> dict[str, float]:
     for record in read_records_of_step(checkpoint.parent.parent / METRICS_FILE, read_manifest(checkpoint).step):
         if isinstance(record, StepRecord):
             found["training loss"] = record.loss
-        else:
+        elif isinstance(record, ValidationRecord):
             found["validation loss"] = record.validation_loss
     return found
 
