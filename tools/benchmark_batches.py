@@ -46,7 +46,7 @@ def measure_rows(model: GPT, rows: Sequence[list[int]], num_prompt: int) -> tupl
     return count / (time.perf_counter() - start), count / (time.process_time() - start_processor)
 
 
-def summarize(values: Sequence[float]) -> dict[str, Any]:
+def describe_repeats(values: Sequence[float]) -> dict[str, Any]:
     """Return the median of repeats and their spread."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "repeats": list(values)}
 
@@ -62,8 +62,8 @@ def measure_batches(model: GPT, arguments: argparse.Namespace) -> list[dict[str,
     for column, size in enumerate(sizes):
         row: dict[str, Any] = {"batch_size": size}
         for kind, name in enumerate(("tokens_per_second", "tokens_per_processor_second")):
-            row[name] = summarize([repeat[column][kind] for repeat in rates])
-            row[f"{name}_to_one_row"] = summarize([repeat[column][kind] / repeat[0][kind] for repeat in rates])
+            row[name] = describe_repeats([repeat[column][kind] for repeat in rates])
+            row[f"{name}_to_one_row"] = describe_repeats([repeat[column][kind] / repeat[0][kind] for repeat in rates])
         results.append(row)
     return results
 
