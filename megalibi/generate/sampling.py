@@ -49,7 +49,7 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, number: int = 0) -> None:
-        self.sampling = sampling
+        self.sampling, self.number = sampling, number
         # Hashed, so that no text of one seed has the draws of another text of a neighbouring seed.
         digest = hashlib.sha256(f"{sampling.seed}/{number}".encode()).digest()
         self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, H hidden, A heads of this rank, K head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from alibi_attention import PackedDocuments, attention, resolve_backend, split_qkv
 from megalibi.config import ModelConfig
 from megalibi.errors import ConfigError
-from megalibi.model.cache import LayerCache
+from megalibi.model.cache import LayerCache, attend_rows
 from megalibi.model.dropout import Site
 from megalibi.model.init import residual_std, set_linear_init
 from megalibi.model.positions import METHODS, PositionMethod, ScoreBias
@@ -68,14 +69,14 @@ class SelfAttention(nn.Module):
         bias: ScoreBias,
         *,
         documents: PackedDocuments | None = None,
-        cache: LayerCache | None = None,
+        caches: Sequence[LayerCache] = (),
     ) -> Tensor:
         """Return what attention adds to the residual stream, [B, S, H]."""
         qkv = self.qkv(x_BSH)  # [B, S, 3AK], the whole sequence
         q_BSAK, k_BSAK, v_BSAK = split_qkv(qkv.unflatten(-1, (3, self.num_heads_local, -1)))
-        if cache is not None:
-            q_BSAK, k_BSAK = self.apply_to_query_key(q_BSAK, k_BSAK, first=cache.num_tokens)
-            return self.proj(cache.attend(q_BSAK, k_BSAK, v_BSAK, bias, backend=self.backend).flatten(2))
+        if caches:
+            q_BSAK, k_BSAK = self.apply_to_query_key(q_BSAK, k_BSAK, first=[cache.num_tokens for cache in caches])
+            return self.proj(attend_rows(caches, q_BSAK, k_BSAK, v_BSAK, bias, backend=self.backend).flatten(2))
         q_BSAK, k_BSAK = self.apply_to_query_key(q_BSAK, k_BSAK)
         dropout_p = 0.0
         random: AbstractContextManager[None] = nullcontext()

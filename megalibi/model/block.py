@@ -5,6 +5,8 @@ Shapes: B batch, S sequence (this rank's part of it under sequence parallelism),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from alibi_attention import PackedDocuments
@@ -42,7 +44,7 @@ class Block(nn.Module):
         bias: ScoreBias,
         *,
         documents: PackedDocuments | None = None,
-        cache: LayerCache | None = None,
+        caches: Sequence[LayerCache] = (),
     ) -> Tensor:
         """Return the residual stream after this block.
 
@@ -52,10 +54,11 @@ class Block(nn.Module):
             bias: What is added to the attention scores.
             documents: Attention does not cross their boundaries; None: it sees the whole row. It is given by name:
                 ZeRO 3 looks for tensors in what is given by position, and warns of a type that it does not know.
-            cache: The keys and values of the tokens before, which gets those of these; None: there were none.
+            caches: For each row the keys and values of the tokens before, which gets those of these; none: there were
+                no tokens before, and the keys and values are not kept.
         """
         x_BSH, normed_BSH = self.attention_norm(x_BSH)
-        y_BSH = self.attention(normed_BSH, micro_batch_key, bias, documents=documents, cache=cache)
+        y_BSH = self.attention(normed_BSH, micro_batch_key, bias, documents=documents, caches=caches)
         x_BSH, normed_BSH = self.mlp_norm(x_BSH, self.dropout(y_BSH, Site.ATTENTION_OUTPUT, micro_batch_key))
         y_BSH = self.mlp(normed_BSH, micro_batch_key)
         return x_BSH + self.dropout(y_BSH, Site.MLP_OUTPUT, micro_batch_key)

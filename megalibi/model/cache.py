@@ -15,7 +15,7 @@ are such heads, a distance is rounded up by at most a quarter of itself.
 
 Beside this, attention itself leaves out up to its own ``horizon_eps`` of a row, 2^-24 in all models.
 
-Shapes: B batch, which is 1 here; S new tokens, A heads of this rank, G heads of a group, T kept tokens, K head
+Shapes: B batch, which is 1 for a cache; S new tokens, A heads of this rank, G heads of a group, T kept tokens, K head
 dimension.
 """
 
@@ -223,6 +223,14 @@ def _attend_group(group: _HeadGroup, num_tokens: int, q_BSAK: Tensor, bias: Scor
         distance_bias=bias.distance_bias,
         backend=backend,
     )
+
+
+def attend_rows(
+    caches: Sequence[LayerCache], q_BSAK: Tensor, k_BSAK: Tensor, v_BSAK: Tensor, bias: ScoreBias, *, backend: str
+) -> Tensor:
+    """Return what the queries of the next tokens see, each row in its own cache, [B, S, A, K]."""
+    rows = zip(caches, q_BSAK.split(1), k_BSAK.split(1), v_BSAK.split(1), strict=True)
+    return torch.cat([cache.attend(q, k, v, bias, backend=backend) for cache, q, k, v in rows])
 
 
 class KeyValueCache:

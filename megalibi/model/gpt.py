@@ -5,6 +5,8 @@ Shapes: B batch, S sequence, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -91,35 +93,35 @@ class GPT(nn.Module):
         return self.output.log_probs(self._last_hidden(tokens_BS, None, None)[:, first:])
 
     @torch.no_grad()
-    def next_log_probs(self, tokens_BS: Tensor, cache: KeyValueCache) -> Tensor:
+    def next_log_probs(self, tokens_BS: Tensor, caches: Sequence[KeyValueCache]) -> Tensor:
         """Return the log-probability of the token after these, fp32 [B, V], the same on the whole tensor group.
 
         Args:
-            tokens_BS: The tokens that follow those of the cache; its one row.
-            cache: The keys and values of the tokens before, which gets those of these.
+            tokens_BS: The tokens that follow those of each row's cache.
+            caches: For each row the keys and values of the tokens before, however many, which gets those of these.
         """
         assert not self.layout.sequence_parallel
-        return self.output.log_probs(self._last_hidden(tokens_BS, None, None, cache)[:, -1:])[:, 0]
+        return self.output.log_probs(self._last_hidden(tokens_BS, None, None, caches)[:, -1:])[:, 0]
 
     def _last_hidden(
         self,
         tokens_BS: Tensor,
         cu_seqlens: Tensor | None,
         micro_batch_key: int | None,
-        cache: KeyValueCache | None = None,
+        caches: Sequence[KeyValueCache] = (),
     ) -> Tensor:
         """Return what the output layer reads, [B, S, H]; under sequence parallelism this rank's part of it."""
-        first = 0 if cache is None else cache.num_tokens
+        first = [cache.num_tokens for cache in caches] or [0]
         x_BSH = self.positions.add_to_embedding(self.embedding(tokens_BS, self.compute_dtype), first=first)
         if self.layout.sequence_parallel:
             x_BSH = scatter_to_sequence(x_BSH, self.layout.tensor)
         x_BSH = self.embedding_norm(x_BSH)  # no position method has added to the embedding if there is a norm
         x_BSH = self.dropout(x_BSH, Site.EMBEDDING, micro_batch_key)
-        bias = self.positions.score_bias(first + tokens_BS.shape[1], x_BSH.device)
+        bias = self.positions.score_bias(max(first) + tokens_BS.shape[1], x_BSH.device)
         documents = None if cu_seqlens is None else PackedDocuments(cu_seqlens, tokens_BS.numel(), x_BSH.device)
         for number, block in enumerate(self.blocks):
-            if cache is not None:
-                x_BSH = block(x_BSH, None, bias, cache=cache.layers[number])
+            if caches:
+                x_BSH = block(x_BSH, None, bias, caches=[cache.layers[number] for cache in caches])
             elif self.recompute and torch.is_grad_enabled():
                 x_BSH = _run_and_recompute(block, x_BSH, micro_batch_key, bias, documents)
             else:

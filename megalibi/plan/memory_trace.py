@@ -8,7 +8,7 @@ inside itself it does not see; on CUDA the allocator's own peak adds that.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -191,7 +191,7 @@ def _query_and_key_are_inputs(trace: MemoryTrace, attention: SelfAttention) -> I
     """Count what a position method makes of q and k as attention's inputs, not as its workspace."""
     apply = attention.apply_to_query_key
 
-    def applied(q_BSAK: Tensor, k_BSAK: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
+    def applied(q_BSAK: Tensor, k_BSAK: Tensor, *, first: Sequence[int] = (0,)) -> tuple[Tensor, Tensor]:
         trace.enter(ACTIVATIONS)
         try:
             return apply(q_BSAK, k_BSAK, first=first)

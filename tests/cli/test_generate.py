@@ -27,6 +27,7 @@ from megalibi.data.tokenizer.training import train_tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.errors import CheckpointError, UserError
+from megalibi.generate.run import TextRow
 from megalibi.generate.sampling import Sampling
 from megalibi.runtime.ranks import Place
 from tests.support.jobs import ScriptJob, torchrun_environment
@@ -91,9 +92,10 @@ def make_speaker(run_dir: Path, groups: Any) -> generate_command.Speaker:
     )
 
 
-def speak_on_a_data_rank(run_dir: Path) -> None:
+def speak_on_a_data_rank(run_dir: Path, batch_size: int) -> None:
     groups = process_groups(1)
-    generate_command.speak_all(make_speaker(run_dir, groups), PROMPTS, groups, run_dir, run_dir / "shared.jsonl")
+    speaker = dataclasses.replace(make_speaker(run_dir, groups), batch_size=batch_size)
+    generate_command.speak_all(speaker, PROMPTS, groups, run_dir, run_dir / "shared.jsonl")
 
 
 def fail_on_the_second_data_rank(run_dir: Path) -> str:
@@ -122,15 +124,30 @@ def test_prompts_of_a_file_are_answered_alike_on_any_ranks(run_dir: Path, capsys
     run(run_dir, "--prompt", PROMPTS[0], "--seed", "5")
     assert capsys.readouterr().out == answers[0]["prompt"] + answers[0]["text"] + "\n"
 
-    run_on_ranks(2, speak_on_a_data_rank, run_dir)
-    assert (run_dir / "shared.jsonl").read_text() == (run_dir / "alone.jsonl").read_text()
+    words = ["--prompts", str(run_dir / "prompts.txt"), "--seed", "5", "--batch-size", "2"]
+    run(run_dir, *words, "--output", str(run_dir / "together.jsonl"))
+    assert capsys.readouterr().out == shown
+    assert (run_dir / "together.jsonl").read_text() == (run_dir / "alone.jsonl").read_text()
+
+    for batch_size in (1, 2):
+        run_on_ranks(2, speak_on_a_data_rank, run_dir, batch_size)
+        assert (run_dir / "shared.jsonl").read_text() == (run_dir / "alone.jsonl").read_text()
 
     for message in run_on_ranks(2, fail_on_the_second_data_rank, run_dir):
         assert "the model gives NaN" in message
         assert "(rank 1 on" in message
 
     words = ["--checkpoint", str(run_dir / "run"), "--prompts", str(run_dir / "prompts.txt"), "--max-tokens", "12"]
-    words += ["--seed", "5", "--tensor-parallel-size", "2", "--output", str(run_dir / "tensor.jsonl")]
+    words += [
+        "--seed",
+        "5",
+        "--batch-size",
+        "3",
+        "--tensor-parallel-size",
+        "2",
+        "--output",
+        str(run_dir / "tensor.jsonl"),
+    ]
     (run_dir / "job").mkdir()
     ScriptJob(TOOL, [words] * 2, run_dir / "job", torchrun_environment(2)).succeed()
     assert (run_dir / "tensor.jsonl").read_text() == (run_dir / "alone.jsonl").read_text()
@@ -145,6 +162,8 @@ def test_what_cannot_be_used_is_one_line(run_dir: Path, monkeypatch: pytest.Monk
         ((*prompt, "--max-tokens", "0"), {}, "--max-tokens=0: must be at least 1"),
         ((*prompt, "--horizon-eps", "1"), {}, "--horizon-eps=1.0: must be at least 0 and below 1"),
         ((*prompt, "--top-p", "2"), {}, "--top-p=2.0: must be above 0 and at most 1"),
+        ((*prompt, "--batch-size", "0"), {}, "--batch-size=0: must be at least 1"),
+        ((*prompt, "--batch-size", "2"), {}, "--batch-size=2: must be 1, or stand beside --prompts"),
         ((*prompt, "--output", "x.jsonl"), {}, "--output=x.jsonl: must stand beside --prompts"),
         (("--prompts", "nowhere.txt"), {}, "--prompts: nowhere.txt: No such file"),
         (("--prompts", f"{run_dir}/empty.txt"), {}, "empty.txt: must have a line that is not empty"),
@@ -191,19 +210,34 @@ def test_a_line_of_a_pipe_that_is_no_text_costs_no_other(
     assert "error: prompt 2: it must be UTF-8 text" in shown.err
 
 
-def test_an_interruption_keeps_the_answers_before_it(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    speak = generate_command.Speaker.speak
+@pytest.mark.parametrize("batch_size", ["1", "2"])
+def test_an_interruption_keeps_the_answers_before_it(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, batch_size: str
+) -> None:
+    read_prompt = TextRow.read_prompt
 
-    def stop_at_third(speaker: generate_command.Speaker, prompt: str, number: int = 0) -> dict[str, Any]:
-        if number == 2:
+    def stop_at_third(row: TextRow) -> torch.Tensor:
+        if row.sampler.number == 2:
             raise KeyboardInterrupt
-        return speak(speaker, prompt, number)
+        return read_prompt(row)
 
-    monkeypatch.setattr(generate_command.Speaker, "speak", stop_at_third)
-    output = run_dir / "stopped.jsonl"
+    monkeypatch.setattr(TextRow, "read_prompt", stop_at_third)
+    output, prompts = run_dir / "stopped.jsonl", run_dir / "prompts.txt"
     with pytest.raises(KeyboardInterrupt):
-        run(run_dir, "--prompts", str(run_dir / "prompts.txt"), "--output", str(output))
+        run(run_dir, "--prompts", str(prompts), "--output", str(output), "--batch-size", batch_size)
     assert [json.loads(line)["prompt"] for line in output.read_text().splitlines()] == PROMPTS[:2]
+
+
+def test_answers_come_in_the_order_of_the_prompts_and_not_of_their_ends(run_dir: Path) -> None:
+    speaker = make_speaker(run_dir, None)
+    first, second = (speaker.speak(prompt, number)["tokens"] for number, prompt in enumerate(PROMPTS[:2]))
+    # A token of the second text alone ends a document.
+    speaker.tokenizer.end_of_document_id = next(token for token in second if token not in first)
+    prompts = dict(enumerate(PROMPTS))
+    alone = list(speaker.speak_each(prompts))
+    assert [answer["prompt"] for answer in alone] == PROMPTS
+    assert [answer["ended"] for answer in alone[:2]] == [False, True]
+    assert list(dataclasses.replace(speaker, batch_size=2).speak_each(prompts)) == alone
 
 
 def test_word_level_text_goes_on_after_a_line(run_dir: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megalibi.errors import ConfigError
-from megalibi.generate.decoder import Decoder
-from megalibi.generate.run import check_room, generate
+from megalibi.generate.decoder import Decoder, feed_each
+from megalibi.generate.run import TextRow, check_room, generate
 from megalibi.generate.sampling import Sampler, Sampling
 from megalibi.model import GPT
 from megalibi.parallel import ALONE, Group
@@ -29,6 +29,18 @@ def gpt() -> GPT:
     return build_gpt(make_model()).eval()
 
 
+class RecordingSampler(Sampler):
+    """Keeps the log-probabilities that it chooses by."""
+
+    def __init__(self, sampling: Sampling, number: int = 0) -> None:
+        super().__init__(sampling, number)
+        self.seen: list[Tensor] = []
+
+    def choose(self, log_probs_V: Tensor) -> int:
+        self.seen.append(log_probs_V)
+        return super().choose(log_probs_V)
+
+
 def greedy_in_full(gpt: GPT, tokens: list[int], first: int) -> tuple[Tensor, list[int]]:
     """The log-probabilities after each of a text's tokens from ``first`` on, in one pass, and the likeliest tokens."""
     log_probs = gpt.log_probs(torch.tensor([tokens]), first=first)[0]
@@ -36,17 +48,14 @@ def greedy_in_full(gpt: GPT, tokens: list[int], first: int) -> tuple[Tensor, lis
 
 
 def assert_greedy_is_full_recomputation(gpt: GPT, prompt: list[int], max_tokens: int, horizon_eps: float) -> Decoder:
-    decoder, seen = Decoder(gpt, horizon_eps=horizon_eps), []
-    feed = decoder.feed
-    decoder.feed = lambda tokens: seen.append(feed(tokens)) or seen[-1]  # type: ignore[method-assign]
-    done = generate(
-        decoder, prompt, Sampler(GREEDY), max_tokens=max_tokens, num_tokens=VOCAB_SIZE, end_of_document_id=-1
-    )
-    assert len(done.tokens) == max_tokens
-    assert not done.ended
+    decoder, sampler = Decoder(gpt, horizon_eps=horizon_eps), RecordingSampler(GREEDY)
+    row = TextRow(decoder, prompt, sampler, max_tokens=max_tokens, num_tokens=VOCAB_SIZE, end_of_document_id=-1)
+    assert list(generate([row])) == [row]
+    assert len(row.tokens) == max_tokens
+    assert not row.ended
     log_probs, likeliest = greedy_in_full(gpt, decoder.tokens, len(prompt) - 1)
-    assert float((torch.stack(seen) - log_probs).abs().max()) < LOG_PROB_ERROR
-    assert list(done.tokens) == likeliest
+    assert float((torch.stack(sampler.seen) - log_probs).abs().max()) < LOG_PROB_ERROR
+    assert row.tokens == likeliest
     return decoder
 
 
@@ -83,17 +92,11 @@ def test_every_kind_of_model_generates(fields: dict[str, Any]) -> None:
 
 
 def test_a_token_that_the_tokenizer_does_not_have_is_never_chosen(gpt: GPT) -> None:
-    texts = {
-        num_tokens: generate(
-            Decoder(gpt),
-            [1, 2, 3],
-            Sampler(Sampling(seed=1)),
-            max_tokens=20,
-            num_tokens=num_tokens,
-            end_of_document_id=-1,
-        ).tokens
-        for num_tokens in (5, VOCAB_SIZE)
-    }
+    texts = {}
+    for num_tokens in (5, VOCAB_SIZE):
+        sampler = Sampler(Sampling(seed=1))
+        row = TextRow(Decoder(gpt), [1, 2, 3], sampler, max_tokens=20, num_tokens=num_tokens, end_of_document_id=-1)
+        texts[num_tokens] = next(generate([row])).tokens
     assert max(texts[5]) < 5 <= max(texts[VOCAB_SIZE])
 
 
@@ -118,9 +121,16 @@ def generate_planted(group: Group = ALONE) -> tuple[Tensor, list[list[int]], int
     plant_seeker(gpt)
     tokens = random_tokens(1, PLANTED_LENGTH, seed=3, vocab_size=VOCAB_SIZE - 20)[0][0] + 20  # neither of the two
     tokens[50], tokens[-10] = SOUGHT, SEEKER
+    prompt, more = tokens[:PLANTED_PROMPT].tolist(), tokens[PLANTED_PROMPT:].tolist()
     decoder = Decoder(gpt)
-    log_probs = [decoder.feed(tokens[:PLANTED_PROMPT].tolist())]
-    log_probs += [decoder.feed([token]) for token in tokens[PLANTED_PROMPT:].tolist()]
+    log_probs = [decoder.feed(prompt)]
+    log_probs += [decoder.feed([token]) for token in more]
+    together = [Decoder(gpt), Decoder(gpt)]  # and once more in a batch, of which this row alone is read again
+    in_batch = [torch.stack([together[0].feed(prompt[:3]), together[1].feed(prompt)])]
+    in_batch += [feed_each(together, [token, token]) for token in more]
+    assert float((torch.stack(in_batch)[:, 1] - torch.stack(log_probs)).abs().max()) < LOG_PROB_ERROR
+    assert [row.num_rebuilds for row in together] == [0, decoder.num_rebuilds]
+    assert together[0].cache.num_tokens == 3 + len(more)
     if group.size == 1:
         full, _ = greedy_in_full(gpt, tokens.tolist(), PLANTED_PROMPT - 1)
         assert float((torch.stack(log_probs) - full).abs().max()) < LOG_PROB_ERROR

@@ -5,6 +5,7 @@ A new method is one file beside this one: a subclass that overrides the place wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -42,24 +43,31 @@ class PositionMethod(nn.Module):
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__()
 
-    def add_to_embedding(self, x_BSH: Tensor, *, first: int = 0) -> Tensor:
+    def add_to_embedding(self, x_BSH: Tensor, *, first: Sequence[int] = (0,)) -> Tensor:
         """Act on the embedded tokens; position 0 is the first token of the row, whatever documents begin in it.
 
         Args:
             x_BSH: The tokens at the positions ``first``, ``first + 1``, ...
-            first: How many tokens of the row came before, in earlier calls.
+            first: How many tokens of each row came before, in earlier calls; a single number stands for all rows.
         """
         return x_BSH
 
-    def apply_to_query_key(self, q_BSAK: Tensor, k_BSAK: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Act on the queries and keys at the positions ``first``, ``first + 1``, ..., in every layer."""
+    def apply_to_query_key(
+        self, q_BSAK: Tensor, k_BSAK: Tensor, *, first: Sequence[int] = (0,)
+    ) -> tuple[Tensor, Tensor]:
+        """Act on the queries and keys at the positions ``first``, ``first + 1``, ... of each row, in every layer."""
         return q_BSAK, k_BSAK
 
     def score_bias(self, seq_length: int, device: torch.device) -> ScoreBias:
         """Return what is added to the scores of every layer: asked for once per forward pass.
 
         Args:
-            seq_length: Number of keys that the last query sees.
+            seq_length: Number of keys that the last query sees, of the longest row.
             device: Where the scores are computed.
         """
         return ScoreBias()
+
+
+def row_positions(first: Sequence[int], seq_length: int, device: torch.device) -> Tensor:
+    """Return the positions of the tokens of each row, int64 [B, S]: those from its number in ``first`` on."""
+    return torch.stack([torch.arange(start, start + seq_length, device=device) for start in first])

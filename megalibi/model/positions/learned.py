@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from megalibi.config import ModelConfig
 from megalibi.errors import ConfigError
 from megalibi.model.init import Normal, set_init
-from megalibi.model.positions.base import PositionMethod
+from megalibi.model.positions.base import PositionMethod, row_positions
 from megalibi.parallel import Group
 
 
@@ -23,13 +25,13 @@ class Learned(PositionMethod):
         super().__init__(model, group)
         self.table = PositionTable(model)
 
-    def add_to_embedding(self, x_BSH: Tensor, *, first: int = 0) -> Tensor:
+    def add_to_embedding(self, x_BSH: Tensor, *, first: Sequence[int] = (0,)) -> Tensor:
         """Add the table to every row.
 
         Raises:
             ConfigError: The row is longer than the table.
         """
-        return x_BSH + self.table(first + x_BSH.shape[1])[first:].to(x_BSH.dtype)
+        return x_BSH + self.table(first, x_BSH.shape[1]).to(x_BSH.dtype)
 
 
 class PositionTable(nn.Module):
@@ -40,11 +42,12 @@ class PositionTable(nn.Module):
         self.weight = nn.Parameter(torch.empty(model.max_position_embeddings, model.hidden_size))
         set_init(self.weight, Normal(model.init_std))
 
-    def forward(self, seq_length: int) -> Tensor:
-        """Return the first rows, [S, H]."""
-        if seq_length > len(self.weight):
+    def forward(self, first: Sequence[int], seq_length: int) -> Tensor:
+        """Return the rows from each number in ``first`` on, [B, S, H]."""
+        length = max(first) + seq_length
+        if length > len(self.weight):
             raise ConfigError(
-                f"model.max_position_embeddings={len(self.weight)}: must be at least {seq_length}, the length of the "
+                f"model.max_position_embeddings={len(self.weight)}: must be at least {length}, the length of the "
                 "sequence, because model.position_method=learned has no embedding for a later position"
             )
-        return F.embedding(torch.arange(seq_length, device=self.weight.device), self.weight)
+        return F.embedding(row_positions(first, seq_length, self.weight.device), self.weight)

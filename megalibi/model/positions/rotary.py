@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megalibi.config import ModelConfig
-from megalibi.model.positions.base import PositionMethod
+from megalibi.model.positions.base import PositionMethod, row_positions
 from megalibi.parallel import Group
 
 BASE = 10_000.0
@@ -22,25 +24,26 @@ class Rotary(PositionMethod):
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__(model, group)
         self._turns: tuple[Tensor, Tensor] | None = None
-        self._first = 0
+        self._first: Sequence[int] = ()
 
-    def apply_to_query_key(self, q_BSAK: Tensor, k_BSAK: Tensor, *, first: int = 0) -> tuple[Tensor, Tensor]:
+    def apply_to_query_key(
+        self, q_BSAK: Tensor, k_BSAK: Tensor, *, first: Sequence[int] = (0,)
+    ) -> tuple[Tensor, Tensor]:
         """Turn both."""
         seq_length, head_dim = q_BSAK.shape[1], q_BSAK.shape[-1]
         turns = self._turns  # the same for every layer; not made in __init__, where zero.Init would round it
-        if turns is None or (self._first, len(turns[0])) != (first, seq_length) or turns[0].device != q_BSAK.device:
-            turns = self._turns = rotary_table(seq_length, head_dim, q_BSAK.device, first=first)
+        if turns is None or (self._first, turns[0].shape[1]) != (first, seq_length) or turns[0].device != q_BSAK.device:
+            turns = self._turns = rotary_table(row_positions(first, seq_length, q_BSAK.device), head_dim)
             self._first = first
         return _turn(q_BSAK, *turns), _turn(k_BSAK, *turns)
 
 
-def rotary_table(seq_length: int, head_dim: int, device: torch.device, *, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the angles at ``first``, ``first + 1``, ..., fp32 [S, 1, K / 2] each."""
+def rotary_table(position: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the angles of each position, fp32, in two dimensions more each: 1, K / 2."""
     # fp64: at position 16,384 an angle would be off by 1e-3 in fp32.
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim
-    position_S = torch.arange(first, first + seq_length, device=device, dtype=torch.float64)
-    angles = position_S[:, None] * BASE**-exponent
-    return angles.cos().float().unsqueeze(1), angles.sin().float().unsqueeze(1)
+    exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=torch.float64) / head_dim
+    angles = position.double()[..., None, None] * BASE**-exponent
+    return angles.cos().float(), angles.sin().float()
 
 
 def _turn(x_BSAK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from megalibi.config import ModelConfig
-from megalibi.model.positions.base import PositionMethod
+from megalibi.model.positions.base import PositionMethod, row_positions
 from megalibi.parallel import Group
 
 
@@ -27,18 +28,17 @@ class Sinusoidal(PositionMethod):
         super().__init__(model, group)
         self.scale = 1.0 if model.adaptive_cutoffs else model.init_std
 
-    def add_to_embedding(self, x_BSH: Tensor, *, first: int = 0) -> Tensor:
+    def add_to_embedding(self, x_BSH: Tensor, *, first: Sequence[int] = (0,)) -> Tensor:
         """Add the table to every row."""
-        table_SH = self.scale * sinusoidal_table(x_BSH.shape[1], x_BSH.shape[2], x_BSH.device, first=first)
-        return x_BSH + table_SH.to(x_BSH.dtype)
+        position_BS = row_positions(first, x_BSH.shape[1], x_BSH.device)
+        return x_BSH + (self.scale * sinusoidal_table(position_BS, x_BSH.shape[2])).to(x_BSH.dtype)
 
 
-def sinusoidal_table(seq_length: int, hidden_size: int, device: torch.device, *, first: int = 0) -> Tensor:
-    """Return the embeddings of the positions ``first``, ``first + 1``, ..., fp32 [S, H]."""
+def sinusoidal_table(position: Tensor, hidden_size: int) -> Tensor:
+    """Return the embedding of each position, fp32, in one dimension more: H."""
     half = hidden_size // 2
     # fp64: at position 16,384 an angle would be off by 1e-3 in fp32.
-    steps = torch.arange(half, device=device, dtype=torch.float64)
+    steps = torch.arange(half, device=position.device, dtype=torch.float64)
     frequencies = torch.exp(steps * -(math.log(10_000.0) / max(1, half - 1)))
-    position_S = torch.arange(first, first + seq_length, device=device, dtype=torch.float64)
-    angles_SF = position_S[:, None] * frequencies[None, :]
-    return torch.cat([angles_SF.sin(), angles_SF.cos()], dim=1).float()
+    angles = position.double().unsqueeze(-1) * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).float()

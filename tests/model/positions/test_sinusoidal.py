@@ -9,14 +9,13 @@ from megalibi.model.positions.sinusoidal import Sinusoidal, sinusoidal_table
 from megalibi.parallel import ALONE
 from tests.support.models import build_gpt, make_model
 
-CPU = torch.device("cpu")
 FP32_ROUNDING = 1e-7
 
 
 @pytest.mark.parametrize("hidden_size", [2, 4, 16, 48])
 def test_table_equals_the_formula(hidden_size: int) -> None:
     half = hidden_size // 2
-    table = sinusoidal_table(16_384, hidden_size, CPU)
+    table = sinusoidal_table(torch.arange(16_384), hidden_size)
     assert table.dtype == torch.float32
     for position in (0, 1, 7, 299, 16_383):
         for i in range(half):
@@ -26,7 +25,7 @@ def test_table_equals_the_formula(hidden_size: int) -> None:
 
 
 def test_table_of_a_longer_sequence_begins_with_that_of_a_shorter() -> None:
-    assert torch.equal(sinusoidal_table(1000, 32, CPU)[:10], sinusoidal_table(10, 32, CPU))
+    assert torch.equal(sinusoidal_table(torch.arange(1000), 32)[:10], sinusoidal_table(torch.arange(10), 32))
 
 
 def test_every_row_gets_the_table_in_its_own_dtype_at_the_scale_of_the_tokens() -> None:
@@ -34,7 +33,7 @@ def test_every_row_gets_the_table_in_its_own_dtype_at_the_scale_of_the_tokens() 
     positions = Sinusoidal(make_model(init_std=0.25), ALONE)
     y = positions.add_to_embedding(x)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, x + (0.25 * sinusoidal_table(5, 8, CPU)).bfloat16())
+    assert torch.equal(y, x + (0.25 * sinusoidal_table(torch.arange(5), 8)).bfloat16())
 
 
 def test_at_the_start_the_table_has_half_the_variance_of_the_tokens() -> None:
