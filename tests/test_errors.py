@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.errors import describe_os_error
+from megalibi.errors import describe_os_error, spell_line
 
 MISSING = OSError(errno.ENOENT, "No such file or directory", "a/b")
 
@@ -23,3 +23,11 @@ MISSING = OSError(errno.ENOENT, "No such file or directory", "a/b")
 )
 def test_an_error_of_the_system_names_its_file(error: OSError, said: str) -> None:
     assert describe_os_error(error, Path("read/this")) == said
+
+
+def test_a_message_cannot_steer_a_terminal() -> None:
+    """Whatever a file of others has put into it; letters of all scripts stay."""
+    assert (
+        spell_line("field \x1b[2J\r is\n  \u65e5\u672c\u202e na\u00efve\x00")
+        == "field \\x1b[2J is \u65e5\u672c\\u202e na\u00efve\\x00"
+    )
