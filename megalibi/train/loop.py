@@ -19,6 +19,7 @@ from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
 from megalibi.metrics.writers import Writers, build_writers
 from megalibi.parallel import refusing_together
+from megalibi.runtime.hang import Watchdog
 from megalibi.runtime.stop import StoppedError, StopRequest, read_together
 from megalibi.train.job import Job, is_due, open_loader, open_validation, validation_is_due
 from megalibi.train.records import make_step_record, make_validation_record, record_start
@@ -42,12 +43,14 @@ def train(job: Job) -> None:
         UserError: The folder is in use, a checkpoint is damaged, the disk is full, or data cannot be read.
     """
     config, groups = job.config, job.groups
-    stop = StopRequest()
-    with hold_run(job) as start:
+    stop, run_dir = StopRequest(), Path(config.train.output_dir)
+    limit_seconds = config.runtime.hang_timeout_seconds
+    with hold_run(job) as start, Watchdog(limit_seconds, run_dir, groups.world) as watchdog:
         engine = build_engine(config, job.derived, groups, job.device)
+        watchdog.mark()
         first_step = 0 if start.checkpoint is None else load_checkpoint(engine, start.checkpoint, groups).step
         loader = open_loader(job)
-        with refusing_together(groups.world, Path(config.train.output_dir)):  # rank 0 alone writes there
+        with refusing_together(groups.world, run_dir):  # rank 0 alone writes there
             if groups.world.rank == 0:
                 record_start(job, start)
             writers = build_writers(
@@ -59,7 +62,7 @@ def train(job: Job) -> None:
                 eval_samples=config.train.eval_samples,
             )
         with contextlib.closing(loader), writers:
-            Loop(job, start, engine, loader, writers, stop, first_step).run()
+            Loop(job, start, engine, loader, writers, stop, watchdog, first_step).run()
 
 
 class Loop:
@@ -75,6 +78,7 @@ class Loop:
         loader: The reader of the training data.
         writers: The writers of the records.
         stop: Whether a signal has asked for the end.
+        watchdog: Told of the progress of this rank.
         first_step: The number of optimizer steps done before this process.
     """
 
@@ -86,10 +90,11 @@ class Loop:
         loader: Loader,
         writers: Writers,
         stop: StopRequest,
+        watchdog: Watchdog,
         first_step: int,
     ) -> None:
         self.job, self.start, self.engine = job, start, engine
-        self.loader, self.writers, self.stop = loader, writers, stop
+        self.loader, self.writers, self.stop, self.watchdog = loader, writers, stop, watchdog
         self.saves = Saves(job, start, engine, writers, first_step)
         self.done = first_step
 
@@ -136,6 +141,7 @@ class Loop:
         batches = self.read(lambda: self.loader.micro_batches(samples_consumed))
         result = take_step(self.job, self.engine, batches, self.done)
         self.done += 1
+        self.watchdog.mark(self.done)
         self.writers.step(make_step_record(self.job, self.done, result, time.perf_counter() - began))
         check_finite(self.done, result, config.train.precision, self.saves.describe_way_back())
         self.saves.judge_step(result.loss)
@@ -171,8 +177,15 @@ class Loop:
 
         All ranks come here at the same place, so that it is here that they go on with a save in flight.
         """
+        self.watchdog.mark()
         self.saves.poll()
-        return read_together(read, self.job.groups, self.job.device, self.stop)
+
+        def read_own() -> _T:
+            value = read()
+            self.watchdog.mark()  # a rank that still reads is behind the others, which wait for it
+            return value
+
+        return read_together(read_own, self.job.groups, self.job.device, self.stop)
 
 
 def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done: int) -> StepResult:
