@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from megalibi.data.loader import Batch
-from megalibi.parallel import IGNORED_LABEL, ProcessGroups, all_reduce_raw, derive_key
+from megalibi.parallel import IGNORED_LABEL, ProcessGroups, Stopwatch, all_reduce_raw, derive_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ def train_step(
     learning_rate: float,
     seed: int,
     samples_consumed: int,
+    forward: Stopwatch | None = None,
 ) -> StepResult:
     """Compute the gradient of the mean loss over the tokens of the global batch and step along it.
 
@@ -55,6 +57,8 @@ def train_step(
         seed: The seed of the run.
         samples_consumed: Position in the data before this step. With the seed it keys dropout, so that a resumed run
             drops what it would have dropped without the interruption.
+        forward: Measures the forward passes; the clock of the tensor group then measures the waits in them. None:
+            nothing is measured.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -73,12 +77,13 @@ def train_step(
     for index, host_batch in enumerate(batches):
         batch = host_batch.to(device)
         first_sample = samples_consumed + (index * groups.data.size + groups.data.rank) * len(batch.tokens)
-        losses_BS = engine(
-            batch.tokens,
-            batch.labels,
-            cu_seqlens=batch.cu_seqlens,
-            micro_batch_key=derive_key(seed, "dropout", first_sample),
-        )
+        with _measuring(forward, groups, device):
+            losses_BS = engine(
+                batch.tokens,
+                batch.labels,
+                cu_seqlens=batch.cu_seqlens,
+                micro_batch_key=derive_key(seed, "dropout", first_sample),
+            )
         loss = losses_BS.sum(dtype=torch.float64)
         loss_sum += loss.detach()
         engine.backward(loss * factor, scale_wrt_gas=False)
@@ -92,6 +97,15 @@ def train_step(
         loss_scale=loss_scale,
         skipped=bool(getattr(engine.optimizer, "overflow", False)),
     )
+
+
+@contextlib.contextmanager
+def _measuring(forward: Stopwatch | None, groups: ProcessGroups, device: torch.device) -> Iterator[None]:
+    if forward is None:
+        yield
+        return
+    with forward.running(device), groups.tensor.clock.measuring():
+        yield
 
 
 def find_loss_scale(engine: DeepSpeedEngine) -> float:

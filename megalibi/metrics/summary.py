@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,10 @@ class Summary:
     """Sum of the wall times of the steps, in seconds, without validation and saving."""
     skipped_steps: int
     """Number of steps that were skipped because the gradients overflowed in fp16."""
+    straggler_ratio: Quartiles | None
+    """Straggler ratio over all comparisons of the ranks; None if there was none, as on one rank."""
+    slowest_rank: int | None
+    """The rank that was the slowest most often; None if the ranks were not compared."""
 
 
 def summarize(metrics: RunMetrics) -> Summary | None:
@@ -65,6 +70,8 @@ def summarize(metrics: RunMetrics) -> Summary | None:
     steps = metrics.steps
     if not steps:
         return None
+    ratios = [record.straggler_ratio for record in steps if record.straggler_ratio is not None]
+    slowest = Counter(record.slowest_rank for record in steps if record.slowest_rank is not None)
     final: Sequence[StepRecord] = steps[-max(1, min(len(steps) // _FINAL_FRACTION, _FINAL_STEPS_MAX)) :]
     return Summary(
         steps=steps[-1].step,
@@ -78,4 +85,6 @@ def summarize(metrics: RunMetrics) -> Summary | None:
         memory_peak_bytes=max(record.memory_peak_bytes for record in steps),
         train_seconds=sum(record.step_seconds for record in steps),
         skipped_steps=sum(bool(record.skipped) for record in steps),
+        straggler_ratio=Quartiles.of(ratios) if ratios else None,
+        slowest_rank=slowest.most_common(1)[0][0] if slowest else None,
     )

@@ -43,7 +43,10 @@ class Pending:
 
     def wait(self) -> Tensor:
         """Return the result; on a GPU this orders the streams and does not block the host."""
-        if self.work is not None:
+        if self.work is not None and self.group is not None and self.group.clock.is_on:
+            with self.group.clock.stopwatch.running(self.buffer.device):
+                self.work.wait()
+        elif self.work is not None:
             self.work.wait()
         return self.buffer if self.arrange is None else self.arrange(self.buffer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,10 +19,11 @@ from megalibi.errors import DataError, DivergenceError, UserError
 from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
 from megalibi.metrics.writers import Writers, build_writers
-from megalibi.parallel import refusing_together
+from megalibi.parallel import Stopwatch, gather_objects, refusing_together
 from megalibi.runtime.hang import Watchdog
-from megalibi.runtime.stop import StoppedError, StopRequest, read_together
+from megalibi.runtime.stop import Aside, StoppedError, StopRequest, read_together
 from megalibi.train.job import Job, is_due, open_loader, open_validation, validation_is_due
+from megalibi.train.pace import Pace
 from megalibi.train.records import make_step_record, make_validation_record, record_start
 from megalibi.train.resume import Start, hold_run
 from megalibi.train.saving import Saves
@@ -45,7 +47,8 @@ def train(job: Job) -> None:
     config, groups = job.config, job.groups
     stop, run_dir = StopRequest(), Path(config.train.output_dir)
     limit_seconds = config.runtime.hang_timeout_seconds
-    with hold_run(job) as start, Watchdog(limit_seconds, run_dir, groups.world) as watchdog:
+    hosts = gather_objects(socket.gethostname(), groups.world)
+    with hold_run(job) as start, Watchdog(limit_seconds, run_dir, groups.world, hosts) as watchdog:
         engine = build_engine(config, job.derived, groups, job.device)
         watchdog.mark()
         first_step = 0 if start.checkpoint is None else load_checkpoint(engine, start.checkpoint, groups).step
@@ -62,7 +65,7 @@ def train(job: Job) -> None:
                 eval_samples=config.train.eval_samples,
             )
         with contextlib.closing(loader), writers:
-            Loop(job, start, engine, loader, writers, stop, watchdog, first_step).run()
+            Loop(job, start, engine, loader, writers, stop, watchdog, first_step, hosts).run()
 
 
 class Loop:
@@ -80,6 +83,7 @@ class Loop:
         stop: Whether a signal has asked for the end.
         watchdog: Told of the progress of this rank.
         first_step: The number of optimizer steps done before this process.
+        hosts: The host of each rank.
     """
 
     def __init__(
@@ -92,10 +96,18 @@ class Loop:
         stop: StopRequest,
         watchdog: Watchdog,
         first_step: int,
+        hosts: Sequence[str],
     ) -> None:
         self.job, self.start, self.engine = job, start, engine
         self.loader, self.writers, self.stop, self.watchdog = loader, writers, stop, watchdog
         self.saves = Saves(job, start, engine, writers, first_step)
+        self.pace = Pace(
+            job.groups,
+            hosts,
+            every_steps=job.config.train.log_every_steps,
+            slow_ratio=job.config.runtime.slow_rank_ratio,
+            first_step=first_step,
+        )
         self.done = first_step
 
     def run(self) -> None:
@@ -138,11 +150,15 @@ class Loop:
         config = self.job.config
         began = time.perf_counter()
         samples_consumed = self.done * config.train.global_batch_size
-        batches = self.read(lambda: self.loader.micro_batches(samples_consumed))
-        result = take_step(self.job, self.engine, batches, self.done)
+        batches = self.read(
+            lambda: self.pace.time_read(lambda: self.loader.micro_batches(samples_consumed)), aside=self.pace
+        )
+        result = take_step(self.job, self.engine, batches, self.done, forward=self.pace.forward)
         self.done += 1
         self.watchdog.mark(self.done)
-        self.writers.step(make_step_record(self.job, self.done, result, time.perf_counter() - began))
+        self.pace.end_step()
+        seconds = time.perf_counter() - began
+        self.writers.step(make_step_record(self.job, self.done, result, seconds, self.pace))
         check_finite(self.done, result, config.train.precision, self.saves.describe_way_back())
         self.saves.judge_step(result.loss)
 
@@ -172,10 +188,11 @@ class Loop:
         for _ in range(len(loader)):
             yield self.read(lambda: next(batches))
 
-    def read(self, read: Callable[[], _T]) -> _T:
+    def read(self, read: Callable[[], _T], *, aside: Aside | None = None) -> _T:
         """Return what this rank reads, if all ranks can read theirs and no signal asks for the end.
 
-        All ranks come here at the same place, so that it is here that they go on with a save in flight.
+        All ranks come here at the same place, so that it is here that they go on with a save in flight, and tell each
+        other something aside.
         """
         self.watchdog.mark()
         self.saves.poll()
@@ -185,10 +202,12 @@ class Loop:
             self.watchdog.mark()  # a rank that still reads is behind the others, which wait for it
             return value
 
-        return read_together(read_own, self.job.groups, self.job.device, self.stop)
+        return read_together(read_own, self.job.groups, self.job.device, self.stop, aside)
 
 
-def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done: int) -> StepResult:
+def take_step(
+    job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done: int, *, forward: Stopwatch | None = None
+) -> StepResult:
     """Take the next optimizer step of a run; every rank calls it.
 
     Args:
@@ -196,6 +215,7 @@ def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done:
         engine: The engine from build_engine.
         batches: This rank's micro batches of the step.
         done: The number of steps before it, from which its learning rate and the keys of its dropout follow.
+        forward: Measures the forward passes; None: nothing does.
     """
     config = job.config
     return train_step(
@@ -206,6 +226,7 @@ def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done:
         learning_rate=learning_rate_at(done, config.optimizer, config.train.steps),
         seed=config.train.seed,
         samples_consumed=done * config.train.global_batch_size,
+        forward=forward,
     )
 
 

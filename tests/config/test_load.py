@@ -58,6 +58,7 @@ def test_config_is_frozen(path: Path) -> None:
         ("train.steps=true", "train.steps=True: must be a whole number"),
         ("train.steps=0", "train.steps=0: must be at least 1"),
         ("runtime.hang_timeout_seconds=0.5", "runtime.hang_timeout_seconds=0.5: must be at least 1, or 0 to end no"),
+        ("runtime.slow_rank_ratio=1", "runtime.slow_rank_ratio=1.0: must be above 1, or 0 to name no rank"),
         ("runtime.hang_timeout_seconds=1e8", "runtime.hang_timeout_seconds=100000000.0: must be at most 31,536,000"),
         ("train.precision=fp8", "train.precision=fp8: must be one of fp32, bf16, fp16"),
         ("zero.stage=4", "zero.stage=4: must be one of 0, 1, 2, 3"),

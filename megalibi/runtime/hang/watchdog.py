@@ -15,6 +15,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,8 @@ from typing import NoReturn
 import psutil
 
 from megalibi.files import make_folder
-from megalibi.parallel import Group, gather_objects
+from megalibi.log import get_logger
+from megalibi.parallel import Group
 from megalibi.runtime.exit import EXIT_FAILED
 from megalibi.runtime.hang.signs import RankSign, RankSigns
 from megalibi.runtime.hang.verdict import name_culprits
@@ -42,23 +44,24 @@ _END_SECONDS = 20
 _GRACE_SECONDS = 1.0
 """How long this rank waits beyond the ticks by which the ranks differ, so that each says its own before one ends."""
 _STDERR = 2
+_LOGGER = get_logger(__name__)
 
 
 class Watchdog:
-    """Watches this rank from ``__enter__`` to ``__exit__``. Every rank enters at the same place.
+    """Watches this rank from ``__enter__`` to ``__exit__``.
 
     Args:
         limit_seconds: The time without progress after which the process ends; 0: nothing is watched.
         run_dir: The run's folder, which all hosts see.
         world: All ranks.
+        hosts: The host of each rank.
     """
 
-    def __init__(self, limit_seconds: float, run_dir: Path, world: Group) -> None:
-        self._limit_seconds, self._world = limit_seconds, world
+    def __init__(self, limit_seconds: float, run_dir: Path, world: Group, hosts: Sequence[str]) -> None:
+        self._limit_seconds, self._world, self._hosts = limit_seconds, world, hosts
         self._tick = min(_TICK_SECONDS, limit_seconds / 8)
         self._stacks_path = run_dir / STACKS_FOLDER / f"rank_{world.rank:05d}.txt"
         self._signs = RankSigns(run_dir, world.rank, world.size)
-        self._hosts: list[str] = []
         self._process = psutil.Process()
         self._marks = self._step = self._signs_given = self._progress = 0
         self._seen: tuple[int, int] = (0, 0)
@@ -80,7 +83,6 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._limit_seconds > 0:
-            self._hosts = gather_objects(socket.gethostname(), self._world)
             self._arm(self._limit)
             self._thread.start()
         return self
@@ -104,7 +106,12 @@ class Watchdog:
     def _watch(self) -> None:
         self._look(time.monotonic())
         while not self._ended.wait(self._tick):
-            self._look(time.monotonic())
+            try:
+                self._look(time.monotonic())
+            except Exception:  # a fault in here must not end a run that is well, nor keep one that hangs
+                _LOGGER.exception("the watchdog met an error that nobody foresaw")
+                if time.monotonic() - self._progress_seconds > self._limit:
+                    os._exit(EXIT_FAILED)
             self._arm(self._limit)
 
     def _arm(self, seconds: float) -> None:
@@ -160,7 +167,7 @@ class Watchdog:
 
     def _others_progress(self, now: float) -> bool:
         """Return whether another rank makes progress, for which this one may be waiting."""
-        recent = now - 3 / 8 * self._limit  # a little less than the time for which this rank looks
+        recent = now - self._limit / 4  # this rank has looked for longer
         return any(seen.progress_seconds > recent for seen in self._signs.others.values())
 
     def _describe(self) -> RankSign:

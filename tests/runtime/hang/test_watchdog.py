@@ -123,7 +123,7 @@ def save_on_rank_1(folder: Path, rank: int, port: int) -> None:
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 2)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    with Watchdog(LIMIT_SECONDS, folder, build_process_groups(1).world) as watchdog:
+    with Watchdog(LIMIT_SECONDS, folder, build_process_groups(1).world, [HOST] * 2) as watchdog:
         watchdog.mark(1)
         began = time.monotonic()
         with (folder / f"saved{rank}").open("wb", buffering=0) as file:
@@ -136,7 +136,7 @@ def save_on_rank_1(folder: Path, rank: int, port: int) -> None:
     assert not (folder / STACKS_FOLDER).exists()
     assert not (folder / SIGNS_FOLDER).exists()
     dist.barrier()
-    with Watchdog(LIMIT_SECONDS, folder, build_process_groups(1).world) as watchdog:
+    with Watchdog(LIMIT_SECONDS, folder, build_process_groups(1).world, [HOST] * 2) as watchdog:
         watchdog.mark(1)
         time.sleep(100 * LIMIT_SECONDS)
 
