@@ -27,6 +27,7 @@ from megalibi.config.schema import (
     DatasetConfig,
     OptimizerConfig,
     ParallelConfig,
+    RuntimeConfig,
     TrainConfig,
     ZeroConfig,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "OnResume",
     "OptimizerConfig",
     "ParallelConfig",
+    "RuntimeConfig",
     "TrainConfig",
     "ZeroConfig",
     "adaptive_bands",

@@ -22,6 +22,7 @@ ON_NONFINITE = ("stop", "skip")
 ON_SPIKE = ("none", "rollback")
 MAX_TIMEOUT_MINUTES = 525_600
 """The longest timeout, a year: torch counts it in whole numbers that do not hold everything."""
+MAX_HANG_TIMEOUT_SECONDS = 60 * MAX_TIMEOUT_MINUTES
 MAX_BUCKET_ELEMENTS = 2**31 - 1
 MAX_BATCH_SIZE = 2**24
 """The most sequences of a step: the numbers of all of them are held at once."""
@@ -251,6 +252,28 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What the ranks do about trouble while they train."""
+
+    hang_timeout_seconds: Free[float] = 1200.0
+    """The seconds after which a rank that makes no progress says where it waits and which rank holds it up, and ends;
+    0 never ends it. It is shorter than parallel.timeout_minutes, after which a collective would end with less said.
+    Until the first step is done a rank has at least ten minutes."""
+    slow_rank_ratio: Free[float] = 1.5
+    """The ratio of a rank's own time of a step to the median of the ranks from which on the log names it, where it
+    stays there for 30 steps; 0 names none."""
+
+    def __post_init__(self) -> None:
+        """Check what one section can know of itself."""
+        if self.hang_timeout_seconds and not self.hang_timeout_seconds >= 1:
+            requirement = "be at least 1, or 0 to end no rank"
+            refuse("runtime.hang_timeout_seconds", self.hang_timeout_seconds, requirement)
+        if self.slow_rank_ratio and not self.slow_rank_ratio > 1:
+            refuse("runtime.slow_rank_ratio", self.slow_rank_ratio, "be above 1, or 0 to name no rank")
+        check_at_most("runtime", MAX_HANG_TIMEOUT_SECONDS, hang_timeout_seconds=self.hang_timeout_seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A run: everything that its YAML file and the overrides of the command say."""
 
@@ -268,3 +291,5 @@ class Config:
     """What DeepSpeed ZeRO cuts over the data-parallel ranks."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written, and where a run begins."""
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """What the ranks do about trouble while they train."""

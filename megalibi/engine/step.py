@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from megalibi.data.loader import Batch
-from megalibi.parallel import IGNORED_LABEL, ProcessGroups, all_reduce_raw, derive_key
+from megalibi.parallel import IGNORED_LABEL, ProcessGroups, Stopwatch, all_reduce_raw, derive_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ def train_step(
     learning_rate: float,
     seed: int,
     samples_consumed: int,
+    forward: Stopwatch | None = None,
 ) -> StepResult:
     """Compute the gradient of the mean loss over the tokens of the global batch and step along it.
 
@@ -62,6 +64,8 @@ def train_step(
         seed: The seed of the run.
         samples_consumed: Position in the data before this step. With the seed it keys dropout, so that a resumed run
             drops what it would have dropped without the interruption.
+        forward: Measures the forward passes; the clock of the tensor group then measures the waits in them. None:
+            nothing is measured.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
@@ -81,12 +85,13 @@ def train_step(
     for index, host_batch in enumerate(batches):
         batch = host_batch.to(device)
         first_sample = samples_consumed + (index * groups.data.size + groups.data.rank) * len(batch.tokens)
-        losses_BS = engine(
-            batch.tokens,
-            batch.labels,
-            cu_seqlens=batch.cu_seqlens,
-            micro_batch_key=derive_key(seed, "dropout", first_sample),
-        )
+        with _measuring(forward, groups, device):
+            losses_BS = engine(
+                batch.tokens,
+                batch.labels,
+                cu_seqlens=batch.cu_seqlens,
+                micro_batch_key=derive_key(seed, "dropout", first_sample),
+            )
         losses_by_position[first_sample] = losses_BS.detach()
         loss = losses_BS.sum(dtype=torch.float64)
         loss_sum += loss.detach()
@@ -114,6 +119,15 @@ def _find_bad_samples(losses_by_position: dict[int, torch.Tensor]) -> tuple[tupl
         for index, (first, losses_BS) in enumerate(losses_by_position.items())
         for row in (~losses_BS.isfinite()).any(dim=1).nonzero().flatten().tolist()
     )
+
+
+@contextlib.contextmanager
+def _measuring(forward: Stopwatch | None, groups: ProcessGroups, device: torch.device) -> Iterator[None]:
+    if forward is None:
+        yield
+        return
+    with forward.running(device), groups.tensor.clock.measuring():
+        yield
 
 
 def find_loss_scale(engine: DeepSpeedEngine) -> float:

@@ -70,6 +70,10 @@ class StepRecord:
     """Samples consumed since the run began, which is the position in the data; early versions did not record it."""
     skipped: bool | None = None
     """Whether the step left the weights as they were, since a number was not finite; outside of fp16 only where so."""
+    straggler_ratio: float | None = None
+    """Own time a step of the slowest rank divided by the median of the ranks; where the ranks compared it."""
+    slowest_rank: int | None = None
+    """The rank that the straggler ratio is about, whether it is slow or not."""
 
     def to_json(self) -> str:
         """Return the record as one line of strict JSON without its newline; fields that are None are left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,10 @@ class Summary:
     """Number of steps that left the weights as they were, because the loss or the gradient was not finite."""
     rollbacks: int
     """Number of loss spikes that took the run back to a checkpoint."""
+    straggler_ratio: Quartiles | None
+    """Straggler ratio over all comparisons of the ranks; None if there was none, as on one rank."""
+    slowest_rank: int | None
+    """The rank that was the slowest most often; None if the ranks were not compared."""
 
 
 def summarize(metrics: RunMetrics) -> Summary | None:
@@ -68,6 +73,8 @@ def summarize(metrics: RunMetrics) -> Summary | None:
     steps = metrics.steps
     if not steps:
         return None
+    ratios = [record.straggler_ratio for record in steps if record.straggler_ratio is not None]
+    slowest = Counter(record.slowest_rank for record in steps if record.slowest_rank is not None)
     # A step that was skipped says nothing of the model, unless the run ended with it.
     counted = [r for r in steps if math.isfinite(r.loss) or not r.skipped or r is steps[-1]]
     final: Sequence[StepRecord] = counted[-max(1, min(len(steps) // _FINAL_FRACTION, _FINAL_STEPS_MAX)) :]
@@ -84,4 +91,6 @@ def summarize(metrics: RunMetrics) -> Summary | None:
         train_seconds=sum(record.step_seconds for record in steps),
         skipped_steps=sum(bool(record.skipped) for record in steps),
         rollbacks=len(metrics.rollbacks),
+        straggler_ratio=Quartiles.of(ratios) if ratios else None,
+        slowest_rank=slowest.most_common(1)[0][0] if slowest else None,
     )

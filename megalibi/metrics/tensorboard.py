@@ -41,6 +41,7 @@ class TensorBoardWriter:
             "speed/tokens_per_second": record.tokens_per_second,
             "speed/model_tflops_per_second": record.model_tflops_per_second,
             "speed/model_tflops_per_second_causal": record.model_tflops_per_second_causal,
+            "speed/straggler_ratio": record.straggler_ratio,
             "memory/bytes": record.memory_bytes,
             "memory/peak_bytes": record.memory_peak_bytes,
         }

@@ -26,6 +26,7 @@ from megalibi.parallel.sequence import (
     use_replicated_param,
 )
 from megalibi.parallel.sharding import ShardSpec, get_shard_spec, set_shard_spec, shard, unshard
+from megalibi.parallel.stopwatch import Stopwatch
 
 __all__ = [
     "ALONE",
@@ -37,6 +38,7 @@ __all__ = [
     "ProcessGroups",
     "RowParallelLinear",
     "ShardSpec",
+    "Stopwatch",
     "VocabParallelEmbedding",
     "all_gather_raw",
     "all_reduce_raw",

@@ -36,10 +36,17 @@ class Pending:
     """The handle of torch for the collective; None if nothing is on its way."""
     arrange: Callable[[Tensor], Tensor] | None = None
     """Makes the result from the filled buffer; None if the buffer is the result."""
+    name: str = ""
+    """What the collective is called; empty if nothing is on its way."""
+    group: Group | None = None
+    """The ranks that take part; None if nothing is on its way."""
 
     def wait(self) -> Tensor:
         """Return the result; on a GPU this orders the streams and does not block the host."""
-        if self.work is not None:
+        if self.work is not None and self.group is not None and self.group.clock.is_on:
+            with self.group.clock.stopwatch.running(self.buffer.device):
+                self.work.wait()
+        elif self.work is not None:
             self.work.wait()
         return self.buffer if self.arrange is None else self.arrange(self.buffer)
 
@@ -48,7 +55,7 @@ def all_reduce_async_(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dis
     """Start to replace a contiguous tensor, which the caller gives away, by its reduction over the group."""
     if group.size == 1:
         return Pending(x)
-    return Pending(x, dist.all_reduce(x, op=op, group=group.handle, async_op=True))
+    return Pending(x, dist.all_reduce(x, op=op, group=group.handle, async_op=True), name="all_reduce", group=group)
 
 
 def all_gather_async(x: Tensor, group: Group, dim: int) -> Pending:
@@ -59,7 +66,9 @@ def all_gather_async(x: Tensor, group: Group, dim: int) -> Pending:
     buffer = x.new_empty(group.size, *x.shape)
     # Gloo wants the gathered tensor to have as many dimensions as the slices.
     work = all_gather_tensor(buffer.flatten(0, 1), x, group=group.handle, async_op=True)
-    return Pending(buffer, work, lambda slices: slices.movedim(0, dim).flatten(dim, dim + 1))
+    return Pending(
+        buffer, work, lambda slices: slices.movedim(0, dim).flatten(dim, dim + 1), name="all_gather", group=group
+    )
 
 
 def reduce_scatter_async(x: Tensor, group: Group, dim: int) -> Pending:
@@ -69,7 +78,7 @@ def reduce_scatter_async(x: Tensor, group: Group, dim: int) -> Pending:
     slices = _unflatten(x, group, dim).movedim(dim, 0).contiguous()
     buffer = torch.empty_like(slices[0])
     work = _reduce_scatter_tensor(buffer, slices.flatten(0, 1), group=group.handle, async_op=True)
-    return Pending(buffer, work)
+    return Pending(buffer, work, name="reduce_scatter", group=group)
 
 
 def all_reduce_raw(x: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:

@@ -9,10 +9,12 @@ With 8 ranks and a tensor parallel size of 2::
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from megalibi.parallel.stopwatch import WaitClock
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Group:
     """The global ranks of the members, by position."""
     handle: dist.ProcessGroup | None
     """What torch.distributed calls the group; None where torch.distributed was never initialised."""
+    clock: WaitClock = field(default_factory=WaitClock, compare=False, repr=False)
+    """Measures how long this rank waits for the group, where it is told to."""
 
 
 ALONE = Group(rank=0, size=1, ranks=(0,), handle=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megalibi.metrics.summary import Quartiles, summarize
@@ -74,6 +74,10 @@ def result_facts(run: Run) -> list[Fact]:
         _spread("Model TFLOP/s, attention causal", summary.model_tflops_per_second_causal, "{:.3g}".format),
         Fact("speed", "Highest memory", format_bytes(summary.memory_peak_bytes), "rank 0"),
     ]
+    if summary.straggler_ratio is not None:
+        spread = _spread("Slowest rank", summary.straggler_ratio, "{:.2f}".format)
+        words = f"{spread.value} times the median of the ranks"
+        facts.append(replace(spread, value=words, note=f"{spread.note}, most often rank {summary.slowest_rank}"))
     if summary.skipped_steps:
         facts.append(Fact("length", "Skipped steps", f"{summary.skipped_steps:,}", "not finite"))
     if summary.rollbacks:

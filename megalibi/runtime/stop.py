@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,16 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 REPEATED_SIGNAL_SECONDS = 2.0
 """How long a repeated signal is no second request: launchers pass on what the scheduler has sent to every process."""
 _T = TypeVar("_T")
+
+
+class Aside(Protocol):
+    """What ranks tell each other where they meet anyway, at no message of its own."""
+
+    def tell(self) -> float | None:
+        """Return this rank's number, 0 or more; None: at this meeting no rank has one."""
+
+    def hear(self, numbers: list[float]) -> None:
+        """Take the numbers of all ranks, by rank."""
 
 
 class StoppedError(Exception):
@@ -51,7 +61,11 @@ class StopRequest:
 
 
 def read_together(
-    read: Callable[[], _T], groups: ProcessGroups, device: torch.device, stop: StopRequest | None = None
+    read: Callable[[], _T],
+    groups: ProcessGroups,
+    device: torch.device,
+    stop: StopRequest | None = None,
+    aside: Aside | None = None,
 ) -> _T:
     """Return what this rank reads, if all ranks can read theirs and none was asked to stop; every rank calls it.
 
@@ -60,6 +74,7 @@ def read_together(
         groups: The process groups of this rank.
         device: The device on which this rank's collectives take tensors.
         stop: The request of this rank to stop; None if it takes none.
+        aside: What the ranks tell each other by the way, after the read; None: nothing.
 
     Raises:
         DataError: On every rank, if one could not read.
@@ -72,15 +87,22 @@ def read_together(
         failure = str(error)
     except OSError as error:
         failure = describe_os_error(error, Path("data"))
-    _check_together(groups, device, asked=stop is not None and stop.signal_name is not None, failure=failure)
+    state = 2.0 if failure is not None else float(stop is not None and stop.signal_name is not None)
+    told = None if aside is None else aside.tell()
+    slots = [] if told is None else [0.0] * groups.world.size
+    if told is not None:
+        slots[groups.world.rank] = told
+    numbers = torch.tensor([state, *slots], dtype=torch.float64, device=device)
+    worst, *heard = all_reduce_raw(numbers, groups.world, dist.ReduceOp.MAX).tolist()
+    _go_on_together(worst, failure, groups)
+    if aside is not None and heard:
+        aside.hear(heard)
     assert value is not None
     return value
 
 
-def _check_together(groups: ProcessGroups, device: torch.device, *, asked: bool, failure: str | None) -> None:
+def _go_on_together(worst: float, failure: str | None, groups: ProcessGroups) -> None:
     """Go on only if no rank was asked to stop and none failed; the first that failed is named, with its host."""
-    state = 2 if failure is not None else int(asked)
-    worst = int(all_reduce_raw(torch.tensor(state, device=device), groups.world, dist.ReduceOp.MAX))
     if worst == 2:
         where = f" [rank {groups.world.rank} on {socket.gethostname()}]" if groups.world.size > 1 else ""
         failures = gather_objects(None if failure is None else f"{failure}{where}", groups.world)

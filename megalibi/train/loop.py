@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,10 +21,12 @@ from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
 from megalibi.metrics.records import RollbackRecord
 from megalibi.metrics.writers import Writers, build_writers
-from megalibi.parallel import refusing_together
-from megalibi.runtime.stop import StoppedError, StopRequest, read_together
+from megalibi.parallel import Stopwatch, gather_objects, refusing_together
+from megalibi.runtime.hang import Watchdog
+from megalibi.runtime.stop import Aside, StoppedError, StopRequest, read_together
 from megalibi.train.job import Job, is_due, open_loader, open_validation, validation_is_due
 from megalibi.train.nonfinite import NonFiniteSteps
+from megalibi.train.pace import Pace
 from megalibi.train.records import make_step_record, make_validation_record, record_start
 from megalibi.train.resume import Start, hold_run
 from megalibi.train.saving import Saves
@@ -46,12 +49,15 @@ def train(job: Job) -> None:
         UserError: The folder is in use, a checkpoint is damaged, the disk is full, or data cannot be read.
     """
     config, groups = job.config, job.groups
-    stop = StopRequest()
-    with hold_run(job) as start:
+    stop, run_dir = StopRequest(), Path(config.train.output_dir)
+    limit_seconds = config.runtime.hang_timeout_seconds
+    hosts = gather_objects(socket.gethostname(), groups.world)
+    with hold_run(job) as start, Watchdog(limit_seconds, run_dir, groups.world, hosts) as watchdog:
         engine = build_engine(config, job.derived, groups, job.device)
+        watchdog.mark()
         manifest = None if start.checkpoint is None else load_checkpoint(engine, start.checkpoint, groups)
         first_step = 0 if manifest is None else manifest.step
-        with refusing_together(groups.world, Path(config.train.output_dir)):  # rank 0 alone writes there
+        with refusing_together(groups.world, run_dir):  # rank 0 alone writes there
             if groups.world.rank == 0:
                 record_start(job, start)
             writers = build_writers(
@@ -63,7 +69,8 @@ def train(job: Job) -> None:
                 eval_samples=config.train.eval_samples,
             )
         rollbacks = () if manifest is None else manifest.rollbacks
-        with writers, contextlib.closing(Loop(job, start, engine, writers, stop, first_step, rollbacks)) as loop:
+        loop = Loop(job, start, engine, writers, stop, watchdog, first_step, rollbacks, hosts)
+        with writers, contextlib.closing(loop):
             loop.run()
 
 
@@ -79,8 +86,10 @@ class Loop:
         engine: The engine from build_engine, loaded.
         writers: The writers of the records.
         stop: Whether a signal has asked for the end.
+        watchdog: Told of the progress of this rank.
         first_step: The number of optimizer steps done before this process.
         rollbacks: The loss spikes that took the run back before it.
+        hosts: The host of each rank.
     """
 
     def __init__(
@@ -90,14 +99,23 @@ class Loop:
         engine: DeepSpeedEngine,
         writers: Writers,
         stop: StopRequest,
+        watchdog: Watchdog,
         first_step: int,
         rollbacks: tuple[RollbackRecord, ...],
+        hosts: Sequence[str],
     ) -> None:
         self.job, self.start, self.engine = job, start, engine
-        self.writers, self.stop = writers, stop
+        self.writers, self.stop, self.watchdog = writers, stop, watchdog
         self.saves = Saves(job, start, engine, writers, first_step, rollbacks)
         self.nonfinite = NonFiniteSteps(job)
         self.spikes = open_spikes(job)
+        self.pace = Pace(
+            job.groups,
+            hosts,
+            every_steps=job.config.train.log_every_steps,
+            slow_ratio=job.config.runtime.slow_rank_ratio,
+            first_step=first_step,
+        )
         self.done = first_step
         self.leave_out(rollbacks)
 
@@ -152,10 +170,15 @@ class Loop:
         config = self.job.config
         began = time.perf_counter()
         samples_consumed = self.done * config.train.global_batch_size
-        batches = self.read(lambda: self.loader.micro_batches(samples_consumed))
-        result = take_step(self.job, self.engine, batches, self.done)
+        batches = self.read(
+            lambda: self.pace.time_read(lambda: self.loader.micro_batches(samples_consumed)), aside=self.pace
+        )
+        result = take_step(self.job, self.engine, batches, self.done, forward=self.pace.forward)
         self.done += 1
-        self.writers.step(make_step_record(self.job, self.done, result, time.perf_counter() - began))
+        self.watchdog.mark(self.done)
+        self.pace.end_step()
+        seconds = time.perf_counter() - began
+        self.writers.step(make_step_record(self.job, self.done, result, seconds, self.pace))
         is_good = self.nonfinite.judge(self.done, result, self.left_out, self.saves.describe_way_back())
         if self.spikes is not None and self.spikes.any_spike(self.done, result.loss):
             self.roll_back(self.spikes, result.loss)
@@ -187,6 +210,7 @@ class Loop:
                 "%s: goes back to %s and leaves out the samples %s", spike, checkpoint.name, record.left_out
             )
         self.loader.close()
+        self.watchdog.mark()
         load_checkpoint(self.engine, checkpoint, groups)
         self.leave_out((*self.rollbacks, record))
         self.done = step
@@ -225,16 +249,26 @@ class Loop:
         for _ in range(len(loader)):
             yield self.read(lambda: next(batches))
 
-    def read(self, read: Callable[[], _T]) -> _T:
+    def read(self, read: Callable[[], _T], *, aside: Aside | None = None) -> _T:
         """Return what this rank reads, if all ranks can read theirs and no signal asks for the end.
 
-        All ranks come here at the same place, so that it is here that they go on with a save in flight.
+        All ranks come here at the same place, so that it is here that they go on with a save in flight, and tell each
+        other something aside.
         """
+        self.watchdog.mark()
         self.saves.poll()
-        return read_together(read, self.job.groups, self.job.device, self.stop)
+
+        def read_own() -> _T:
+            value = read()
+            self.watchdog.mark()  # a rank that still reads is behind the others, which wait for it
+            return value
+
+        return read_together(read_own, self.job.groups, self.job.device, self.stop, aside)
 
 
-def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done: int) -> StepResult:
+def take_step(
+    job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done: int, *, forward: Stopwatch | None = None
+) -> StepResult:
     """Take the next optimizer step of a run; every rank calls it.
 
     Args:
@@ -242,6 +276,7 @@ def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done:
         engine: The engine from build_engine.
         batches: This rank's micro batches of the step.
         done: The number of steps before it, from which its learning rate and the keys of its dropout follow.
+        forward: Measures the forward passes; None: nothing does.
     """
     config = job.config
     return train_step(
@@ -252,4 +287,5 @@ def take_step(job: Job, engine: DeepSpeedEngine, batches: Sequence[Batch], done:
         learning_rate=learning_rate_at(done, config.optimizer, config.train.steps),
         seed=config.train.seed,
         samples_consumed=done * config.train.global_batch_size,
+        forward=forward,
     )

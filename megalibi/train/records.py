@@ -24,6 +24,7 @@ from megalibi.metrics.records import (
 from megalibi.model import count_parameters, model_flops_per_token
 from megalibi.runtime.device import describe_device
 from megalibi.train.job import Job
+from megalibi.train.pace import Pace
 from megalibi.train.resume import Start
 
 _LOGGER = get_logger(__name__)
@@ -61,7 +62,7 @@ def record_start(job: Job, start: Start) -> None:
     )
 
 
-def make_step_record(job: Job, step: int, result: StepResult, seconds: float) -> StepRecord:
+def make_step_record(job: Job, step: int, result: StepResult, seconds: float, pace: Pace) -> StepRecord:
     """Return the line of metrics.jsonl for a step.
 
     Args:
@@ -69,6 +70,7 @@ def make_step_record(job: Job, step: int, result: StepResult, seconds: float) ->
         step: The number of optimizer steps done.
         result: What the last of them gave.
         seconds: The wall time of the last of them.
+        pace: What the ranks found about each other before it.
     """
     config, batch_tokens = job.config, job.derived.batch_tokens
     full, causal = (
@@ -92,6 +94,8 @@ def make_step_record(job: Job, step: int, result: StepResult, seconds: float) ->
         sample_hash=format_sample_hash(result.sample_hash),
         loss_scale=result.loss_scale if fp16 else None,
         skipped=result.skipped if fp16 or result.skipped else None,
+        straggler_ratio=pace.ratio,
+        slowest_rank=pace.slowest,
     )
 
 

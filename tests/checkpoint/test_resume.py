@@ -84,6 +84,8 @@ OTHER_VALUES: dict[str, Any] = {
     "checkpoint.asynchronous": False,
     "checkpoint.resume": "none",
     "checkpoint.accept_other_data": True,
+    "runtime.hang_timeout_seconds": 60.0,
+    "runtime.slow_rank_ratio": 2.0,
 }
 """Of each field that can have another one; with what else the run needs for the field to mean something."""
 

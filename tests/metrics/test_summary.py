@@ -30,6 +30,18 @@ def test_the_spread_is_interquartile_and_one_slow_step_does_not_move_it(make_ste
     assert summary.tokens_per_second == Quartiles(low=100.0, median=101.0, high=102.0)
     assert summary.skipped_steps == 1
     assert summary.loss_steps == 1
+    assert (summary.straggler_ratio, summary.slowest_rank) == (None, None)
+
+
+def test_the_slowest_rank_is_the_one_that_was_so_most_often(make_step: MakeStep) -> None:
+    found = [(1.0, 3), (1.5, 1), (2.0, 3), (3.0, 0), (None, None)]
+    steps = tuple(
+        make_step(i, straggler_ratio=ratio, slowest_rank=rank) for i, (ratio, rank) in enumerate(found, start=1)
+    )
+    summary = summarize(RunMetrics(steps=steps, validations=()))
+    assert summary is not None
+    assert summary.straggler_ratio == Quartiles(low=1.375, median=1.75, high=2.25)
+    assert summary.slowest_rank == 3
 
 
 def test_no_steps_no_summary_and_a_diverged_run_says_so(make_step: MakeStep) -> None:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from megalibi.metrics.records import RunMetrics, StepRecord
 from megalibi.report.facts import describe_model, environment_facts, result_facts, setup_facts
 from megalibi.report.run import read_run
 
@@ -32,6 +33,16 @@ def test_results_are_the_summary_in_words(write_run: Callable[..., Path]) -> Non
     assert facts["Model TFLOP/s, attention in full"][0] == "0.21"
     assert facts["Model TFLOP/s, attention causal"][0] == "0.19"
     assert facts["Highest memory"] == ("1.3 GB", "rank 0")
+    assert "Slowest rank" not in facts
+
+
+def test_the_slowest_rank_is_named_where_the_ranks_compared(
+    write_run: Callable[..., Path], make_step: Callable[..., StepRecord]
+) -> None:
+    step = make_step(10, straggler_ratio=1.25, slowest_rank=3)
+    run = dataclasses.replace(read_run(write_run("slow")), metrics=RunMetrics(steps=(step,), validations=()))
+    facts = {fact.label: (fact.value, fact.note) for fact in result_facts(run)}
+    assert facts["Slowest rank"] == ("1.25 times the median of the ranks", "[1.25 – 1.25], most often rank 3")
 
 
 def test_an_unfinished_run_says_how_far_it_is(write_run: Callable[..., Path]) -> None:

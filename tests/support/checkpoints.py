@@ -16,6 +16,9 @@ from megalibi.config import Config, config_to_dict
 from megalibi.files import make_folder, write_synced
 from tests.support.runs import identify
 
+TOPOLOGY = {"world_size": 1, "tensor_parallel_size": 1, "data_parallel_size": 1, "zero_stage": 1}
+"""Of a rank that is alone."""
+
 
 def save_files(folder: Path, step: int, content: str = "", keep: int = 0) -> Path:
     """Write a checkpoint of two small files, in the steps of save_checkpoint."""
@@ -27,7 +30,9 @@ def save_files(folder: Path, step: int, content: str = "", keep: int = 0) -> Pat
         data = f"{name} of step {step} {content}".encode()
         write_synced(partial / name, data)
         files[name] = FileEntry(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    manifest = Manifest(step=step, samples_consumed=0, topology={}, config={}, derived={}, versions={}, files=files)
+    manifest = Manifest(
+        step=step, samples_consumed=0, topology=TOPOLOGY, config={}, derived={}, versions={}, files=files
+    )
     final = commit(partial, manifest)
     prune(folder, keep)
     return final
@@ -50,7 +55,7 @@ def write_checkpoint_without_tensors(folder: Path, config: Config, step: int = 2
         Manifest(
             step=step,
             samples_consumed=samples_consumed,
-            topology={"world_size": 1},
+            topology=TOPOLOGY,
             config=config_to_dict(config),
             derived={},
             versions={},

@@ -27,7 +27,7 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "pretrain.py"
 JOB_TIMEOUT_SECONDS = 240.0
 POLL_SECONDS = 0.01
 MEASURED = {"step_seconds", "tokens_per_second", "model_tflops_per_second", "model_tflops_per_second_causal",
-            "memory_bytes", "memory_peak_bytes", "validation_seconds"}  # fmt: skip
+            "memory_bytes", "memory_peak_bytes", "validation_seconds", "straggler_ratio", "slowest_rank"}  # fmt: skip
 """What no two runs have in common."""
 LAUNCHER_VARIABLES = (
     "RANK",

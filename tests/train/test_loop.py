@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ FOREVER = "train.steps=1000000"
 STEPS = 20
 KILLED_AFTER_CHECKPOINT = 10
 RANKS = 1 if ON_GPU else 2
+GONE_SECONDS = 10.0
+"""How soon ranks end whose peer was killed: at once, for its connections close; long before any timeout."""
 
 
 @pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.gpu), "bf16"])
@@ -128,8 +131,10 @@ def test_trap_15_a_killed_rank_ends_the_others_whatever_the_launcher_does(tmp_pa
     config = write_job(tmp_path, parallel={"tensor_parallel_size": 2})
     job = Job(config, FOREVER, world_size=2)
     job.wait_until((tmp_path / "run" / "checkpoints" / "latest").exists)
+    began = time.monotonic()
     job.signal(signal.SIGKILL, rank=1)
     assert job.wait() == [1, -signal.SIGKILL]
+    assert time.monotonic() - began < GONE_SECONDS
     assert f"[rank 0/2 on {socket.gethostname()}] failed" in job.read_log(0)
     assert find_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
