@@ -1,0 +1,69 @@
+"""One training over several hosts, whoever starts it; the hosts are namespaces of this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import NODES
+from tests.cluster.machines.network import Hosts
+from tests.cluster.machines.training import FORWARDED, Launched, deepspeed, find_ranks, torchrun
+from tests.support.jobs import SCRIPT, exact_records, last_step, write_job
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 6
+RTOL_TOPOLOGY = 1e-5
+"""Of losses and gradient norms of two topologies, in fp32."""
+Records = list[dict[str, Any]]
+
+
+def make_job(folder: Path) -> Path:
+    return write_job(folder, parallel={"tensor_parallel_size": 2}, train={"steps": STEPS, "global_batch_size": 8})
+
+
+@pytest.fixture(scope="module")
+def records_ref(network: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Records:
+    """What four ranks record on one host."""
+    config = make_job(tmp_path_factory.mktemp("one_host"))
+    (launched,) = torchrun(network, ["node1"], 4, config)
+    launched.succeed()
+    return exact_records(config.parent / "run")
+
+
+def test_deepspeed_over_two_hosts_trains_as_one_host_does(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    launched = deepspeed(hosts, {"node1": 2, "node2": 2}, config)
+    launched.wait_until(lambda: last_step(tmp_path / "run") >= 1)
+    # The ranks of a tensor group have numbers that follow each other: both are on one host.
+    ranks = {host: sorted(find_ranks(hosts, host)) for host in ("node1", "node2")}
+    launched.succeed()
+    assert ranks == {"node1": [0, 1], "node2": [2, 3]}
+    assert exact_records(tmp_path / "run") == records_ref
+
+
+def test_deepspeed_over_four_hosts_trains_as_two_do(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    deepspeed(hosts, dict.fromkeys(NODES, 2), config).succeed()
+    records = exact_records(tmp_path / "run")
+    assert [record["sample_hash"] for record in records] == [record["sample_hash"] for record in records_ref]
+    for name in ("loss", "grad_norm"):
+        expected = [record[name] for record in records_ref]
+        assert [record[name] for record in records] == pytest.approx(expected, rel=RTOL_TOPOLOGY)
+
+
+def test_torchrun_on_every_host(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    for launched in torchrun(hosts, ["node1", "node2"], 2, config):
+        launched.succeed()
+    assert exact_records(tmp_path / "run") == records_ref
+
+
+def test_mpirun_over_two_hosts(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    forwarded = [word for name in (*FORWARDED, "PATH", "PYTHONPATH", "MASTER_ADDR") for word in ("-x", name)]
+    command = ["mpirun", "--host", "node1:2,node2:2", *forwarded, "python", str(SCRIPT), "--config", str(config)]
+    Launched(hosts, "node1", command, tmp_path, {"MASTER_ADDR": "node1"}).succeed()
+    assert exact_records(tmp_path / "run") == records_ref
