@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megalibi.errors import ConfigError
+from megalibi.runtime.interface import check_master_address, find_reachable_interface
 from megalibi.runtime.own_gpus import check_own_gpus
 
 if TYPE_CHECKING:
@@ -176,7 +177,8 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
         timeout: How long a collective may wait.
 
     Raises:
-        ConfigError: On every rank, if two of them took one GPU.
+        ConfigError: On every rank, if two of them took one GPU; on this one, if it does not find rank 0, or the others
+            could not find it.
     """
     import torch
     import torch.distributed as dist
@@ -190,6 +192,11 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
     if not place.master_address:  # a process alone needs no address, nor a port that another run could hold
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **group)
         return
+    check_master_address(place.master_address)
+    if backend == "gloo" and place.world_size > place.local_world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = find_reachable_interface(place.master_address)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     os.environ.update(MASTER_ADDR=place.master_address, MASTER_PORT=str(place.master_port))
     if backend == "nccl":  # of a shared GPU NCCL would only say "invalid usage"
         store = next(dist.rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=timeout))[0]

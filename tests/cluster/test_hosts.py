@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.conftest import NODES
-from tests.cluster.machines.network import Hosts
+from tests.cluster.machines.network import SILENT_NAME_SERVER, Hosts
 from tests.cluster.machines.training import FORWARDED, Launched, deepspeed, find_ranks, torchrun
 from tests.support.jobs import SCRIPT, exact_records, last_step, write_job
 
 pytestmark = pytest.mark.cluster
 
 STEPS = 6
+UNKNOWN_SECONDS = 60.0
+"""Within which it is said that nobody knows a host, where the name server is silent: a start, and 10 s a look-up."""
+SLOW_NAMES_SECONDS = 180.0
+"""Within which a small run ends where the name server is silent: torch looks names up, in vain, some times."""
 RTOL_TOPOLOGY = 1e-5
 """Of losses and gradient norms of two topologies, in fp32."""
 Records = list[dict[str, Any]]
@@ -67,3 +72,39 @@ def test_mpirun_over_two_hosts(hosts: Hosts, records_ref: Records, tmp_path: Pat
     command = ["mpirun", "--host", "node1:2,node2:2", *forwarded, "python", str(SCRIPT), "--config", str(config)]
     Launched(hosts, "node1", command, tmp_path, {"MASTER_ADDR": "node1"}).succeed()
     assert exact_records(tmp_path / "run") == records_ref
+
+
+def test_hosts_whose_own_names_are_loopback_addresses(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    for name in ("node1", "node2"):
+        hosts.map_own_name(name, "127.0.1.1")
+    config = make_job(tmp_path)
+    for launched in torchrun(hosts, ["node1", "node2"], 2, config):
+        launched.succeed()
+    assert exact_records(tmp_path / "run") == records_ref
+
+
+def test_a_name_server_that_does_not_answer(hosts: Hosts, tmp_path: Path) -> None:
+    for name in ("node1", "node2"):
+        hosts.set_name_server(name, SILENT_NAME_SERVER)
+    config = make_job(tmp_path)
+    command = ["mpirun", "--host", "node1:2,node2:2", "-x", "PATH", "-x", "PYTHONPATH", "-x", "MASTER_ADDR=node9"]
+    launched = Launched(hosts, "node1", [*command, "python", str(SCRIPT), "--config", str(config)], tmp_path)
+    assert launched.wait(UNKNOWN_SECONDS) == 2
+    # mpirun kills the others as soon as one has said it.
+    assert re.search(r"^error: MASTER_ADDR=node9: node[12] knows no such host \(Temp", launched.output, re.MULTILINE)
+    # Where /etc/hosts has the names the run begins late.
+    deepspeed(hosts, {"node1": 1, "node2": 1}, write_job(tmp_path)).succeed(SLOW_NAMES_SECONDS)
+    assert last_step(tmp_path / "run") == STEPS
+
+
+def test_two_jobs_on_one_folder_over_hosts_of_their_own(hosts: Hosts, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    first, _ = torchrun(hosts, ["node1", "node2"], 1, config, "train.steps=1000000")
+    first.wait_until(lambda: last_step(tmp_path / "run") >= 1)
+    second, _ = torchrun(hosts, ["node3", "node4"], 1, config, "train.steps=1000000")
+    assert second.wait() == 1  # torchrun's code for any other than 0
+    said = [line for line in second.output.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "is in use" in said[0]
+    before = last_step(tmp_path / "run")
+    first.wait_until(lambda: last_step(tmp_path / "run") > before)

@@ -25,6 +25,7 @@ NETWORK = "10.77.0"
 """The first three numbers of the addresses; nobody outside the switch sees them."""
 SILENT_NAME_SERVER = f"{NETWORK}.200"
 """An address at which nobody answers."""
+_NOBODY = "02:00:00:00:00:ff"
 _DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
 _SSHD_CONFIG = """\
 HostKey {folder}/host_key
@@ -256,8 +257,8 @@ class Hosts:
         inside = ["nsenter", "--target", str(pid), "--net", "ip"]
         for words in (f"addr add {self.addresses[host]}/24 dev eth0", "link set lo up", "link set eth0 up"):
             subprocess.run([*inside, *words.split()], check=True)
-        gateway = f"route add default via {SILENT_NAME_SERVER}"
-        subprocess.run([*inside, *gateway.split()], check=True)
+        # A network card that nobody has: what is sent there is lost, and no router says so.
+        subprocess.run([*inside, *f"neigh add {SILENT_NAME_SERVER} lladdr {_NOBODY} dev eth0".split()], check=True)
 
     def _switch(self, *words: str) -> None:
         subprocess.run(["nsenter", "--target", str(self._pids["switch"]), "--net", "ip", *words], check=True)
