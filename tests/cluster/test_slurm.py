@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from megalibi.checkpoint import find_checkpoint
+from megalibi.config import load_config
 from tests.cluster.conftest import HEAD, NODES
 from tests.cluster.machines.network import Hosts
 from tests.cluster.machines.slurm import DEAD_NODE_SECONDS, GRACE_SECONDS, REQUEUE_SECONDS, Slurm
@@ -51,7 +53,7 @@ def write_project(folder: Path, program: str = "") -> Path:
     project = folder / "project"
     (project / "launch").mkdir(parents=True)
     (project / ".venv").symlink_to(sys.prefix)
-    for name in ("megalibi", "kernels"):
+    for name in ("megalibi", "kernels", "tools", "launch/slurm"):
         (project / name).symlink_to(ROOT / name)
     if program:
         (project / "launch" / "pretrain.py").write_text(program)
@@ -60,22 +62,27 @@ def write_project(folder: Path, program: str = "") -> Path:
     return project
 
 
-def write_script(config: Path, project: Path, **values: str) -> Path:
-    """Write the shipped script with other values: of its options, and of CONFIG and PROJECT."""
-    text = (ROOT / "launch" / "slurm" / "pretrain.sbatch").read_text()
-    options = {"nodes": "2", "ntasks-per-node": "1", "gpus-per-node": "1", "cpus-per-task": "1"} | values
-    lines = {f"#SBATCH --{name}=": f"#SBATCH --{name}={value}" for name, value in options.items()}
-    lines |= {f"{name}=": f"{name}='{path}'" for name, path in (("CONFIG", config), ("PROJECT", project))}
+def write_script(folder: Path, name: str, options: Mapping[str, str], **values: object) -> Path:
+    """Write a shipped script with other values: of its options of sbatch, and of the variables that one is to change."""
+    text = (ROOT / "launch" / "slurm" / name).read_text()
+    lines = {f"#SBATCH --{option}=": f"#SBATCH --{option}={value}" for option, value in options.items()}
+    lines |= {f"{variable}=": f"{variable}={value}" for variable, value in values.items()}
     for begin, line in lines.items():
         text, count = re.subn(rf"^{begin}.*", line, text, flags=re.MULTILINE)
         assert count == 1, begin
-    script = config.parent / "pretrain.sbatch"
-    script.write_text(text)
-    return script
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def write_pretraining(folder: Path, program: str = "", **options: str) -> Path:
+    """Write pretrain.sbatch for the run of ``make_job``, with one rank on each of two nodes."""
+    small = {"nodes": "2", "ntasks-per-node": "1", "gpus-per-node": "1", "cpus-per-task": "1"} | options
+    project = write_project(folder, program)
+    return write_script(folder, "pretrain.sbatch", small, CONFIG=folder / "config.yaml", PROJECT=project)
 
 
 def read_output(script: Path, job: str) -> str:
-    """Return what all lives of a job have printed."""
+    """Return what all lives of a job, or of a task of an array, have printed."""
     path = script.parent / f"slurm-{job}.out"
     return path.read_text() if path.exists() else ""
 
@@ -100,18 +107,57 @@ def wait_for_steps(slurm: Slurm, script: Path, job: str, steps: int) -> None:
     slurm.wait_until(lambda: last_step(run) >= steps, JOB_SECONDS, lambda: read_output(script, job))
 
 
-def test_srun_alone_tells_the_ranks_their_place(slurm: Slurm, tmp_path: Path) -> None:
+def test_what_srun_trains_is_evaluated_and_converted_by_jobs(slurm: Slurm, tmp_path: Path) -> None:
     config = write_job(tmp_path, parallel={"tensor_parallel_size": 2})
     command = ["srun", "--nodes=2", "--ntasks-per-node=2", "python", str(SCRIPT), "--config", str(config)]
     said = slurm.run(*command, folder=tmp_path, timeout=JOB_SECONDS)
+    run, result, project = tmp_path / "run", tmp_path / "fp32", write_project(tmp_path)
     assert "4 ranks (tensor 2 x data 2" in said
-    assert last_step(tmp_path / "run") == 6
+    assert last_step(run) == 6
+
+    options = {"ntasks-per-node": "2", "gpus-per-node": "2", "cpus-per-task": "1"}
+    values = {"RUN": run, "DATA": tmp_path / "tokens", "LENGTHS": "33,66", "PROJECT": project}
+    evaluation = slurm.submit(write_script(tmp_path, "evaluate.sbatch", options, **values))
+    values = {"RUN": run, "ACTION": "to-fp32", "RESULT": result, "PROJECT": project}
+    conversion = slurm.submit(write_script(tmp_path, "convert.sbatch", {"cpus-per-task": "1"}, **values))
+    for job in (evaluation, conversion):
+        assert slurm.wait_for(job, ENDED, JOB_SECONDS)["JobState"] == "COMPLETED", read_output(config, job)
+    lengths = [entry["length"] for entry in json.loads((run / "evaluation.json").read_text())["results"]]
+    assert lengths == [33, 66]
+    assert (result / "certificate.json").exists()
+
+
+def test_each_task_of_a_sweep_has_its_own_values_and_goes_back_into_the_queue_alone(
+    slurm: Slurm, tmp_path: Path
+) -> None:
+    # Its arguments, and in the first life of the task whose number stands for the whole array, an end by a signal.
+    program = """import os, sys
+name = "{SLURM_ARRAY_TASK_ID}_{SLURM_RESTART_COUNT}".format_map({"SLURM_RESTART_COUNT": "0"} | os.environ)
+open(f"arguments_{name}", "w").write("\\n".join(sys.argv[1:]))
+is_whole = os.environ["SLURM_JOB_ID"] == os.environ["SLURM_ARRAY_JOB_ID"]
+sys.exit(75 if is_whole and name.endswith("_0") else 0)
+"""
+    config, project = write_job(tmp_path), write_project(tmp_path, program)
+    options = {"array": "0-1", "ntasks-per-node": "1", "gpus-per-node": "1", "cpus-per-task": "1"}
+    values = {"CONFIG": config, "PROJECT": project, "OUTPUT": tmp_path / "sweep", "LEARNING_RATES": "(1e-3 2e-3)"}
+    script = write_script(tmp_path, "sweep.sbatch", options, **values)
+    job = slurm.submit(script)
+    tasks = [f"{job}_{number}" for number in range(2)]
+    shown = [slurm.wait_for(task, ENDED, JOB_SECONDS) for task in tasks]
+    said = [read_output(script, task) for task in tasks]
+    assert [task["JobState"] for task in shown] == ["COMPLETED"] * 2, said
+    assert sorted((task["JobId"] == job, task["Restarts"]) for task in shown) == [(False, "0"), (True, "1")], said
+    for number, rate in enumerate((1e-3, 2e-3)):
+        arguments = (project / f"arguments_{number}_0").read_text().split("\n")
+        run = load_config(arguments[arguments.index("--config") + 1], arguments[-2:])
+        assert run.optimizer.learning_rate == rate
+        assert run.train.output_dir == f"{tmp_path}/sweep/learning_rate_{'1e-3' if number == 0 else '2e-3'}"
 
 
 def test_at_the_time_limit_the_job_saves_and_goes_on_to_an_undisturbed_end(slurm: Slurm, tmp_path: Path) -> None:
     config = make_job(tmp_path)
     # SLURM looks every 30 s, and signals 10 to 40 s after the start.
-    script = write_script(config, write_project(tmp_path), time="1", signal="B:USR1@20")
+    script = write_pretraining(tmp_path, time="1", signal="B:USR1@20")
     job = slurm.submit(script)
     slurm.wait_for_restart(job, JOB_SECONDS)
     steps = finish_soon(config)
@@ -130,7 +176,7 @@ def test_at_the_time_limit_the_job_saves_and_goes_on_to_an_undisturbed_end(slurm
 
 def test_a_preempted_job_saves_and_goes_on_later(slurm: Slurm, tmp_path: Path) -> None:
     config = make_job(tmp_path)
-    script = write_script(config, write_project(tmp_path))
+    script = write_pretraining(tmp_path)
     job = slurm.submit(script)
     wait_for_steps(slurm, script, job, 5)
     urgent = tmp_path / "urgent.sh"
@@ -148,7 +194,7 @@ def test_a_preempted_job_saves_and_goes_on_later(slurm: Slurm, tmp_path: Path) -
 
 def test_the_job_of_a_node_that_dies_goes_on_on_another(slurm: Slurm, tmp_path: Path) -> None:
     config = make_job(tmp_path, every_steps=10)
-    script = write_script(config, write_project(tmp_path))
+    script = write_pretraining(tmp_path)
     job = slurm.submit(script)
     wait_for_steps(slurm, script, job, 15)
     assert slurm.show(job)["NodeList"] == "node[1-2]"
@@ -163,8 +209,7 @@ def test_the_job_of_a_node_that_dies_goes_on_on_another(slurm: Slurm, tmp_path: 
 
 
 def test_a_job_that_fails_is_put_back_into_the_queue_so_many_times_only(slurm: Slurm, tmp_path: Path) -> None:
-    project = write_project(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
-    script = write_script(tmp_path / "config.yaml", project)
+    script = write_pretraining(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     job = slurm.submit(script)
     shown = slurm.wait_for(job, ENDED, JOB_SECONDS)
     said = read_output(script, job)
@@ -184,7 +229,7 @@ def test_a_job_that_fails_is_put_back_into_the_queue_so_many_times_only(slurm: S
 def test_a_mistake_of_the_user_ends_the_job_at_once(slurm: Slurm, tmp_path: Path) -> None:
     config = write_job(tmp_path, train={"steps": 6})
     config.write_text(config.read_text().replace("seq_length:", "seq_lenght:"))
-    script = write_script(config, write_project(tmp_path))
+    script = write_pretraining(tmp_path)
     shown = slurm.wait_for(job := slurm.submit(script), ENDED, JOB_SECONDS)
     said = read_output(script, job)
     assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("FAILED", "0", "2:0"), said
@@ -194,7 +239,7 @@ def test_a_mistake_of_the_user_ends_the_job_at_once(slurm: Slurm, tmp_path: Path
 def test_a_job_that_its_user_cancels_stays_away(slurm: Slurm, tmp_path: Path) -> None:
     # It ends as a training does that a signal has stopped.
     program = "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\nprint('up', flush=True)\n"
-    script = write_script(tmp_path / "config.yaml", write_project(tmp_path, program + "signal.pause()\n"))
+    script = write_pretraining(tmp_path, program + "signal.pause()\n")
     job = slurm.submit(script)
     slurm.wait_until(lambda: read_output(script, job).count("up") == 2, JOB_SECONDS)
     slurm.run("scancel", job)
