@@ -63,7 +63,7 @@ def write_project(folder: Path, program: str = "") -> Path:
 
 
 def write_script(folder: Path, name: str, options: Mapping[str, str], **values: object) -> Path:
-    """Write a shipped script with other values: of its options of sbatch, and of the variables that one is to change."""
+    """Write a shipped script with other values: of its options of sbatch, and of the variables to change."""
     text = (ROOT / "launch" / "slurm" / name).read_text()
     lines = {f"#SBATCH --{option}=": f"#SBATCH --{option}={value}" for option, value in options.items()}
     lines |= {f"{variable}=": f"{variable}={value}" for variable, value in values.items()}

@@ -1,4 +1,7 @@
-"""Whether this machine can be several hosts, and the Debian packages that make it so."""
+"""Whether this machine can be several hosts, and the Debian packages that make it so.
+
+As a script it installs what is missing, where it may, and prints what stands in the way, if anything does.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 PROGRAMS = {
@@ -77,3 +81,7 @@ def _install(packages: list[str]) -> str | None:
             words = done.stderr.strip().splitlines() or [""]
             return f"'{' '.join(command)}' failed with {done.returncode}: {words[-1]}"
     return None
+
+
+if __name__ == "__main__":
+    sys.stdout.write(find_obstacle() or "")
