@@ -140,7 +140,7 @@ def _explain(error: Exception, place: Place | None) -> str | None:
     if "EADDRINUSE" in text and place is not None:
         return (
             f"port {place.master_port} of {socket.gethostname()} is in use, perhaps by another run: start with "
-            "--master_port PORT (deepspeed, torchrun) or export MASTER_PORT=PORT (srun)"
+            "--master_port PORT (deepspeed, torchrun) or export MASTER_PORT=PORT (srun; mpirun with -x MASTER_PORT)"
         )
     return None
 

@@ -25,8 +25,9 @@ RTOL_TOPOLOGY = 1e-5
 Records = list[dict[str, Any]]
 
 
-def make_job(folder: Path) -> Path:
-    return write_job(folder, parallel={"tensor_parallel_size": 2}, train={"steps": STEPS, "global_batch_size": 8})
+def make_job(folder: Path, tensor_parallel_size: int = 2) -> Path:
+    parallel = {"tensor_parallel_size": tensor_parallel_size}
+    return write_job(folder, parallel=parallel, train={"steps": STEPS, "global_batch_size": 8})
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,15 @@ def test_mpirun_over_two_hosts(hosts: Hosts, records_ref: Records, tmp_path: Pat
     command = ["mpirun", "--host", "node1:2,node2:2", *forwarded, "python", str(SCRIPT), "--config", str(config)]
     Launched(hosts, "node1", command, tmp_path, {"MASTER_ADDR": "node1"}).succeed()
     assert exact_records(tmp_path / "run") == records_ref
+
+
+def test_hosts_with_other_values_are_refused_together(hosts: Hosts, tmp_path: Path) -> None:
+    config = make_job(tmp_path, tensor_parallel_size=1)
+    launched = torchrun(hosts, ["node1", "node2"], 1, config, of_the_last=["train.seed=7"])
+    assert [each.wait() for each in launched] == [1, 1]  # torchrun's code for any other than 0
+    (said,) = [line for each in launched for line in each.output.splitlines() if line.startswith("error: ")]
+    assert "train.seed is 1234 on rank 0 (host node1) and 7 on rank 1 (host node2)" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_hosts_whose_own_names_are_loopback_addresses(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:

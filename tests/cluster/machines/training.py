@@ -92,15 +92,21 @@ def deepspeed(hosts: Hosts, slots: Mapping[str, int], config: Path, *overrides: 
     return Launched(hosts, next(iter(slots)), command, config.parent)
 
 
-def torchrun(hosts: Hosts, names: Sequence[str], ranks_per_host: int, config: Path, *overrides: str) -> list[Launched]:
-    """Start torchrun on every host."""
+def torchrun(
+    hosts: Hosts,
+    names: Sequence[str],
+    ranks_per_host: int,
+    config: Path,
+    *overrides: str,
+    of_the_last: Sequence[str] = (),
+) -> list[Launched]:
+    """Start torchrun on every host; the last one is told more overrides than the others."""
     launched = []
     for number, name in enumerate(names):
         command = ["torchrun", "--nnodes", str(len(names)), "--nproc_per_node", str(ranks_per_host)]
         command += ["--node_rank", str(number), "--master_addr", names[0], "--master_port", "29500"]
-        launched.append(
-            Launched(hosts, name, [*command, str(SCRIPT), "--config", str(config), *overrides], config.parent)
-        )
+        command += [str(SCRIPT), "--config", str(config), *overrides, *(of_the_last if name == names[-1] else ())]
+        launched.append(Launched(hosts, name, command, config.parent))
     return launched
 
 
