@@ -4,6 +4,7 @@
 # make test-costs   every test, and tests/costs.json is written anew: what each costs, from which test-fast is chosen
 # make test-gpu     what makes sense on one GPU, on that GPU
 # make test-gguf    llama.cpp on exported files; builds llama-cpp-python first, 6 minutes on 2 cores
+# make test-cluster several hosts and a SLURM on this machine, as root; in a container it installs what it lacks of Debian
 # make check        what must pass before a commit: format, lint, types, import law, tests
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ RANKS = $(if $(filter 1,$(GPUS)),1,2)
 export PATH := $(abspath $(BIN)):$(PATH)
 
 .PRECIOUS: $(FINAL)
-.PHONY: quickstart install test test-fast test-costs test-gpu llama-cpp test-gguf check lint clean
+.PHONY: quickstart install test test-fast test-costs test-gpu llama-cpp test-gguf test-cluster check lint clean
 
 quickstart: $(RUN)/report.html
 	@echo "report: $(RUN)/report.html"
@@ -97,6 +98,11 @@ llama-cpp: $(VENV)/.llama-cpp
 test-gguf: llama-cpp
 	python -c 'import llama_cpp'
 	python -m pytest tests/export/gguf
+
+# Where this machine cannot be several hosts, it says why and leaves the tests out.
+test-cluster: install
+	@obstacle=$$(python tests/cluster/machines/debian.py); if [ -n "$$obstacle" ]; then \
+		echo "make test-cluster is left out: $$obstacle"; else python -m pytest -m cluster tests/cluster; fi
 
 lint: install
 	ruff check .

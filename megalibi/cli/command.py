@@ -94,8 +94,8 @@ class RankCommand:
     """Lines to type; {command}, {torchrun} and {deepspeed} stand for the fields of ``Spelling``."""
     add_arguments: Callable[[argparse.ArgumentParser], None]
     """Adds the command's options and positional arguments to a parser."""
-    run: Callable[[argparse.Namespace, Place], None]
-    """Does one rank's part of the work."""
+    run: Callable[[argparse.Namespace, Place], int | None]
+    """Does one rank's part of the work, and returns the rank's exit code; None stands for 0."""
 
     def parse(self, words: Sequence[str], spelling: Spelling) -> argparse.Namespace:
         """Return the values of the options; see ``Command.parse``."""

@@ -1,7 +1,8 @@
 """Pretrain a GPT on one rank, or on several that deepspeed, torchrun or srun starts.
 
-Exit codes: 0 finished, or stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP with a checkpoint saved; 1 failed; 2 the
-configuration, the data, a checkpoint, the disk or the memory cannot be used, said in one line.
+Exit codes: 0 finished, or stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP with a checkpoint saved (a script that has to
+tell the two apart asks for --stopped-code); 1 failed; 2 the configuration, the data, a checkpoint, the disk or the
+memory cannot be used, said in one line.
 """
 
 from __future__ import annotations
@@ -26,10 +27,19 @@ EXAMPLES = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     add_run(parser, "YAML file of the run, for example configs/quickstart.yaml")
+    parser.add_argument(
+        "--stopped-code",
+        type=int,
+        choices=range(256),
+        default=0,
+        metavar="CODE",
+        help="exit code of rank 0 where a signal ended the run before its last step, as launch/slurm/pretrain.sbatch "
+        "asks for to put the job back into the queue (default: 0)",
+    )
 
 
-def run(arguments: argparse.Namespace, place: Place) -> None:
-    """Check everything, set up the device and torch.distributed, and train."""
+def run(arguments: argparse.Namespace, place: Place) -> int:
+    """Check everything, set up the device and torch.distributed, and train; return this rank's exit code."""
     config = load_config(arguments.config, arguments.overrides)
     set_cuda_environment(config)
     try:
@@ -37,10 +47,13 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
 
         from megalibi.train.loop import train  # not before the device is set up
 
-        train(job)
+        is_done = train(job)
     except Exception as error:
         _explain_shortage(error, config, place)
         raise
+    # Of rank 0 alone, whose checkpoint is whole: a launcher that sees a rank end with a code kills the others, which
+    # have nothing left to do.
+    return 0 if is_done or place.rank > 0 else arguments.stopped_code
 
 
 def _explain_shortage(error: Exception, config: Config, place: Place) -> None:

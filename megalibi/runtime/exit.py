@@ -60,13 +60,13 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def run_rank(work: Callable[[Place], None]) -> NoReturn:
+def run_rank(work: Callable[[Place], int | None]) -> NoReturn:
     """Do a rank's work and end the process with what came of it.
 
     A UserError is one line, which one rank says; anything else is a traceback that names rank and host.
 
     Args:
-        work: The work, called with this process's place in the job.
+        work: The work, called with this process's place in the job; what it returns is the exit code (None is 0).
     """
     log.outlive_terminal()
     code = _run_rank(work)
@@ -101,13 +101,13 @@ def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _run_rank(work: Callable[[Place], None]) -> int:
+def _run_rank(work: Callable[[Place], int | None]) -> int:
     place = None
     try:
         place = find_place(os.environ)
         log.configure(rank=place.rank, world_size=place.world_size)
         with refuse_files():
-            work(place)
+            return work(place) or 0
     except ShortageError as error:
         _write_error(str(error), place)  # by each rank, for it may be the only one
         return error.exit_code
@@ -125,7 +125,6 @@ def _run_rank(work: Callable[[Place], None]) -> int:
             return EXIT_FAILED
         _write_error(explained, place)  # by each rank, for it may be the only one
         return EXIT_USER_ERROR
-    return 0
 
 
 def _explain(error: Exception, place: Place | None) -> str | None:
@@ -139,7 +138,7 @@ def _explain(error: Exception, place: Place | None) -> str | None:
     if "EADDRINUSE" in text and place is not None:
         return (
             f"port {place.master_port} of {socket.gethostname()} is in use, perhaps by another run: start with "
-            "--master_port PORT (deepspeed, torchrun) or export MASTER_PORT=PORT (srun)"
+            "--master_port PORT (deepspeed, torchrun) or export MASTER_PORT=PORT (srun; mpirun with -x MASTER_PORT)"
         )
     return None
 

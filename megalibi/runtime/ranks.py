@@ -1,6 +1,6 @@
 """Where this process stands among the ranks of a job, and how the ranks meet.
 
-The same script runs under deepspeed, torchrun or srun, or alone as one process.
+The same script runs under deepspeed, torchrun, srun or Open MPI's mpirun, or alone as one process.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megalibi.errors import ConfigError
+from megalibi.runtime.interface import check_master_address, find_reachable_interface
 from megalibi.runtime.own_gpus import check_own_gpus
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 SLURM_FIRST_PORT = 20_000
 SLURM_PORTS = 20_000
+MPI_PORT = 29_500
+"""Of rank 0 under mpirun, which says nothing of a port; that of torchrun."""
 _MAX_PORT = 65_535
-_LAUNCHERS = "start with deepspeed, torchrun or srun, or unset RANK for a process alone"
+_LAUNCHERS = "start with deepspeed, torchrun, srun or mpirun, or unset RANK for a process alone"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,40 +47,101 @@ class Place:
     """The port at which rank 0 waits for the others; 0 for a process alone."""
 
 
+class _Launcher(NamedTuple):
+    """The variables by which a launcher tells a process its place."""
+
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: str
+
+
+_DEEPSPEED = _Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+_TORCHRUN = _Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# SLURM_STEP_NUM_TASKS is set by srun; the batch script itself has only SLURM_NTASKS. The last one is 4(x2),3 for
+# example: this host's number is the first task per node of an even step.
+_SRUN = _Launcher("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+_OPEN_MPI = _Launcher(*(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+
+
 def find_place(environment: Mapping[str, str]) -> Place:
-    """Read the launcher's variables: RANK and others (deepspeed, torchrun), SLURM's (srun), or none (a process alone).
+    """Read the variables of deepspeed, torchrun, srun or Open MPI's mpirun; of none: a process alone.
 
     Raises:
-        ConfigError: A variable is missing, or its value cannot be.
+        ConfigError: A variable is missing, its value cannot be, two contradict each other, or the launcher is one whose
+            variables are not read.
     """
-    if "RANK" in environment:
-        rank, size, local = "RANK", "WORLD_SIZE", "LOCAL_RANK"
-        # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE.
-        local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
-        address, port = environment.get("MASTER_ADDR", ""), "MASTER_PORT"
-        if not address:
-            raise ConfigError(f"the launcher's environment has {rank} but no MASTER_ADDR: {_LAUNCHERS}")
-        master_port = _read_number(environment, port, 1, _MAX_PORT)
-    elif "SLURM_STEP_NUM_TASKS" in environment:  # set by srun; the batch script itself has only SLURM_NTASKS
-        rank, size, local = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
-        # For example 4(x2),3: this host's number is the first task per node of an even step.
-        local_size = "SLURM_STEP_TASKS_PER_NODE"
-        address = environment.get("MASTER_ADDR") or _first_slurm_host(environment)
-        if "MASTER_PORT" in environment:
-            master_port = _read_number(environment, "MASTER_PORT", 1, _MAX_PORT)
-        else:
-            master_port = SLURM_FIRST_PORT + _read_number(environment, "SLURM_JOB_ID", 0) % SLURM_PORTS
-    else:
+    launcher = _find_launcher(environment)
+    if launcher is None:
         return Place(rank=0, world_size=1, local_rank=0, local_world_size=1, master_address="", master_port=0)
-    world_size = _read_number(environment, size, 1)
+    world_size = _read_number(environment, launcher.world_size, 1)
+    is_told = launcher.local_world_size in environment
+    local_world_size = _read_number(environment, launcher.local_world_size, 1) if is_told else 1
+    local_rank = _read_number(environment, launcher.local_rank, 0, world_size - 1)
+    if is_told and launcher != _SRUN and not local_rank < local_world_size <= world_size:
+        names = (launcher.local_rank, launcher.local_world_size, launcher.world_size)
+        given = ", ".join(f"{name}={environment[name]}" for name in names)
+        raise ConfigError(f"{given} in the launcher's environment: must be in ascending order; {_LAUNCHERS}")
     return Place(
-        rank=_read_number(environment, rank, 0, world_size - 1),
+        rank=_read_number(environment, launcher.rank, 0, world_size - 1),
         world_size=world_size,
-        local_rank=_read_number(environment, local, 0, world_size - 1),
-        local_world_size=_read_number(environment, local_size, 1) if local_size in environment else 1,
-        master_address=address,
-        master_port=master_port,
+        local_rank=local_rank,
+        local_world_size=local_world_size,
+        master_address=_find_master_address(environment, launcher, is_one_host=local_world_size == world_size),
+        master_port=_find_master_port(environment, launcher),
     )
+
+
+def _find_launcher(environment: Mapping[str, str]) -> _Launcher | None:
+    if "RANK" in environment:
+        _check_own_rank(environment)
+        return _TORCHRUN if _TORCHRUN.local_world_size in environment else _DEEPSPEED
+    for launcher in (_OPEN_MPI, _SRUN):  # in this order: mpirun starts its own processes by srun where there is SLURM
+        if launcher.world_size in environment:
+            return launcher
+    if environment.get("PMI_SIZE", "1") != "1":  # Intel MPI and MPICH, which name no address either
+        raise ConfigError(
+            f"PMI_SIZE={environment['PMI_SIZE']} in the environment: this launcher's variables are not read; start "
+            "with deepspeed, torchrun, srun or Open MPI's mpirun, or export RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR "
+            "and MASTER_PORT to each process"
+        )
+    return None
+
+
+def _check_own_rank(environment: Mapping[str, str]) -> None:
+    """Refuse the RANK of a shell that srun or mpirun has handed on to every process."""
+    if environment.keys() & {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}:
+        return  # torchrun and deepspeed, which srun or mpirun may have started once on each host
+    for launcher in (_OPEN_MPI, _SRUN):
+        if environment.get(launcher.world_size, "1") == "1":
+            continue  # no step, or that of an interactive shell
+        for name, other in (("RANK", launcher.rank), ("WORLD_SIZE", launcher.world_size)):
+            if environment.get(name) != environment.get(other):
+                raise ConfigError(
+                    f"{name}={environment.get(name, '')} in the launcher's environment contradicts "
+                    f"{other}={environment.get(other, '')}: unset RANK, WORLD_SIZE and LOCAL_RANK before srun or mpirun"
+                )
+        return
+
+
+def _find_master_address(environment: Mapping[str, str], launcher: _Launcher, *, is_one_host: bool) -> str:
+    if environment.get("MASTER_ADDR"):
+        return environment["MASTER_ADDR"]
+    if launcher == _SRUN:
+        return _first_slurm_host(environment)
+    if launcher == _OPEN_MPI and is_one_host:
+        return "127.0.0.1"
+    advice = "name rank 0's host, as in mpirun -x MASTER_ADDR=HOST" if launcher == _OPEN_MPI else _LAUNCHERS
+    raise ConfigError(f"the launcher's environment has {launcher.rank} but no MASTER_ADDR: {advice}")
+
+
+def _find_master_port(environment: Mapping[str, str], launcher: _Launcher) -> int:
+    if "MASTER_PORT" not in environment:
+        if launcher == _SRUN:  # two jobs on one host have two ports
+            return SLURM_FIRST_PORT + _read_number(environment, "SLURM_JOB_ID", 0) % SLURM_PORTS
+        if launcher == _OPEN_MPI:
+            return MPI_PORT
+    return _read_number(environment, "MASTER_PORT", 1, _MAX_PORT)
 
 
 def _read_number(environment: Mapping[str, str], name: str, lowest: int, highest: int | None = None) -> int:
@@ -113,7 +177,8 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
         timeout: How long a collective may wait.
 
     Raises:
-        ConfigError: On every rank, if two of them took one GPU.
+        ConfigError: On every rank, if two of them took one GPU; on this one, if it does not find rank 0, or the others
+            could not find it.
     """
     import torch
     import torch.distributed as dist
@@ -127,6 +192,11 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
     if not place.master_address:  # a process alone needs no address, nor a port that another run could hold
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **group)
         return
+    check_master_address(place.master_address)
+    if backend == "gloo" and place.world_size > place.local_world_size and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = find_reachable_interface(place.master_address)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
     os.environ.update(MASTER_ADDR=place.master_address, MASTER_PORT=str(place.master_port))
     if backend == "nccl":  # of a shared GPU NCCL would only say "invalid usage"
         store = next(dist.rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=timeout))[0]

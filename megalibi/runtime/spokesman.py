@@ -32,7 +32,8 @@ def is_spokesman(place: Place | None) -> bool:
         place: Where this process stands in the job; None: the launcher's variables cannot be read.
     """
     if place is None:  # the environment is not a launcher's, and its numbers may be none
-        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) in ("0", "")
+        names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+        return next((os.environ[name] for name in names if name in os.environ), "0") in ("0", "")
     return place.rank == 0 or (place.local_rank == 0 and not _have_met())
 
 

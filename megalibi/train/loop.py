@@ -36,10 +36,10 @@ _LOGGER = get_logger(__name__)
 _T = TypeVar("_T")
 
 
-def train(job: Job) -> None:
-    """Train from the start, or from the checkpoint to resume from, until the last step or a signal.
+def train(job: Job) -> bool:
+    """Train from the start, or from the checkpoint to resume from; return whether the last step is done.
 
-    Every rank calls it, with torch.distributed initialised.
+    It is not where a signal asked for the end. Every rank calls it, with torch.distributed initialised.
 
     Args:
         job: The run, checked by check_run, and this rank's place in it.
@@ -71,7 +71,7 @@ def train(job: Job) -> None:
         rollbacks = () if manifest is None else manifest.rollbacks
         loop = Loop(job, start, engine, writers, stop, watchdog, first_step, rollbacks, hosts)
         with writers, contextlib.closing(loop):
-            loop.run()
+            return loop.run()
 
 
 class Loop:
@@ -129,8 +129,8 @@ class Loop:
         """End the thread that reads ahead."""
         self.loader.close()
 
-    def run(self) -> None:
-        """Go on until the last step, a signal, or an error that ends the run."""
+    def run(self) -> bool:
+        """Go on until the last step, a signal, or an error that ends the run; return whether the last step is done."""
         config = self.job.config
         try:
             if self.start.validation_is_missing:
@@ -149,6 +149,7 @@ class Loop:
             reason = self.stop.signal_name or "a signal to another rank"
             newest = self.saves.describe_newest(self.done)
             _LOGGER.warning("stopped by %s after step %d, %s", reason, self.done, newest)
+            return False
         except DataError as error:  # of read_together, and so on every rank
             try:
                 self.saves.save(self.done, wait=True)
@@ -164,6 +165,7 @@ class Loop:
             except UserError as unsaved:
                 raise DivergenceError(f"{error}; and {unsaved}") from error
             raise
+        return True
 
     def take_next_step(self) -> bool:
         """Read a global batch, take the optimizer step and record it; return whether it stays."""

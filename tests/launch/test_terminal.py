@@ -59,13 +59,13 @@ def test_a_run_whose_output_nobody_takes_trains_to_the_end(codes: dict[str, tupl
     assert find_checkpoint(run / "checkpoints") == run / f"checkpoints/step_{STEPS:08d}"
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_end_of_the_terminal_saves(tmp_path: Path, world_size: int) -> None:
-    config = write_job(tmp_path, checkpoint={"every_steps": 0})
-    job = Job(config, "train.steps=1000000", world_size=world_size)
+@pytest.mark.parametrize(("options", "exit_codes"), [([], [0]), (["--stopped-code=75"], [75, 0])])
+def test_the_end_of_the_terminal_saves(tmp_path: Path, options: list[str], exit_codes: list[int]) -> None:
+    config, world_size = write_job(tmp_path, checkpoint={"every_steps": 0}), len(exit_codes)
+    job = Job(config, "train.steps=1000000", *options, world_size=world_size)
     job.wait_until(lambda: last_step(tmp_path / "run") > 2)
     job.signal(signal.SIGHUP, world_size - 1)
-    job.succeed()
+    assert job.wait() == exit_codes, job.output
     stopped = last_step(tmp_path / "run")
     assert find_checkpoint(tmp_path / "run/checkpoints") == tmp_path / f"run/checkpoints/step_{stopped:08d}"
     assert f"stopped by SIGHUP after step {stopped}" in job.read_log(world_size - 1)

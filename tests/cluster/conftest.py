@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.machines.debian import find_obstacle
+from tests.cluster.machines.network import Hosts
+
+NODES = ("node1", "node2", "node3", "node4")
+HEAD = "head"
+"""The host of slurmctld."""
+
+
+@pytest.fixture(scope="session")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    """The hosts, on all the time."""
+    obstacle = find_obstacle()
+    if obstacle is not None:
+        pytest.skip(f"no hosts on this machine: {obstacle}")
+    with Hosts([*NODES, HEAD], tmp_path_factory.mktemp("hosts")) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hosts(network: Hosts) -> Iterator[Hosts]:
+    """The hosts, as new: what a test has started ends with it, and what it has changed is mended."""
+    yield network
+    network.restore()

@@ -1,0 +1,120 @@
+"""One training over several hosts, whoever starts it; the hosts are namespaces of this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.conftest import NODES
+from tests.cluster.machines.network import SILENT_NAME_SERVER, Hosts
+from tests.cluster.machines.training import FORWARDED, Launched, deepspeed, find_ranks, torchrun
+from tests.support.jobs import SCRIPT, exact_records, last_step, write_job
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 6
+UNKNOWN_SECONDS = 60.0
+"""Within which it is said that nobody knows a host, where the name server is silent: a start, and 10 s a look-up."""
+SLOW_NAMES_SECONDS = 180.0
+"""Within which a small run ends where the name server is silent: torch looks names up, in vain, some times."""
+RTOL_TOPOLOGY = 1e-5
+"""Of losses and gradient norms of two topologies, in fp32."""
+Records = list[dict[str, Any]]
+
+
+def make_job(folder: Path, tensor_parallel_size: int = 2) -> Path:
+    parallel = {"tensor_parallel_size": tensor_parallel_size}
+    return write_job(folder, parallel=parallel, train={"steps": STEPS, "global_batch_size": 8})
+
+
+@pytest.fixture(scope="module")
+def records_ref(network: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Records:
+    """What four ranks record on one host."""
+    config = make_job(tmp_path_factory.mktemp("one_host"))
+    (launched,) = torchrun(network, ["node1"], 4, config)
+    launched.succeed()
+    return exact_records(config.parent / "run")
+
+
+def test_deepspeed_over_two_hosts_trains_as_one_host_does(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    launched = deepspeed(hosts, {"node1": 2, "node2": 2}, config)
+    launched.wait_until(lambda: last_step(tmp_path / "run") >= 1)
+    # The ranks of a tensor group have numbers that follow each other: both are on one host.
+    ranks = {host: sorted(find_ranks(hosts, host)) for host in ("node1", "node2")}
+    launched.succeed()
+    assert ranks == {"node1": [0, 1], "node2": [2, 3]}
+    assert exact_records(tmp_path / "run") == records_ref
+
+
+def test_deepspeed_over_four_hosts_trains_as_two_do(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    deepspeed(hosts, dict.fromkeys(NODES, 2), config).succeed()
+    records = exact_records(tmp_path / "run")
+    assert [record["sample_hash"] for record in records] == [record["sample_hash"] for record in records_ref]
+    for name in ("loss", "grad_norm"):
+        expected = [record[name] for record in records_ref]
+        assert [record[name] for record in records] == pytest.approx(expected, rel=RTOL_TOPOLOGY)
+
+
+def test_torchrun_on_every_host(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    for launched in torchrun(hosts, ["node1", "node2"], 2, config):
+        launched.succeed()
+    assert exact_records(tmp_path / "run") == records_ref
+
+
+def test_mpirun_over_two_hosts(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    forwarded = [word for name in (*FORWARDED, "PATH", "PYTHONPATH", "MASTER_ADDR") for word in ("-x", name)]
+    command = ["mpirun", "--host", "node1:2,node2:2", *forwarded, "python", str(SCRIPT), "--config", str(config)]
+    Launched(hosts, "node1", command, tmp_path, {"MASTER_ADDR": "node1"}).succeed()
+    assert exact_records(tmp_path / "run") == records_ref
+
+
+def test_hosts_with_other_values_are_refused_together(hosts: Hosts, tmp_path: Path) -> None:
+    config = make_job(tmp_path, tensor_parallel_size=1)
+    launched = torchrun(hosts, ["node1", "node2"], 1, config, of_the_last=["train.seed=7"])
+    assert [each.wait() for each in launched] == [1, 1]  # torchrun's code for any other than 0
+    (said,) = [line for each in launched for line in each.output.splitlines() if line.startswith("error: ")]
+    assert "train.seed is 1234 on rank 0 (host node1) and 7 on rank 1 (host node2)" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_hosts_whose_own_names_are_loopback_addresses(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+    for name in ("node1", "node2"):
+        hosts.map_own_name(name, "127.0.1.1")
+    config = make_job(tmp_path)
+    for launched in torchrun(hosts, ["node1", "node2"], 2, config):
+        launched.succeed()
+    assert exact_records(tmp_path / "run") == records_ref
+
+
+def test_a_name_server_that_does_not_answer(hosts: Hosts, tmp_path: Path) -> None:
+    for name in ("node1", "node2"):
+        hosts.set_name_server(name, SILENT_NAME_SERVER)
+    config = make_job(tmp_path)
+    command = ["mpirun", "--host", "node1:2,node2:2", "-x", "PATH", "-x", "PYTHONPATH", "-x", "MASTER_ADDR=node9"]
+    launched = Launched(hosts, "node1", [*command, "python", str(SCRIPT), "--config", str(config)], tmp_path)
+    assert launched.wait(UNKNOWN_SECONDS) == 2
+    # mpirun kills the others as soon as one has said it.
+    assert re.search(r"^error: MASTER_ADDR=node9: node[12] knows no such host \(Temp", launched.output, re.MULTILINE)
+    # Where /etc/hosts has the names the run begins late.
+    deepspeed(hosts, {"node1": 1, "node2": 1}, write_job(tmp_path)).succeed(SLOW_NAMES_SECONDS)
+    assert last_step(tmp_path / "run") == STEPS
+
+
+def test_two_jobs_on_one_folder_over_hosts_of_their_own(hosts: Hosts, tmp_path: Path) -> None:
+    config = make_job(tmp_path)
+    first, _ = torchrun(hosts, ["node1", "node2"], 1, config, "train.steps=1000000")
+    first.wait_until(lambda: last_step(tmp_path / "run") >= 1)
+    second, _ = torchrun(hosts, ["node3", "node4"], 1, config, "train.steps=1000000")
+    assert second.wait() == 1  # torchrun's code for any other than 0
+    said = [line for line in second.output.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert "is in use" in said[0]
+    before = last_step(tmp_path / "run")
+    first.wait_until(lambda: last_step(tmp_path / "run") > before)
