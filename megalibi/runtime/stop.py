@@ -88,17 +88,20 @@ def read_together(
     except OSError as error:
         failure = describe_os_error(error, Path("data"))
     state = 2.0 if failure is not None else float(stop is not None and stop.signal_name is not None)
-    told = None if aside is None else aside.tell()
-    slots = [] if told is None else [0.0] * groups.world.size
-    if told is not None:
-        slots[groups.world.rank] = told
-    numbers = torch.tensor([state, *slots], dtype=torch.float64, device=device)
-    worst, *heard = all_reduce_raw(numbers, groups.world, dist.ReduceOp.MAX).tolist()
+    worst, *heard = _meet(state, None if aside is None else aside.tell(), groups, device)
     _go_on_together(worst, failure, groups)
     if aside is not None and heard:
         aside.hear(heard)
     assert value is not None
     return value
+
+
+def _meet(state: float, told: float | None, groups: ProcessGroups, device: torch.device) -> list[float]:
+    """Return the highest state of all ranks, and behind it what each has told, if they tell something."""
+    numbers = torch.tensor([state] + [0.0] * (0 if told is None else groups.world.size), dtype=torch.float64)
+    if told is not None:
+        numbers[1 + groups.world.rank] = told
+    return all_reduce_raw(numbers.to(device), groups.world, dist.ReduceOp.MAX).tolist()
 
 
 def _go_on_together(worst: float, failure: str | None, groups: ProcessGroups) -> None:

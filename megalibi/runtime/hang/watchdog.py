@@ -104,8 +104,8 @@ class Watchdog:
         return self._limit_seconds if self._has_stepped else max(self._limit_seconds, FIRST_STEP_SECONDS)
 
     def _watch(self) -> None:
-        self._look(time.monotonic())
-        while not self._ended.wait(self._tick):
+        is_over = False
+        while not is_over:
             try:
                 self._look(time.monotonic())
             except Exception:  # a fault in here must not end a run that is well, nor keep one that hangs
@@ -113,6 +113,7 @@ class Watchdog:
                 if time.monotonic() - self._progress_seconds > self._limit:
                     os._exit(EXIT_FAILED)
             self._arm(self._limit)
+            is_over = self._ended.wait(self._tick)
 
     def _arm(self, seconds: float) -> None:
         """End this process by other means if this thread does not come here again in time.
