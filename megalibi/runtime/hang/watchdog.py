@@ -94,7 +94,7 @@ class Watchdog:
             self._ended.set()
             self._thread.join(_END_SECONDS)
             faulthandler.cancel_dump_traceback_later()
-            signal.alarm(math.ceil(self._limit_seconds) + _END_SECONDS)  # for what is left, until the process ends
+            signal.alarm(0)  # the process may go on with something else
             self._signs.remove()
             if self._is_suspicious and error_type is None:
                 self._take_suspicion_back()
