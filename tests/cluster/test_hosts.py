@@ -4,39 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import NODES
+from tests.cluster.conftest import NODES, Records
 from tests.cluster.machines.network import SILENT_NAME_SERVER, Hosts
-from tests.cluster.machines.training import FORWARDED, Launched, deepspeed, find_ranks, torchrun
+from tests.cluster.machines.training import FORWARDED, STEPS, Launched, deepspeed, find_ranks, make_job, torchrun
 from tests.support.jobs import SCRIPT, exact_records, last_step, write_job
 
 pytestmark = pytest.mark.cluster
 
-STEPS = 6
 UNKNOWN_SECONDS = 60.0
 """Within which it is said that nobody knows a host, where the name server is silent: a start, and 10 s a look-up."""
 SLOW_NAMES_SECONDS = 180.0
 """Within which a small run ends where the name server is silent: torch looks names up, in vain, some times."""
 RTOL_TOPOLOGY = 1e-5
 """Of losses and gradient norms of two topologies, in fp32."""
-Records = list[dict[str, Any]]
-
-
-def make_job(folder: Path, tensor_parallel_size: int = 2) -> Path:
-    parallel = {"tensor_parallel_size": tensor_parallel_size}
-    return write_job(folder, parallel=parallel, train={"steps": STEPS, "global_batch_size": 8})
-
-
-@pytest.fixture(scope="module")
-def records_ref(network: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Records:
-    """What four ranks record on one host."""
-    config = make_job(tmp_path_factory.mktemp("one_host"))
-    (launched,) = torchrun(network, ["node1"], 4, config)
-    launched.succeed()
-    return exact_records(config.parent / "run")
 
 
 def test_deepspeed_over_two_hosts_trains_as_one_host_does(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:

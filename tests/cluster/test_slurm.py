@@ -13,10 +13,10 @@ import pytest
 
 from megalibi.checkpoint import find_checkpoint
 from megalibi.config import load_config
-from tests.cluster.conftest import HEAD, NODES
+from tests.cluster.conftest import HEAD, NODES, Records
 from tests.cluster.machines.network import Hosts
 from tests.cluster.machines.slurm import DEAD_NODE_SECONDS, GRACE_SECONDS, REQUEUE_SECONDS, Slurm
-from tests.cluster.machines.training import ROOT, deepspeed, make_environment
+from tests.cluster.machines.training import ROOT, deepspeed, make_environment, make_job
 from tests.support.jobs import SCRIPT, exact_records, last_step, write_job
 
 pytestmark = pytest.mark.cluster
@@ -24,6 +24,8 @@ pytestmark = pytest.mark.cluster
 FOREVER = 1_000_000
 MORE_STEPS = 20
 JOB_SECONDS = 180.0
+SIGNAL_SECONDS = 40
+"""Before a time limit, at the least, when it is set. SLURM, which looks every 30 s, may signal 50 to 20 s before it."""
 NOTICED_SECONDS = 60.0
 """Within which SLURM puts the job of a dead node back into the queue, after it has given the node up."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -75,7 +77,7 @@ def write_script(folder: Path, name: str, options: Mapping[str, str], **values: 
 
 
 def write_pretraining(folder: Path, program: str = "", **options: str) -> Path:
-    """Write pretrain.sbatch for the run of ``make_job``, with one rank on each of two nodes."""
+    """Write pretrain.sbatch for a run, with one rank on each of two nodes."""
     small = {"nodes": "2", "ntasks-per-node": "1", "gpus-per-node": "1", "cpus-per-task": "1"} | options
     project = write_project(folder, program)
     return write_script(folder, "pretrain.sbatch", small, CONFIG=folder / "config.yaml", PROJECT=project)
@@ -87,7 +89,7 @@ def read_output(script: Path, job: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def make_job(folder: Path, **checkpoint: int) -> Path:
+def make_endless_job(folder: Path, **checkpoint: int) -> Path:
     """Write a run that only ``finish_soon`` ends."""
     train = {"steps": FOREVER, "log_every_steps": 500}
     return write_job(folder, train=train, checkpoint={"every_steps": 0} | checkpoint)
@@ -107,13 +109,15 @@ def wait_for_steps(slurm: Slurm, script: Path, job: str, steps: int) -> None:
     slurm.wait_until(lambda: last_step(run) >= steps, JOB_SECONDS, lambda: read_output(script, job))
 
 
-def test_what_srun_trains_is_evaluated_and_converted_by_jobs(slurm: Slurm, tmp_path: Path) -> None:
-    config = write_job(tmp_path, parallel={"tensor_parallel_size": 2})
+def test_what_srun_trains_as_one_host_does_is_evaluated_and_converted_by_jobs(
+    slurm: Slurm, records_ref: Records, tmp_path: Path
+) -> None:
+    config = make_job(tmp_path)
     command = ["srun", "--nodes=2", "--ntasks-per-node=2", "python", str(SCRIPT), "--config", str(config)]
     said = slurm.run(*command, folder=tmp_path, timeout=JOB_SECONDS)
     run, result, project = tmp_path / "run", tmp_path / "fp32", write_project(tmp_path)
     assert "4 ranks (tensor 2 x data 2" in said
-    assert last_step(run) == 6
+    assert exact_records(run) == records_ref
 
     options = {"ntasks-per-node": "2", "gpus-per-node": "2", "cpus-per-task": "1"}
     values = {"RUN": run, "DATA": tmp_path / "tokens", "LENGTHS": "33,66", "PROJECT": project}
@@ -155,12 +159,14 @@ sys.exit(75 if is_whole and name.endswith("_0") else 0)
 
 
 def test_at_the_time_limit_the_job_saves_and_goes_on_to_an_undisturbed_end(slurm: Slurm, tmp_path: Path) -> None:
-    config = make_job(tmp_path)
-    # SLURM looks every 30 s, and signals 10 to 40 s after the start.
-    script = write_pretraining(tmp_path, time="1", signal="B:USR1@20")
+    config = make_endless_job(tmp_path)
+    script = write_pretraining(tmp_path, signal="B:USR1@20")
     job = slurm.submit(script)
+    wait_for_steps(slurm, script, job, 5)
+    slurm.end_soon(job, SIGNAL_SECONDS)
     slurm.wait_for_restart(job, JOB_SECONDS)
     steps = finish_soon(config)
+    slurm.end_soon(job, 3600)
     shown = slurm.wait_for(job, ENDED, JOB_SECONDS)
     said = read_output(script, job)
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), said
@@ -175,7 +181,7 @@ def test_at_the_time_limit_the_job_saves_and_goes_on_to_an_undisturbed_end(slurm
 
 
 def test_a_preempted_job_saves_and_goes_on_later(slurm: Slurm, tmp_path: Path) -> None:
-    config = make_job(tmp_path)
+    config = make_endless_job(tmp_path)
     script = write_pretraining(tmp_path)
     job = slurm.submit(script)
     wait_for_steps(slurm, script, job, 5)
@@ -193,7 +199,7 @@ def test_a_preempted_job_saves_and_goes_on_later(slurm: Slurm, tmp_path: Path) -
 
 
 def test_the_job_of_a_node_that_dies_goes_on_on_another(slurm: Slurm, tmp_path: Path) -> None:
-    config = make_job(tmp_path, every_steps=10)
+    config = make_endless_job(tmp_path, every_steps=10)
     script = write_pretraining(tmp_path)
     job = slurm.submit(script)
     wait_for_steps(slurm, script, job, 15)

@@ -1,7 +1,7 @@
 """The first process of a host that tests make: gives it its name, its own files in /etc and its sshd, which it becomes.
 
-It is started in namespaces of its own with the host's name, the folder of its files and the port of its sshd's
-settings as arguments; see ``network.py``.
+It is started in namespaces of its own, with the host's name and the folder of these files as arguments; see
+``network.py``.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -269,9 +269,9 @@ class Hosts:
     def _etc(self, host: str, name: str) -> Path:
         return self.folder / f"etc.{host}" / name
 
-    def _wait(self, condition: object) -> None:
+    def _wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while not condition():  # type: ignore[operator]
+        while not condition():
             assert time.monotonic() < deadline
             time.sleep(POLL_SECONDS)
 

@@ -139,6 +139,12 @@ class Slurm:
             time.sleep(4 * POLL_SECONDS)
         return shown
 
+    def end_soon(self, job: str, seconds: int) -> None:
+        """Set a job's time limit, in whole minutes, to so many seconds from now or up to a minute more."""
+        hours, minutes, elapsed = (int(part) for part in self.show(job)["RunTime"].split(":"))
+        limit = -(-(3600 * hours + 60 * minutes + elapsed + seconds) // 60)
+        self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+
     def wait_for_restart(self, job: str, timeout: float, count: int = 1) -> None:
         """Wait until a job has been put back into the queue so many times."""
         self.wait_until(lambda: int(self.show(job)["Restarts"]) >= count, timeout, lambda: str(self.show(job)))

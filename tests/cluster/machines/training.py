@@ -9,13 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.cluster.machines.network import POLL_SECONDS, Hosts
-from tests.support.jobs import LAUNCHER_VARIABLES, SCRIPT
+from tests.support.jobs import LAUNCHER_VARIABLES, SCRIPT, write_job
 
 ROOT = Path(__file__).parents[3]
+STEPS = 6
 RUN_SECONDS = 180.0
 """After which a launcher is taken to hang."""
 FORWARDED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 """What every rank is told: sums of the same order everywhere, and no GPU."""
+
+
+def make_job(folder: Path, tensor_parallel_size: int = 2) -> Path:
+    """Write a run of a few steps for four ranks or eight; return its configuration's path."""
+    parallel = {"tensor_parallel_size": tensor_parallel_size}
+    return write_job(folder, parallel=parallel, train={"steps": STEPS, "global_batch_size": 8})
 
 
 def make_environment() -> dict[str, str]:
