@@ -17,6 +17,7 @@ from megalibi.errors import ConfigError
 from megalibi.export.hf.qkv import interleave_heads, separate_heads
 
 _BLOCK = "blocks"
+_MAX_SAID = 60
 _FUSED = "attention.qkv"
 MAX_LENGTH = 1 << 24
 """The most tokens of a text that a config.json may allow: MPT's class makes a bias of that length."""
@@ -252,5 +253,6 @@ def get_format(model_type: object) -> HfFormat:
         ConfigError: There is none of that name.
     """
     if not isinstance(model_type, str) or model_type not in FORMATS:
-        raise ConfigError(f"model_type={json.dumps(model_type)}: must be one of {', '.join(FORMATS)}, which have ALiBi")
+        said = json.dumps(model_type)[:_MAX_SAID]
+        raise ConfigError(f"model_type={said}: must be one of {', '.join(FORMATS)}, which have ALiBi")
     return FORMATS[model_type]
