@@ -36,18 +36,21 @@ def test_a_host_is_cut_off_in_the_middle_of_a_step(hosts: Hosts, tmp_path: Path)
     step = last_step(run)
     for rank, each in enumerate(launched):
         (line,) = [line for line in each.output.splitlines() if line.startswith("error: ")]
+        # A cable that is pulled between the two messages of an exchange lets one rank go on by one place.
         assert re.match(
-            rf"error: no progress for [0-9.]+ s after step {step}, runtime.hang_timeout_seconds=6: this rank waits in "
-            r"\w+ of ranks 0-1 \((megalibi|deepspeed)/\S+.py:[0-9]+, \w+\); all 2 ranks are in collectives: look at "
-            rf"the network between node1, node2; the stacks are in {run}/hang/rank_0000{rank}.txt; the same command "
-            rf"goes on from the newest checkpoint \[rank {rank}/2 on node{rank + 1}\]$",
+            rf"error: no progress for [0-9.]+ s after step ({step - 1}|{step}|{step + 1}), "
+            r"runtime.hang_timeout_seconds=6: this rank waits in [^;]+; "
+            r"(all 2 ranks are in collectives: look at the network between node1, node2|"
+            r"(this rank|rank [01] on node[12]) is behind the others[^;]*); "
+            rf"the stacks are in {run}/hang/rank_0000{rank}.txt; the same command goes on from the newest checkpoint "
+            rf"\[rank {rank}/2 on node{rank + 1}\]$",
             line,
         ), line
     hosts.join("node2")
     assert [each.wait() for each in launched] == [1, 1]  # torchrun's code for any other than 0
 
     newest = Checkpoint.open(run).manifest.step
-    assert step - 2 <= newest <= step
+    assert step - 3 <= newest <= step  # every second step, and written while the next ones are done
     launched = torchrun(hosts, NODES, 1, config, f"train.steps={step + 4}")
     for each in launched:
         each.succeed()
