@@ -3,6 +3,7 @@
 Two ranks (tensor parallel 2, ZeRO 1, bf16) checkpoint every 2 steps, with a model that takes longer to save than to
 step, so that kills hit the saving too. After each kill the checkpoint that the restart will take is verified, and the
 restart must name it. At the end metrics.jsonl must equal that of a run that nobody killed, bit for bit.
+It needs one host and no root; ``soak.py`` has other faults too, on two hosts under a launcher.
 
 Example:
     python tests/cluster/kill_restart.py --times 30 --output results/kill_restart.json
@@ -12,22 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megalibi.checkpoint import Checkpoint, find_checkpoint
+from megalibi.metrics.provenance import describe_run
 from tests.support.jobs import Job, exact_records, last_step, run_job, write_job
 
 FOREVER = 1_000_000
@@ -58,12 +55,10 @@ def kill_and_restart(folder: Path, times: int, seed: int = 0) -> dict[str, Any]:
     lives = [
         _live_and_die(config, run, rng, start_seconds=start_seconds, cycle_seconds=cycle_seconds) for _ in range(times)
     ]
-    steps = _verified_step(run) + EVERY_STEPS
+    steps = verified_step(run) + EVERY_STEPS
     run_job(config, f"train.steps={steps}", world_size=2)
     run_job(config, f"train.steps={steps}", f"train.output_dir={folder}/undisturbed", world_size=2)
-    records, records_ref = exact_records(run), exact_records(folder / "undisturbed")
-    assert len(records_ref) == steps
-    assert records == records_ref, next(pair for pair in zip(records, records_ref, strict=False) if pair[0] != pair[1])
+    require_equal_records(run, folder / "undisturbed", steps)
     return {
         "kills": len(lives),
         "killed_while": {phase: sum(life["phase"] == phase for life in lives) for phase in PHASES},
@@ -92,7 +87,7 @@ def _measure(config: Path, run: Path) -> tuple[float, float]:
 def _live_and_die(
     config: Path, run: Path, rng: random.Random, *, start_seconds: float, cycle_seconds: float
 ) -> dict[str, Any]:
-    expected = _verified_step(run)
+    expected = verified_step(run)
     began = time.time()
     job = Job(config, world_size=2)
     if rng.random() < KILLED_WHILE_STARTING:
@@ -117,10 +112,40 @@ def _unfinished_save(run: Path, began: float) -> bool:
     return any(path.stat().st_mtime > began for path in others)
 
 
-def _verified_step(run: Path) -> int:
+def verified_step(run: Path) -> int:
+    """Return the step of the checkpoint that a restart takes, which must be whole."""
     checkpoint = Checkpoint.open(run)
     assert list(checkpoint.find_damage()) == []
     return checkpoint.manifest.step
+
+
+def require_equal_records(run: Path, run_ref: Path, steps: int) -> None:
+    """Require so many records of two runs, equal bit for bit."""
+    records, records_ref = exact_records(run), exact_records(run_ref)
+    assert len(records_ref) == steps
+    assert records == records_ref, next(
+        (pair for pair in zip(records, records_ref, strict=False) if pair[0] != pair[1]), (len(records), steps)
+    )
+
+
+def write_result(result: dict[str, Any], began: float, output: Path | None) -> None:
+    """Write what happened, how long it took since the monotonic time, and what the figures depend on, as JSON.
+
+    Args:
+        result: What happened.
+        began: The monotonic time of the beginning.
+        output: The file; None: standard output.
+    """
+    text = json.dumps(
+        result | {"seconds": round(time.monotonic() - began, 1)} | describe_run("cpu", PACKAGES), indent=1
+    )
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")
+    else:
+        sys.stdout.write(text + "\n")
+
+
+PACKAGES = ("torch", "deepspeed")
 
 
 def main() -> None:
@@ -133,23 +158,7 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result = kill_and_restart(Path(folder), arguments.times, arguments.seed)
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
-    ).stdout.strip()
-    result |= {
-        "seconds": round(time.monotonic() - began, 1),
-        "command": f"python tests/cluster/kill_restart.py --times {arguments.times} --seed {arguments.seed}",
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit or "unknown",
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("megalibi", "torch", "deepspeed")},
-    }
-    text = json.dumps(result, indent=1) + "\n"
-    if arguments.output:
-        arguments.output.write_text(text, encoding="utf-8")
-    else:
-        sys.stdout.write(text)
+    write_result(result, began, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,15 @@ import pytest
 
 from tests.cluster.conftest import NODES, Records
 from tests.cluster.machines.network import SILENT_NAME_SERVER, Hosts
-from tests.cluster.machines.training import FORWARDED, STEPS, Launched, deepspeed, find_ranks, make_job, torchrun
+from tests.cluster.machines.training import (
+    STEPS,
+    Launched,
+    deepspeed,
+    find_ranks,
+    make_job,
+    mpirun,
+    torchrun,
+)
 from tests.support.jobs import SCRIPT, exact_records, last_step, write_job
 
 pytestmark = pytest.mark.cluster
@@ -52,9 +60,7 @@ def test_torchrun_on_every_host(hosts: Hosts, records_ref: Records, tmp_path: Pa
 
 def test_mpirun_over_two_hosts(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
     config = make_job(tmp_path)
-    forwarded = [word for name in (*FORWARDED, "PATH", "PYTHONPATH", "MASTER_ADDR") for word in ("-x", name)]
-    command = ["mpirun", "--host", "node1:2,node2:2", *forwarded, "python", str(SCRIPT), "--config", str(config)]
-    Launched(hosts, "node1", command, tmp_path, {"MASTER_ADDR": "node1"}).succeed()
+    mpirun(hosts, {"node1": 2, "node2": 2}, config).succeed()
     assert exact_records(tmp_path / "run") == records_ref
 
 

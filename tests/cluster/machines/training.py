@@ -17,6 +17,7 @@ RUN_SECONDS = 180.0
 """After which a launcher is taken to hang."""
 FORWARDED = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 """What every rank is told: sums of the same order everywhere, and no GPU."""
+_RANK = (b"RANK=", b"OMPI_COMM_WORLD_RANK=")
 
 
 def make_job(folder: Path, tensor_parallel_size: int = 2) -> Path:
@@ -117,12 +118,26 @@ def torchrun(
     return launched
 
 
+def mpirun(hosts: Hosts, slots: Mapping[str, int], config: Path, *overrides: str) -> Launched:
+    """Start mpirun on the first of the hosts, which reaches the others by ssh."""
+    first = next(iter(slots))
+    # It gives the ranks a terminal, which rich would draw bars on: lines are what tests read.
+    own = {"MASTER_ADDR": first, "TTY_COMPATIBLE": "0"}
+    command = ["mpirun", "--host", ",".join(f"{host}:{count}" for host, count in slots.items())]
+    command += [word for name in (*FORWARDED, *own, "PATH", "PYTHONPATH") for word in ("-x", name)]
+    command += ["python", str(SCRIPT), "--config", str(config), *overrides]
+    return Launched(hosts, first, command, config.parent, own)
+
+
 def find_ranks(hosts: Hosts, host: str) -> dict[int, int]:
-    """Return the process of each rank on a host, by the machine's number, as RANK says in its environment."""
+    """Return the process of each rank on a host, by the machine's number, as its environment says."""
     found = {}
     for pid in hosts.find_processes(host, f"{SCRIPT} "):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        ranks = [int(line.partition(b"=")[2]) for line in variables if line.startswith(b"RANK=")]
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        ranks = [int(line.partition(b"=")[2]) for line in variables if line.startswith(_RANK)]
         if ranks:
             found[ranks[0]] = pid
     return found

@@ -1,0 +1,64 @@
+"""What breaks under a training over two hosts: what the ranks say, how soon they end, and that the next one goes on."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from megalibi.checkpoint import Checkpoint
+from tests.cluster.machines.network import POLL_SECONDS, Hosts
+from tests.cluster.machines.training import find_ranks, torchrun
+from tests.cluster.soak import KINDS, soak
+from tests.support.jobs import last_step, write_job
+
+pytestmark = pytest.mark.cluster
+
+NODES = ("node1", "node2")
+FAULTS = 20
+LIMIT_SECONDS = 6.0
+MARGIN_SECONDS = 12.0
+"""For two ranks that look, let each other speak (a second and twice the limit's eighths each) and end, however busy."""
+
+
+def test_a_host_is_cut_off_in_the_middle_of_a_step(hosts: Hosts, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = write_job(tmp_path, train={"steps": 1_000_000}, runtime={"hang_timeout_seconds": LIMIT_SECONDS})
+    launched = torchrun(hosts, NODES, 1, config)
+    launched[0].wait_until(lambda: last_step(run) >= 5)
+    hosts.cut("node2")
+    cut_seconds = time.monotonic()
+    while any(find_ranks(hosts, name) for name in NODES):
+        assert time.monotonic() < cut_seconds + LIMIT_SECONDS + MARGIN_SECONDS, [each.output for each in launched]
+        time.sleep(POLL_SECONDS)
+    step = last_step(run)
+    for rank, each in enumerate(launched):
+        (line,) = [line for line in each.output.splitlines() if line.startswith("error: ")]
+        # A cable that is pulled between the two messages of an exchange lets one rank go on by one place.
+        assert re.match(
+            rf"error: no progress for [0-9.]+ s after step ({step - 1}|{step}|{step + 1}), "
+            r"runtime.hang_timeout_seconds=6: this rank waits in [^;]+; "
+            r"(all 2 ranks are in collectives: look at the network between node1, node2|"
+            r"(this rank|rank [01] on node[12]) is behind the others[^;]*); "
+            rf"the stacks are in {run}/hang/rank_0000{rank}.txt; the same command goes on from the newest checkpoint "
+            rf"\[rank {rank}/2 on node{rank + 1}\]$",
+            line,
+        ), line
+    hosts.join("node2")
+    assert [each.wait() for each in launched] == [1, 1]  # torchrun's code for any other than 0
+
+    newest = Checkpoint.open(run).manifest.step
+    assert step - 3 <= newest <= step  # every second step, and written while the next ones are done
+    launched = torchrun(hosts, NODES, 1, config, f"train.steps={step + 4}")
+    for each in launched:
+        each.succeed()
+    assert f"resumed from {run}/checkpoints/step_{newest:08d}" in launched[0].output
+    assert last_step(run) == step + 4
+
+
+def test_a_run_that_meets_fault_after_fault_ends_as_if_nothing_had_happened(hosts: Hosts, tmp_path: Path) -> None:
+    result = soak(hosts, tmp_path, FAULTS)
+    assert {kind: result["recovery"][kind]["faults"] for kind in KINDS} == dict.fromkeys(KINDS, FAULTS // len(KINDS))
+    assert sum(result["recovery"][kind]["culprit_named"] for kind in ("hang", "cut")) > 0
