@@ -40,7 +40,7 @@ from tests.support.jobs import last_step, write_job
 
 NODES = ("node1", "node2")
 KINDS = ("kill_rank", "kill_all", "hang", "cut", "preempt")
-KILLED_WHILE_STARTING = 0.2
+KILLED_WHILE_STARTING = 0.4
 """Share of the kills that come before the first step; there a hang would last ten minutes."""
 STARTING_SECONDS = 4.0
 """Such a kill comes within so many seconds after both ranks are there."""
