@@ -11,15 +11,11 @@ import pytest
 from megalibi.checkpoint import Checkpoint
 from tests.cluster.machines.network import POLL_SECONDS, Hosts
 from tests.cluster.machines.training import find_ranks, torchrun
-from tests.cluster.soak import KINDS, soak
 from tests.support.jobs import last_step, write_job
 
 pytestmark = pytest.mark.cluster
 
 NODES = ("node1", "node2")
-FAULTS = 20
-SEED = 4
-"""One with which a kill of all ranks and of one come before the first step."""
 LIMIT_SECONDS = 6.0
 MARGIN_SECONDS = 12.0
 """For two ranks that look, let each other speak (a second and twice the limit's eighths each) and end, however busy."""
@@ -58,10 +54,3 @@ def test_a_host_is_cut_off_in_the_middle_of_a_step(hosts: Hosts, tmp_path: Path)
         each.succeed()
     assert f"resumed from {run}/checkpoints/step_{newest:08d}" in launched[0].output
     assert last_step(run) == step + 4
-
-
-def test_a_run_that_meets_fault_after_fault_ends_as_if_nothing_had_happened(hosts: Hosts, tmp_path: Path) -> None:
-    result = soak(hosts, tmp_path, FAULTS, SEED)
-    assert {kind: result["recovery"][kind]["faults"] for kind in KINDS} == dict.fromkeys(KINDS, FAULTS // len(KINDS))
-    assert sum(result["recovery"][kind]["culprit_named"] for kind in ("hang", "cut")) > 0
-    assert {life["kind"] for life in result["lives"] if life["phase"] == "starting"} == {"kill_rank", "kill_all"}
