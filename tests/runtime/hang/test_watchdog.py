@@ -20,10 +20,11 @@ from tests.support.jobs import ScriptJob, last_step, torchrun_environment, write
 from tests.support.processes import CONTEXT
 from tests.support.ranks import find_free_port
 
-LIMIT_SECONDS = 2.0
+LIMIT_SECONDS = 5.0
+"""Longer than a busy disk keeps a watchdog in the writing of its sign, which then ends without names."""
 MARGIN_SECONDS = 8.0
 """For two ranks that look, wait for each other's words and end, on a machine that does other things as well."""
-SAVING_SECONDS = 4.0
+SAVING_SECONDS = 6.0
 """The limit where a rank must not be taken for one that hangs, however busy the machine is."""
 HOST = socket.gethostname()
 ACCUSED = f"rank 1 on {HOST} is in no collective: it is in "
@@ -90,7 +91,7 @@ def test_ranks_end_when_one_hangs_and_say_who_and_where(
     assert job.wait() == codes, job.output
 
     (error,) = lines_of(job, 0)
-    assert f" s after step {last_step(run)}, runtime.hang_timeout_seconds=2: " in error
+    assert f" s after step {last_step(run)}, runtime.hang_timeout_seconds={LIMIT_SECONDS:g}: " in error
     assert re.search(r": this rank waits in \w+ of ranks 0-1 \((megalibi|deepspeed)/\S+.py:[0-9]+, \w+\); ", error)
     assert blamed in error
     assert error.endswith(f"[rank 0/2 on {HOST}]")
