@@ -6,7 +6,9 @@ import os
 import re
 import signal
 import socket
+import tempfile
 import time
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -21,10 +23,9 @@ from tests.support.processes import CONTEXT
 from tests.support.ranks import find_free_port
 
 LIMIT_SECONDS = 5.0
-"""Longer than a busy disk keeps a watchdog in the writing of its sign, which then ends without names."""
 MARGIN_SECONDS = 8.0
 """For two ranks that look, wait for each other's words and end, on a machine that does other things as well."""
-SAVING_SECONDS = 6.0
+SAVING_SECONDS = 8.0
 """The limit where a rank must not be taken for one that hangs, however busy the machine is."""
 HOST = socket.gethostname()
 ACCUSED = f"rank 1 on {HOST} is in no collective: it is in "
@@ -67,11 +68,19 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def hung(tmp_path_factory: pytest.TempPathFactory, saving: object) -> dict[str, tuple[ScriptJob, Path]]:
+def memory() -> Iterator[Path]:
+    """A folder in memory: a busy disk would keep a watchdog in the writing of its sign, beyond a limit of seconds."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def hung(memory: Path, saving: object) -> dict[str, tuple[ScriptJob, Path]]:
     """A job for each way to hang, and their folders; they wait beside each other, and beside the ranks that save."""
     found = {}
     for way in WAYS:
-        folder = tmp_path_factory.mktemp(way)
+        folder = memory / way
+        folder.mkdir()
         job = start(folder, "sleep" if way == "stop" else way)
         job.signal(signal.SIGSTOP if way == "stop" else signal.SIGUSR2, rank=1)
         if way == "sleep":  # whoever tries to stop it in order
@@ -145,9 +154,10 @@ def save_on_rank_1(folder: Path, rank: int, port: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def saving(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[BaseProcess]]:
+def saving(memory: Path) -> tuple[Path, list[BaseProcess]]:
     """Two ranks, of which one waits for the other's save, and their folder."""
-    folder, port = tmp_path_factory.mktemp("saving"), find_free_port()
+    folder, port = memory / "saving", find_free_port()
+    folder.mkdir()
     ranks = [CONTEXT.Process(target=save_on_rank_1, args=(folder, rank, port), daemon=True) for rank in range(2)]
     for rank in ranks:
         rank.start()
