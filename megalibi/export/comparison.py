@@ -21,7 +21,7 @@ from megalibi.data.tokenizer.tokenizer import Tokenizer
 from megalibi.data.tokenizer.words import WordTokenizer
 from megalibi.errors import ConfigError
 from megalibi.export.certificate import LogitComparison
-from megalibi.export.compose import describe_whole_model
+from megalibi.model import count_parameters
 from megalibi.units import format_bytes
 
 _MODEL_BYTES = 8
@@ -82,8 +82,7 @@ def check_comparison_memory(config: Config, *, compare: bool = True) -> None:
     if not compare:
         return
     tokens, model = 2 * config.data.seq_length, config.model
-    parameters = sum(math.prod(entry.shape) for entry in describe_whole_model(config)[0].values())
-    needed = _MODEL_BYTES * parameters + _LOGIT_BYTES * tokens * model.vocab_size
+    needed = _MODEL_BYTES * count_parameters(model) + _LOGIT_BYTES * tokens * model.vocab_size
     needed += _SCORE_BYTES * tokens * tokens * model.num_attention_heads
     if needed > (available := measure_available_bytes()):
         raise ConfigError(

@@ -103,7 +103,9 @@ def check_new_checkpoint(output: Path) -> None:
         FileError: It cannot be made.
     """
     check_new(output)
-    if output.absolute().parent.name == "checkpoints":
+    from megalibi.checkpoint import CHECKPOINTS  # which imports DeepSpeed
+
+    if output.absolute().parent.name == CHECKPOINTS:
         raise ConfigError(f"OUT={output}: must not stand in the checkpoints of a run: give another folder")
 
 

@@ -17,7 +17,7 @@ from megalibi.errors import ConfigError
 from megalibi.export.hf.qkv import interleave_heads, separate_heads
 
 _BLOCK = "blocks"
-_MAX_SAID = 60
+_MAX_SPELLED = 60
 _FUSED = "attention.qkv"
 MAX_LENGTH = 1 << 24
 """The most tokens of a text that a config.json may allow: MPT's class makes a bias of that length."""
@@ -246,6 +246,12 @@ FORMATS: Mapping[str, HfFormat] = {known.name: known for known in (MPT, BLOOM, F
 """Every format by its name."""
 
 
+def spell_json(value: Any) -> str:
+    """Return a value as config.json has it, and of a long one the beginning."""
+    text = json.dumps(value)
+    return text if len(text) <= _MAX_SPELLED else f"{text[:_MAX_SPELLED]}..."
+
+
 def get_format(model_type: object) -> HfFormat:
     """Return a format by its name.
 
@@ -253,6 +259,5 @@ def get_format(model_type: object) -> HfFormat:
         ConfigError: There is none of that name.
     """
     if not isinstance(model_type, str) or model_type not in FORMATS:
-        said = json.dumps(model_type)[:_MAX_SAID]
-        raise ConfigError(f"model_type={said}: must be one of {', '.join(FORMATS)}, which have ALiBi")
+        raise ConfigError(f"model_type={spell_json(model_type)}: must be one of {', '.join(FORMATS)}, which have ALiBi")
     return FORMATS[model_type]

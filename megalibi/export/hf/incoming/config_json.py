@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +10,16 @@ from typing import Any
 
 from megalibi.config import ModelConfig
 from megalibi.errors import ConfigError
-from megalibi.export.hf.formats import FALCON_ACTIVATIONS, MAX_LENGTH, SEQ_LENGTH_FIELD, HfFormat, get_format
+from megalibi.export.hf.formats import (
+    FALCON_ACTIVATIONS,
+    MAX_LENGTH,
+    SEQ_LENGTH_FIELD,
+    HfFormat,
+    get_format,
+    spell_json,
+)
 
 _DEFAULT_SEQ_LENGTH = 2048
-_MAX_SPELLED = 60
 _KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 
 
@@ -52,10 +57,10 @@ def _read(fields: Mapping[str, Any]) -> ForeignModel:
     allowed = (known.architecture, known.architecture.replace("ForCausalLM", "Model"))  # with the output layer, or bare
     spelled = [str(name).lower() for name in architectures] if isinstance(architectures, list) else architectures
     if spelled not in [[name.lower()] for name in allowed]:  # MosaicML's folders have MPTForCausalLM
-        raise ConfigError(f"architectures={_spell(architectures)}: must be {_spell([known.architecture])}")
+        raise ConfigError(f"architectures={spell_json(architectures)}: must be {spell_json([known.architecture])}")
     for name in ("attn_implementation", "_attn_implementation"):
         if fields.get(name) not in (None, "eager", "sdpa"):
-            raise ConfigError(f"{name}={_spell(fields[name])}: must be eager or sdpa; nothing else is run")
+            raise ConfigError(f"{name}={spell_json(fields[name])}: must be eager or sdpa; nothing else is run")
     if fields.get("quantization_config") is not None:
         raise ConfigError("quantization_config: must not be there; weights are read as they are")
     readers = {"mpt": _read_mpt, "bloom": _read_bloom, "falcon": _read_falcon}
@@ -72,7 +77,7 @@ def _read(fields: Mapping[str, Any]) -> ForeignModel:
     seq_length = _get_size(fields, said[0]) if said else _DEFAULT_SEQ_LENGTH
     for name in said:
         if _get_size(fields, name) > MAX_LENGTH:
-            raise ConfigError(f"{name}={_spell(fields[name])}: must be at most {MAX_LENGTH}")
+            raise ConfigError(f"{name}={spell_json(fields[name])}: must be at most {MAX_LENGTH}")
     return ForeignModel(known, model, seq_length)
 
 
@@ -93,10 +98,10 @@ def _read_mpt(fields: Mapping[str, Any]) -> dict[str, Any]:
     check("clip_qkv", None, None, "our attention clips nothing")
     scale = attention.get("softmax_scale")
     if scale is not None and not (isinstance(scale, float) and math.isclose(scale, (hidden / heads) ** -0.5)):
-        raise ConfigError(f"attn_config.softmax_scale={_spell(scale)}: must be null, or 1/sqrt(head dimension)")
+        raise ConfigError(f"attn_config.softmax_scale={spell_json(scale)}: must be null, or 1/sqrt(head dimension)")
     _check(fields, "logit_scale", None, None, "our output layer scales nothing")
     if fields.get("norm_type") not in (None, "low_precision_layernorm", "layernorm"):
-        raise ConfigError(f"norm_type={_spell(fields['norm_type'])}: must be layernorm: our norm is no other")
+        raise ConfigError(f"norm_type={spell_json(fields['norm_type'])}: must be layernorm: our norm is no other")
     _check(fields, "no_bias", True, True, "its class has no biases")
     _check(fields, "expansion_ratio", 4, 4, "its class has feed-forward layers of 4 x hidden size")
     layers = _get_size(fields, "n_layers", "num_hidden_layers")
@@ -123,11 +128,11 @@ def _read_falcon(fields: Mapping[str, Any]) -> dict[str, Any]:
     hidden = _get_size(fields, "n_embed", "hidden_size")
     heads, layers = _get_size(fields, "num_attention_heads"), _get_size(fields, "num_hidden_layers")
     if fields.get("num_kv_heads") not in (None, heads):
-        raise ConfigError(f"num_kv_heads={_spell(fields['num_kv_heads'])}: must be num_attention_heads={heads}")
+        raise ConfigError(f"num_kv_heads={spell_json(fields['num_kv_heads'])}: must be num_attention_heads={heads}")
     activations = {theirs: ours for ours, theirs in FALCON_ACTIVATIONS.items()}
     activation = _get(fields, "activation", str, "gelu")
     if activation not in activations:
-        raise ConfigError(f"activation={_spell(activation)}: must be one of {', '.join(activations)}")
+        raise ConfigError(f"activation={spell_json(activation)}: must be one of {', '.join(activations)}")
     width = _get(fields, "ffn_hidden_size", int, 4 * hidden)
     return _sizes(hidden, heads, layers, width) | {
         "activation": activations[activation],
@@ -148,14 +153,14 @@ def _get(
     names = (names,) if isinstance(names, str) else names
     said = [name for name in names if fields.get(name) is not None]
     if any(fields[name] != fields[said[0]] for name in said[1:]):  # of which transformers takes one
-        values = ", ".join(f"{name}={_spell(fields[name])}" for name in said)
+        values = ", ".join(f"{name}={spell_json(fields[name])}" for name in said)
         raise ConfigError(f"{values}: must be the same, for they are names of one thing")
     name = said[0] if said else names[-1]
     value = fields.get(name)
     value = default if value is None else value
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if type(value) not in kinds:
-        raise ConfigError(f"{name}={_spell(value)}: must be {_KIND_NAMES[kinds[0]]}")
+        raise ConfigError(f"{name}={spell_json(value)}: must be {_KIND_NAMES[kinds[0]]}")
     return value
 
 
@@ -175,7 +180,7 @@ def _get_epsilon(fields: Mapping[str, Any]) -> float:
     except OverflowError:
         epsilon = math.inf
     if not math.isfinite(epsilon):
-        raise ConfigError(f"layer_norm_epsilon={_spell(value)}: must be a finite number")
+        raise ConfigError(f"layer_norm_epsilon={spell_json(value)}: must be a finite number")
     return epsilon
 
 
@@ -183,10 +188,4 @@ def _check(fields: Mapping[str, Any], name: str, default: Any, allowed: Any, rea
     """Check that a field, of an object within config.json or of its own, has the one value that is ours."""
     value = fields.get(name, default)
     if value != allowed or (isinstance(allowed, bool) and type(value) is not bool):
-        raise ConfigError(f"{within}{name}={_spell(value)}: must be {_spell(allowed)}: {reason}")
-
-
-def _spell(value: Any) -> str:
-    """Return a value as config.json has it, and of a long one the beginning."""
-    text = json.dumps(value)
-    return text if len(text) <= _MAX_SPELLED else f"{text[:_MAX_SPELLED]}..."
+        raise ConfigError(f"{within}{name}={spell_json(value)}: must be {spell_json(allowed)}: {reason}")
