@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-
-from megalibi.files import make_folder
 
 SIGNS_FOLDER = "ranks"
 """Folder of a run's folder with a file for each rank that runs; it is removed at the end."""
@@ -72,9 +71,9 @@ class RankSigns:
         """What was seen of the other ranks since the last ``forget``."""
 
     def give(self, sign: RankSign) -> None:
-        """Write this rank's sign; a disk that fails costs only the sign."""
+        """Write this rank's sign; a disk that fails costs only the sign, and so does a run's folder that has gone."""
         with contextlib.suppress(OSError):
-            make_folder(self._folder)
+            self._folder.mkdir(exist_ok=True)  # without its parents: a run that was refused leaves no folder
             self._path(self._rank).write_text(json.dumps(dataclasses.asdict(sign)) + "\n", encoding="utf-8")
 
     def remove(self) -> None:
@@ -82,6 +81,10 @@ class RankSigns:
         with contextlib.suppress(OSError):
             self._path(self._rank).unlink(missing_ok=True)
             self._folder.rmdir()
+
+    def clear(self) -> None:
+        """Take the signs of all ranks away, of a run that ends before its first step."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def forget(self) -> None:
         """Begin anew to look at the others."""

@@ -67,7 +67,7 @@ class Watchdog:
         self._seen: tuple[int, int] = (0, 0)
         """The marks and the bytes read and written when progress was last seen."""
         self._has_stepped = self._is_suspicious = False
-        self._progress_seconds, self._sign_seconds = time.monotonic(), -math.inf
+        self._progress_seconds = self._sign_seconds = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="megalibi-watchdog")
 
@@ -95,7 +95,10 @@ class Watchdog:
             self._thread.join(_END_SECONDS)
             faulthandler.cancel_dump_traceback_later()
             signal.alarm(0)  # the process may go on with something else
-            self._signs.remove()
+            if self._has_stepped or error_type is None:
+                self._signs.remove()
+            else:  # the run may have been refused, and then its folder goes, if nothing is in it
+                self._signs.clear()
             if self._is_suspicious and error_type is None:
                 self._take_suspicion_back()
 
