@@ -50,6 +50,10 @@ class ModelConfig:
     scale_alibi: Fixed[bool] = False
     """Whether the slopes of alibi are divided by sqrt(head dimension): Falcon-RW scales q.k and the bias together. The
     paper's ALiBi scales q.k alone."""
+    scale_embedding: Fixed[bool] = False
+    """Whether embedded tokens are multiplied by sqrt(hidden_size) before sinusoidal positions of amplitude 1 are added
+    (arXiv:1706.03762, sections 3.4 and 3.5; the code of arXiv:2108.12409). Without it they stay as they are, and the
+    positions have the amplitude init_std. An adaptive embedding is multiplied in any case."""
     activation: Fixed[str] = "gelu"
     """The activation of the feed-forward layer: gelu (the exact one, by erf), gelu_tanh (its approximation by tanh,
     arXiv:1606.08415, section 2, as in Bloom) or relu."""
@@ -154,6 +158,13 @@ class ModelConfig:
             refuse("model.hidden_size", self.hidden_size, "be even with model.position_method=sinusoidal")
         if self.scale_alibi and method != "alibi":
             refuse("model.scale_alibi", self.scale_alibi, f"be false with model.position_method={method}")
+        if self.scale_embedding and method != "sinusoidal":
+            refuse("model.scale_embedding", self.scale_embedding, f"be false with model.position_method={method}")
+        if self.scale_embedding and self.adaptive_cutoffs:
+            requirement = (
+                "be false with model.adaptive_cutoffs, whose embedding is multiplied by sqrt(hidden_size) already"
+            )
+            refuse("model.scale_embedding", self.scale_embedding, requirement)
         if self.embedding_norm and method in ADDED_TO_EMBEDDING:
             requirement = f"be false with model.position_method={method}, which adds positions to the embedding"
             refuse("model.embedding_norm", self.embedding_norm, requirement)

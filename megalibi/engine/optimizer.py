@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megalibi.config import OptimizerConfig
 from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER, LOSS_SCALE_WINDOW
+from megalibi.model.init import has_weight_decay
 from megalibi.parallel import Group, all_reduce_raw, get_shard_spec
 
 NORM_CHUNK_ELEMENTS = 2**18
@@ -24,7 +25,7 @@ NORM_CHUNK_ELEMENTS = 2**18
 def build_optimizer(
     parameters: Iterable[nn.Parameter], optimizer: OptimizerConfig, *, zero_stage: int, tensor: Group, fp16: bool
 ) -> torch.optim.Optimizer:
-    """Return a fused optimizer of torch with two groups: matrices, which decay, and vectors, which do not.
+    """Return a fused optimizer of torch with two groups: what decays; vectors and tables of positions, which do not.
 
     torch's fused step runs on the CPU too, needs nothing compiled and is as fast as DeepSpeed's CPU Adam.
 
@@ -35,24 +36,23 @@ def build_optimizer(
         tensor: The tensor group, over which the norm is summed.
         fp16: Scale the loss dynamically; it matters at ZeRO 0 only.
     """
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    decaying: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for parameter in parameters:
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves an empty tensor behind
-        (matrices if len(shape) > 1 else vectors).append(parameter)
+        (decaying if has_weight_decay(parameter) else spared).append(parameter)
     options: dict[str, Any] = {"lr": optimizer.learning_rate, "fused": True}
     if zero_stage == 0:
         options |= {"clip_grad_norm": optimizer.clip_grad_norm, "tensor": tensor, "dynamic_loss_scale": fp16}
     if optimizer.kind == "nesterov":
         groups = [
-            {"params": matrices, "decoupled_weight_decay": optimizer.weight_decay},
-            {"params": vectors, "decoupled_weight_decay": 0.0},
+            {"params": decaying, "decoupled_weight_decay": optimizer.weight_decay},
+            {"params": spared, "decoupled_weight_decay": 0.0},
         ]
         options["momentum"] = optimizer.momentum
         return ClippedNesterov(groups, **options) if zero_stage == 0 else Nesterov(groups, **options)
     groups = [
-        {"params": matrices, "weight_decay": optimizer.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": decaying, "weight_decay": optimizer.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
     ]
     options |= {"betas": (optimizer.beta1, optimizer.beta2), "eps": optimizer.epsilon}
     return ClippedAdamW(groups, **options) if zero_stage == 0 else torch.optim.AdamW(groups, **options)

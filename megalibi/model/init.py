@@ -1,7 +1,7 @@
 """Initial weights as a function of the seed and each parameter's name: the same on every number of ranks.
 
-How a parameter starts is data on it, as its ShardSpec is: the module that makes a parameter says so, and ``initialize``
-reads it.
+How a parameter starts and whether weight decay may act on it is data on it, as its ShardSpec is: the module that makes
+a parameter says so, and ``initialize`` and the optimizer read it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalibi.config import ModelConfig
 from megalibi.parallel import ColumnParallelLinear, Group, RowParallelLinear, init_normal_
@@ -34,9 +34,22 @@ class Normal:
     """The standard deviation of the normal numbers."""
 
 
-def set_init(parameter: nn.Parameter, init: Constant | Normal) -> None:
-    """Say how a parameter starts."""
+def set_init(parameter: nn.Parameter, init: Constant | Normal, *, may_decay: bool = True) -> None:
+    """Say how a parameter starts.
+
+    Args:
+        parameter: The parameter.
+        init: Its first values.
+        may_decay: Let weight decay act on it if it is a matrix; False for tables of positions.
+    """
     parameter.init = init  # type: ignore[attr-defined]
+    parameter.may_decay = may_decay  # type: ignore[attr-defined]
+
+
+def has_weight_decay(parameter: Tensor) -> bool:
+    """Return whether weight decay acts on a parameter: it does on matrices that may decay, and on no vector."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves an empty tensor behind
+    return len(shape) > 1 and getattr(parameter, "may_decay", True)
 
 
 def set_linear_init(layer: ColumnParallelLinear | RowParallelLinear, std: float) -> None:

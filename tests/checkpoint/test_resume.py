@@ -15,6 +15,7 @@ from tests.support.runs import identify, make_config, open_loader, write_tokens
 LEARNED = {"model.position_method": "learned", "model.max_position_embeddings": 64}
 ADAPTIVE = {"model.adaptive_cutoffs": [41, 122]}
 T5 = {"model.position_method": "t5_bias"}
+SINUSOIDAL = {"model.position_method": "sinusoidal"}
 OTHER_VALUES: dict[str, Any] = {
     "model.num_layers": 3,
     "model.hidden_size": 96,
@@ -23,6 +24,7 @@ OTHER_VALUES: dict[str, Any] = {
     "model.vocab_size": 510,
     "model.padded_vocab_size": 1024,
     "model.position_method": "rotary",
+    "model.scale_embedding": (SINUSOIDAL, True),
     "model.max_position_embeddings": (LEARNED, 128),
     "model.t5_num_buckets": (T5, 16),
     "model.t5_max_distance": (T5, 64),

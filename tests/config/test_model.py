@@ -20,6 +20,11 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
     [
         ({"scale_alibi": True, "position_method": "rotary"},
          "model.scale_alibi=True: must be false with model.position_method=rotary"),
+        ({"scale_embedding": True},
+         "model.scale_embedding=True: must be false with model.position_method=alibi"),
+        ({"scale_embedding": True, "position_method": "sinusoidal", "adaptive_cutoffs": (100,)},
+         "model.scale_embedding=True: must be false with model.adaptive_cutoffs, whose embedding is multiplied by "
+         "sqrt(hidden_size) already"),
         ({"embedding_norm": True, "position_method": "sinusoidal"},
          "model.embedding_norm=True: must be false with model.position_method=sinusoidal, which adds positions to the "
          "embedding"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megalibi.config import OptimizerConfig
 from megalibi.engine.ds_config import INITIAL_LOSS_SCALE_POWER, LOSS_SCALE_WINDOW
 from megalibi.engine.optimizer import ClippedAdamW, ClippedNesterov, Nesterov, build_optimizer
+from megalibi.model.init import Constant, set_init
 from megalibi.parallel import ALONE, Group, ShardSpec, set_shard_spec
 from tests.support.ranks import run_on_ranks
 from tests.support.runs import PlainNag
@@ -66,14 +67,15 @@ def test_steps_equal_torch_with_clip_grad_norm(fp16: bool) -> None:
     assert max(norms) > CONFIG.clip_grad_norm > min(norms)  # clipped and not
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
-    parameters = make_parameters()
+def test_matrices_decay_vectors_and_tables_of_positions_do_not() -> None:
+    parameters = [*make_parameters(), nn.Parameter(torch.ones(3, 3))]
+    set_init(parameters[-1], Constant(1.0), may_decay=False)
     for zero_stage in (0, 1):
         optimizer = build_optimizer(parameters, CONFIG, zero_stage=zero_stage, tensor=ALONE, fp16=False)
-        matrices, vectors = optimizer.param_groups
-        assert [p.shape for p in matrices["params"]] == [(5, 3), (2, 4)]
-        assert [p.shape for p in vectors["params"]] == [(7,)]
-        assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+        decaying, spared = optimizer.param_groups
+        assert [p.shape for p in decaying["params"]] == [(5, 3), (2, 4)]
+        assert [p.shape for p in spared["params"]] == [(7,), (3, 3)]
+        assert (decaying["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
         assert optimizer.defaults["fused"]
         assert isinstance(optimizer, ClippedAdamW) == (zero_stage == 0)
 

@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {"tie_embeddings": False},
     "relu": {"activation": "relu", "bias": True, "tie_embeddings": False},
     "sinusoidal": {"position_method": "sinusoidal"},
+    "sinusoidal, scaled tokens": {"position_method": "sinusoidal", "scale_embedding": True},
     "rotary": {"position_method": "rotary"},
     "t5_bias": {"position_method": "t5_bias"},
     "t5_bias, 12 heads": {"position_method": "t5_bias", "num_attention_heads": 12},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megalibi.model import GPT, initialize
-from megalibi.model.init import Normal, set_init
+from megalibi.model.init import Normal, has_weight_decay, set_init
 from megalibi.parallel import ALONE, get_shard_spec, unshard
 from tests.support.models import VOCAB_SIZE, build_gpt, make_model
 from tests.support.tensors import fake_group
@@ -50,6 +50,18 @@ def test_standard_deviations() -> None:
         std = 0.1 / math.sqrt(2 * 3) if writes_to_residual else 0.1
         assert weight.std().item() == pytest.approx(std, rel=0.05), name
         assert weight.mean().item() == pytest.approx(0.0, abs=0.01), name
+
+
+@pytest.mark.parametrize(
+    ("method", "spared"),
+    [("t5_bias", {"positions.table.weight"}), ("learned", {"positions.table.weight"}), ("alibi", set())],
+)
+def test_weight_decay_spares_vectors_and_tables_of_positions(method: str, spared: set[str]) -> None:
+    cap = 16 if method == "learned" else 0
+    gpt = build_gpt(make_model(position_method=method, max_position_embeddings=cap, bias=True))
+    matrices = {name for name, parameter in gpt.named_parameters() if parameter.ndim > 1}
+    assert spared <= matrices
+    assert {name for name, parameter in gpt.named_parameters() if has_weight_decay(parameter)} == matrices - spared
 
 
 def test_biases_start_at_zero() -> None:

@@ -35,12 +35,12 @@ class Learned(PositionMethod):
 
 
 class PositionTable(nn.Module):
-    """The learned rows, [positions, H], whole on every rank of the tensor group."""
+    """The learned rows, [positions, H], whole on every rank of the tensor group. Weight decay spares them."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(model.max_position_embeddings, model.hidden_size))
-        set_init(self.weight, Normal(model.init_std))
+        set_init(self.weight, Normal(model.init_std), may_decay=False)
 
     def forward(self, first: Sequence[int], seq_length: int) -> Tensor:
         """Return the rows from each number in ``first`` on, [B, S, H]."""

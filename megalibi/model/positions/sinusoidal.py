@@ -19,19 +19,22 @@ class Sinusoidal(PositionMethod):
     The first half of the hidden dimensions are sines, the second half cosines, as in fairseq (the paper's code), with
     frequencies 10000^(-i / (hidden_size / 2 - 1)). The table is no state: it is computed for the length at hand.
 
-    In fairseq and in the paper, token embeddings start with a standard deviation of 1. Ours start with ``init_std``
-    unless they are adaptive, and the table is scaled to match. Without that scale it would be 50 times larger than the
-    token embeddings, and the model would learn next to nothing for hundreds of steps.
+    In fairseq and in the paper the embedded tokens are multiplied by sqrt(H), and the table has amplitude 1: that is
+    ``model.scale_embedding``, and an adaptive embedding does it itself. Otherwise the table is scaled to the standard
+    deviation ``init_std`` of the tokens: beside a table 50 times larger than they are, the model would learn next to
+    nothing for hundreds of steps.
     """
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__(model, group)
-        self.scale = 1.0 if model.adaptive_cutoffs else model.init_std
+        self.table_scale = 1.0 if model.adaptive_cutoffs or model.scale_embedding else model.init_std
+        self.token_scale = math.sqrt(model.hidden_size) if model.scale_embedding else 1.0
 
     def add_to_embedding(self, x_BSH: Tensor, *, first: Sequence[int] = (0,)) -> Tensor:
         """Add the table to every row."""
         position_BS = row_positions(first, x_BSH.shape[1], x_BSH.device)
-        return x_BSH + (self.scale * sinusoidal_table(position_BS, x_BSH.shape[2])).to(x_BSH.dtype)
+        table_BSH = self.table_scale * sinusoidal_table(position_BS, x_BSH.shape[2])
+        return torch.add(table_BSH.to(x_BSH.dtype), x_BSH, alpha=self.token_scale)
 
 
 def sinusoidal_table(position: Tensor, hidden_size: int) -> Tensor:

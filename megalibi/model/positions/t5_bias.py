@@ -28,7 +28,7 @@ class T5Bias(PositionMethod):
 
 
 class BucketTable(nn.Module):
-    """The learned numbers, [A, buckets]: a matrix, so weight decay acts on it as on all matrices."""
+    """The learned numbers, [A, buckets]. Weight decay spares them: it would pull far and near keys together."""
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class BucketTable(nn.Module):
         spec = ShardSpec(dim=0, full_size=model.num_attention_heads)
         self.weight = nn.Parameter(torch.empty(spec.local_size(group.size), self.num_buckets))
         set_shard_spec(self.weight, spec)
-        set_init(self.weight, Normal(model.init_std))
+        set_init(self.weight, Normal(model.init_std), may_decay=False)
 
     def forward(self, num_distances: int) -> Tensor:
         """Return the bias of the distances 0, 1, 2, ..., fp32 [A, D]."""

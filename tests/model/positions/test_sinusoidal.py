@@ -36,6 +36,13 @@ def test_every_row_gets_the_table_in_its_own_dtype_at_the_scale_of_the_tokens() 
     assert torch.equal(y, x + (0.25 * sinusoidal_table(torch.arange(5), 8)).bfloat16())
 
 
+def test_scaled_tokens_stand_beside_a_table_of_amplitude_1() -> None:
+    x = torch.randn(2, 5, 16)
+    model = make_model(position_method="sinusoidal", hidden_size=16, init_std=0.25, scale_embedding=True)
+    y = Sinusoidal(model, ALONE).add_to_embedding(x, first=(3,))
+    torch.testing.assert_close(y, 4 * x + sinusoidal_table(torch.arange(3, 8), 16), rtol=1e-6, atol=1e-6)
+
+
 def test_at_the_start_the_table_has_half_the_variance_of_the_tokens() -> None:
     gpt = build_gpt(make_model(position_method="sinusoidal", init_std=0.02))
     x = gpt.embedding(torch.arange(300)[None])

@@ -86,8 +86,8 @@ def test_deterministic_algorithms_take_the_fixed_tiles_also_after_others_were_ch
     assert with_fixed_tile.cache_info().currsize == 3
     for x, y in zip(fixed, forward_and_backward(), strict=True):
         assert torch.equal(x, y)
-    for x, y in zip(fixed, usual, strict=True):
-        torch.testing.assert_close(x, y)
+    for x, y in zip(fixed, usual, strict=True):  # tiles of other sizes sum in another order: a rounding step of bf16
+        assert (x.double() - y.double()).norm() <= 2.0**-8 * x.double().norm()
     for kernel, tiles in (
         (triton_forward.forward_kernel, triton_tiles.FORWARD),
         (triton_backward.query_gradient_kernel, triton_tiles.QUERY_GRADIENT),
