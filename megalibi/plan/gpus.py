@@ -2,7 +2,7 @@
 
 The bandwidths of the memory and of the links were written down from memory of the data sheets named as ``source``. They
 have not been looked up again, and no test compares them with the sheets: check the row of your GPU before you rely on
-an estimate. Measured rates are in results/gpu_h200, of one H200 alone.
+an estimate. Measured rates are in results/gpu_h200_first, of one H200 alone.
 """
 
 from __future__ import annotations

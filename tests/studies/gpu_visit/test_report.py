@@ -17,7 +17,7 @@ from megalibi.studies.gpu_visit.report import format_visit
 from megalibi.studies.gpu_visit.results import VisitResults, read_visit_results
 from megalibi.studies.gpu_visit.step import DONE, FAILED, OUT_OF_TIME, StepOutcome
 
-RECORDED = Path(__file__).parents[3] / "results" / "gpu_h200"
+RECORDED = Path(__file__).parents[3] / "results" / "gpu_h200_first"
 
 
 def read(name: str) -> dict[str, Any]:

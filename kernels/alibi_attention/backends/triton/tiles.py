@@ -3,7 +3,7 @@
 triton.autotune times a list once for each kernel, type, padded head dimension and power of two of the length; under
 torch.use_deterministic_algorithms the first of a list that fits is taken (``with_fixed_tile``). The lists hold tiles
 that compile for sm_90 with few spilled registers or none and fit into its shared memory (results/kernels_compiled). An
-H200 has run them (results/gpu_h200); which tile of a list it took was not recorded.
+H200 has run them (results/gpu_h200_first); which tile of a list it took was not recorded.
 """
 
 from __future__ import annotations
