@@ -13,7 +13,7 @@ from megalibi.metrics.records import record_from_fields
 
 EVALUATION_PATTERN = "evaluation*.json"
 """The names under which a report finds evaluations in a run's folder."""
-_LEFT_OUT_IF_ABSENT = ("by_position", "question", "model")
+_LEFT_OUT_IF_ABSENT = ("slope_scale", "by_position", "question", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class EvaluationResult:
     """Scored tokens per second of wall time, of all ranks together."""
     memory_bytes: int | None = None
     """Highest memory in use on any rank, in bytes; on a GPU since this length began, else since the process began."""
+    slope_scale: float | None = None
+    """What the slopes of ALiBi were multiplied by; only with the option --slope-scale, and without it they were not."""
     by_position: dict[str, list[float]] | None = None
     """Mean loss by the tokens seen, as `by_position.to_columns` gives it; only with the option --by-position."""
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import nn
 
 from megalibi.config import Config
 from megalibi.data.provenance import check_tokenizer
@@ -25,7 +24,9 @@ from megalibi.data.tokens.token_file import TokenFile, check_ids
 from megalibi.errors import CheckpointError, ConfigError, DataError
 from megalibi.evaluate.losses import stream_loss
 from megalibi.evaluate.result import EvaluationResult
+from megalibi.evaluate.slope_scale import SlopeScale
 from megalibi.metrics.memory import memory_peak_bytes
+from megalibi.model import GPT
 from megalibi.parallel import ProcessGroups, all_reduce_raw
 
 _CHECK_TOKENS = 1 << 20
@@ -35,7 +36,7 @@ _CHECK_TOKENS = 1 << 20
 class EvaluationSetup:
     """What stays the same from the first evaluation length to the last."""
 
-    model: nn.Module
+    model: GPT
     """The model of the checkpoint, with this rank's slices of its parameters."""
     text: TokenFile
     """The text that is scored."""
@@ -49,6 +50,10 @@ class EvaluationSetup:
     """Process groups of this rank; the data ranks share the windows."""
     device: torch.device
     """Device that this rank computes on."""
+    train_seq_length: int
+    """Tokens that the model saw at once in training."""
+    slope_scale: SlopeScale | None = None
+    """What the slopes of ALiBi are multiplied by; None: they are those of the training."""
 
 
 def check_lengths(config: Config, lengths: list[int], option: str = "--lengths") -> None:
@@ -163,6 +168,9 @@ def evaluate(
         CheckpointError: The loss is not finite.
     """
     device, groups = setup.device, setup.groups
+    factor = None if setup.slope_scale is None else setup.slope_scale.at(length, setup.train_seq_length)
+    if factor is not None:
+        setup.model.scale_slopes(factor)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     sums_2S, start = np.zeros((2, length)), time.perf_counter()
@@ -191,5 +199,6 @@ def evaluate(
         tokens=int(scored),
         tokens_per_second=scored / seconds,
         memory_bytes=int(all_reduce_raw(peak, groups.world, dist.ReduceOp.MAX)),
+        slope_scale=factor,
     )
     return result, sums_2S

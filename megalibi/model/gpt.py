@@ -17,7 +17,7 @@ from megalibi.model.block import Block
 from megalibi.model.cache import KeyValueCache
 from megalibi.model.dropout import OUTSIDE_BLOCKS, ResidualDropout, Site
 from megalibi.model.layers import LayerNorm
-from megalibi.model.positions import ScoreBias, build_position_method
+from megalibi.model.positions import Alibi, ScoreBias, build_position_method
 from megalibi.model.vocabulary import build_embedding, build_output
 from megalibi.parallel import Layout, scatter_to_sequence
 
@@ -102,6 +102,11 @@ class GPT(nn.Module):
         """
         assert not self.layout.sequence_parallel
         return self.output.log_probs(self._last_hidden(tokens_BS, None, None, caches)[:, -1:])[:, 0]
+
+    def scale_slopes(self, factor: float) -> None:
+        """Multiply the slopes of ALiBi by this from now on: 1 is as in training; the model has no other positions."""
+        assert isinstance(self.positions, Alibi)
+        self.positions.scale_slopes(factor)
 
     def _last_hidden(
         self,

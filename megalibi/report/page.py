@@ -179,7 +179,8 @@ def _name_evaluations(runs: Sequence[Run]) -> dict[str, Evaluation]:
         for evaluation in run.evaluations:
             stride = f", stride {evaluation.stride}" if evaluation.stride else ""
             run_name = f"{run.name}, " if len(runs) > 1 else ""
-            name = f"{run_name}{evaluation.protocol}{stride}, step {evaluation.step}"
+            scaled = ", slopes scaled" if any(row.slope_scale is not None for row in evaluation.results) else ""
+            name = f"{run_name}{evaluation.protocol}{stride}{scaled}, step {evaluation.step}"
             named[f"{name} ({evaluation.name})" if name in named else name] = evaluation
     return named
 
@@ -231,6 +232,7 @@ def _tabulate(name: str, evaluation: Evaluation) -> EvaluationTable:
     columns = {
         "Length": [f"{result.length:,}" for result in evaluation.results],
         "× training": [f"{result.length / evaluation.train_seq_length:.3g}" for result in evaluation.results],
+        "Slopes ×": [_or_absent(result.slope_scale, "{:.4g}".format) for result in evaluation.results],
         "Loss": [f"{result.loss:.4f}" for result in evaluation.results],
         "Perplexity": [f"{result.perplexity:.2f}" for result in evaluation.results],
         "Bits per byte": [_or_absent(result.bits_per_byte, "{:.3f}".format) for result in evaluation.results],

@@ -38,6 +38,8 @@ from tests.support.warm_python import warm_python
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "evaluate.py"
 STEPS = 6
+SEQ_LENGTH = 33
+"""Of the training, which tests.support.runs.make_config has."""
 HEADS = 4
 LOSS_RELATIVE_BOUND = 1e-5  # fp32; other sums than in a batch of windows
 
@@ -100,10 +102,11 @@ def evaluate(run_dir: Path, **options: object) -> subprocess.CompletedProcess[st
 
 
 @torch.no_grad()
-def losses_ref(run_dir: Path, num_tokens: int, length: int, stride: int) -> list[float]:
+def losses_ref(run_dir: Path, num_tokens: int, length: int, stride: int, slope_scale: float = 1.0) -> list[float]:
     """Return the loss of each token but the first, each from the window that the protocol gives it, one by one."""
     torch.set_num_threads(1)  # so small that threads only wait for each other
     model = Checkpoint.open(run_dir / "checkpoints" / f"step_{STEPS:08d}").load_model(CPU)
+    model.scale_slopes(slope_scale)
     tokens = torch.from_numpy(TokenFile(run_dir / "text").read(0, num_tokens).astype("int64"))
     losses = []
     for place in range(1, num_tokens):
@@ -137,7 +140,7 @@ def test_every_number_is_what_a_token_by_token_reading_gives(run_dir: Path) -> N
     lines = done.stdout.splitlines()
     assert [line.split(":")[0] for line in lines] == ["length 16", "length 32"]
     evaluation = read_evaluation(run_dir / "out.json")
-    assert (evaluation.step, evaluation.train_seq_length, evaluation.stride) == (STEPS, 33, None)
+    assert (evaluation.step, evaluation.train_seq_length, evaluation.stride) == (STEPS, SEQ_LENGTH, None)
     assert evaluation.protocol == "nonoverlapping"
     for result in evaluation.results:
         check(result, losses_ref(run_dir, num_tokens, result.length, result.length), num_bytes)
@@ -197,8 +200,9 @@ def test_any_number_of_ranks_gives_the_numbers_of_one(
     run_dir: Path, world_size: int, tensor: int, protocol: str
 ) -> None:
     """The checkpoint is cut over 2 tensor ranks; it is read by as many, or by one."""
-    one, _ = evaluate_on_ranks(run_dir, 1, protocol=protocol)
-    many, printed = evaluate_on_ranks(run_dir, world_size, protocol=protocol, **{"tensor-parallel-size": tensor})
+    options = {"protocol": protocol, "slope-scale": "interpolate" if tensor > 1 else "none"}
+    one, _ = evaluate_on_ranks(run_dir, 1, **options)
+    many, printed = evaluate_on_ranks(run_dir, world_size, **options, **{"tensor-parallel-size": tensor})
     assert (many["ranks"], many["tensor_parallel_size"]) == (world_size, tensor)
     bound = SAME_SUMS_RELATIVE_BOUND if tensor == 1 else LOSS_RELATIVE_BOUND
     for result, expected in zip(many["results"], one["results"], strict=True):
@@ -207,7 +211,29 @@ def test_any_number_of_ranks_gives_the_numbers_of_one(
             assert result[name] == pytest.approx(expected[name], rel=bound, abs=0.0)
         assert result["by_position"]["tokens"] == expected["by_position"]["tokens"]
         assert result["by_position"]["loss"] == pytest.approx(expected["by_position"]["loss"], rel=1e-5, abs=0.0)
-        assert f"length {result['length']}: loss {result['loss']:.4f}" in printed
+        scale = min(1.0, SEQ_LENGTH / result["length"]) if tensor > 1 else None
+        assert result.get("slope_scale") == expected.get("slope_scale") == scale
+        scaled = "" if scale is None else f", slopes x {scale:.4g}"
+        assert f"length {result['length']}{scaled}: loss {result['loss']:.4f}" in printed
+
+
+@pytest.mark.parametrize(("asked", "factors"), [("interpolate", (1.0, 1.0, SEQ_LENGTH / 64)), ("0.25", (0.25,) * 3)])
+def test_scaled_slopes_give_the_losses_of_a_model_with_those_slopes(
+    run_dir: Path, asked: str, factors: tuple[float, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = arguments(run_dir, tokens=70, lengths=f"16,{SEQ_LENGTH},64")
+    command = evaluate_command.COMMAND
+    results = {}
+    for scale in ("none", asked):
+        parsed = command.parse([*options, f"--slope-scale={scale}"], spell_script(str(TOOL)))
+        command.run(parsed, Place(**ALONE))
+        results[scale] = read_evaluation(run_dir / "out.json").results
+    assert capsys.readouterr().out.count("slopes x ") == 3
+    for plain, scaled, factor in zip(results["none"], results[asked], factors, strict=True):
+        assert (plain.slope_scale, scaled.slope_scale) == (None, factor)
+        assert (scaled.loss == plain.loss) == (factor == 1.0)  # in every bit
+        losses = losses_ref(run_dir, 70, scaled.length, scaled.length, factor)
+        assert scaled.loss == pytest.approx(sum(losses) / len(losses), rel=LOSS_RELATIVE_BOUND, abs=0.0)
 
 
 def test_by_position_tells_the_loss_of_every_number_of_tokens_seen(run_dir: Path) -> None:
@@ -312,6 +338,7 @@ def test_bits_per_byte_are_left_out_where_the_tokenizer_is_missing(run_dir: Path
         ({"output": "t.model/a.json"}, "--output=t.model/a.json cannot be written: t.model is no folder"),
         ({"tokens": 0}, "--tokens=0: must be at least 1"),
         ({"tokens": -7}, "--tokens=-7: must be at least 1"),
+        ({"slope-scale": "yes"}, "--slope-scale=yes: must be none, interpolate or a number from 1e-06 to 1e+06"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -12,11 +12,11 @@ import tests.support.flash_attn_on_cpu  # noqa: F401 - before alibi_attention; t
 from alibi_attention import PackedDocuments, backends
 from alibi_attention.backend import Capability
 from megalibi.model.attention import SelfAttention
-from megalibi.model.positions import build_position_method
-from megalibi.parallel import Layout
+from megalibi.model.positions import Alibi, build_position_method
+from megalibi.parallel import ALONE, Layout
 from tests.support.models import make_model
 from tests.support.ranks import run_on_ranks
-from tests.support.tensors import assert_close, full_grad, load_full, randn, tensor_group
+from tests.support.tensors import assert_close, full_grad, load_full, randn, relative_error, tensor_group
 
 BACKENDS = {backend.name: backend for backend in backends() if backend.usable and "cpu" in backend.devices}
 HEAD_DIM, SEQ_LENGTH = 16, 19
@@ -52,6 +52,30 @@ def _attend(backend: str, num_heads: int, dtype: torch.dtype) -> dict[str, Tenso
         for name, parameter in attention.named_parameters():
             results[f"{kind}: gradient of {name}"] = full_grad(parameter, group).clone()
     return results
+
+
+@torch.no_grad()
+def _attend_scaled(backend: str, dtype: torch.dtype, factor: float, *, scale_alibi: bool = False) -> Tensor:
+    """The output of an attention layer of 4 heads whose slopes are scaled at evaluation, or by the model."""
+    hidden_size = 4 * HEAD_DIM
+    fields = {"num_attention_heads": 4, "hidden_size": hidden_size, "attention_backend": backend}
+    model = make_model(**fields, scale_alibi=scale_alibi)
+    positions = Alibi(model, ALONE)
+    positions.scale_slopes(factor)
+    attention = SelfAttention(model, 0, positions, layout=Layout(ALONE)).to(dtype)
+    for seed, parameter in enumerate(attention.parameters()):
+        parameter.copy_(randn(seed, *parameter.shape) / hidden_size**0.5)
+    x = randn(3, 1, SEQ_LENGTH, hidden_size, dtype=dtype)
+    return attention(x, None, positions.score_bias(SEQ_LENGTH, x.device))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_back_end_has_scaled_slopes(backend: str) -> None:
+    """A quarter is what a head dimension of 16 makes of the slopes of a model with ``scale_alibi``, in every bit."""
+    dtype = get_dtype(BACKENDS[backend])
+    scaled = _attend_scaled(backend, dtype, 1 / 4)
+    assert torch.equal(scaled, _attend_scaled(backend, dtype, 1.0, scale_alibi=True))
+    assert relative_error(_attend_scaled(backend, dtype, 1.0), scaled) > 2 * RELATIVE_ERROR[dtype]
 
 
 @cache

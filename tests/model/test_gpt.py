@@ -13,6 +13,7 @@ from torch import Tensor
 from alibi_attention import alibi_slopes
 from megalibi.model import GPT
 from megalibi.model.block import Block
+from megalibi.parallel import ALONE, Group
 from tests.support.models import (
     FP32_RELATIVE_ERROR,
     VOCAB_SIZE,
@@ -69,7 +70,7 @@ def test_tensor_parallel_equals_one_rank_in_losses_and_all_gradients(size: int, 
                 assert_close(results[number][name], value, FP32_RELATIVE_ERROR, f"{variant}: {name}")
 
 
-def _log_probs_by_hand(gpt: GPT, tokens_S: Tensor, heads: int) -> Tensor:
+def _log_probs_by_hand(gpt: GPT, tokens_S: Tensor, heads: int, slope_scale: float = 1.0) -> Tensor:
     """One row in fp64 as Bloom and Falcon-RW compute it: the embedding has a norm, the bias is scaled with q.k."""
     weights = {name: parameter.detach().double() for name, parameter in gpt.named_parameters()}
 
@@ -78,7 +79,7 @@ def _log_probs_by_hand(gpt: GPT, tokens_S: Tensor, heads: int) -> Tensor:
 
     length = len(tokens_S)
     distance_SS = (torch.arange(length)[:, None] - torch.arange(length)).double()
-    bias_HSS = -alibi_slopes(heads).double()[:, None, None] * distance_SS
+    bias_HSS = -slope_scale * alibi_slopes(heads).double()[:, None, None] * distance_SS
     x_SH = norm(weights["embedding.weight"][tokens_S], "embedding_norm")
     for layer in range(len(gpt.blocks)):
         block = f"blocks.{layer}"
@@ -104,6 +105,41 @@ def test_options_for_export_compute_what_bloom_and_falcon_do() -> None:
     for option, value in (("embedding_norm", False), ("scale_alibi", False), ("activation", "gelu")):
         without = build_gpt(make_model(**{**FOR_EXPORT, option: value})).log_probs(tokens)
         assert (without - found).abs().max() > 10 * LOG_PROB_ERROR, option  # each of them does something
+
+
+SLOPE_SCALES = ((4, 0.25), (12, 33 / 64), (4, 2.5))
+"""Heads, and the factor of their slopes."""
+
+
+def _scaled_log_probs(group: Group | None = None) -> list[Tensor]:
+    group, (tokens, _), found = group or tensor_group(), random_tokens(2, 40), []
+    for heads, factor in SLOPE_SCALES:
+        gpt = build_gpt(make_model(**FOR_EXPORT, num_attention_heads=heads), group)
+        gpt.log_probs(tokens[:, :1])  # the scale holds for a model that has run without
+        gpt.scale_slopes(factor)
+        found.append(gpt.log_probs(tokens))
+    return found
+
+
+def test_scaled_slopes_compute_what_a_model_with_those_slopes_does_on_one_rank_and_two() -> None:
+    tokens, _ = random_tokens(2, 40)
+    gpts = [build_gpt(make_model(**FOR_EXPORT, num_attention_heads=heads)) for heads, _ in SLOPE_SCALES]
+    for rank in (_scaled_log_probs(ALONE), *run_on_ranks(2, _scaled_log_probs)):
+        for gpt, (heads, factor), found in zip(gpts, SLOPE_SCALES, rank, strict=True):
+            for row in range(2):
+                expected = _log_probs_by_hand(gpt, tokens[row], heads, factor)
+                torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=LOG_PROB_ERROR)
+            assert (found - gpt.log_probs(tokens)).abs().max() > 10 * LOG_PROB_ERROR
+
+
+def test_a_scale_of_one_changes_no_bit() -> None:
+    gpt = build_gpt(make_model(num_attention_heads=12))
+    tokens, _ = random_tokens(2, 40)
+    plain = gpt.log_probs(tokens)
+    gpt.scale_slopes(0.5)
+    assert not torch.equal(gpt.log_probs(tokens), plain)
+    gpt.scale_slopes(1.0)
+    assert torch.equal(gpt.log_probs(tokens), plain)
 
 
 def test_ignored_labels_have_no_loss() -> None:

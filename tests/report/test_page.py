@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -133,6 +134,19 @@ def test_evaluations_of_one_protocol_are_told_apart(write_run: WriteRun) -> None
     text = Page(write_report([folder], folder / "report.html")).text
     assert "nonoverlapping, step 40." in text
     assert "nonoverlapping, step 40 (evaluation)." in text
+
+
+def test_scaled_slopes_are_said(write_run: WriteRun) -> None:
+    folder = write_run("scaled")
+    assert "Slopes ×" not in Page(write_report([folder], folder / "report.html")).text
+    fields = json.loads((folder / "evaluation.json").read_text())
+    fields["results"] = [row | {"slope_scale": min(1.0, 64 / row["length"])} for row in fields["results"]]
+    (folder / "evaluation-scaled.json").write_text(json.dumps(fields))
+    text = Page(write_report([folder], folder / "report.html")).text
+    assert "nonoverlapping, step 40." in text
+    assert "nonoverlapping, slopes scaled, step 40." in text
+    assert "Length × training Slopes × Loss" in text
+    assert "128 2 0.5 " in text
 
 
 def test_names_are_text_and_never_markup(write_run: WriteRun) -> None:

@@ -39,6 +39,7 @@ from megalibi.evaluate.run import (
     check_tensor_parallel_size,
     evaluate,
 )
+from megalibi.evaluate.slope_scale import check_slope_scale, parse_slope_scale
 from megalibi.metrics.provenance import describe_run
 from megalibi.report.plots import save_figure
 from megalibi.report.position_plot import position_curve
@@ -76,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--by-position", action="store_true", help="print and write the loss by position in the window, too"
+    )
+    parser.add_argument(
+        "--slope-scale",
+        default="none",
+        metavar="S",
+        help="multiply the slopes of an ALiBi model by S: none (default), interpolate (training length / length where "
+        "that is below 1, arXiv:2310.13017) or a number above 0",
     )
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="draw the loss by position in the window")
     parser.add_argument(
@@ -145,8 +153,9 @@ def byte_counter(tokenizer: Tokenizer | WordTokenizer | None) -> Tokenizer | Non
 def format_result(result: EvaluationResult) -> str:
     """Return the line that is printed for a length."""
     bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits/byte, "
+    scaled = "" if result.slope_scale is None else f", slopes x {result.slope_scale:.4g}"
     return (
-        f"length {result.length}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, {bits}"
+        f"length {result.length}{scaled}: loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, {bits}"
         f"{result.tokens:,} tokens, {result.tokens_per_second:,.0f} tokens/s, {(result.memory_bytes or 0) / 1e9:.2f} GB"
     )
 
@@ -189,6 +198,7 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
     """Check everything, evaluate, write the results and print them."""
     lengths = parse_lengths(arguments.lengths)
     stride = choose_stride(arguments.protocol, arguments.stride, lengths)
+    slope_scale = parse_slope_scale(arguments.slope_scale)
     text = TokenFile(arguments.data)
     num_tokens = count_tokens(text, arguments.tokens, lengths)
     check_outputs({"--output": arguments.output, "--picture": arguments.picture})
@@ -200,6 +210,7 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
     checkpoint = Checkpoint.open(arguments.checkpoint)
     config, manifest = checkpoint.config, checkpoint.manifest
     check_lengths(config, lengths)
+    check_slope_scale(config, slope_scale)
     check_tensor_parallel_size(config, arguments.tensor_parallel_size, place.world_size)
     tokenizer = open_tokenizer(arguments.tokenizer, config.data.tokenizer)
     check_same_tokenizer(manifest.data, text, tokenizer)
@@ -213,6 +224,8 @@ def run(arguments: argparse.Namespace, place: Place) -> None:
         stride=stride,
         groups=groups,
         device=device,
+        train_seq_length=config.data.seq_length,
+        slope_scale=slope_scale,
     )
     if place.rank == 0:  # not before: what is wrong with the checkpoint is one line
         say_unrecorded([arguments.data])

@@ -43,6 +43,23 @@ def test_scaled_slopes_are_divided_by_the_root_of_the_head_dimension_and_keyed_b
     torch.testing.assert_close(slopes.double(), alibi_slopes(heads).double() / 20**0.5, rtol=2**-24, atol=0)
 
 
+@pytest.mark.parametrize("scale_alibi", [False, True])
+def test_slopes_scaled_at_evaluation_are_rounded_once_and_no_scale_adds_to_another(scale_alibi: bool) -> None:
+    model = make_model(num_attention_heads=12, hidden_size=240, scale_alibi=scale_alibi)
+    by_rank = [Alibi(model, fake_group(rank, 2)) for rank in range(2)]
+    exact = alibi_slopes(12).double() / (20**0.5 if scale_alibi else 1.0)
+    for factor in (33 / 64, 3.0, 1e-6, 1e6):
+        for positions in by_rank:
+            positions.scale_slopes(factor)
+        slopes = torch.cat([slopes_of(positions) for positions in by_rank])
+        assert torch.equal(slopes, (exact * factor).float())
+        assert slopes.isfinite().all()
+        assert slopes.min() > torch.finfo(torch.float32).tiny
+    for positions in by_rank:
+        positions.scale_slopes(1.0)
+    assert torch.equal(torch.cat([slopes_of(positions) for positions in by_rank]), model_slopes(model))
+
+
 @pytest.mark.parametrize("called_before", [False, True])
 def test_trap_2_slopes_are_no_state_and_are_never_cast(called_before: bool) -> None:
     gpt = build_gpt(make_model(num_attention_heads=12))
