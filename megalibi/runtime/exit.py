@@ -119,7 +119,7 @@ def _run_rank(work: Callable[[Place], int | None]) -> int:
             _write_error("interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
-        explained = _explain(error, place)
+        explained = _explain(error)
         if explained is None:
             log.get_logger(__name__).exception("failed")
             return EXIT_FAILED
@@ -127,19 +127,13 @@ def _run_rank(work: Callable[[Place], int | None]) -> int:
         return EXIT_USER_ERROR
 
 
-def _explain(error: Exception, place: Place | None) -> str | None:
+def _explain(error: Exception) -> str | None:
     """Return in one line what a user can mend; None if a traceback is needed."""
-    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full on {socket.gethostname()}: {error}; free space and start again"
     shortage = find_shortage(error)
     if shortage is not None:
         return f"not enough memory on {socket.gethostname()}, the {shortage.kind}'s: {shortage.said}; {ADVICE}"
-    if "EADDRINUSE" in text and place is not None:
-        return (
-            f"port {place.master_port} of {socket.gethostname()} is in use, perhaps by another run: start with "
-            "--master_port PORT (deepspeed, torchrun) or export MASTER_PORT=PORT (srun; mpirun with -x MASTER_PORT)"
-        )
     return None
 
 

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megalibi.errors import ConfigError
 from megalibi.runtime.interface import check_master_address, find_reachable_interface
 from megalibi.runtime.own_gpus import check_own_gpus
+from megalibi.runtime.rendezvous import keep_store
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
     from megalibi.parallel import ProcessGroups
 
@@ -177,8 +179,8 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
         timeout: How long a collective may wait.
 
     Raises:
-        ConfigError: On every rank, if two of them took one GPU; on this one, if it does not find rank 0, or the others
-            could not find it.
+        ConfigError: On every rank, if two of them took one GPU; on this one, if it does not find rank 0, the others
+            could not find it, or its port is in use.
     """
     import torch
     import torch.distributed as dist
@@ -198,13 +200,26 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     os.environ.update(MASTER_ADDR=place.master_address, MASTER_PORT=str(place.master_port))
+    store = _meet(place, timeout)
     if backend == "nccl":  # of a shared GPU NCCL would only say "invalid usage"
-        store = next(dist.rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=timeout))[0]
-        store.set_timeout(timeout)
         uuid = str(torch.cuda.get_device_properties(local_rank).uuid)
         check_own_gpus(place.rank, place.world_size, uuid, dist.PrefixStore("gpus", store))
-        group["store"] = dist.PrefixStore("ranks", store)
-    dist.init_process_group(rank=place.rank, world_size=place.world_size, **group)
+    store = dist.PrefixStore("ranks", store)
+    dist.init_process_group(store=store, rank=place.rank, world_size=place.world_size, **group)
+
+
+def _meet(place: Place, timeout: timedelta) -> dist.Store:
+    """Return the store at which the ranks meet, which rank 0 keeps; under torchrun its agent keeps it."""
+    import torch.distributed as dist
+
+    if place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        is_one_host = place.local_world_size == place.world_size
+        address, port = place.master_address, place.master_port
+        store: dist.Store = keep_store(address, port, place.world_size, timeout, is_one_host=is_one_host)
+    else:
+        store = next(dist.rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=timeout))[0]
+    store.set_timeout(timeout)
+    return store
 
 
 def join_ranks(place: Place, device: torch.device, tensor_parallel_size: int, timeout_minutes: float) -> ProcessGroups:

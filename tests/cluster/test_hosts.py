@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,20 @@ SLOW_NAMES_SECONDS = 180.0
 """Within which a small run ends where the name server is silent: torch looks names up, in vain, some times."""
 RTOL_TOPOLOGY = 1e-5
 """Of losses and gradient norms of two topologies, in fp32."""
+
+
+def find_listening(hosts: Hosts, host: str) -> set[tuple[str, str]]:
+    """Return the addresses and ports at which the ranks of a host listen."""
+    ranks = find_ranks(hosts, host).values()
+    sockets = {os.readlink(entry) for pid in ranks for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [line.split() for line in hosts.run(host, "ss", "-Htlne").splitlines()]
+    return {
+        (address, port)
+        for line in lines
+        for inode in re.findall(r"\bino:(\d+)", " ".join(line))
+        if f"socket:[{inode}]" in sockets
+        for address, _, port in [line[3].rpartition(":")]
+    }
 
 
 def test_deepspeed_over_two_hosts_trains_as_one_host_does(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
@@ -60,8 +76,16 @@ def test_torchrun_on_every_host(hosts: Hosts, records_ref: Records, tmp_path: Pa
 
 def test_mpirun_over_two_hosts(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
     config = make_job(tmp_path)
-    mpirun(hosts, {"node1": 2, "node2": 2}, config).succeed()
+    launched = mpirun(hosts, {"node1": 2, "node2": 2}, config)
+    launched.wait_until(lambda: last_step(tmp_path / "run") >= 1)
+    listening = {host: find_listening(hosts, host) for host in ("node1", "node2")}
+    launched.succeed()
     assert exact_records(tmp_path / "run") == records_ref
+    # The store of rank 0 and gloo's sockets: each at the address by which the hosts know each other, and at no other.
+    assert {host: {address for address, _ in places} for host, places in listening.items()} == {
+        host: {hosts.addresses[host]} for host in ("node1", "node2")
+    }
+    assert {host for host, places in listening.items() if "29500" in {port for _, port in places}} == {"node1"}
 
 
 def test_hosts_with_other_values_are_refused_together(hosts: Hosts, tmp_path: Path) -> None:
@@ -73,13 +97,31 @@ def test_hosts_with_other_values_are_refused_together(hosts: Hosts, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_hosts_whose_own_names_are_loopback_addresses(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
+def start_by_torchrun(hosts: Hosts, config: Path) -> list[Launched]:
+    return torchrun(hosts, ["node1", "node2"], 2, config)
+
+
+def start_by_mpirun(hosts: Hosts, config: Path) -> list[Launched]:
+    return [mpirun(hosts, {"node1": 2, "node2": 2}, config)]
+
+
+@pytest.mark.parametrize(("start", "warnings"), [(start_by_torchrun, 0), (start_by_mpirun, 1)])
+def test_hosts_whose_own_names_are_loopback_addresses(
+    start: Callable[[Hosts, Path], list[Launched]],
+    warnings: int,
+    hosts: Hosts,
+    records_ref: Records,
+    tmp_path: Path,
+) -> None:
     for name in ("node1", "node2"):
         hosts.map_own_name(name, "127.0.1.1")
-    config = make_job(tmp_path)
-    for launched in torchrun(hosts, ["node1", "node2"], 2, config):
-        launched.succeed()
+    launched = start(hosts, make_job(tmp_path))
+    for each in launched:
+        each.succeed()
     assert exact_records(tmp_path / "run") == records_ref
+    # Where no agent of torchrun keeps the store, rank 0 says that it listens everywhere.
+    said = "MASTER_ADDR=node1: rank 0's host node1 listens at port 29500 on all of its addresses"
+    assert sum(each.output.count(said) for each in launched) == warnings
 
 
 def test_a_name_server_that_does_not_answer(hosts: Hosts, tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import multiprocessing as mp
+import re
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megalibi.errors import ConfigError
+from megalibi.runtime.rendezvous import keep_store, listen_for_ranks
+from tests.support.ranks import find_free_port
+from tests.support.without_privileges import give_up_privileges
+
+LOCAL = ("127.0.0.1", "127.0.0.2", *(["::1"] if socket.has_dualstack_ipv6() else []))
+NOBODYS = "192.0.2.1"
+"""Of a network that documents are written with: no host has it."""
+PORT_OF_ROOT = 999
+
+
+def find_open(port: int) -> list[str]:
+    """Return the addresses of this host at which somebody listens."""
+    found = []
+    for address in LOCAL:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as connection:
+            if connection.connect_ex((address, port)) == 0:
+                found.append(address)
+    return found
+
+
+@pytest.mark.parametrize("address", LOCAL)
+def test_the_store_answers_at_the_given_address_and_at_no_other(address: str) -> None:
+    port, timeout = find_free_port(), timedelta(seconds=10)
+    store = keep_store(address, port, 1, timeout, is_one_host=True)
+    assert find_open(port) == [address]
+    other = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    other.set("key", "value")
+    assert store.get("key") == b"value"
+
+
+def test_a_loopback_address_by_name_is_kept_on_one_host_alone(caplog: pytest.LogCaptureFixture) -> None:
+    port = find_free_port()
+    with listen_for_ranks("localhost", port, is_one_host=True):
+        assert len(find_open(port)) == 1
+    with listen_for_ranks("127.0.0.1", port, is_one_host=False):
+        assert find_open(port) == ["127.0.0.1"]
+    assert caplog.text == ""
+    # Other hosts may know the name by another address, as where it is rank 0's own and Debian's installer wrote it.
+    with listen_for_ranks("localhost", port, is_one_host=False):
+        assert find_open(port) == list(LOCAL)
+    assert f"MASTER_ADDR=localhost: rank 0's host {socket.gethostname()} listens at port {port} on all" in caplog.text
+    assert "because this one stands for a loopback address there: give the address by which" in caplog.text
+
+
+def test_an_address_that_rank_0_does_not_have_leads_to_all_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    port = find_free_port()
+    with listen_for_ranks(NOBODYS, port, is_one_host=False):
+        assert find_open(port) == list(LOCAL)
+    assert re.search(rf"MASTER_ADDR={NOBODYS}: rank 0's host .* on all of its addresses, .* is no address", caplog.text)
+
+
+@pytest.mark.parametrize(("holder", "address"), [("0.0.0.0", "127.0.0.1"), ("127.0.0.1", NOBODYS)])
+def test_a_port_in_use_is_one_line(holder: str, address: str) -> None:
+    with socket.create_server((holder, 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} of .* is in use, perhaps by another run: start with --m"):
+            listen_for_ranks(address, port, is_one_host=True)
+
+
+def listen_as_nobody(port: int, answers: mp.Queue[str]) -> None:
+    give_up_privileges()
+    try:
+        listen_for_ranks("127.0.0.1", port, is_one_host=True).close()
+        answers.put("listens")
+    except ConfigError as error:
+        answers.put(str(error))
+
+
+def test_a_port_that_is_for_root_alone_is_one_line() -> None:
+    first_free = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())  # 0 in Docker's containers
+    context = mp.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=listen_as_nobody, args=(PORT_OF_ROOT, answers))
+    process.start()
+    refusal = (
+        f"MASTER_PORT={PORT_OF_ROOT}: this user may not listen at it on {socket.gethostname()}; give one from 1024"
+    )
+    assert answers.get(timeout=60).startswith(refusal if first_free > PORT_OF_ROOT else "listens")
+    process.join()
