@@ -32,7 +32,7 @@ BYTES_OF_CLIPPING = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Shares of a data sheet's figures that a run reaches; the defaults come from one NVIDIA H200, results/gpu_h200_first."""
+    """Shares of a data sheet's figures that a run reaches; the defaults are of one H200, results/gpu_h200_first."""
 
     matmul: float = 0.80
     """Share of the peak that 16-bit matrix products reach: 0.81 at 8192^3, 0.71 to 0.81 at the shapes of the 1.3B model
