@@ -28,15 +28,23 @@ class Finding:
     """The condition on our numbers under which the statement holds here."""
     measured: str
     """The numbers that the rule was applied to."""
-    holds: bool
-    """Whether they meet the rule."""
+    holds: bool | None
+    """Whether they meet the rule; None where that is not decided."""
+    reason: str = ""
+    """Why it is not decided, in words; empty where it is decided."""
+
+    def __post_init__(self) -> None:
+        """Check that exactly what is not decided has a reason."""
+        assert bool(self.reason) == (self.holds is None), self
 
     def __str__(self) -> str:
         """Return the line that a command prints."""
-        return f"{'as in the paper' if self.holds else 'NOT as in the paper'}: {self.expected}: {self.measured}"
+        verdicts = {True: "as in the paper", False: "NOT as in the paper", None: f"not decided ({self.reason})"}
+        return f"{verdicts[self.holds]}: {self.expected}: {self.measured}"
 
 
 def format_findings(findings: Sequence[Finding]) -> Iterator[str]:
     """Yield the lines of the Markdown table of a study's findings."""
-    rows = ([("yes" if f.holds else "**no**"), f.expected, f.measured, f.rule] for f in findings)
+    verdicts: dict[bool | None, str] = {True: "yes", False: "**no**"}
+    rows = ([verdicts.get(f.holds, f"not decided: {f.reason}"), f.expected, f.measured, f.rule] for f in findings)
     return format_table(["", "the paper found", "here", "rule"], rows, left=4)

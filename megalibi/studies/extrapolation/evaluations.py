@@ -5,58 +5,102 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from megalibi.checkpoint import Checkpoint
 from megalibi.config import Config
 from megalibi.evaluate.result import EvaluationResult, read_evaluation
-from megalibi.studies.extrapolation.study import NONOVERLAPPING, PROTOCOLS, SLIDING, ExtrapolationStudy, method_config
+from megalibi.studies.extrapolation.study import (
+    NONOVERLAPPING,
+    PROTOCOLS,
+    SLIDING,
+    ExtrapolationStudy,
+    SeedCurves,
+    method_config,
+)
+from megalibi.studies.extrapolation.sweep import Sweep
 from megalibi.studies.machinery.machine import Machine
 from megalibi.studies.machinery.scorings import Scoring
 
-ResultsByMethod = Mapping[str, Mapping[str, Mapping[int, EvaluationResult]]]
-"""Protocol -> position method -> evaluation length -> result."""
+ResultsBySeed = Mapping[int, Mapping[str, Mapping[str, Mapping[int, EvaluationResult]]]]
+"""Seed -> protocol -> position method -> evaluation length -> result."""
+FinalRuns = Mapping[int, Mapping[str, Config]]
+"""Seed -> position method -> the run with the method's learning rate."""
 
 
-def plan_evaluations(
-    study: ExtrapolationStudy, base: Config, checkpoints: Mapping[str, Path], machine: Machine
-) -> list[Scoring]:
-    """Return all evaluations: quick ones first, sliding ones length by length: an interruption costs little.
+def final_runs(study: ExtrapolationStudy, base: Config, sweeps: Mapping[str, Sweep]) -> FinalRuns:
+    """Return the runs that are evaluated: every method with its chosen learning rate, from every seed.
 
     Args:
         study: The section ``study``.
         base: The study's run.
-        checkpoints: The checkpoint to evaluate, by position method.
+        sweeps: The sweep of each method.
+    """
+    return {
+        seed: {method: method_config(base, method, sweeps[method].chosen, seed) for method in study.methods}
+        for seed in study.seeds
+    }
+
+
+def plan_evaluations(study: ExtrapolationStudy, runs: FinalRuns, machine: Machine) -> list[Scoring]:
+    """Return all evaluations: quick ones first, sliding ones length by length: an interruption costs little.
+
+    Args:
+        study: The section ``study``.
+        runs: The runs to evaluate; all are trained to their last step.
         machine: Where to evaluate.
     """
+    every = [(method, config) for of_seed in runs.values() for method, config in of_seed.items()]
     calls = [
-        *((NONOVERLAPPING, method, study.lengths_of(method)) for method in study.methods),
-        *((SLIDING, method, (n,)) for n in study.lengths for method in study.methods if n in study.lengths_of(method)),
+        *((NONOVERLAPPING, config, study.lengths_of(method)) for method, config in every),
+        *((SLIDING, config, (n,)) for n in study.lengths for method, config in every if n in study.lengths_of(method)),
     ]
     return [
         Scoring(
-            label=method,
-            checkpoint=checkpoints[method],
-            data=base.data.valid[0].prefix,
+            label=Path(config.train.output_dir).name,
+            checkpoint=Checkpoint.open(Path(config.train.output_dir)).path,
+            data=config.data.valid[0].prefix,
             protocol=protocol,
             stride=study.stride if protocol == SLIDING else None,
             tokens=study.tokens_of(protocol),
             lengths=lengths,
-            output=evaluation_path(base, method, protocol),
+            output=evaluation_path(config, protocol),
             machine=machine,
         )
-        for protocol, method, lengths in calls
+        for protocol, config, lengths in calls
     ]
 
 
-def evaluation_path(base: Config, method: str, protocol: str) -> Path:
+def evaluation_path(config: Config, protocol: str) -> Path:
     """Return the file of a run's evaluations by a protocol; it is in the run's folder, where its report finds it."""
-    return Path(method_config(base, method).train.output_dir) / f"evaluation_{protocol}.json"
+    return Path(config.train.output_dir) / f"evaluation_{protocol}.json"
 
 
-def read_evaluations(study: ExtrapolationStudy, base: Config) -> ResultsByMethod:
-    """Return every result that the study asks for."""
-    results: dict[str, dict[str, dict[int, EvaluationResult]]] = {}
-    for protocol in PROTOCOLS:
-        for method in study.methods:
-            known = {row.length: row for row in read_evaluation(evaluation_path(base, method, protocol)).results}
-            rows = {length: known[length] for length in study.lengths_of(method)}
-            results.setdefault(protocol, {})[method] = rows
-    return results
+def read_evaluations(study: ExtrapolationStudy, runs: FinalRuns) -> ResultsBySeed:
+    """Return every result that the study asks for.
+
+    Args:
+        study: The section ``study``.
+        runs: The runs that were evaluated.
+    """
+    return {
+        seed: {
+            protocol: {method: _read_lengths(study, method, config, protocol) for method, config in of_seed.items()}
+            for protocol in PROTOCOLS
+        }
+        for seed, of_seed in runs.items()
+    }
+
+
+def _read_lengths(study: ExtrapolationStudy, method: str, config: Config, protocol: str) -> dict[int, EvaluationResult]:
+    known = {row.length: row for row in read_evaluation(evaluation_path(config, protocol)).results}
+    return {length: known[length] for length in study.lengths_of(method)}
+
+
+def perplexities_of(results: ResultsBySeed) -> SeedCurves:
+    """Return the perplexities of all results."""
+    return {
+        seed: {
+            protocol: {m: {length: row.perplexity for length, row in rows.items()} for m, rows in lines.items()}
+            for protocol, lines in of_seed.items()
+        }
+        for seed, of_seed in results.items()
+    }

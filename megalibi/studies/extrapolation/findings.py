@@ -1,20 +1,79 @@
-"""Whether the extrapolation study came out as the paper's did: each statement by a stated rule, from the numbers."""
+"""Whether the extrapolation study came out as the paper's did: each statement by a stated rule, from the numbers.
+
+A statement is judged for each seed by itself. It is decided where all seeds agree, and only if the methods are about
+equally good at the training length: otherwise their curves would tell apart how well they are trained.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 
-from megalibi.studies.extrapolation.study import METHOD_NAMES, NONOVERLAPPING, SLIDING, Curves, Perplexities
+from megalibi.studies.extrapolation.spread import mean_curves
+from megalibi.studies.extrapolation.study import (
+    METHOD_NAMES,
+    NONOVERLAPPING,
+    SLIDING,
+    Curves,
+    Perplexities,
+    SeedCurves,
+)
 from megalibi.studies.finding import EXPLODED, FLAT, Finding
 
+CLOSE = 0.05
+"""The methods of the paper are about equally good at the training length if the worst of them has a perplexity at most
+this share above the best. In the paper's Tables 2 to 4 they lie within 2.1%."""
+COMPARED = ("sinusoidal", "rotary", "t5_bias", "alibi")
+"""The methods of the paper's Figure 4."""
 
-def judge_extrapolation(curves: Curves, train_length: int) -> list[Finding]:
+
+def judge_extrapolation(curves: SeedCurves, train_length: int) -> list[Finding]:
     """Judge each statement of the paper by the curves; a statement whose methods were not measured is left out.
 
+    The first finding says how far the paper's methods lie apart at the training length; if that is more than CLOSE,
+    none of the others is decided. With one method of the paper there is nothing to lie apart.
+
     Args:
-        curves: Perplexities by protocol and position method.
+        curves: Perplexities by seed, protocol and position method.
         train_length: Tokens that the models were trained at: the first length of every curve.
     """
+    means = mean_curves(curves)
+    by_seed = [_judge_curves(of_seed, train_length) for of_seed in curves.values()]
+    findings = [
+        _agree(of_mean, [f.holds for f in of_seeds])
+        for of_mean, *of_seeds in zip(_judge_curves(means, train_length), *by_seed, strict=True)
+    ]
+    at_start = {m: curve[train_length] for m, curve in means.get(NONOVERLAPPING, {}).items() if m in COMPARED}
+    if len(at_start) < 2:
+        return findings
+    span = _span(at_start, train_length)
+    return [span, *(findings if span.holds else (_undecided(f, "see the first finding") for f in findings))]
+
+
+def _agree(of_mean: Finding, verdicts: Sequence[bool | None]) -> Finding:
+    """Return the finding with the verdict of all seeds; its numbers are those of the mean."""
+    if len(set(verdicts)) == 1:
+        return dataclasses.replace(of_mean, holds=verdicts[0])
+    return _undecided(of_mean, f"{sum(map(bool, verdicts))} of {len(verdicts)} seeds say yes")
+
+
+def _undecided(finding: Finding, reason: str) -> Finding:
+    return dataclasses.replace(finding, holds=None, reason=reason)
+
+
+def _span(at_start: Mapping[str, float], train_length: int) -> Finding:
+    span = max(at_start.values()) / min(at_start.values()) - 1.0
+    values = ", ".join(f"{METHOD_NAMES[m]} {at_start[m]:.2f}" for m in sorted(at_start, key=lambda m: at_start[m]))
+    return Finding(
+        expected="at the training length the methods are about equally good",
+        rule=f"the highest mean perplexity at the training length is at most {CLOSE:.0%} above the lowest; otherwise "
+        "nothing below is decided",
+        measured=f"{values} at {train_length:,}: {span:.2%} apart",
+        holds=max(at_start.values()) <= (1.0 + CLOSE) * min(at_start.values()),
+    )
+
+
+def _judge_curves(curves: Curves, train_length: int) -> list[Finding]:
     shared = [m for m in METHOD_NAMES if len(curves.get(NONOVERLAPPING, {}).get(m, {})) > 1]
     findings = [
         find(curves[NONOVERLAPPING], train_length)

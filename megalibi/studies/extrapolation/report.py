@@ -7,14 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from megalibi.report.markdown import format_page, format_table
 from megalibi.studies import paper
+from megalibi.studies.extrapolation.spread import Spread, spread_curves
 from megalibi.studies.extrapolation.study import (
     METHOD_NAMES,
     NONOVERLAPPING,
     PROTOCOLS,
     SLIDING,
-    Curves,
-    Perplexities,
+    SeedCurves,
 )
+from megalibi.studies.extrapolation.sweep import Sweep, format_sweeps
 from megalibi.studies.finding import Finding, format_findings
 
 NEAREST_RATIO = 1.5
@@ -49,13 +50,20 @@ def find_published(method: str, protocol: str, multiple: float, train_length: in
 
 
 def format_extrapolation(
-    curves: Curves, findings: Sequence[Finding], *, train_length: int, stride: int, facts: Sequence[str]
+    curves: SeedCurves,
+    findings: Sequence[Finding],
+    *,
+    sweeps: Mapping[str, Sweep],
+    train_length: int,
+    stride: int,
+    facts: Sequence[str],
 ) -> str:
     """Return the Markdown page of a study.
 
     Args:
-        curves: Perplexities by protocol and position method.
+        curves: Perplexities by seed, protocol and position method.
         findings: From judge_extrapolation.
+        sweeps: The sweep of each method.
         train_length: Tokens that the models were trained at.
         stride: Tokens between the starts of two windows of sliding evaluation.
         facts: Sentences on what was trained and scored.
@@ -71,11 +79,13 @@ def format_extrapolation(
         "scaled to the token embeddings' initial standard deviation, which is 1 in the paper's code."
     )
     sections: list[tuple[str, Iterable[str]]] = [("# Train short, test long", [*facts, "", caveat])]
-    sections += [(f"## {titles[p]}", _table(curves[p], p, train_length)) for p in PROTOCOLS]
+    sections += [("## Learning rates", format_sweeps(sweeps))]
+    spreads = spread_curves(curves)
+    sections += [(f"## {titles[p]}", _table(spreads[p], p, train_length)) for p in PROTOCOLS]
     return format_page([*sections, ("## What the paper found, and what came out here", format_findings(findings))])
 
 
-def _table(curves: Mapping[str, Perplexities], protocol: str, train_length: int) -> Iterator[str]:
+def _table(curves: Mapping[str, Mapping[int, Spread]], protocol: str, train_length: int) -> Iterator[str]:
     methods = [method for method in METHOD_NAMES if method in curves]
     paper_length = nearest_train_length(train_length)
     quoted = [method for method in methods if paper.extrapolation(method, paper_length, protocol)]
@@ -88,7 +98,7 @@ def _table(curves: Mapping[str, Perplexities], protocol: str, train_length: int)
     rows = []
     for length in sorted({length for curve in curves.values() for length in curve}):
         multiple = length / train_length
-        ours = [_cell(curves[method].get(length)) for method in methods]
+        ours = [_spread_cell(curves[method].get(length)) for method in methods]
         theirs = [find_published(method, protocol, multiple, paper_length) for method in quoted]
         where = sorted({found[0] for found in theirs if found is not None})
         place = ", ".join(f"{place:,} ({place / paper_length:.3g} x)" for place in where) or "-"
@@ -100,6 +110,14 @@ def _table(curves: Mapping[str, Perplexities], protocol: str, train_length: int)
 
 def _cell(perplexity: float | None) -> str:
     return "-" if perplexity is None else f"{perplexity:,.2f}" if perplexity < 1e5 else f"{perplexity:.2e}"
+
+
+def _spread_cell(spread: Spread | None) -> str:
+    if spread is None:
+        return _cell(None)
+    if spread.low == spread.high:
+        return _cell(spread.mean)
+    return f"{_cell(spread.mean)} ({_cell(spread.low)} to {_cell(spread.high)})"
 
 
 def _caption(quoted: Sequence[str], protocol: str, train_length: int, paper_length: int) -> str:

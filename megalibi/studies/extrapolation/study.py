@@ -1,11 +1,14 @@
 """Train short, test long (arXiv:2108.12409, Figure 4): which models are trained, and at which lengths they are scored.
 
-One model is trained for each position method, all at the same length, and evaluated at that length and at longer ones.
+Each position method is trained with several learning rates, all at the same length. The rate with the lowest
+validation loss at that length is the method's (sweep.py); with it the method is trained from more seeds. The models of
+that rate are evaluated at the training length and at longer ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,8 @@ Perplexities = Mapping[int, float]
 """Evaluation length -> perplexity."""
 Curves = Mapping[str, Mapping[str, Perplexities]]
 """Protocol -> position method -> perplexities."""
+SeedCurves = Mapping[int, Curves]
+"""Seed -> the curves of the models that were trained from it; every seed has the same methods and lengths."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,12 @@ class ExtrapolationStudy:
     """The section ``study`` of an extrapolation study."""
 
     methods: tuple[str, ...]
-    """Position methods; one model is trained with each."""
+    """Position methods that are compared."""
+    learning_rates: tuple[float, ...]
+    """Learning rates of the sweep, rising; each method is trained with each of them at the first seed."""
+    seeds: tuple[int, ...]
+    """Values of train.seed, of which initial weights and data order are functions; every method is trained from each,
+    from all but the first with the best of its learning rates alone."""
     lengths: tuple[int, ...]
     """Evaluation lengths in tokens, rising; the first is the training length."""
     stride: int
@@ -57,6 +67,14 @@ class ExtrapolationStudy:
                 raise ConfigError(f"study.methods={method}: must be some of {', '.join(POSITION_METHODS)}")
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ConfigError(f"study.methods={list(self.methods)}: must be one or more methods, each named once")
+        if not self.learning_rates or list(self.learning_rates) != sorted(set(self.learning_rates)):
+            raise ConfigError(f"study.learning_rates={list(self.learning_rates)}: must be one or more rising numbers")
+        if not 0.0 < self.learning_rates[0] <= self.learning_rates[-1] < math.inf:
+            raise ConfigError(f"study.learning_rates={list(self.learning_rates)}: must be finite and above 0")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ConfigError(
+                f"study.seeds={list(self.seeds)}: must be one or more whole numbers from 0 on, each named once"
+            )
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)) or self.lengths[0] < 1:
             raise ConfigError(f"study.lengths={list(self.lengths)}: must be rising whole numbers above 0")
         if not 1 <= self.stride <= self.lengths[0]:
@@ -74,7 +92,8 @@ class ExtrapolationStudy:
         """Check that the section fits the run that it varies.
 
         Raises:
-            ConfigError: The first of study.lengths is not the training length, or data.valid is not one token file.
+            ConfigError: The first of study.lengths is not the training length, data.valid is not one token file, or
+                the run has no learning rate that others can be a multiple of.
         """
         if self.lengths[0] != base.data.seq_length:
             raise ConfigError(
@@ -83,6 +102,11 @@ class ExtrapolationStudy:
             )
         if len(base.data.valid) != 1:
             raise ConfigError(f"data.valid: must be one token file to evaluate on, not {len(base.data.valid)}")
+        if base.optimizer.learning_rate <= 0.0:
+            raise ConfigError(
+                f"optimizer.learning_rate={base.optimizer.learning_rate}: must be above 0; "
+                "optimizer.min_learning_rate keeps its ratio to it at every rate of study.learning_rates"
+            )
 
     def lengths_of(self, method: str) -> tuple[int, ...]:
         """Return the lengths at which a method can be evaluated: learned positions end at the training length."""
@@ -93,11 +117,41 @@ class ExtrapolationStudy:
         return self.nonoverlapping_tokens if protocol == NONOVERLAPPING else self.sliding_tokens
 
 
-def method_config(base: Config, method: str) -> Config:
-    """Return the run of a method: the study's run with these positions, in a folder of its own."""
+def method_config(base: Config, method: str, learning_rate: float, seed: int) -> Config:
+    """Return one run: the study's, with these positions, learning rate and seed, in a folder of its own.
+
+    The other learning rates of the schedule keep their ratio to the highest; model.scale_embedding is of the sinusoidal
+    models alone.
+
+    Args:
+        base: The study's run.
+        method: The position method.
+        learning_rate: The highest learning rate of the schedule.
+        seed: The number of which initial weights and data order are functions.
+    """
     cap = base.data.seq_length if method == "learned" else 0
+    ratio = learning_rate / base.optimizer.learning_rate
+
+    def scale(value: float) -> float:
+        return min(float(f"{value * ratio:.12g}"), learning_rate)  # without the last digits, which are rounding errors
+
     return dataclasses.replace(
         base,
-        model=dataclasses.replace(base.model, position_method=method, max_position_embeddings=cap),
-        train=dataclasses.replace(base.train, output_dir=str(Path(base.train.output_dir) / method)),
+        model=dataclasses.replace(
+            base.model,
+            position_method=method,
+            max_position_embeddings=cap,
+            scale_embedding=base.model.scale_embedding and method == "sinusoidal",
+        ),
+        optimizer=dataclasses.replace(
+            base.optimizer,
+            learning_rate=learning_rate,
+            min_learning_rate=scale(base.optimizer.min_learning_rate),
+            warmup_init_learning_rate=scale(base.optimizer.warmup_init_learning_rate),
+        ),
+        train=dataclasses.replace(
+            base.train,
+            seed=seed,
+            output_dir=str(Path(base.train.output_dir) / f"{method}_lr_{learning_rate!r}_seed_{seed}"),
+        ),
     )

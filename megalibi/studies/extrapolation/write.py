@@ -13,20 +13,23 @@ from megalibi.metrics.provenance import describe_run
 from megalibi.metrics.records import read_metrics
 from megalibi.metrics.summary import summarize
 from megalibi.report.plots import save_figure
-from megalibi.studies.extrapolation.evaluations import ResultsByMethod
+from megalibi.studies.extrapolation.evaluations import ResultsBySeed, final_runs, perplexities_of
 from megalibi.studies.extrapolation.plot import extrapolation_figure
 from megalibi.studies.extrapolation.report import format_extrapolation
-from megalibi.studies.extrapolation.study import Curves, ExtrapolationStudy, method_config
+from megalibi.studies.extrapolation.study import ExtrapolationStudy, method_config
+from megalibi.studies.extrapolation.sweep import Sweep
 from megalibi.studies.finding import Finding
 from megalibi.units import format_count, format_duration
 
 
-def describe_training(base: Config, method: str) -> dict[str, Any]:
+def describe_training(config: Config) -> dict[str, Any]:
     """Return the last loss, the tokens and the time of a run, from its metrics."""
-    summary = summarize(read_metrics(method_config(base, method).train.output_dir))
+    about = {"learning_rate": config.optimizer.learning_rate, "seed": config.train.seed}
+    summary = summarize(read_metrics(config.train.output_dir))
     if summary is None:
-        return {}
+        return about
     return {
+        **about,
         "steps": summary.steps,
         "tokens": summary.tokens,
         "loss": summary.loss,
@@ -36,22 +39,57 @@ def describe_training(base: Config, method: str) -> dict[str, Any]:
     }
 
 
+def describe_trainings(
+    study: ExtrapolationStudy, base: Config, sweeps: Mapping[str, Sweep]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return every run of each method: those of the sweep, then those of the other seeds.
+
+    Args:
+        study: The section ``study``.
+        base: The study's run.
+        sweeps: The sweep of each method.
+    """
+    of_rates = {m: [method_config(base, m, rate, study.seeds[0]) for rate in study.learning_rates] for m in sweeps}
+    of_seeds = list(final_runs(study, base, sweeps).values())[1:]
+    return {
+        method: [describe_training(config) for config in (*configs, *(of_seed[method] for of_seed in of_seeds))]
+        for method, configs in of_rates.items()
+    }
+
+
 def describe_extrapolation(
-    study: ExtrapolationStudy, base: Config, trainings: Mapping[str, Mapping[str, Any]]
+    study: ExtrapolationStudy, base: Config, trainings: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> list[str]:
-    """Return sentences on what was trained and scored."""
+    """Return sentences on what was trained and scored.
+
+    Args:
+        study: The section ``study``.
+        base: The study's run.
+        trainings: The runs of each method, from describe_trainings.
+    """
     model = base.model
     tokens = base.train.steps * base.train.global_batch_size * base.data.seq_length
-    seconds = {method: training["seconds"] for method, training in trainings.items() if training}
+    seconds = {method: sum(run.get("seconds", 0.0) for run in runs) for method, runs in trainings.items()}
     times = ", ".join(f"{method} {format_duration(value)}" for method, value in seconds.items())
+    seeds, rates = ", ".join(map(str, study.seeds)), ", ".join(f"{rate:g}" for rate in study.learning_rates)
+    spread = (
+        "values are means, in brackets the lowest and the highest" if len(study.seeds) > 1 else "no spread is known"
+    )
     return [
         f"{model.num_layers} layers, {model.hidden_size} wide, {model.num_attention_heads} heads, trained at "
         f"{base.data.seq_length:,} tokens for {base.train.steps:,} steps ({format_count(tokens)} tokens, the same for "
-        f"all, {base.train.precision}, seed {base.train.seed}). One run of each method (n = 1): no spread is known.",
+        f"all, {base.train.precision}).",
+        f"Learning rates tried for each method: {rates}. With its best one, by validation loss at the training length, "
+        f"each method was trained from {format_seeds(study.seeds)} ({seeds}; n = {len(study.seeds)}): {spread}.",
         f"Scored: the first {study.nonoverlapping_tokens:,} tokens of the validation text without overlap, the first "
-        f"{study.sliding_tokens:,} sliding.",
-        f"Time in steps: {times}.",
+        f"{study.sliding_tokens:,} sliding, at every length.",
+        f"Time in steps, all runs of a method together: {times}.",
     ]
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """Return how many seeds there are, in words."""
+    return "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
 
 
 def write_extrapolation(
@@ -59,9 +97,9 @@ def write_extrapolation(
     study: ExtrapolationStudy,
     base: Config,
     *,
-    results: ResultsByMethod,
+    sweeps: Mapping[str, Sweep],
+    results: ResultsBySeed,
     findings: Sequence[Finding],
-    curves: Curves,
     device: str,
 ) -> None:
     """Write results.json, table.md and figure.png.
@@ -70,36 +108,42 @@ def write_extrapolation(
         output: The folder for them.
         study: The section ``study``.
         base: The study's run.
+        sweeps: The sweep of each method.
         results: What the evaluations found.
-        findings: What follows from the curves.
-        curves: The perplexities of the results.
+        findings: What follows from them.
         device: The device that computed, cuda or cpu.
 
     Raises:
         FileError: A file cannot be written.
     """
-    trainings = {method: describe_training(base, method) for method in study.methods}
+    trainings = describe_trainings(study, base, sweeps)
     record = {
         **describe_run(device, ("torch", "deepspeed")),
         "study": asdict(study),
         "config": config_to_dict(base),
-        "seeds_per_method": 1,
+        "sweep": {method: describe_sweep(sweep) for method, sweep in sweeps.items()},
         "trainings": trainings,
         "results": {
-            protocol: {method: [row.to_dict() for row in rows.values()] for method, rows in of_protocol.items()}
-            for protocol, of_protocol in results.items()
+            str(seed): {
+                protocol: {method: [row.to_dict() for row in rows.values()] for method, rows in lines.items()}
+                for protocol, lines in of_seed.items()
+            }
+            for seed, of_seed in results.items()
         },
         "findings": [asdict(finding) for finding in findings],
     }
     make_folder(output)
     write_json(record, output / "results.json")
+    curves, train_length = perplexities_of(results), base.data.seq_length
+    facts = describe_extrapolation(study, base, trainings)
     page = format_extrapolation(
-        curves,
-        list(findings),
-        train_length=base.data.seq_length,
-        stride=study.stride,
-        facts=describe_extrapolation(study, base, trainings),
+        curves, findings, sweeps=sweeps, train_length=train_length, stride=study.stride, facts=facts
     )
     write_aside(output / "table.md", page)
-    figure = extrapolation_figure(curves, train_length=base.data.seq_length, stride=study.stride)
-    save_figure(figure, output / "figure.png")
+    save_figure(extrapolation_figure(curves, train_length=train_length, stride=study.stride), output / "figure.png")
+
+
+def describe_sweep(sweep: Sweep) -> dict[str, Any]:
+    """Return a sweep as results.json has it."""
+    rows = [{"learning_rate": rate, "validation_loss": loss} for rate, loss in sweep.losses.items()]
+    return {"rates": rows, "chosen": sweep.chosen, "at_edge": sweep.is_at_edge}

@@ -16,8 +16,10 @@ from megalibi.studies.machinery.machine import COMMAND_SCRIPT
 
 CONFIG_1_3B = "configs/gpt_1.3b_alibi_2048_1gpu.yaml"
 CONFIG_RESUME = "configs/books_24m_alibi.yaml"
-CONFIG_EXTRAPOLATION = "configs/extrapolation_small.yaml"
+CONFIG_EXTRAPOLATION = "configs/extrapolation_gpu.yaml"
 EXTRAPOLATION_FROM_SECONDS = 3600.0
+EXTRAPOLATION_JOBS = 6
+"""Trainings that share the GPU: their models are too small to fill it."""
 _TOY_LEAST, _TESTS_LIMIT = 5.0, 200
 
 
@@ -245,13 +247,12 @@ def _extrapolation(setup: Setup) -> VisitStep:
     elif not setup.valid:
         impossible = "it needs text: give --data and --valid"
     config = setup.root / CONFIG_EXTRAPOLATION
-    overrides = [f"data.train={setup.data}", f"data.valid={setup.valid}", "data.tokenizer=null", "train.steps=8000"]
-    overrides += [f"model.vocab_size={setup.vocab_size}", "optimizer.warmup_steps=600", "train.eval_every_steps=2000"]
-    overrides += ["checkpoint.every_steps=1000", f"train.output_dir={setup.scratch / 'extrapolation'}"]
-    output = ("--output", str(setup.folder / "extrapolation"))
+    overrides = [f"data.train={setup.data}", f"data.valid={setup.valid}", "data.tokenizer=null"]
+    overrides += [f"model.vocab_size={setup.vocab_size}", f"train.output_dir={setup.scratch / 'extrapolation'}"]
+    output = ("--output", str(setup.folder / "extrapolation"), "--jobs", str(EXTRAPOLATION_JOBS))
     return VisitStep(
         name="extrapolation",
-        what="the extrapolation study at ten times its tokens",
+        what="the extrapolation study, each method with its best learning rate",
         command=(setup.python, COMMAND_SCRIPT, "study", "extrapolate", str(config), *output, *overrides),
         limit=24 * 3600.0,
         expected=EXTRAPOLATION_FROM_SECONDS,

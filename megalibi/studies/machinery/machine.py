@@ -33,6 +33,9 @@ class Machine:
     """How many processes, or launchers with their ranks, run at once."""
     ranks: int = 1
     """Ranks of a training or of a turn."""
+    shares_gpus: bool = False
+    """Whether processes of one rank may share a GPU where there are more of them than GPUs. Only a study that measures
+    no time asks for it."""
     launcher: tuple[str, ...] = ()
     """The user's own command that starts the ranks of a training; empty: this machine's choice."""
 
@@ -41,7 +44,8 @@ class Machine:
         for name, value in (("--jobs", self.jobs), ("study.ranks", self.ranks)):
             if value < 1:
                 raise ConfigError(f"{name}={value}: must be at least 1")
-        if self.gpus and self.jobs * self.ranks > self.gpus:
+        is_shared = self.shares_gpus and self.ranks == 1
+        if self.gpus and self.jobs * self.ranks > self.gpus and not is_shared:
             raise ConfigError(
                 f"{self.jobs} trainings at once of {self.ranks} ranks each need {self.jobs * self.ranks} GPUs, and "
                 f"there are {self.gpus}: run fewer at once (--jobs), or on fewer ranks (study.ranks)"
@@ -78,14 +82,16 @@ class Machine:
         if self.gpus and ranks == 1 and self.jobs > 1:
             visible = environment.get("CUDA_VISIBLE_DEVICES")
             names = visible.split(",") if visible else list(map(str, range(self.gpus)))
-            environment["CUDA_VISIBLE_DEVICES"] = names[slot]
+            environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
         return environment
 
     def _gpus(self, slot: int, ranks: int) -> range:
         return range(slot * ranks, (slot + 1) * ranks) if self.gpus else range(0)
 
 
-def detect_machine(environment: Mapping[str, str], *, jobs: int, ranks: int, launcher: str = "") -> Machine:
+def detect_machine(
+    environment: Mapping[str, str], *, jobs: int, ranks: int, launcher: str = "", shares_gpus: bool = False
+) -> Machine:
     """Return this machine as a study may use it. Processes share the cores unless OMP_NUM_THREADS is set already.
 
     Args:
@@ -94,6 +100,7 @@ def detect_machine(environment: Mapping[str, str], *, jobs: int, ranks: int, lau
         ranks: Ranks of each training.
         launcher: The command that starts the ranks, such as ``srun python`` or ``deepspeed --num_gpus 8``; a script's
             path and arguments are put behind it. Empty means our choice.
+        shares_gpus: Whether processes of one rank may share a GPU where there are more of them than GPUs.
 
     Raises:
         ConfigError: There are too few GPUs for so many processes, or the launcher is not a command.
@@ -108,6 +115,7 @@ def detect_machine(environment: Mapping[str, str], *, jobs: int, ranks: int, lau
         gpus=0 if environment.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count(),
         jobs=jobs,
         ranks=ranks,
+        shares_gpus=shares_gpus,
         launcher=words,
     )
 

@@ -25,6 +25,7 @@ from tests.support.warm_python import warm_python
 ROOT = Path(__file__).parents[3]
 TOOL = ROOT / "tools" / "extrapolate.py"
 METHODS = ("alibi", "sinusoidal")
+RATE, SEED = 0.005, 3
 STEPS = 120
 INTERRUPTED_FROM = 3
 TIMEOUT_SECONDS = 240.0
@@ -42,7 +43,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train={"steps": STEPS, "output_dir": str(folder / "runs"), "eval_samples": 8, "precision": "bf16"},
         checkpoint={"every_steps": 0},
     )
-    section = {"methods": list(METHODS), "lengths": [16, 32], "stride": 4}
+    section = {"methods": list(METHODS), "learning_rates": [RATE], "seeds": [SEED], "lengths": [16, 32], "stride": 4}
     section |= {"nonoverlapping_tokens": NONOVERLAPPING_TOKENS, "sliding_tokens": SLIDING_TOKENS}
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump({"study": section, **config_to_dict(base)}))
@@ -61,14 +62,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return make_runner(extrapolate.COMMAND, TOOL, monkeypatch, capsys)
 
 
+def folder_of(study: Path, method: str, rate: float = RATE, seed: int = SEED) -> Path:
+    return study.parent / "runs" / f"{method}_lr_{rate}_seed_{seed}"
+
+
 def step_of(study: Path, method: str) -> int:
-    metrics = study.parent / "runs" / method / "metrics.jsonl"
+    metrics = folder_of(study, method) / "metrics.jsonl"
     return metrics.read_text().count('"step_seconds"') if metrics.exists() else 0
 
 
 def pause(study: Path, method: str) -> int:
     """Stop a training, so that it does not end while another has not begun; return its process."""
-    pid = int(json.loads((study.parent / "runs" / method / LOCK_FILE).read_text())["pid"])
+    pid = int(json.loads((folder_of(study, method) / LOCK_FILE).read_text())["pid"])
     os.kill(pid, signal.SIGSTOP)
     return pid
 
@@ -97,7 +102,7 @@ def interrupt(study: Path) -> dict[str, int]:
 
 
 def last_checkpoint(study: Path, method: str) -> Path:
-    checkpoint = find_checkpoint(study.parent / "runs" / method / "checkpoints")
+    checkpoint = find_checkpoint(folder_of(study, method) / "checkpoints")
     assert checkpoint is not None, method
     return checkpoint
 
@@ -113,12 +118,15 @@ def contents(folder: Path) -> dict[str, int]:
 def check_results(results: dict[str, Any]) -> None:
     for protocol, tokens in (("nonoverlapping", NONOVERLAPPING_TOKENS), ("sliding", SLIDING_TOKENS)):
         for method in METHODS:
-            rows = results["results"][protocol][method]
+            rows = results["results"][str(SEED)][protocol][method]
             assert [row["length"] for row in rows] == [16, 32]
             assert all(row["tokens"] == tokens - 1 for row in rows)
             assert all(1.0 < row["perplexity"] < 509.0 for row in rows)  # something was learned
-    assert results["seeds_per_method"] == 1
-    assert [results["trainings"][method]["steps"] for method in METHODS] == [STEPS, STEPS]
+    for method in METHODS:
+        (training,) = results["trainings"][method]
+        assert (training["steps"], training["learning_rate"], training["seed"]) == (STEPS, RATE, SEED)
+        rates = [{"learning_rate": RATE, "validation_loss": training["validation_loss"]}]
+        assert results["sweep"][method] == {"rates": rates, "chosen": RATE, "at_edge": False}
     assert {"command", "commit", "date", "hardware", "versions"} <= set(results)
     assert results["command"].startswith(f"python {TOOL}")
 
@@ -132,10 +140,12 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
     code, output, errors = run(*arguments_of(study))
     assert code == 0, output + errors
     runs, results = study.parent / "runs", study.parent / "results"
-    assert f"resumed from {runs}/alibi/checkpoints/step_{saved['alibi']:08d}" in (runs / "alibi.log").read_text()
+    alibi, sinusoidal = (folder_of(study, method).name for method in METHODS)
+    logs = {name: (runs / f"{name}.log").read_text() for name in (alibi, sinusoidal)}
+    assert f"resumed from {runs}/{alibi}/checkpoints/step_{saved['alibi']:08d}" in logs[alibi]
     assert weights.parent.with_suffix(".damaged").is_dir()
-    assert (runs / "sinusoidal.log").read_text().count("from the start") == 2  # the only checkpoint was damaged
-    assert "resumed" not in (runs / "sinusoidal.log").read_text()
+    assert logs[sinusoidal].count("from the start") == 2  # the only checkpoint was damaged
+    assert "resumed" not in logs[sinusoidal]
     assert [last_step(study, method) for method in METHODS] == [STEPS, STEPS]
     check_results(json.loads((results / "results.json").read_text()))
     assert "| 32 (2 x) |" in (results / "table.md").read_text()
@@ -144,7 +154,7 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
     before = contents(runs)
     code, output, errors = run(*arguments_of(study))
     assert code == 0, output + errors
-    assert "trained already: alibi, sinusoidal" in output
+    assert f"trained already: {alibi}, {sinusoidal}" in output
     assert "6 of 6 evaluations known already" in output
     assert "started" not in output
     assert contents(runs) == before
@@ -153,12 +163,36 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
     code, output, errors = run(*arguments_of(study, "study.methods=[alibi]", "study.lengths=[16,48]"))
     assert code == 0, output + errors
     assert [line.split(":")[0] for line in output.splitlines() if ": started" in line] == [
-        "alibi nonoverlapping 16,48",
-        "alibi sliding 48",
+        f"{alibi} nonoverlapping 16,48",
+        f"{alibi} sliding 48",
     ]
     page = (results / "table.md").read_text()
     assert "| 48 (3 x) |" in page
     assert "| 32 (2 x) |" not in page
+
+
+def test_a_wider_study_trains_what_is_new_alone_and_takes_the_best_rate_to_every_seed(study: Path, run: Runner) -> None:
+    """The rate that learns nothing is tried at the first seed, and at no other; what stands already is used."""
+    wider = ["study.methods=[alibi]", f"study.learning_rates=[1.0e-6,{RATE}]", f"study.seeds=[{SEED},4]"]
+    code, output, errors = run(*arguments_of(study, *wider, "study.lengths=[16]"))
+    assert code == 0, output + errors
+    runs = [folder_of(study, "alibi", *at).name for at in ((1e-6, SEED), (RATE, 4))]
+    assert [
+        line.split(":")[0] for line in output.splitlines() if ": started" in line and " " not in line.split(":")[0]
+    ] == runs
+    assert f"alibi: learning rate {RATE} at the edge of the sweep; validation loss " in output
+
+    results = json.loads((study.parent / "results" / "results.json").read_text())
+    losses = [row["validation_loss"] for row in results["sweep"]["alibi"]["rates"]]
+    assert losses[1] < losses[0] - 0.1
+    assert (results["sweep"]["alibi"]["chosen"], results["sweep"]["alibi"]["at_edge"]) == (RATE, True)
+    perplexities = [
+        [row["perplexity"] for row in results["results"][str(seed)]["nonoverlapping"]["alibi"]] for seed in (SEED, 4)
+    ]
+    assert perplexities[0] != perplexities[1]
+    page = (study.parent / "results" / "table.md").read_text()
+    for values in zip(*perplexities, strict=True):
+        assert f"{sum(values) / 2:.2f} ({min(values):.2f} to {max(values):.2f})" in page
 
 
 BAD_INPUT = {

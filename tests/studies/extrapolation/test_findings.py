@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from megalibi.studies.extrapolation.findings import find_rise, judge_extrapolation, relative
-from megalibi.studies.extrapolation.study import PROTOCOLS
+from megalibi.studies.extrapolation.findings import CLOSE, find_rise, judge_extrapolation, relative
+from megalibi.studies.extrapolation.study import PROTOCOLS, Curves
+from megalibi.studies.finding import Finding
 from tests.support.paper_curves import METHODS, paper_curves
 
 
@@ -12,17 +13,26 @@ def flat_curves(**changes: dict[int, float]) -> dict[str, dict[str, dict[int, fl
     return dict.fromkeys(PROTOCOLS, lines)
 
 
+def judge_by_name(expected: str, *seeds: Curves) -> Finding:
+    """Judge the curves of one or several seeds, and return the finding with these words."""
+    (finding,) = [f for f in judge_extrapolation(dict(enumerate(seeds)), 8) if expected in f.expected]
+    return finding
+
+
 @pytest.mark.parametrize("train_length", [512, 1024])
 def test_the_papers_own_numbers_pass_every_rule(train_length: int) -> None:
-    findings = judge_extrapolation(paper_curves(train_length), train_length)
-    assert len(findings) == 6
+    findings = judge_extrapolation({1: paper_curves(train_length)}, train_length)
+    assert len(findings) == 7
     assert [finding.expected for finding in findings if not finding.holds] == []
 
 
 def test_flat_curves_pass_only_what_says_flat() -> None:
-    held = [finding.expected for finding in judge_extrapolation(flat_curves(), 8) if finding.holds]
+    first, *findings = judge_extrapolation({1: flat_curves()}, 8)
+    assert "0.00% apart" in first.measured
+    held = [finding.expected for finding in findings if finding.holds]
     assert len(held) == 2
     assert all("ALiBi is flat" in expected for expected in held)
+    assert all(finding.holds is not None for finding in findings)
 
 
 @pytest.mark.parametrize(
@@ -40,23 +50,61 @@ def test_flat_curves_pass_only_what_says_flat() -> None:
     ],
 )
 def test_each_rule_by_hand(method: str, curve: dict[int, float], expected: str, holds: bool) -> None:
-    (finding,) = [
-        finding for finding in judge_extrapolation(flat_curves(**{method: curve}), 8) if expected in finding.expected
-    ]
-    assert finding.holds is holds
+    assert judge_by_name(expected, flat_curves(**{method: curve})).holds is holds
 
 
 def test_t5_bias_that_never_rises_is_further_than_rotary_that_does() -> None:
-    curves = flat_curves(rotary={8: 100.0, 16: 101.0, 32: 110.0})
-    (finding,) = [f for f in judge_extrapolation(curves, 8) if "extrapolates further" in f.expected]
+    finding = judge_by_name("extrapolates further", flat_curves(rotary={8: 100.0, 16: 101.0, 32: 110.0}))
     assert finding.holds
     assert finding.measured == "T5 bias at no length; rotary at 32"
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("perplexity", "is_close"), [(105.0, True), (105.1, False)])
+def test_nothing_is_decided_when_a_method_lies_apart(method: str, perplexity: float, is_close: bool) -> None:
+    """Whichever of the paper's methods it is; without positions there is no baseline to give its best."""
+    apart = flat_curves(none={8: 150.0, 16: 150.0, 32: 150.0}, **{method: dict.fromkeys((8, 16, 32), perplexity)})
+    span, *findings = judge_extrapolation({1: apart}, 8)
+    assert span.holds is is_close
+    assert f"{CLOSE:.0%}" in span.rule
+    assert f"{perplexity:.2f} at 8: {perplexity / 100 - 1:.2%} apart" in span.measured
+    assert len(findings) == 6
+    assert all((finding.holds is not None) is is_close for finding in findings)
+    assert {finding.reason for finding in findings} == ({""} if is_close else {"see the first finding"})
+
+
+def test_the_span_is_that_of_the_means() -> None:
+    low, high = (flat_curves(alibi=dict.fromkeys((8, 16, 32), value)) for value in (92.0, 108.0))
+    span, *findings = judge_extrapolation({1: low, 2: high}, 8)
+    assert span.holds
+    assert all(finding.holds is not None for finding in findings if "best" not in finding.expected)
+
+
+EXPLODED, NEARLY = {8: 100.0, 16: 150.0, 32: 210.0}, {8: 100.0, 16: 150.0, 32: 196.0}
+
+
+@pytest.mark.parametrize(
+    ("curves", "holds", "reason"),
+    [
+        ((EXPLODED, EXPLODED), True, ""),
+        ((NEARLY, NEARLY, NEARLY), False, ""),
+        ((EXPLODED, NEARLY), None, "1 of 2 seeds say yes"),  # though their mean, 203, has exploded
+        ((EXPLODED, EXPLODED, NEARLY), None, "2 of 3 seeds say yes"),
+    ],
+)
+def test_seeds_that_disagree_decide_nothing(
+    curves: tuple[dict[int, float], ...], holds: bool | None, reason: str
+) -> None:
+    finding = judge_by_name("explode", *(flat_curves(sinusoidal=curve) for curve in curves))
+    assert (finding.holds, finding.reason) == (holds, reason)
+    mean = sum(curve[32] for curve in curves) / len(curves)
+    assert f"{mean:.2f} at 32" in finding.measured
+
+
 def test_only_what_was_measured_is_judged() -> None:
     curves = {protocol: {"alibi": {8: 10.0, 16: 9.0}, "none": {8: 11.0, 16: 30.0}} for protocol in PROTOCOLS}
-    assert len(judge_extrapolation(curves, 8)) == 2
-    assert judge_extrapolation({protocol: {"learned": {8: 10.0}} for protocol in PROTOCOLS}, 8) == []
+    assert len(judge_extrapolation({1: curves}, 8)) == 2
+    assert judge_extrapolation({1: {protocol: {"learned": {8: 10.0}} for protocol in PROTOCOLS}}, 8) == []
 
 
 def test_rise_and_ratio() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from megalibi.studies.extrapolation.findings import judge_extrapolation
 from megalibi.studies.extrapolation.report import find_published, format_extrapolation, nearest_train_length
 from megalibi.studies.extrapolation.study import PROTOCOLS
+from megalibi.studies.extrapolation.sweep import Sweep
 
 COMMITTED = Path(__file__).parents[3] / "results" / "extrapolation_small"
 
@@ -20,9 +21,19 @@ def test_the_papers_nearest_row_is_at_the_same_multiple() -> None:
     assert find_published("none", "nonoverlapping", 2.0, 512) is None
 
 
+SWEEP = Sweep(losses={0.001: 4.0})
+
+
 def test_the_page_has_every_number_with_the_papers_beside() -> None:
-    curves = {protocol: {"sinusoidal": {256: 50.0, 512: 123456.0}, "none": {256: 40.25}} for protocol in PROTOCOLS}
-    page = format_extrapolation(curves, judge_extrapolation(curves, 256), train_length=256, stride=64, facts=["Facts."])
+    curves = {1: {p: {"sinusoidal": {256: 50.0, 512: 123456.0}, "none": {256: 40.25}} for p in PROTOCOLS}}
+    page = format_extrapolation(
+        curves,
+        judge_extrapolation(curves, 256),
+        sweeps={"sinusoidal": SWEEP, "none": SWEEP},
+        train_length=256,
+        stride=64,
+        facts=["Facts."],
+    )
     rows = [line for line in page.splitlines() if re.match(r"\| [\d,]+ \(", line)]
     assert rows == [
         "| 256 (1 x) | 50.00 | 40.25 | 512 (1 x) | 20.05 |",
@@ -33,22 +44,35 @@ def test_the_page_has_every_number_with_the_papers_beside() -> None:
     assert "| yes | sinusoidal positions explode past the training length |" in page
     assert "Its ALiBi trained at 256: 21.29 at 256" in page
     assert "so only the shapes can be compared" in page
+    assert "| sinusoidal | **4.0000** | 0.001 |" in page
 
 
-def test_the_committed_page_is_that_of_the_committed_results() -> None:
+def test_several_seeds_stand_as_their_mean_and_their_ends() -> None:
+    seeds = {seed: {p: {"alibi": {256: 50.0 + seed, 512: 49.0}} for p in PROTOCOLS} for seed in (0, 1, 5)}
+    page = format_extrapolation(
+        seeds, judge_extrapolation(seeds, 256), sweeps={"alibi": SWEEP}, train_length=256, stride=64, facts=[]
+    )
+    assert page.count("| 256 (1 x) | 52.00 (50.00 to 55.00) | 512 (1 x) |") == 2
+    assert page.count("| 512 (2 x) | 49.00 | 1,") == 2
+
+
+def read_tables(page: str) -> list[str]:
+    """Return the rows and captions of the two tables of perplexities."""
+    begin, end = page.index("## Nonoverlapping"), page.index("## What the paper found")
+    return page[begin:end].splitlines()
+
+
+def test_the_committed_tables_are_those_of_the_committed_results() -> None:
+    """The committed results are of the first form of the study: one learning rate, one seed, no sweep."""
     results = json.loads((COMMITTED / "results.json").read_text())
-    committed = (COMMITTED / "table.md").read_text()
     curves = {
-        protocol: {method: {row["length"]: row["perplexity"] for row in rows} for method, rows in methods.items()}
-        for protocol, methods in results["results"].items()
+        results["config"]["train"]["seed"]: {
+            protocol: {method: {row["length"]: row["perplexity"] for row in rows} for method, rows in methods.items()}
+            for protocol, methods in results["results"].items()
+        }
     }
     train_length = results["config"]["data"]["seq_length"]
-    _, facts, _ = committed.split("\n\n", 2)
     page = format_extrapolation(
-        curves,
-        judge_extrapolation(curves, train_length),
-        train_length=train_length,
-        stride=results["study"]["stride"],
-        facts=facts.splitlines(),
+        curves, [], sweeps={"alibi": SWEEP}, train_length=train_length, stride=results["study"]["stride"], facts=[]
     )
-    assert page == committed
+    assert read_tables(page) == read_tables((COMMITTED / "table.md").read_text())

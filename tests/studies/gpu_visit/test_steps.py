@@ -97,8 +97,9 @@ def test_an_hour_and_text_allow_the_extrapolation_study(tmp_path: Path) -> None:
     assert step.impossible == "it needs text: give --data and --valid"
     step = plan(tmp_path, seconds=3600.0, valid="valid")["extrapolation"]
     assert step.impossible == ""
-    config = ROOT / "configs" / "extrapolation_small.yaml"
+    config = ROOT / "configs" / "extrapolation_gpu.yaml"
     assert str(config) in step.command
-    _, base = load_study(config, overrides_of(step), ExtrapolationStudy)
-    _, small = load_study(config, [], ExtrapolationStudy)
-    assert base.train.steps == 10 * small.train.steps
+    assert step.command[step.command.index("--jobs") + 1] == "6"
+    study, base = load_study(config, overrides_of(step), ExtrapolationStudy)
+    study.check_base(base)
+    assert base.data.valid[0].prefix == "valid"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megalibi import __version__
+from megalibi.errors import ConfigError
 from megalibi.studies.machinery.machine import COMMAND_SCRIPT, Machine
 from tests.support.jobs import LAUNCHER_VARIABLES
 
@@ -56,3 +57,16 @@ def test_the_script_has_a_folder_of_its_own() -> None:
     """Python puts it first among the places of modules: a module beside it would be taken for another's."""
     folder = Path(COMMAND_SCRIPT).parent
     assert sorted(path.name for path in folder.glob("*.py")) == ["__init__.py", "megalibi_command.py"]
+
+
+def test_jobs_share_a_gpu_only_where_a_study_asks_for_it() -> None:
+    """A study that measures time does not ask: beside another process on its GPU a time means nothing."""
+    fields = {"environment": {}, "cores": 8, "gpus": 2}
+    with pytest.raises(ConfigError, match="3 trainings at once of 1 ranks each need 3 GPUs, and there are 2"):
+        Machine(**fields, jobs=3)
+    with pytest.raises(ConfigError, match="3 trainings at once of 2 ranks each need 6 GPUs, and there are 2"):
+        Machine(**fields, jobs=3, ranks=2, shares_gpus=True)
+    shared = Machine(**fields, jobs=5, shares_gpus=True)
+    assert [shared.environment_of(slot, 1)["CUDA_VISIBLE_DEVICES"] for slot in range(5)] == ["0", "1", "0", "1", "0"]
+    named = Machine(**fields | {"environment": {"CUDA_VISIBLE_DEVICES": "3,6"}}, jobs=3, shares_gpus=True)
+    assert [named.environment_of(slot, 1)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["3", "6", "3"]

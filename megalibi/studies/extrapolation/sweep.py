@@ -1,0 +1,79 @@
+"""The sweep of an extrapolation study: each method's learning rate, by validation loss at the training length alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megalibi.config import Config
+from megalibi.metrics.records import read_metrics
+from megalibi.report.markdown import format_table
+from megalibi.studies.extrapolation.study import METHOD_NAMES, ExtrapolationStudy, method_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """What a method's learning rates gave at the first seed."""
+
+    losses: Mapping[float, float]
+    """Learning rate -> validation loss after the last step, in nats per token, by rising rate."""
+
+    @property
+    def chosen(self) -> float:
+        """The learning rate with the lowest loss; of equals the lowest rate."""
+        return min(self.losses, key=lambda rate: self.losses[rate] if math.isfinite(self.losses[rate]) else math.inf)
+
+    @property
+    def is_at_edge(self) -> bool:
+        """Whether a better rate may lie outside of the sweep: the chosen one is its lowest or its highest."""
+        return len(self.losses) > 1 and self.chosen in (min(self.losses), max(self.losses))
+
+    def __str__(self) -> str:
+        """Return the chosen rate and the losses of all rates, as a command prints them."""
+        losses = ", ".join(f"{loss:.4f} with {rate:g}" for rate, loss in self.losses.items())
+        return f"learning rate {self.chosen:g}{self.edge_note}; validation loss {losses}"
+
+    @property
+    def edge_note(self) -> str:
+        """The words to put behind the chosen rate where it is at the edge of the sweep; else none."""
+        return " at the edge of the sweep" * self.is_at_edge
+
+
+def read_sweeps(study: ExtrapolationStudy, base: Config) -> dict[str, Sweep]:
+    """Return the sweep of each method, from the metrics of its runs, which must be trained to the last step.
+
+    Args:
+        study: The section ``study``.
+        base: The study's run.
+    """
+    return {
+        method: Sweep(losses={rate: _last_loss(base, method, rate, study.seeds[0]) for rate in study.learning_rates})
+        for method in study.methods
+    }
+
+
+def _last_loss(base: Config, method: str, learning_rate: float, seed: int) -> float:
+    config = method_config(base, method, learning_rate, seed)
+    last = read_metrics(config.train.output_dir).validations[-1]
+    assert last.step == config.train.steps, config.train.output_dir  # every run validates after its last step
+    return last.validation_loss
+
+
+def format_sweeps(sweeps: Mapping[str, Sweep]) -> Iterator[str]:
+    """Yield the lines of the Markdown table: a row for each method, a column for each learning rate.
+
+    Args:
+        sweeps: The sweep of each method; all have the same learning rates.
+    """
+    rates = next(iter(sweeps.values())).losses
+    rows = []
+    for method, sweep in ((m, sweeps[m]) for m in METHOD_NAMES if m in sweeps):
+        cells = [f"**{loss:.4f}**" if rate == sweep.chosen else f"{loss:.4f}" for rate, loss in sweep.losses.items()]
+        rows.append([METHOD_NAMES[method], *cells, f"{sweep.chosen:g}{sweep.edge_note}"])
+    yield from format_table(["", *(f"{rate:g}" for rate in rates), "chosen"], rows)
+    yield ""
+    yield (
+        "Validation loss at the training length, in nats per token, by learning rate, at the first seed; the lowest, "
+        "in bold, decides a method's rate, and nothing else does."
+    )
