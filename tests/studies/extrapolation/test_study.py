@@ -69,6 +69,9 @@ def test_runs_differ_in_positions_rates_seeds_and_folders_alone() -> None:
         "train.seed": (1, 4),
         "train.output_dir": ("runs/study", "runs/study/rotary_lr_0.006_seed_4"),
     }
+    scaled = make_config("tokens", model={"position_method": "sinusoidal", "scale_embedding": True})
+    assert method_config(scaled, "sinusoidal", 1e-3, 1).model.scale_embedding
+    assert not method_config(scaled, "alibi", 1e-3, 1).model.scale_embedding
     same = method_config(base, "alibi", 2e-3, 1)
     assert find_differences(base, same) == {"train.output_dir": ("runs/study", "runs/study/alibi_lr_0.002_seed_1")}
 
