@@ -40,6 +40,20 @@ NORM_MARGIN covers them many times over. Here N is of the gone keys alone, and M
 has a margin of its own. The sums of these numbers and logarithms are rounded too, for which SUM_MARGIN is added to the
 left side.
 
+Others
+------
+Adaptive Computation Pruning of the Forgetting Transformer (arXiv:2504.06949) is a bound of this kind too, for a learned
+decay of which ALiBi is the constant case, and its authors call it provably safe. With D_ij <= 0 the decay and U a bound
+of |c q.k| over all pairs of a sequence, it leaves out the pairs with D_ij < -(2 U + ln S + ln(1 / eps)). (*) differs in
+three terms:
+
+- |c| |q_i| N, of this query and of the keys before it, stands where they have U, of the largest norms of the sequence;
+- M, a score that was computed, stands where they have its lower bound -U;
+- G, the sum of a geometric series, stands where they have S, the number of keys.
+
+None is worse than theirs, so at one eps (*) keeps no pair that theirs leaves out, but for rounding. Theirs needs two
+norms of a sequence and no score, and takes any decay. ``bench/pruning.py`` counts the pairs that each keeps.
+
 Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries.
 """
 
@@ -64,10 +78,7 @@ def find_horizons(
     horizon_eps: float,
     query_offset: int,
 ) -> torch.Tensor:
-    """Return for each head the largest distance i - j that a query of it needs, int64 [H]; O(B S H K) work.
-
-    Leaving out every key that is further away changes no row of attention weights by more than ``horizon_eps`` in total
-    variation. Each query keeps its nearest key, which is itself or, beyond the last key, that one.
+    """Return for each head the largest distance i - j that a query of it needs, int64 [H]: of ``find_query_horizons``.
 
     Args:
         q_BSHK: Queries, at the positions ``query_offset``, ``query_offset + 1``, ...
@@ -77,9 +88,42 @@ def find_horizons(
         horizon_eps: Largest share of a row's weights that may be left out; 0 for none at all.
         query_offset: Position of the first query.
     """
-    num_queries, num_keys = q_BSHK.shape[1], k_BSHK.shape[1]
     if horizon_eps == 0.0:
-        return torch.full_like(slopes_H, query_offset + num_queries - 1, dtype=torch.int64)
+        return torch.full_like(slopes_H, query_offset + q_BSHK.shape[1] - 1, dtype=torch.int64)
+    by_query_BQH = find_query_horizons(
+        q_BSHK,
+        k_BSHK,
+        slopes_H,
+        softmax_scale=softmax_scale,
+        horizon_eps=horizon_eps,
+        query_offset=query_offset,
+    )
+    return by_query_BQH.amax(dim=(0, 1))
+
+
+def find_query_horizons(
+    q_BSHK: torch.Tensor,
+    k_BSHK: torch.Tensor,
+    slopes_H: torch.Tensor,
+    *,
+    softmax_scale: float,
+    horizon_eps: float,
+    query_offset: int,
+) -> torch.Tensor:
+    """Return the distance i - j that each query needs, int64 [B, Q, H]; O(B S H K) work.
+
+    Leaving out every key that is further away changes no row of attention weights by more than ``horizon_eps`` in total
+    variation. Each query keeps its nearest key, which is itself or, beyond the last key, that one.
+
+    Args:
+        q_BSHK: Queries, at the positions ``query_offset``, ``query_offset + 1``, ...
+        k_BSHK: Keys, at the positions 0, 1, ...
+        slopes_H: Slope of each head.
+        softmax_scale: Factor of q k^T.
+        horizon_eps: Largest share of a row's weights that may be left out, above 0.
+        query_offset: Position of the first query.
+    """
+    num_queries, num_keys = q_BSHK.shape[1], k_BSHK.shape[1]
     position_Q = torch.arange(query_offset, query_offset + num_queries, device=q_BSHK.device)
     nearest_Q = position_Q.clamp(max=num_keys - 1)
     in_order = query_offset == 0 and num_queries == num_keys
@@ -99,7 +143,7 @@ def find_horizons(
     distance_BQH = nearest_distance_Q1 + ((bound_BQH - kept_BQH + slack_H) / slopes_H).ceil()
     # Written so that NaN and the wrong side of infinity keep everything.
     is_proven_BQH = (slopes_H > 0) & (distance_BQH >= nearest_distance_Q1) & (distance_BQH < position_Q[:, None])
-    return torch.where(is_proven_BQH, distance_BQH, position_Q[:, None]).amax(dim=(0, 1)).to(torch.int64)
+    return torch.where(is_proven_BQH, distance_BQH, position_Q[:, None]).to(torch.int64)
 
 
 def log_key_count(slopes_H: torch.Tensor, num_keys: int) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""The numbers and sentences of the paper that studies quote, each with its place in the paper; paper.json has them."""
+"""The paper's numbers, all of its tables and Figures 5 to 7, and sentences that studies quote; paper.json has them.
+
+Each has its place in the paper. Cells are as printed, but 28.3k is 28300; methods have our names, and the models of
+others in Tables 7 and 10 those that the paper has. Points of figures are digitised.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +37,8 @@ class Table:
     caption: str
     """What the table shows, in our words."""
     columns: tuple[str, ...]
-    """Names of the columns; a column named as a length holds the perplexity at that length."""
+    """Names of the columns; a column named as a length holds the perplexity at that length, and those named validation
+    and test the perplexities of these texts."""
     rows: tuple[tuple[Cell, ...], ...]
     """The cells of each row, in the order of the columns; the rows in the paper's order."""
 
@@ -70,8 +75,12 @@ class Quote:
 def get_table(number: int) -> Table:
     """Return a table of the paper.
 
+    Args:
+        number: 1 (speed and memory), 2 to 5 and 13 to 15 (perplexity by length on WikiText-103), 6 and 7 (its test
+            set), 8 to 10 (Toronto BookCorpus), or 11 and 12 (1.3B models).
+
     Raises:
-        KeyError: No study quotes it.
+        KeyError: The paper has no such table.
     """
     fields = _read()["tables"][str(number)]
     rows = tuple(tuple(row) for row in fields["rows"])
@@ -81,13 +90,14 @@ def get_table(number: int) -> Table:
 
 
 def get_curves(figure: str) -> Mapping[str, CurvePoints]:
-    """Return the digitised curves of a figure: ``METHOD_TRAININGLENGTH`` -> points.
+    """Return the digitised curves of a figure: ``METHOD_TRAININGLENGTH`` -> points, in Figure 7 ``METHOD`` -> points.
 
     Args:
-        figure: "5 left" or "5 right" (points are GPU hours and perplexity), or "6" (evaluation length and perplexity).
+        figure: "5 left" or "5 right" (points are GPU hours and perplexity), "6" (evaluation length and perplexity), or
+            "7" (training length and words per second of training).
 
     Raises:
-        KeyError: No study quotes it.
+        KeyError: It is another figure.
     """
     series = _read()["figures"][figure]["series"]
     return {name: tuple((x, y) for x, y in points) for name, points in series.items()}

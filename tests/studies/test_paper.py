@@ -34,6 +34,71 @@ def test_extrapolation_by_method() -> None:
     assert paper.extrapolation("none", 512, "nonoverlapping") == {}
 
 
+@pytest.mark.parametrize(
+    ("number", "page", "keys", "column", "value"),
+    [
+        (1, 15, {"method": "rotary", "train_length": 1024}, "train_memory_gb", 22.8),
+        (1, 15, {"method": "alibi", "train_length": 512}, "inference_words_per_second", 85_800),
+        (6, 20, {"method": "t5_bias"}, "test", 18.73),
+        (6, 20, {"method": "alibi", "train_length": 512, "eval_length": 3072}, "train_words_per_second", 28_300),
+        (7, 20, {"model": "Transformer-XL (Dai et al., 2019)"}, "parameters_millions", 257),
+        (7, 20, {"model": "alibi", "train_length": 3072}, "test", 17.66),
+        (8, 21, {"method": "alibi", "train_length": 1024}, "3072", 13.52),
+        (9, 21, {"method": "alibi", "train_length": 512}, "test", 10.98),
+        (10, 22, {"model": "Staged Training (Press et al., 2021)"}, "test", 10.48),
+        (10, 22, {"model": "alibi", "train_length": 3072}, "validation", 12.70),
+    ],
+)
+def test_a_value_of_each_table(number: int, page: int, keys: dict[str, paper.Cell], column: str, value: float) -> None:
+    table = paper.get_table(number)
+    assert table.source == f"arXiv:2108.12409v2, Table {number}, p. {page}"
+    assert table.row(**keys)[column] == value
+
+
+@pytest.mark.parametrize("number", range(1, 16))
+def test_cells_are_of_the_type_that_their_column_says(number: int) -> None:
+    table = paper.get_table(number)
+    names = {"method": str, "model": str}
+    assert len(set(table.columns)) == len(table.columns)
+    assert len(set(table.rows)) == len(table.rows)
+    for cells in table.rows:
+        for name, cell in zip(table.columns, cells, strict=True):
+            if name == "method":
+                assert cell in PAPER_METHODS
+            elif name.endswith("length"):
+                assert cell is None or (type(cell) is int and cell >= 64)
+            elif cell is not None:
+                assert isinstance(cell, names.get(name, (int, float)))
+                assert isinstance(cell, str) or cell > 0
+
+
+def test_validation_perplexities_stand_in_two_tables() -> None:
+    on_wikitext, on_books, by_length = (paper.get_table(number) for number in (6, 9, 8))
+    for method in PAPER_METHODS:
+        of_table_4 = paper.get_table(4).row(length=3072)[method]
+        assert on_wikitext.row(method=method, train_length=3072)["validation"] == of_table_4
+    short = {"method": "alibi", "train_length": 512}
+    assert on_wikitext.row(**short)["validation"] == paper.get_table(5).row(**short)["3072"]
+    for train_length in (512, 3072):
+        keys = {"method": "alibi", "train_length": train_length}
+        assert on_books.row(**keys)["validation"] == by_length.row(**keys)["3072"]
+    assert on_books.row(method="sinusoidal")["validation"] == by_length.row(method="sinusoidal")["3072"]
+
+
+def test_speeds_of_table_6_and_figure_7_are_those_of_table_1() -> None:
+    for cells in paper.get_table(1).rows:
+        method, train_length, words_per_second = cells[:3]
+        for row in paper.get_table(6).rows:
+            if row[:2] == (method, train_length):
+                assert row[4] == words_per_second
+        curves = paper.get_curves("7")
+        if method in curves:
+            point = dict(curves[str(method)])[train_length]  # type: ignore[index]
+            assert int(point / 100) * 100 == words_per_second  # cut off, not rounded
+    assert sorted(paper.get_curves("7")) == ["alibi", "sinusoidal"]
+    assert [x for x, _ in paper.get_curves("7")["alibi"]] == [64, 128, 256, 512, 1024, 1536, 2048, 3072]
+
+
 def test_tables_share_what_they_have_in_common() -> None:
     """Table 5 has the first points of Tables 2 to 4 once more."""
     for train_length, number in paper.EXTRAPOLATION_TABLES.items():
@@ -82,6 +147,8 @@ def test_figure_6_begins_where_table_12_says() -> None:
 
 
 def test_what_is_not_there_is_said() -> None:
+    with pytest.raises(KeyError):
+        paper.get_table(16)
     with pytest.raises(KeyError, match="Table 2 has no row with"):
         paper.get_table(2).row(length=77)
     assert paper.get_table(2).source == "arXiv:2108.12409v2, Table 2, p. 16"

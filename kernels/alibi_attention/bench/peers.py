@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from alibi_attention.backends.folded.extra_dims import attend_with_extra_dims
 
 _BIAS_ROWS = 64
-_PRUNED_SHARE = 2.0**-24  # of a row, as our horizon leaves out
+_PRUNED_SHARE = 2.0**-24
+"""Of a row, as our horizon leaves out."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -126,16 +127,16 @@ def _find_lack_of_cudnn() -> str | None:
 
 
 def find_forget_gate(
-    q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, slopes_H: torch.Tensor
+    q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, slopes_H: torch.Tensor, pruned_share: float = _PRUNED_SHARE
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ALiBi as the logarithm of forget gates [B, S, H], and the decay [B, H] past which they are pruned.
 
-    The decay is their bound (arXiv:2504.06949, section 3) for the share of a row that our horizon leaves out.
+    The decay is their bound (arXiv:2504.06949, section 3) for a share of a row, by default what our horizon leaves out.
     """
     batch, seq_length, _, head_dim = q_BSHK.shape
     q_norm_BH, k_norm_BH = (torch.linalg.vector_norm(x.detach().float(), dim=-1).amax(1) for x in (q_BSHK, k_BSHK))
     largest_BH = q_norm_BH * k_norm_BH * head_dim**-0.5
-    return (-slopes_H).expand(batch, seq_length, -1), math.log(_PRUNED_SHARE / seq_length) - 2 * largest_BH
+    return (-slopes_H).expand(batch, seq_length, -1), math.log(pruned_share / seq_length) - 2 * largest_BH
 
 
 def _build_forgetting(q_BSHK: torch.Tensor, slopes_H: torch.Tensor) -> Attend:

@@ -5,6 +5,10 @@ no cost. The matrix units multiply the inputs exactly and sum in fp32. What woul
 slope are rounded to the inputs' type; both are therefore split into pieces that this type holds exactly: the position
 into two terms of 8 bits or more, m / softmax_scale into three.
 
+FlashBias (arXiv:2505.12044) takes biases of low rank so, ALiBi among them. The ALiBi example of its code
+(1_Language_Model in github.com/thuml/FlashBias at commit 184fac9) casts the factors to fp16, which has whole numbers
+exactly up to 2,048.
+
 Shape suffixes: B batch, S sequence, H heads, K head dimension, Q queries, T keys, V keys that a query sees, P pieces:
 S of the slope times R of the position.
 """
