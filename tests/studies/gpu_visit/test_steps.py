@@ -51,6 +51,7 @@ def test_the_steps_of_nine_minutes_fit_them_or_have_a_reason(tmp_path: Path) -> 
     assert steps["attention_compiled"].impossible == "no peer here is compiled by torch"
     assert "flash_attn" in steps["attention_batch_8"].command
     assert steps["test_gpu"].environment == {"TEST_DEVICE": "cuda"}
+    assert steps["test_gpu"].output == tmp_path / "test_gpu.xml"  # which is removed where the step is done again
     assert [name for name, step in steps.items() if step.in_background] == ["warm", "plan"]
 
 
