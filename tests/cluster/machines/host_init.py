@@ -19,9 +19,8 @@ def main() -> None:
     socket.sethostname(name)
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
     subprocess.run(["mount", "-t", "tmpfs", "none", "/dev/shm"], check=True)
-    own = {"hosts": "/etc/hosts", "resolv.conf": "/etc/resolv.conf", "ssh_config": "/etc/ssh/ssh_config"}
-    for source, target in own.items():
-        subprocess.run(["mount", "--bind", folder / source, target], check=True)
+    for source in ("hosts", "passwd", "resolv.conf", "ssh/ssh_config"):
+        subprocess.run(["mount", "--bind", folder / Path(source).name, f"/etc/{source}"], check=True)
     os.execv("/usr/sbin/sshd", ["/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config")])
 
 

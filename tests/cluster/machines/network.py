@@ -8,6 +8,7 @@ The file system is shared, as over NFS. What is not real: speed, separate file s
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -226,6 +227,7 @@ class Hosts:
         etc.mkdir(exist_ok=True)
         (etc / "ssh_config").write_text(_SSH_CONFIG.format(folder=self.folder))
         (etc / "sshd_config").write_text(_SSHD_CONFIG.format(folder=self.folder))
+        (etc / "passwd").write_text(self._make_passwd())
         self.map_own_name(host, None)
         self.set_name_server(host, None)
         init = [sys.executable, "-S", str(Path(__file__).with_name("host_init.py")), host, str(etc)]
@@ -265,6 +267,20 @@ class Hosts:
 
     def _port(self, host: str) -> str:
         return f"port{list(self.addresses).index(host) + 1}"
+
+    def _make_passwd(self) -> str:
+        """Return who the users are; root logs in to a plain shell and an empty home.
+
+        What a shell of ours reads at its start may take a lock that a killed host keeps: pyenv's makes every login wait
+        for a minute then.
+        """
+        home = self.folder / "home"
+        home.mkdir(exist_ok=True)
+        users = [f"root:x:0:0:root:{home}:/bin/sh"]
+        for user in pwd.getpwall():
+            if user.pw_name != "root":
+                users.append(":".join(map(str, user)))
+        return "\n".join(users) + "\n"
 
     def _etc(self, host: str, name: str) -> Path:
         return self.folder / f"etc.{host}" / name
