@@ -41,10 +41,11 @@ RESAMPLES = 2000
 def build_pace_config(arguments: argparse.Namespace, folder: str, ranks: int) -> Config:
     """Return a run with short steps whose ranks wait for each other in every layer, so that all of them is measured."""
     hidden_size = arguments.hidden_size
+    num_heads = ranks * max(hidden_size // (64 * ranks), 1)
     return config_from_dict(
         {
             "model": {"num_layers": arguments.num_layers, "hidden_size": hidden_size, "vocab_size": VOCAB_SIZE,
-                      "num_attention_heads": max(hidden_size // 64, ranks), "ffn_hidden_size": 4 * hidden_size},
+                      "num_attention_heads": num_heads, "ffn_hidden_size": 4 * hidden_size},
             "data": {"train": f"{folder}/random", "seq_length": arguments.seq_length},
             "optimizer": {"learning_rate": 1e-4},
             "parallel": {"tensor_parallel_size": ranks},
@@ -128,8 +129,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLE, formatter_class=as_written)
     parser.add_argument("--pairs", type=int, default=2000, help="number of pairs of steps (default: 2000)")
     parser.add_argument("--hidden-size", type=int, default=256, help="of the model (default: 256)")
-    parser.add_argument("--num-layers", type=int, default=4, help="of the model (default: 4)")
-    parser.add_argument("--seq-length", type=int, default=256, help="tokens of a sample, for long or short steps")
+    parser.add_argument("--num-layers", type=int, default=2, help="of the model (default: 2)")
+    parser.add_argument("--seq-length", type=int, default=128, help="tokens of a sample (default: 128)")
     parser.add_argument("--notes", default="", help="what else was going on, for the JSON file")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to write the figures")
     return parser.parse_args()
