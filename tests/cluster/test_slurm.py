@@ -180,10 +180,11 @@ def test_at_the_time_limit_the_job_saves_and_goes_on_to_an_undisturbed_end(slurm
     assert exact_records(tmp_path / "run") == exact_records(undisturbed)
 
 
-def test_a_preempted_job_saves_and_goes_on_later(slurm: Slurm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("partition", ["batch", "spot"])
+def test_a_preempted_job_saves_and_goes_on_later(partition: str, slurm: Slurm, tmp_path: Path) -> None:
     config = make_endless_job(tmp_path)
     script = write_pretraining(tmp_path)
-    job = slurm.submit(script)
+    job = slurm.submit(script, f"--partition={partition}")
     wait_for_steps(slurm, script, job, 5)
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/bash\nsleep 3\n")
@@ -198,19 +199,20 @@ def test_a_preempted_job_saves_and_goes_on_later(slurm: Slurm, tmp_path: Path) -
     assert [record["step"] for record in exact_records(tmp_path / "run")] == list(range(1, steps + 1))
 
 
-def test_the_job_of_a_node_that_dies_goes_on_on_another(slurm: Slurm, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dead", "left"), [("node2", "node[1,3]"), ("node1", "node[2-3]")])  # node1 has the script
+def test_the_job_of_a_node_that_dies_goes_on_on_another(dead: str, left: str, slurm: Slurm, tmp_path: Path) -> None:
     config = make_endless_job(tmp_path, every_steps=10)
     script = write_pretraining(tmp_path)
     job = slurm.submit(script)
     wait_for_steps(slurm, script, job, 15)
     assert slurm.show(job)["NodeList"] == "node[1-2]"
-    slurm.hosts.power_off("node2")
+    slurm.hosts.power_off(dead)
     slurm.wait_for_restart(job, DEAD_NODE_SECONDS + NOTICED_SECONDS)
     finish_soon(config)
     shown = slurm.wait_for(job, ENDED, JOB_SECONDS)
     said = read_output(script, job)
-    assert (shown["JobState"], shown["Restarts"], shown["NodeList"]) == ("COMPLETED", "1", "node[1,3]"), said
-    assert "DUE TO NODE FAILURE" in said
+    assert (shown["JobState"], shown["Restarts"], shown["NodeList"]) == ("COMPLETED", "1", left), said
+    assert ("DUE TO NODE FAILURE" in said) == (dead == "node2")  # srun says it, which died with the script
     assert "resumed from" in said
 
 
