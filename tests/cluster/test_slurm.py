@@ -180,15 +180,20 @@ def test_at_the_time_limit_the_job_saves_and_goes_on_to_an_undisturbed_end(slurm
     assert exact_records(tmp_path / "run") == exact_records(undisturbed)
 
 
+def submit_urgent(slurm: Slurm, folder: Path) -> str:
+    """Submit a job that preempts all others for a moment; return its number."""
+    urgent = folder / "urgent.sh"
+    urgent.write_text("#!/bin/bash\nsleep 3\n")
+    return slurm.submit(urgent, "--partition=urgent", f"--nodes={len(slurm.nodes)}", "--exclusive")
+
+
 @pytest.mark.parametrize("partition", ["batch", "spot"])
 def test_a_preempted_job_saves_and_goes_on_later(partition: str, slurm: Slurm, tmp_path: Path) -> None:
     config = make_endless_job(tmp_path)
     script = write_pretraining(tmp_path)
     job = slurm.submit(script, f"--partition={partition}")
     wait_for_steps(slurm, script, job, 5)
-    urgent = tmp_path / "urgent.sh"
-    urgent.write_text("#!/bin/bash\nsleep 3\n")
-    urgent_job = slurm.submit(urgent, "--partition=urgent", f"--nodes={len(slurm.nodes)}", "--exclusive")
+    urgent_job = submit_urgent(slurm, tmp_path)
     slurm.wait_for_restart(job, GRACE_SECONDS + 30)
     steps = finish_soon(config)
     assert slurm.wait_for(urgent_job, ENDED, JOB_SECONDS)["JobState"] == "COMPLETED"
@@ -197,6 +202,18 @@ def test_a_preempted_job_saves_and_goes_on_later(partition: str, slurm: Slurm, t
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), said
     assert said.count(f"stopped by SIGTERM after step {steps - MORE_STEPS}, checkpoint saved") == 2
     assert [record["step"] for record in exact_records(tmp_path / "run")] == list(range(1, steps + 1))
+
+
+def test_a_job_of_a_partition_that_cancels_is_gone_if_it_does_not_stop_in_time(slurm: Slurm, tmp_path: Path) -> None:
+    program = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up', flush=True)\n"
+    script = write_pretraining(tmp_path, program + "while True:\n    signal.pause()\n")
+    job = slurm.submit(script, "--partition=spot")
+    slurm.wait_until(lambda: read_output(script, job).count("up") == 2, JOB_SECONDS)
+    urgent_job = submit_urgent(slurm, tmp_path)
+    shown = slurm.wait_for(job, ("PREEMPTED", *ENDED), GRACE_SECONDS + 60)
+    assert slurm.wait_for(urgent_job, ENDED, JOB_SECONDS)["JobState"] == "COMPLETED"
+    time.sleep(2 * REQUEUE_SECONDS)
+    assert slurm.show(job)["JobState"] == shown["JobState"] == "PREEMPTED", read_output(script, job)
 
 
 @pytest.mark.parametrize(("dead", "left"), [("node2", "node[1,3]"), ("node1", "node[2-3]")])  # node1 has the script
