@@ -1,6 +1,7 @@
 """Tensor parallelism over torch.distributed: groups, layout, collectives, sharded layers, loss, keyed randomness."""
 
 from megalibi.parallel.agreement import check_same, gather_objects, refusing_together
+from megalibi.parallel.clocks import compare_clocks
 from megalibi.parallel.collectives import (
     all_gather_raw,
     all_reduce_raw,
@@ -44,6 +45,7 @@ __all__ = [
     "all_reduce_raw",
     "build_process_groups",
     "check_same",
+    "compare_clocks",
     "copy_to_tensor_group",
     "derive_key",
     "dropout_key",

@@ -21,7 +21,7 @@ from megalibi.evaluate.losses import validation_loss
 from megalibi.log import get_logger
 from megalibi.metrics.records import RollbackRecord
 from megalibi.metrics.writers import Writers, build_writers
-from megalibi.parallel import Stopwatch, gather_objects, refusing_together
+from megalibi.parallel import Stopwatch, compare_clocks, gather_objects, refusing_together
 from megalibi.runtime.hang import Watchdog
 from megalibi.runtime.stop import Aside, StoppedError, StopRequest, read_together
 from megalibi.train.job import Job, is_due, open_loader, open_validation, validation_is_due
@@ -52,6 +52,7 @@ def train(job: Job) -> bool:
     stop, run_dir = StopRequest(), Path(config.train.output_dir)
     limit_seconds = config.runtime.hang_timeout_seconds
     hosts = gather_objects(socket.gethostname(), groups.world)
+    compare_clocks(groups.world, hosts)
     with hold_run(job) as start, Watchdog(limit_seconds, run_dir, groups.world, hosts) as watchdog:
         engine = build_engine(config, job.derived, groups, job.device)
         watchdog.mark()

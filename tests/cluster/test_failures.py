@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 
 from megalibi.checkpoint import Checkpoint
 from tests.cluster.machines.network import POLL_SECONDS, Hosts
-from tests.cluster.machines.training import find_ranks, torchrun
+from tests.cluster.machines.training import Launched, find_ranks, torchrun
 from tests.support.jobs import last_step, write_job
 
 pytestmark = pytest.mark.cluster
@@ -19,6 +22,8 @@ NODES = ("node1", "node2")
 LIMIT_SECONDS = 6.0
 MARGIN_SECONDS = 12.0
 """For two ranks that look, let each other speak (a second and twice the limit's eighths each) and end, however busy."""
+END_SECONDS = 60.0
+"""For a launcher to end after its ranks, however busy the machine is."""
 
 
 def test_a_host_is_cut_off_in_the_middle_of_a_step(hosts: Hosts, tmp_path: Path) -> None:
@@ -54,3 +59,37 @@ def test_a_host_is_cut_off_in_the_middle_of_a_step(hosts: Hosts, tmp_path: Path)
         each.succeed()
     assert f"resumed from {run}/checkpoints/step_{newest:08d}" in launched[0].output
     assert last_step(run) == step + 4
+
+
+def start_with_a_clock_that_is_off(hosts: Hosts, config: Path, shift_seconds: int) -> list[Launched]:
+    """Start a run whose last host has a clock of its own; files get their times from the disk, as over NFS."""
+    library = config.parent / "clock.so"
+    source = Path(__file__).parent / "machines" / "clock.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source)], check=True)
+    own = ["env", f"LD_PRELOAD={library}", f"CLOCK_SHIFT_SECONDS={shift_seconds}"]
+    return torchrun(hosts, NODES, 1, config, before_the_last=own)
+
+
+def test_a_host_whose_clock_is_off(hosts: Hosts, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = write_job(tmp_path, train={"steps": 1_000_000}, runtime={"hang_timeout_seconds": LIMIT_SECONDS})
+    launched = start_with_a_clock_that_is_off(hosts, config, 3600)
+    launched[0].wait_until(lambda: last_step(run) >= 3)
+    os.kill(find_ranks(hosts, "node2")[1], signal.SIGTERM)
+    for each in launched:
+        each.succeed()
+    said = launched[0].output
+    # What a collective took is taken off, for the clocks may have agreed within it.
+    assert re.search(r"WARNING .*the clock of node2 is at least (3600|35\d\d) s ahead of that of node1: the run", said)
+    stopped = last_step(run)
+    assert f"stopped by SIGTERM after step {stopped}, checkpoint saved" in "".join(each.output for each in launched)
+
+    launched = start_with_a_clock_that_is_off(hosts, config, -3600)
+    launched[0].wait_until(lambda: last_step(run) >= stopped + 3)
+    os.kill(find_ranks(hosts, "node2")[1], signal.SIGSTOP)
+    assert launched[0].wait(LIMIT_SECONDS + END_SECONDS) == 1
+    said = launched[0].output
+    assert re.search(r"WARNING .*the clock of node2 is at least (3600|35\d\d) s behind that of node1: the run", said)
+    assert f"resumed from {run}/checkpoints/step_{stopped:08d}" in said
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "; rank 1 on node2 gives no sign of life (after step " in line

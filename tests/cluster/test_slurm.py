@@ -180,14 +180,20 @@ def test_at_the_time_limit_the_job_saves_and_goes_on_to_an_undisturbed_end(slurm
     assert exact_records(tmp_path / "run") == exact_records(undisturbed)
 
 
-def test_a_preempted_job_saves_and_goes_on_later(slurm: Slurm, tmp_path: Path) -> None:
+def submit_urgent(slurm: Slurm, folder: Path) -> str:
+    """Submit a job that preempts all others for a moment; return its number."""
+    urgent = folder / "urgent.sh"
+    urgent.write_text("#!/bin/bash\nsleep 3\n")
+    return slurm.submit(urgent, "--partition=urgent", f"--nodes={len(slurm.nodes)}", "--exclusive")
+
+
+@pytest.mark.parametrize("partition", ["batch", "spot"])
+def test_a_preempted_job_saves_and_goes_on_later(partition: str, slurm: Slurm, tmp_path: Path) -> None:
     config = make_endless_job(tmp_path)
     script = write_pretraining(tmp_path)
-    job = slurm.submit(script)
+    job = slurm.submit(script, f"--partition={partition}")
     wait_for_steps(slurm, script, job, 5)
-    urgent = tmp_path / "urgent.sh"
-    urgent.write_text("#!/bin/bash\nsleep 3\n")
-    urgent_job = slurm.submit(urgent, "--partition=urgent", f"--nodes={len(slurm.nodes)}", "--exclusive")
+    urgent_job = submit_urgent(slurm, tmp_path)
     slurm.wait_for_restart(job, GRACE_SECONDS + 30)
     steps = finish_soon(config)
     assert slurm.wait_for(urgent_job, ENDED, JOB_SECONDS)["JobState"] == "COMPLETED"
@@ -198,19 +204,32 @@ def test_a_preempted_job_saves_and_goes_on_later(slurm: Slurm, tmp_path: Path) -
     assert [record["step"] for record in exact_records(tmp_path / "run")] == list(range(1, steps + 1))
 
 
-def test_the_job_of_a_node_that_dies_goes_on_on_another(slurm: Slurm, tmp_path: Path) -> None:
+def test_a_job_of_a_partition_that_cancels_is_gone_if_it_does_not_stop_in_time(slurm: Slurm, tmp_path: Path) -> None:
+    program = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up', flush=True)\n"
+    script = write_pretraining(tmp_path, program + "while True:\n    signal.pause()\n")
+    job = slurm.submit(script, "--partition=spot")
+    slurm.wait_until(lambda: read_output(script, job).count("up") == 2, JOB_SECONDS)
+    urgent_job = submit_urgent(slurm, tmp_path)
+    shown = slurm.wait_for(job, ("PREEMPTED", *ENDED), GRACE_SECONDS + 60)
+    assert slurm.wait_for(urgent_job, ENDED, JOB_SECONDS)["JobState"] == "COMPLETED"
+    time.sleep(2 * REQUEUE_SECONDS)
+    assert slurm.show(job)["JobState"] == shown["JobState"] == "PREEMPTED", read_output(script, job)
+
+
+@pytest.mark.parametrize(("dead", "left"), [("node2", "node[1,3]"), ("node1", "node[2-3]")])  # node1 has the script
+def test_the_job_of_a_node_that_dies_goes_on_on_another(dead: str, left: str, slurm: Slurm, tmp_path: Path) -> None:
     config = make_endless_job(tmp_path, every_steps=10)
     script = write_pretraining(tmp_path)
     job = slurm.submit(script)
     wait_for_steps(slurm, script, job, 15)
     assert slurm.show(job)["NodeList"] == "node[1-2]"
-    slurm.hosts.power_off("node2")
+    slurm.hosts.power_off(dead)
     slurm.wait_for_restart(job, DEAD_NODE_SECONDS + NOTICED_SECONDS)
     finish_soon(config)
     shown = slurm.wait_for(job, ENDED, JOB_SECONDS)
     said = read_output(script, job)
-    assert (shown["JobState"], shown["Restarts"], shown["NodeList"]) == ("COMPLETED", "1", "node[1,3]"), said
-    assert "DUE TO NODE FAILURE" in said
+    assert (shown["JobState"], shown["Restarts"], shown["NodeList"]) == ("COMPLETED", "1", left), said
+    assert ("DUE TO NODE FAILURE" in said) == (dead == "node2")  # srun says it, which died with the script
     assert "resumed from" in said
 
 

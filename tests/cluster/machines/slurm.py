@@ -47,6 +47,7 @@ PreemptMode=REQUEUE
 GresTypes=gpu
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime={grace_seconds}
+PartitionName=spot Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime={grace_seconds} PreemptMode=CANCEL
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 GPUS = 8
@@ -55,7 +56,9 @@ _NODE = f"NodeName={{name}} NodeAddr={{address}} CPUs=8 RealMemory=4000 Gres=gpu
 
 
 class Slurm:
-    """A SLURM until the context ends. Partitions: batch, and urgent, whose jobs preempt those of batch.
+    """A SLURM until the context ends. Partitions: batch, spot, and urgent, whose jobs preempt those of the others.
+
+    A job of batch that is preempted goes back into the queue, and one of spot is cancelled.
 
     Args:
         hosts: They are on.

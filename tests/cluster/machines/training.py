@@ -107,11 +107,19 @@ def torchrun(
     config: Path,
     *overrides: str,
     of_the_last: Sequence[str] = (),
+    before_the_last: Sequence[str] = (),
 ) -> list[Launched]:
-    """Start torchrun on every host; the last one is told more overrides than the others."""
+    """Start torchrun on every host; the last one is told more overrides than the others, or started by a command."""
     launched = []
     for number, name in enumerate(names):
-        command = ["torchrun", "--nnodes", str(len(names)), "--nproc_per_node", str(ranks_per_host)]
+        command = [
+            *(before_the_last if name == names[-1] else ()),
+            "torchrun",
+            "--nnodes",
+            str(len(names)),
+            "--nproc_per_node",
+            str(ranks_per_host),
+        ]
         command += ["--node_rank", str(number), "--master_addr", names[0], "--master_port", "29500"]
         command += [str(SCRIPT), "--config", str(config), *overrides, *(of_the_last if name == names[-1] else ())]
         launched.append(Launched(hosts, name, command, config.parent))
