@@ -75,8 +75,7 @@ def format_extrapolation(
     least = train_length - stride
     caveat = (
         f"Sliding at {train_length:,} tokens scores tokens with {least:,} to {train_length - 1:,} others before them; "
-        "longer windows give them more; the paper's stride of 1 gives every token a full window. Sinusoidal tables are "
-        "scaled to the token embeddings' initial standard deviation, which is 1 in the paper's code."
+        "longer windows give them more; the paper's stride of 1 gives every token a full window."
     )
     sections: list[tuple[str, Iterable[str]]] = [("# Train short, test long", [*facts, "", caveat])]
     sections += [("## Learning rates", format_sweeps(sweeps))]

@@ -84,7 +84,19 @@ def describe_extrapolation(
         f"Scored: the first {study.nonoverlapping_tokens:,} tokens of the validation text without overlap, the first "
         f"{study.sliding_tokens:,} sliding, at every length.",
         f"Time in steps, all runs of a method together: {times}.",
+        *([_describe_sinusoidal(base)] if "sinusoidal" in study.methods else []),
     ]
+
+
+def _describe_sinusoidal(base: Config) -> str:
+    if base.model.scale_embedding:
+        return (
+            "Sinusoidal: tokens multiplied by sqrt(hidden size) beside a table of amplitude 1, as in the paper's code."
+        )
+    return (
+        "Sinusoidal: a table scaled to the token embeddings' initial standard deviation; in the paper's code the tokens "
+        "are multiplied by sqrt(hidden size) beside a table of amplitude 1."
+    )
 
 
 def format_seeds(seeds: Sequence[int]) -> str:
