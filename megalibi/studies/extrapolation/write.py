@@ -94,8 +94,8 @@ def _describe_sinusoidal(base: Config) -> str:
             "Sinusoidal: tokens multiplied by sqrt(hidden size) beside a table of amplitude 1, as in the paper's code."
         )
     return (
-        "Sinusoidal: a table scaled to the token embeddings' initial standard deviation; in the paper's code the tokens "
-        "are multiplied by sqrt(hidden size) beside a table of amplitude 1."
+        "Sinusoidal: a table scaled to the token embeddings' initial standard deviation; in the paper's code the "
+        "tokens are multiplied by sqrt(hidden size), and the amplitude is 1."
     )
 
 
