@@ -36,7 +36,7 @@ from megalibi.runtime.exit import run_tool
 from tests.cluster.kill_restart import EVERY_STEPS, FOREVER, require_equal_records, verified_step, write_result
 from tests.cluster.machines.debian import find_obstacle
 from tests.cluster.machines.network import POLL_SECONDS, Hosts
-from tests.cluster.machines.training import Launched, find_ranks, mpirun
+from tests.cluster.machines.training import RUN_SECONDS, Launched, find_ranks, mpirun
 from tests.support.jobs import last_step, write_job
 
 NODES = ("node1", "node2")
@@ -53,6 +53,8 @@ END_SECONDS = 60.0
 """Within which all ranks have to end."""
 LAUNCHER_SECONDS = 30.0
 """After which mpirun is killed, which does not always end after a cut; after any other fault it has to end."""
+STEP_SECONDS = 5.0
+"""Which no step of the undisturbed run takes, however busy the machine is; it has as many as all lives together."""
 LOSS = " | loss "
 """What each step prints."""
 
@@ -110,17 +112,15 @@ def soak(hosts: Hosts, folder: Path, times: int, seed: int = 0, progress: Progre
             lives[-1].restart_to_step_seconds = step_seconds
         lives.append(life)
         if progress:
-            words = (
-                f"{kind} of {life.victim} after step {life.last_step}: ended after {life.launcher_end_seconds:.1f} s"
-            )
-            progress.show("faults", f"{len(lives)} of {times}, {words}", done=len(lives), total=times)
+            progress.show("faults", f"{len(lives)} of {times}, {describe_life(life)}", done=len(lives), total=times)
     steps = _read_step(run) + EVERY_STEPS
     began = time.monotonic()
     last = _start(hosts, config, f"train.steps={steps}")
     last.wait_until(lambda: LOSS in last.output)
     lives[-1].restart_to_step_seconds = round(time.monotonic() - began, 2)
     last.succeed()
-    _start(hosts, config, f"train.steps={steps}", f"train.output_dir={folder}/undisturbed").succeed()
+    undisturbed = _start(hosts, config, f"train.steps={steps}", f"train.output_dir={folder}/undisturbed")
+    undisturbed.succeed(RUN_SECONDS + steps * STEP_SECONDS)
     require_equal_records(run, folder / "undisturbed", steps)
     return {
         "faults": len(lives),
@@ -130,6 +130,13 @@ def soak(hosts: Hosts, folder: Path, times: int, seed: int = 0, progress: Progre
         "metrics_equal_undisturbed_run": True,
         "lives": [dataclasses.asdict(life) for life in lives],
     }
+
+
+def describe_life(life: Life) -> str:
+    """Return in words what ended a life, and after which time."""
+    seconds = life.launcher_end_seconds
+    end = f"ended after {seconds:.1f} s" if seconds is not None else "mpirun had to be killed"
+    return f"{life.kind} of {life.victim} after step {life.last_step}: {end}"
 
 
 def _draw_kinds(rng: random.Random, times: int) -> Iterator[str]:
@@ -162,7 +169,7 @@ def _live(hosts: Hosts, config: Path, kind: str, rng: random.Random) -> tuple[Li
     struck = time.monotonic()
     host = NODES[victim := rng.randrange(len(NODES))]
     _strike(hosts, kind, victim)
-    ranks_end, launcher_end = _wait_for_end(hosts, launched, struck, host if kind == "cut" else None)
+    ranks_end, launcher_end = wait_for_end(hosts, launched, struck, host if kind == "cut" else None)
     named = _check_words(launched, kind, victim, expected)
     life = Life(
         kind=kind,
@@ -191,8 +198,21 @@ def _strike(hosts: Hosts, kind: str, victim: int) -> None:
                 os.kill(pid, number)
 
 
-def _wait_for_end(hosts: Hosts, launched: Launched, struck: float, cut: str | None) -> tuple[float, float | None]:
-    """Wait until all have ended, the ranks without the network; return the seconds of the ranks and of the launcher."""
+def wait_for_end(hosts: Hosts, launched: Launched, struck: float, cut: str | None) -> tuple[float, float | None]:
+    """Wait until all have ended: the ranks, then the launcher, which is killed if it does not end after a cut.
+
+    Args:
+        hosts: They are on, NODES among them.
+        launched: The launcher.
+        struck: The monotonic time of the fault.
+        cut: The host without a cable, which gets it back when the ranks have ended; None: all have theirs.
+
+    Returns:
+        The seconds from the fault to the end of the last rank, and to that of the launcher: None if it was killed.
+
+    Raises:
+        AssertionError: The ranks did not end, or the launcher did not though no host was cut off.
+    """
     while _find_all_ranks(hosts):
         assert time.monotonic() < struck + END_SECONDS, launched.output
         time.sleep(POLL_SECONDS)
