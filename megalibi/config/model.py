@@ -52,8 +52,9 @@ class ModelConfig:
     paper's ALiBi scales q.k alone."""
     scale_embedding: Fixed[bool] = False
     """Whether embedded tokens are multiplied by sqrt(hidden_size) before sinusoidal positions of amplitude 1 are added
-    (arXiv:1706.03762, sections 3.4 and 3.5; the code of arXiv:2108.12409). Without it they stay as they are, and the
-    positions have the amplitude init_std. An adaptive embedding is multiplied in any case."""
+    (arXiv:1706.03762, sections 3.4 and 3.5; the code of arXiv:2108.12409). The table then starts with a standard
+    deviation of 1 / sqrt(hidden_size), as in fairseq. Without it tokens stay as they are, and the positions have the
+    amplitude init_std. An adaptive embedding is multiplied in any case."""
     activation: Fixed[str] = "gelu"
     """The activation of the feed-forward layer: gelu (the exact one, by erf), gelu_tanh (its approximation by tanh,
     arXiv:1606.08415, section 2, as in Bloom) or relu."""

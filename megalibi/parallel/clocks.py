@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -33,10 +34,10 @@ def compare_clocks(world: Group, hosts: Sequence[str], read_clock: Callable[[], 
     if world.rank == 0 and abs(skews[worst]) >= SKEW_SECONDS:
         off = {host for host, skew in zip(hosts, skews, strict=True) if abs(skew) >= SKEW_SECONDS}
         _LOGGER.warning(
-            "the clock of %s is at least %.0f s %s that of %s%s: the run is none the worse, but times in logs and of "
+            "the clock of %s is at least %d s %s that of %s%s: the run is none the worse, but times in logs and of "
             "files do not fit together; set the hosts' clocks by one time server",
-            hosts[worst], abs(skews[worst]), "ahead of" if skews[worst] > 0 else "behind", hosts[0],
-            f", and those of {len(off) - 1} more hosts differ" if len(off) > 1 else "",
+            hosts[worst], math.floor(abs(skews[worst])), "ahead of" if skews[worst] > 0 else "behind", hosts[0],
+            f", and {len(off) - 1} more differ by {SKEW_SECONDS:.0f} s or more" if len(off) > 1 else "",
         )  # fmt: skip
 
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 _LOGGER = get_logger(__name__)
 _BACKLOG = 4096
-_NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
-"""What the system says of an address that this host does not have, or whose family it does not know."""
+_NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
+"""What the system says of an address that this host does not have, whose family it does not know, or that lacks the
+interface which a link-local one needs."""
 
 
 def keep_store(address: str, port: int, world_size: int, timeout: timedelta, *, is_one_host: bool) -> dist.TCPStore:

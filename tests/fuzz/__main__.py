@@ -25,6 +25,8 @@ from tests.fuzz.targets import TARGETS, Target
 
 SECONDS_OF_AN_INPUT = 20
 """Of the processor: on a busy machine a clock would say nothing of the input."""
+SECONDS_WAITED = 600
+"""Of the clock, for an input that makes a parser wait."""
 MAX_MESSAGE = 1_000
 SETTINGS = settings(
     max_examples=1_000,
@@ -34,6 +36,10 @@ SETTINGS = settings(
     phases=(Phase.generate, Phase.shrink),
 )
 """Of a round, whose seed is that of the round before plus one."""
+
+
+class SlowInputError(BaseException):
+    """An input takes too long; no Exception, which a parser could take for its own."""
 
 
 class LongMessageError(Exception):
@@ -48,6 +54,7 @@ def try_input(target: Target, content: bytes, folder: Path) -> bool:
         Exception: What the parser raised.
     """
     signal.setitimer(signal.ITIMER_PROF, SECONDS_OF_AN_INPUT)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_WAITED)
     try:
         target.read(content, folder)
     except UserError as error:
@@ -56,6 +63,7 @@ def try_input(target: Target, content: bytes, folder: Path) -> bool:
         return False
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
     return True
 
 
@@ -81,7 +89,7 @@ def fuzz(name: str, *, seconds: float, first_seed: int, findings: Path) -> int:
             counts["tried"] += 1
             try:
                 counts["taken"] += try_input(target, content, Path(place))
-            except Exception as error:
+            except (Exception, SlowInputError) as error:
                 where = spell_place(error)
                 if where not in known:
                     found[where] = content, f"{error}"  # the last is the smallest
@@ -90,7 +98,7 @@ def fuzz(name: str, *, seconds: float, first_seed: int, findings: Path) -> int:
         for number in itertools.count(first_seed):
             if time.monotonic() > end:
                 break
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, SlowInputError):
                 seed(number)(SETTINGS(given(target.inputs)(attempt)))()
             for where, (content, message) in found.items():
                 keep(findings, name, where, content, message)
@@ -116,7 +124,7 @@ def say(line: str) -> None:
 
 def stop(signal_number: int, frame: FrameType | None) -> None:
     """An input takes too long."""
-    raise TimeoutError(f"an input took more than {SECONDS_OF_AN_INPUT} s of the processor")
+    raise SlowInputError(f"more than {SECONDS_OF_AN_INPUT} s of the processor, or {SECONDS_WAITED} s of waiting")
 
 
 def main() -> int:
@@ -128,6 +136,7 @@ def main() -> int:
     parser.add_argument("--findings", type=Path, default=Path("findings"), help="folder of what is found")
     arguments = parser.parse_args()
     signal.signal(signal.SIGPROF, stop)
+    signal.signal(signal.SIGALRM, stop)
     names = arguments.targets or list(TARGETS)
     options = {"seconds": 60 * arguments.minutes, "first_seed": arguments.seed, "findings": arguments.findings}
     return 1 if sum(fuzz(name, **options) for name in names) else 0

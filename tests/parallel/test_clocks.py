@@ -44,7 +44,7 @@ def compare(hosts: list[str], ahead_seconds: list[float]) -> list[str]:
         (
             HOSTS,
             [0.0, 60.0, 60.0, -3600.0],
-            "the clock of node3 is at least 3600 s behind that of node1, and those of 1",
+            "the clock of node3 is at least 3600 s behind that of node1, and 1 more differ",
         ),
     ],
 )

@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         plan_evaluations,
         read_evaluations,
     )
-    from megalibi.studies.extrapolation.sweep import read_sweeps
+    from megalibi.studies.extrapolation.sweep import FREE, read_sweeps
     from megalibi.studies.extrapolation.write import write_extrapolation
     from megalibi.studies.machinery.scorings import run_scorings
     from megalibi.studies.machinery.trainings import Training, run_trainings
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = Console(highlight=False, soft_wrap=True)
 
     def train(configs: Iterable[Config]) -> None:
-        run_trainings([Training(config=config, machine=machine) for config in configs], console)
+        run_trainings([Training(config=config, machine=machine, free=FREE) for config in configs], console)
 
     first = study.seeds[0]
     train(method_config(base, method, rate, first) for method in study.methods for rate in study.learning_rates)

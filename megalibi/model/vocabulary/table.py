@@ -34,7 +34,9 @@ class TableEmbedding(VocabParallelEmbedding):
     def __init__(self, model: ModelConfig, padded_vocab_size: int, *, group: Group) -> None:
         # The whole sequence on every rank, also under sequence parallelism: positions may be added to it.
         super().__init__(model.vocab_size, padded_vocab_size, model.hidden_size, layout=Layout(group))
-        set_init(self.weight, Normal(model.init_std))
+        # With scaled tokens as in fairseq: multiplied by sqrt(H) they have a standard deviation of 1.
+        std = model.hidden_size**-0.5 if model.scale_embedding else model.init_std
+        set_init(self.weight, Normal(std))
 
 
 class TableOutput(nn.Module):

@@ -6,10 +6,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megalibi.config import Config
+from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config
 from megalibi.metrics.records import read_metrics
 from megalibi.report.markdown import format_table
 from megalibi.studies.extrapolation.study import METHOD_NAMES, ExtrapolationStudy, method_config
+
+
+FREE = NO_WEIGHT_DEPENDS_ON - {"data.valid", "data.tokenizer", "train.eval_samples"}
+"""Fields in which runs may differ whose validation losses are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,5 +79,6 @@ def format_sweeps(sweeps: Mapping[str, Sweep]) -> Iterator[str]:
     yield ""
     yield (
         "Validation loss at the training length, in nats per token, by learning rate, at the first seed; the lowest, "
-        "in bold, decides a method's rate, and nothing else does."
+        "in bold, decides a method's rate, and nothing else does. It is taken on the beginning of the text that is scored "
+        "below."
     )

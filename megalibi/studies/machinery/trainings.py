@@ -39,6 +39,8 @@ class Training:
     """The configuration of the run."""
     machine: Machine
     """The machine to train on."""
+    free: Collection[str] = NO_WEIGHT_DEPENDS_ON
+    """Fields, as ``section.field``, in which a finished run may differ from this one and stand for it."""
 
     @property
     def folder(self) -> Path:
@@ -104,9 +106,7 @@ class Training:
             except UserError as error:
                 damage = str(error)
             if damage is None:
-                check_unchanged(
-                    self.config, opened.manifest.config, free=NO_WEIGHT_DEPENDS_ON, what=f"{self.folder} was trained"
-                )
+                check_unchanged(self.config, opened.manifest.config, free=self.free, what=f"{self.folder} was trained")
                 return checkpoint if opened.manifest.step >= self.config.train.steps else None
             _LOGGER.warning("%s; moved aside to %s", damage, _move_aside(checkpoint))
         return None

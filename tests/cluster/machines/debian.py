@@ -22,6 +22,7 @@ PROGRAMS = {
     "slurmd": "slurmd",
     "sbatch": "slurm-client",
     "mpirun": "openmpi-bin",
+    "cc": "gcc",
 }
 """What the tests run, and the package that brings it."""
 NAMESPACES = ["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--mount-proc"]

@@ -43,9 +43,14 @@ def test_scaled_tokens_stand_beside_a_table_of_amplitude_1() -> None:
     torch.testing.assert_close(y, 4 * x + sinusoidal_table(torch.arange(3, 8), 16), rtol=1e-6, atol=1e-6)
 
 
-def test_at_the_start_the_table_has_half_the_variance_of_the_tokens() -> None:
-    gpt = build_gpt(make_model(position_method="sinusoidal", init_std=0.02))
+@pytest.mark.parametrize("scale_embedding", [False, True])
+def test_at_the_start_the_table_has_half_the_variance_of_the_tokens(scale_embedding: bool) -> None:
+    gpt = build_gpt(make_model(position_method="sinusoidal", init_std=0.02, scale_embedding=scale_embedding))
     x = gpt.embedding(torch.arange(300)[None])
     table = gpt.positions.add_to_embedding(torch.zeros_like(x))
-    assert (table.square().mean() / x.square().mean()).item() == pytest.approx(0.5, rel=0.05)  # sin^2 + cos^2 = 1
+    both = gpt.positions.add_to_embedding(x)
+    ratio = table.square().mean() / (both - table).square().mean()
+    assert ratio.item() == pytest.approx(0.5, rel=0.05)  # sin^2 + cos^2 = 1
+    if scale_embedding:
+        assert (both - table).std().item() == pytest.approx(1.0, rel=0.05)
     assert not gpt.positions.state_dict()
