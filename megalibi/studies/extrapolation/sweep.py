@@ -11,7 +11,6 @@ from megalibi.metrics.records import read_metrics
 from megalibi.report.markdown import format_table
 from megalibi.studies.extrapolation.study import METHOD_NAMES, ExtrapolationStudy, method_config
 
-
 FREE = NO_WEIGHT_DEPENDS_ON - {"data.valid", "data.tokenizer", "train.eval_samples"}
 """Fields in which runs may differ whose validation losses are compared."""
 
@@ -79,6 +78,6 @@ def format_sweeps(sweeps: Mapping[str, Sweep]) -> Iterator[str]:
     yield ""
     yield (
         "Validation loss at the training length, in nats per token, by learning rate, at the first seed; the lowest, "
-        "in bold, decides a method's rate, and nothing else does. It is taken on the beginning of the text that is scored "
-        "below."
+        "in bold, decides a method's rate, and nothing else does. It is taken on the beginning of the text that is "
+        "scored below."
     )

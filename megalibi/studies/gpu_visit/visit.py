@@ -131,16 +131,28 @@ class _Running:
         return None if exit_code == 0 else f"exit code {exit_code}"
 
     def find_end(self) -> tuple[str, str] | None:
-        """Return how it ended and why, or None while it runs; a step over its limit is killed."""
+        """Return how it ended and why, or None while it runs; a step over its limit is ended."""
         exit_code = self.child.process.poll()
         if exit_code is None and time.monotonic() - self.began < self.limit:
             return None
+        if exit_code is None:
+            said = self.child.last_words()
+            self._interrupt()
+            return OUT_OF_TIME, f"ended after {self.limit:.0f} s: {said}"
         self.child.signal(signal.SIGKILL)  # and everything that it has started, even if it has ended itself
         self.child.process.wait()
-        if exit_code is None:
-            return OUT_OF_TIME, f"killed after {self.limit:.0f} s: {self.child.last_words()}"
         error = self.finish(exit_code)
         return (DONE, "") if error is None else (FAILED, f"{error}: {self.child.last_words()}")
+
+    def _interrupt(self) -> None:
+        """Let it end in order: pytest writes its list, a study ends its trainings, which have sessions of their own."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.child.signal(number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.process.wait(GRACE_SECONDS)
+                break
+        self.child.signal(signal.SIGKILL)
+        self.child.process.wait()
 
 
 class _Runner:

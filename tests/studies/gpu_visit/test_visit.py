@@ -48,6 +48,16 @@ def run(
     return {record.name: record for record in records}, said
 
 
+def test_a_step_over_its_limit_may_write_what_it_has(tmp_path: Path) -> None:
+    code = (
+        "import sys, time\nprint('under way', flush=True)\n"
+        "try:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    open(sys.argv[1], 'w').write('what there is')"
+    )
+    records, _ = run(tmp_path, script(tmp_path, "slow", code, limit=4.0))
+    assert records["slow"].status == OUT_OF_TIME
+    assert (tmp_path / "slow.txt").read_text() == "what there is"
+
+
 def test_what_fails_or_hangs_is_reported_and_does_not_stop_the_next(tmp_path: Path) -> None:
     # Its child ignores SIGTERM and has its pipes: the whole group is killed.
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
@@ -65,7 +75,7 @@ def test_what_fails_or_hangs_is_reported_and_does_not_stop_the_next(tmp_path: Pa
     statuses = {name: (record.status, record.said) for name, record in records.items()}
     assert statuses == {
         "bad": (FAILED, "exit code 3: no such card"),
-        "hangs": (OUT_OF_TIME, "killed after 1 s: not yet"),
+        "hangs": (OUT_OF_TIME, "ended after 1 s: not yet"),
         "impossible": (SKIPPED, "not here"),
         "good": (DONE, ""),
     }
