@@ -197,9 +197,9 @@ def _run_plain(config: Config, steps: int, mask_labels: bool) -> Curve:
         model = GPT(config.model, padded_vocab_size=derive(config, 1).padded_vocab_size, layout=WHOLE)
     initialize(model, seed=config.train.seed, group=WHOLE.tensor)
     o = config.optimizer
-    parameters = dict(model.named_parameters())
-    decayed = [p for name, p in parameters.items() if p.dim() > 1 and not name.startswith("positions.")]
-    others = [p for name, p in parameters.items() if p.dim() == 1 or name.startswith("positions.")]
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        (decayed if parameter.dim() > 1 and not name.startswith("positions.") else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer: torch.optim.Optimizer
     if o.kind == "nesterov":
