@@ -82,7 +82,8 @@ def test_the_far_key_is_what_the_queries_attend_to():
 @gpu
 @every_backend
 def test_one_far_key_of_huge_norm_is_found_in_every_gradient(make_inputs, forward_backward, relative_errors, backend):
-    """Scores as large lose digits in any kernel: they are held to what plain attention makes of the same q and k."""
+    """Allowed are two roundings of the largest score, one when it is computed and one of the log-sum-exp that a
+    backward pass subtracts (scores of 16-bit inputs are fp32), and what plain attention makes of the same q and k."""
     dtype, slopes = best_dtype(backend), slopes_of(2)
     inputs = q, k, _, _ = make_inputs(1, pick(backend, 768, 150), 2, HEAD_DIM, dtype=dtype)
     k[:, 3] *= 12.0
@@ -91,8 +92,11 @@ def test_one_far_key_of_huge_norm_is_found_in_every_gradient(make_inputs, forwar
     exact = forward_backward(partial(attend_ref, alibi_slopes=slopes), inputs, torch.float64)
     plain_exact = forward_backward(partial(attend_ref, alibi_slopes=None), inputs, torch.float64)
     plain_errors = relative_errors(forward_backward(plain_sdpa, inputs), plain_exact)
+    largest_score = torch.einsum("bihk,bhk->bih", q.float(), k[:, 3].float()).max().item() * HEAD_DIM**-0.5
+    assert 100 < largest_score < 1000
+    two_roundings = min(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * largest_score
     for error, plain_error in zip(relative_errors(results, exact), plain_errors, strict=True):
-        assert error < max(BOUNDS[dtype], ERROR_FACTOR_16_BIT * plain_error)
+        assert error < max(BOUNDS[dtype], two_roundings, ERROR_FACTOR_16_BIT * plain_error)
     blind = forward_backward(partial(attend_ref, alibi_slopes=slopes), [x[:, 4:] for x in inputs], torch.float64)
     assert min(relative_errors([x[:, -5:] for x in blind], [x[:, -5:] for x in exact])[:2]) > 0.1  # it matters
 
