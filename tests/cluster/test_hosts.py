@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.cluster.conftest import NODES, Records
 from tests.cluster.machines.network import SILENT_NAME_SERVER, Hosts
 from tests.cluster.machines.training import (
+    ROOT,
     STEPS,
     Launched,
     deepspeed,
@@ -20,6 +23,7 @@ from tests.cluster.machines.training import (
     mpirun,
     torchrun,
 )
+from tests.support.faults import change_byte
 from tests.support.jobs import SCRIPT, exact_records, last_step, write_job
 
 pytestmark = pytest.mark.cluster
@@ -88,12 +92,48 @@ def test_mpirun_over_two_hosts(hosts: Hosts, records_ref: Records, tmp_path: Pat
     assert {host for host, places in listening.items() if "29500" in {port for _, port in places}} == {"node1"}
 
 
-def test_hosts_with_other_values_are_refused_together(hosts: Hosts, tmp_path: Path) -> None:
+def change_data(folder: Path) -> str:
+    for suffix in (".bin", ".idx"):
+        shutil.copy(folder / f"tokens{suffix}", folder / f"stale{suffix}")
+    change_byte(folder / "stale.bin", 10_000)
+    return f"data.train={folder}/stale"
+
+
+def change_code(folder: Path) -> str:
+    for name in ("megalibi", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with (folder / "megalibi" / "log.py").open("a") as file:
+        file.write("# A checkout of yesterday.\n")
+    return f"PYTHONPATH={folder}:{folder / 'kernels'}"
+
+
+def change_library(folder: Path) -> str:
+    (folder / "numpy-1.0.dist-info").mkdir()
+    (folder / "numpy-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: numpy\nVersion: 1.0\n")
+    return f"PYTHONPATH={folder}:{ROOT}:{ROOT / 'kernels'}"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda _: "train.seed=7", "train.seed is 1234 on rank 0 (host node1) and 7 on rank 1 (host node2)"),
+        (change_data, r"data.train[0] is of weight 1.0, 20,000 tokens in 21 documents, sha256 of .idx "),
+        (change_code, "the code of megalibi is sha256 "),
+        (change_library, f"the version of numpy is {np.__version__} on rank 0 (host node1) and 1.0 on rank 1 (host "),
+    ],
+    ids=["config", "data", "code", "library"],
+)
+def test_a_host_that_has_something_else_is_refused_by_all(
+    change: Callable[[Path], str], expected: str, hosts: Hosts, tmp_path: Path
+) -> None:
     config = make_job(tmp_path, tensor_parallel_size=1)
-    launched = torchrun(hosts, ["node1", "node2"], 1, config, of_the_last=["train.seed=7"])
+    changed = change(tmp_path)
+    own = {"before_the_last": ["env", changed]} if changed.startswith("PYTHONPATH=") else {"of_the_last": [changed]}
+    launched = torchrun(hosts, ["node1", "node2"], 1, config, **own)
     assert [each.wait() for each in launched] == [1, 1]  # torchrun's code for any other than 0
     (said,) = [line for each in launched for line in each.output.splitlines() if line.startswith("error: ")]
-    assert "train.seed is 1234 on rank 0 (host node1) and 7 on rank 1 (host node2)" in said
+    assert said.startswith(f"error: the ranks do not agree: {expected}")
+    assert re.search(r" on rank 0 \(host node1\) and .* on rank 1 \(host node2\): start all ranks with the same ", said)
     assert not (tmp_path / "run").exists()
 
 

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import re
-import resource
 import socket
 from pathlib import Path
 
+from tests.support.faults import refuse_memory
 from tests.support.jobs import Job, write_job
 
 ROOM_BYTES = 200_000_000
 """What the process may take beyond what it has as it starts: the imports and the engine, and not a step."""
-
-
-def read_data_bytes(pid: int) -> int:
-    """Return the memory of a process that RLIMIT_DATA counts."""
-    (kilobytes,) = re.findall(r"^VmData:\s+(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
-    return 1024 * int(kilobytes)
 
 
 def test_memory_that_runs_out_in_a_step_is_one_line_with_the_plan_and_what_lowers_it(tmp_path: Path) -> None:
@@ -27,9 +21,7 @@ def test_memory_that_runs_out_in_a_step_is_one_line_with_the_plan_and_what_lower
         data={"seq_length": 2_048, "train": str(tmp_path / "tokens")},
     )
     job = Job(config)
-    pid = job.processes[0].pid
-    limit = read_data_bytes(pid) + ROOM_BYTES
-    resource.prlimit(pid, resource.RLIMIT_DATA, (limit, limit))
+    refuse_memory(job.processes[0].pid, ROOM_BYTES)
     assert job.wait() == [2], job.output
     line = job.read_log(0).splitlines()[-1]
     assert "Traceback" not in job.output

@@ -1,17 +1,78 @@
-"""Runs that meet a number that is not finite by real means: the embedding of a token that one rank's data alone has."""
+"""Runs that meet bad numbers by real means: an embedding that is not a number, of a token that one rank alone has,
+and stretches of text that are like no other.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from megalibi.config import Config
+from megalibi.config import Config, load_config
+from megalibi.data.dataset import open_dataset
+from megalibi.data.tokens.token_file import TokenFileWriter
 from megalibi.engine.masters import find_masters, hand_out_weights
-from tests.support.runs import build, open_loader
+from tests.support.jobs import write_job
+from tests.support.ranks import run_on_ranks
+from tests.support.runs import VOCAB_SIZE, build, open_loader
 from tests.support.saving import save
+
+BAD_STEP = 3
+"""The step, counted from 0, in which rank 1 of 2 meets a token whose embedding is not a number."""
+BATCH = 4
+POISONED_BATCHES = (13, 19)
+"""Batches of the order, counted from 0, whose text is of tokens that are nowhere else."""
+
+
+def write_job_with_a_bad_embedding(folder: Path, steps: int) -> Path:
+    """Write a job in whose step BAD_STEP rank 1 of 2 meets an embedding that is not a number; return its config."""
+    path = write_job(
+        folder,
+        model={"tie_embeddings": False},
+        train={"steps": steps, "micro_batch_size": 1},
+        checkpoint={"every_steps": 2, "keep": 0},
+    )
+    config = load_config(path)
+    token = find_token(config, step=BAD_STEP, steps=steps + 2)
+    (checkpoint,) = run_on_ranks(1, save_poisoned, config, str(folder / "poisoned"), token)
+    path.write_text(path.read_text().replace("resume: auto", f"resume: {checkpoint}"))
+    return path
+
+
+def write_job_with_bad_text(folder: Path) -> Path:
+    """Write a job whose text is learned in a few steps, but for two of its batches; return its config."""
+    path = write_job(
+        folder,
+        optimizer={"learning_rate": 1e-2, "warmup_steps": 0},
+        train={
+            "steps": 20,
+            "micro_batch_size": 2,
+            "on_spike": "rollback",
+            "spike_window": 6,
+            "spike_deviations": 4.0,
+            "max_rollbacks": 1,
+        },
+        checkpoint={"every_steps": 4, "keep": 0},
+        model={"dropout": 0.1},
+    )
+    config = load_config(path)
+    prefix, length = config.data.train[0].prefix, config.data.seq_length
+    tokens = np.tile(np.arange(8), 2_500)
+    with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
+        writer.add_document(tokens)
+    dataset = open_dataset(prefix, seq_length=length, seed=config.train.seed, vocab_size=VOCAB_SIZE)
+    for batch in POISONED_BATCHES:
+        for place in dataset.sample_ids(np.arange(batch * BATCH, (batch + 1) * BATCH))[:, 1].tolist():
+            tokens[place * length + 1 : (place + 1) * length] = np.random.default_rng(place).integers(
+                100, VOCAB_SIZE, length - 1
+            )
+    with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
+        writer.add_document(tokens)
+    return path
 
 
 def list_tokens(config: Config, steps: Iterable[int], data_ranks: Sequence[int], data_size: int) -> set[int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megalibi.checkpoint import list_checkpoints
-from megalibi.config import Config, config_from_dict, config_to_dict, derive, load_config
+from megalibi.config import Config, config_from_dict, config_to_dict, derive
 from megalibi.config.sample_ranges import SampleRanges
 from megalibi.engine.step import StepResult
 from megalibi.errors import DivergenceError
@@ -20,32 +20,18 @@ from megalibi.train.job import Job as TrainJob
 from megalibi.train.job import RunData, open_split
 from megalibi.train.nonfinite import NonFiniteSteps, check_finite
 from tests.support.checkpoints import assert_whole
-from tests.support.jobs import Job, exact_records, read_records, run_job, write_job
-from tests.support.poison import find_token, save_poisoned
-from tests.support.ranks import run_on_ranks
+from tests.support.jobs import Job, exact_records, read_records, run_job
+from tests.support.poison import BAD_STEP, write_job_with_a_bad_embedding
 from tests.support.runs import identify, make_config
 
 STEPS = 6
-BAD_STEP = 3
-"""The step, counted from 0, in which rank 1 of 2 meets a token whose embedding is not a number."""
 GOOD = StepResult(loss=1.0, grad_norm=1.0, tokens=1, sample_hash=0, loss_scale=1.0, skipped=False)
 
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The configuration of a run that begins with that embedding."""
-    folder = tmp_path_factory.mktemp("poisoned")
-    path = write_job(
-        folder,
-        model={"tie_embeddings": False},
-        train={"steps": STEPS, "micro_batch_size": 1},
-        checkpoint={"every_steps": 2, "keep": 0},
-    )
-    config = load_config(path)
-    token = find_token(config, step=BAD_STEP, steps=STEPS + 2)
-    (checkpoint,) = run_on_ranks(1, save_poisoned, config, str(folder / "poisoned"), token)
-    path.write_text(path.read_text().replace("resume: auto", f"resume: {checkpoint}"))
-    return path
+    return write_job_with_a_bad_embedding(tmp_path_factory.mktemp("poisoned"), STEPS)
 
 
 def error_of(job: Job, code: int) -> str:

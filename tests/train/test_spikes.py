@@ -5,61 +5,24 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from megalibi.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
-from megalibi.config import Config, load_config
-from megalibi.data.dataset import open_dataset
-from megalibi.data.tokens.token_file import TokenFileWriter
+from megalibi.config import Config
 from megalibi.engine.step import StepResult
 from megalibi.train.spikes import LossSpikes
 from tests.support.checkpoints import assert_whole
-from tests.support.jobs import Job, exact_records, read_records, run_job, write_job
+from tests.support.jobs import Job, exact_records, read_records, run_job
+from tests.support.poison import BATCH, write_job_with_bad_text
 from tests.support.ranks import run_on_ranks
-from tests.support.runs import VOCAB_SIZE, build, make_config
+from tests.support.runs import build, make_config
 from tests.support.saving import save, take_steps
 from tests.train.test_nonfinite import make_job
 
-BATCH = 4
-POISONED_BATCHES = (13, 19)
-"""Batches of the order, counted from 0, whose text is of tokens that are nowhere else."""
 FIRST_LEFT_OUT = "48-55"
 """The samples of batches 12 and 13: the checkpoint of step 12 is the newest before the first poisoned batch."""
 SECOND_LEFT_OUT = "72-79"
 """Those of batches 18 and 19, which are of steps 17 and 18 by then; the checkpoint is that of step 16."""
-
-
-def write_poisoned(folder: Path) -> Path:
-    """Write a job whose text is learned in a few steps, but for two of its batches."""
-    path = write_job(
-        folder,
-        optimizer={"learning_rate": 1e-2, "warmup_steps": 0},
-        train={
-            "steps": 20,
-            "micro_batch_size": 2,
-            "on_spike": "rollback",
-            "spike_window": 6,
-            "spike_deviations": 4.0,
-            "max_rollbacks": 1,
-        },
-        checkpoint={"every_steps": 4, "keep": 0},
-        model={"dropout": 0.1},
-    )
-    config = load_config(path)
-    prefix, length = config.data.train[0].prefix, config.data.seq_length
-    tokens = np.tile(np.arange(8), 2_500)
-    with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
-        writer.add_document(tokens)
-    dataset = open_dataset(prefix, seq_length=length, seed=config.train.seed, vocab_size=VOCAB_SIZE)
-    for batch in POISONED_BATCHES:
-        for place in dataset.sample_ids(np.arange(batch * BATCH, (batch + 1) * BATCH))[:, 1].tolist():
-            tokens[place * length + 1 : (place + 1) * length] = np.random.default_rng(place).integers(
-                100, VOCAB_SIZE, length - 1
-            )
-    with TokenFileWriter(prefix, VOCAB_SIZE) as writer:
-        writer.add_document(tokens)
-    return path
 
 
 def steps_of(run: Path) -> list[dict[str, object]]:
@@ -68,7 +31,7 @@ def steps_of(run: Path) -> list[dict[str, object]]:
 
 def test_a_poisoned_stretch_takes_the_run_back_and_is_left_out(tmp_path: Path) -> None:
     """What comes of it is digit for digit a run that was told what to leave out; a second stretch is one too many."""
-    config = write_poisoned(tmp_path)
+    config = write_job_with_bad_text(tmp_path)
     run, straight = tmp_path / "run", tmp_path / "straight"
     job = Job(config, world_size=2)
     assert job.wait() == [1, 1]
@@ -165,7 +128,7 @@ def test_a_spike_is_so_many_deviations_above_the_mean_of_the_last_losses(prefix:
 
 
 def test_without_a_checkpoint_there_is_no_way_back(tmp_path: Path) -> None:
-    config = write_poisoned(tmp_path)
+    config = write_job_with_bad_text(tmp_path)
     job = Job(config, "checkpoint.every_steps=0")
     assert job.wait() == [1]
     (error,) = [line for line in job.output.splitlines() if line.startswith("error: ")]

@@ -78,19 +78,24 @@ def run(arguments: argparse.Namespace) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
 
-    def train(configs: Iterable[Config]) -> None:
-        run_trainings([Training(config=config, machine=machine, free=FREE) for config in configs], console)
+    def train(configs: Iterable[Config], may_diverge: bool) -> None:
+        trainings = [Training(config=c, machine=machine, free=FREE, may_diverge=may_diverge) for c in configs]
+        run_trainings(trainings, console)
 
     first = study.seeds[0]
-    train(method_config(base, method, rate, first) for method in study.methods for rate in study.learning_rates)
+    train(
+        (method_config(base, method, rate, first) for method in study.methods for rate in study.learning_rates),
+        may_diverge=True,
+    )
     sweeps = read_sweeps(study, base)
     for method, sweep in sweeps.items():
         console.print(f"{method}: {sweep}")
     runs = final_runs(study, base, sweeps)
-    train(config for seed in study.seeds[1:] for config in runs[seed].values())
+    train((config for seed in study.seeds[1:] for config in runs[seed].values()), may_diverge=False)
     run_scorings(plan_evaluations(study, runs, machine), console)
     results = read_evaluations(study, runs)
-    findings = judge_extrapolation(perplexities_of(results), base.data.seq_length)
+    at_edge = [method for method, sweep in sweeps.items() if sweep.is_at_edge]
+    findings = judge_extrapolation(perplexities_of(results), base.data.seq_length, at_edge)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     write_extrapolation(output, study, base, sweeps=sweeps, results=results, findings=findings, device=device)
     for finding in findings:

@@ -1,7 +1,8 @@
 """Whether the extrapolation study came out as the paper's did: each statement by a stated rule, from the numbers.
 
 A statement is judged for each seed by itself. It is decided where all seeds agree, and only if the methods are about
-equally good at the training length: otherwise their curves would tell apart how well they are trained.
+equally good at the training length, each with a learning rate inside of its sweep: otherwise their curves would tell
+apart how well they are trained.
 """
 
 from __future__ import annotations
@@ -28,15 +29,17 @@ COMPARED = ("sinusoidal", "rotary", "t5_bias", "alibi")
 """The methods of the paper's Figure 4."""
 
 
-def judge_extrapolation(curves: SeedCurves, train_length: int) -> list[Finding]:
+def judge_extrapolation(curves: SeedCurves, train_length: int, at_edge: Sequence[str] = ()) -> list[Finding]:
     """Judge each statement of the paper by the curves; a statement whose methods were not measured is left out.
 
     The first finding says how far the paper's methods lie apart at the training length; if that is more than CLOSE,
-    none of the others is decided. With one method of the paper there is nothing to lie apart.
+    none of the others is decided, nor is any if one of these methods has a rate at the edge of its sweep. With one
+    method of the paper there is nothing to lie apart.
 
     Args:
         curves: Perplexities by seed, protocol and position method.
         train_length: Tokens that the models were trained at: the first length of every curve.
+        at_edge: The methods whose learning rate is the lowest or the highest of its sweep: a better one may lie beyond.
     """
     means = mean_curves(curves)
     by_seed = [_judge_curves(of_seed, train_length) for of_seed in curves.values()]
@@ -48,7 +51,10 @@ def judge_extrapolation(curves: SeedCurves, train_length: int) -> list[Finding]:
     if len(at_start) < 2:
         return findings
     span = _span(at_start, train_length)
-    return [span, *(findings if span.holds else (_undecided(f, "see the first finding") for f in findings))]
+    unsure = [METHOD_NAMES[method] for method in at_start if method in at_edge]
+    reason = f"{', '.join(unsure)}: learning rate at the edge of the sweep" if unsure else ""
+    reason = reason if span.holds else "see the first finding"
+    return [span, *([_undecided(f, reason) for f in findings] if reason else findings)]
 
 
 def _agree(of_mean: Finding, verdicts: Sequence[bool | None]) -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,12 +20,15 @@ from megalibi.studies.extrapolation.report import format_extrapolation
 from megalibi.studies.extrapolation.study import ExtrapolationStudy, method_config
 from megalibi.studies.extrapolation.sweep import Sweep
 from megalibi.studies.finding import Finding
+from megalibi.studies.machinery.trainings import find_divergence
 from megalibi.units import format_count, format_duration
 
 
 def describe_training(config: Config) -> dict[str, Any]:
-    """Return the last loss, the tokens and the time of a run, from its metrics."""
+    """Return the last loss, the tokens and the time of a run, from its metrics, or the step at which it diverged."""
     about = {"learning_rate": config.optimizer.learning_rate, "seed": config.train.seed}
+    if (step := find_divergence(config)) is not None:
+        return {**about, "diverged_at_step": step}
     summary = summarize(read_metrics(config.train.output_dir))
     if summary is None:
         return about
@@ -157,5 +161,8 @@ def write_extrapolation(
 
 def describe_sweep(sweep: Sweep) -> dict[str, Any]:
     """Return a sweep as results.json has it."""
-    rows = [{"learning_rate": rate, "validation_loss": loss} for rate, loss in sweep.losses.items()]
+    rows = [
+        {"learning_rate": rate, "validation_loss": loss if math.isfinite(loss) else None}
+        for rate, loss in sweep.losses.items()
+    ]
     return {"rates": rows, "chosen": sweep.chosen, "at_edge": sweep.is_at_edge}

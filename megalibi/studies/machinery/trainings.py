@@ -7,6 +7,7 @@ and NAME/ (its train.output_dir).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
@@ -17,11 +18,19 @@ from typing import Any
 from rich.console import Console
 
 from megalibi.checkpoint import CHECKPOINTS, LATEST, Checkpoint, find_checkpoint
-from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, config_from_dict, find_differences, save_config
+from megalibi.config import (
+    NO_WEIGHT_DEPENDS_ON,
+    Config,
+    config_from_dict,
+    config_to_dict,
+    find_differences,
+    load_config,
+    save_config,
+)
 from megalibi.errors import ConfigError, UserError
 from megalibi.files import rename_synced
 from megalibi.log import get_logger
-from megalibi.metrics.records import METRICS_FILE, StepRecord, parse_line
+from megalibi.metrics.records import CONFIG_FILE, METRICS_FILE, StepRecord, parse_line
 from megalibi.studies.machinery.jobs import JobProgress, run_jobs
 from megalibi.studies.machinery.machine import Machine
 from megalibi.train.check import check_run
@@ -41,6 +50,8 @@ class Training:
     """The machine to train on."""
     free: Collection[str] = NO_WEIGHT_DEPENDS_ON
     """Fields, as ``section.field``, in which a finished run may differ from this one and stand for it."""
+    may_diverge: bool = False
+    """Whether a run that ends at a number that is not finite is a result, as that of a learning rate on trial is."""
 
     @property
     def folder(self) -> Path:
@@ -89,6 +100,9 @@ class Training:
         checkpoint = find_checkpoint(self.folder / CHECKPOINTS)
         if checkpoint is not None and Checkpoint.open(checkpoint).manifest.step >= self.config.train.steps:
             return None
+        if self.may_diverge and (step := find_divergence(self.config)) is not None:
+            _LOGGER.warning("%s has diverged at step %d", self.name, step)
+            return None
         return f"failed with exit code {exit_code}" if exit_code else "was stopped before its last step"
 
     def find_finished(self) -> Path | None:
@@ -110,6 +124,37 @@ class Training:
                 return checkpoint if opened.manifest.step >= self.config.train.steps else None
             _LOGGER.warning("%s; moved aside to %s", damage, _move_aside(checkpoint))
         return None
+
+    def has_ended(self) -> bool:
+        """Return whether there is nothing left to train: the last step is saved, or the run may diverge and has.
+
+        Raises:
+            ConfigError: The run has a checkpoint, or a config.yaml where it has diverged, of another configuration.
+        """
+        if self.find_finished() is not None:
+            return True
+        if not self.may_diverge or find_divergence(self.config) is None:
+            return False
+        saved = config_to_dict(load_config(self.folder / CONFIG_FILE))
+        check_unchanged(self.config, saved, free=self.free, what=f"{self.folder} has diverged")
+        return True
+
+
+def find_divergence(config: Config) -> int | None:
+    """Return the step at which a run has ended because its loss or gradient was not finite, or None.
+
+    With train.on_nonfinite=stop no run goes on from such a step, and one that is started again comes to it again.
+
+    Args:
+        config: The configuration of the run.
+    """
+    records = _read_last_steps(Path(config.train.output_dir) / METRICS_FILE)
+    if not records or config.train.on_nonfinite != "stop":
+        return None
+    last = records[-1]
+    is_finite = math.isfinite(last.loss) and math.isfinite(last.grad_norm)
+    is_tried_again = last.loss_scale is not None and last.loss_scale > 1.0  # fp16 halves it first
+    return None if is_finite or is_tried_again else last.step
 
 
 def check_unchanged(config: Config, saved: Mapping[str, Any], *, free: Collection[str], what: str) -> None:
@@ -156,21 +201,18 @@ def _read_last_steps(path: Path) -> list[StepRecord]:
     return [record for record in records if isinstance(record, StepRecord)]
 
 
-def run_trainings(trainings: Sequence[Training], console: Console) -> dict[str, Path]:
+def run_trainings(trainings: Sequence[Training], console: Console) -> None:
     """Train everything that is not trained yet; interrupted runs continue.
 
     Args:
         trainings: The trainings, all on the same machine.
         console: Where to show progress.
 
-    Returns:
-        The checkpoint of each run's last step, by the run's name.
-
     Raises:
         ConfigError: A configuration cannot be used, or differs from that of the run's checkpoints. Nothing has started.
         JobError: A training failed; the others have ended before.
     """
-    missing = [training for training in trainings if training.find_finished() is None]
+    missing = [training for training in trainings if not training.has_ended()]
     for training in missing:
         check_run(training.config, training.machine.ranks)
     known = [training.name for training in trainings if training not in missing]
@@ -178,4 +220,3 @@ def run_trainings(trainings: Sequence[Training], console: Console) -> dict[str, 
         console.print(f"trained already: {', '.join(known)}", highlight=False, soft_wrap=True)
     if missing:
         run_jobs(missing, at_once=missing[0].machine.jobs, console=console)
-    return {training.name: Checkpoint.open(training.folder).path for training in trainings}

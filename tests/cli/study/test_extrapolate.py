@@ -172,20 +172,23 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
 
 
 def test_a_wider_study_trains_what_is_new_alone_and_takes_the_best_rate_to_every_seed(study: Path, run: Runner) -> None:
-    """The rate that learns nothing is tried at the first seed, and at no other; what stands already is used."""
-    wider = ["study.methods=[alibi]", f"study.learning_rates=[1.0e-6,{RATE}]", f"study.seeds=[{SEED},4]"]
+    """Rates that learn nothing or diverge are tried at the first seed, and at no other; what stands already is used."""
+    wider = ["study.methods=[alibi]", f"study.learning_rates=[1.0e-6,{RATE},1.0e+30]", f"study.seeds=[{SEED},4]"]
     code, output, errors = run(*arguments_of(study, *wider, "study.lengths=[16]"))
     assert code == 0, output + errors
-    runs = [folder_of(study, "alibi", *at).name for at in ((1e-6, SEED), (RATE, 4))]
+    runs = [folder_of(study, "alibi", *at).name for at in ((1e-6, SEED), (1e30, SEED), (RATE, 4))]
     assert [
         line.split(":")[0] for line in output.splitlines() if ": started" in line and " " not in line.split(":")[0]
     ] == runs
-    assert f"alibi: learning rate {RATE} at the edge of the sweep; validation loss " in output
+    assert f"alibi: learning rate {RATE}; validation loss " in output
+    assert ", diverged with 1e+30" in output
 
     results = json.loads((study.parent / "results" / "results.json").read_text())
     losses = [row["validation_loss"] for row in results["sweep"]["alibi"]["rates"]]
     assert losses[1] < losses[0] - 0.1
-    assert (results["sweep"]["alibi"]["chosen"], results["sweep"]["alibi"]["at_edge"]) == (RATE, True)
+    assert losses[2] is None
+    assert results["trainings"]["alibi"][2]["diverged_at_step"] < STEPS
+    assert (results["sweep"]["alibi"]["chosen"], results["sweep"]["alibi"]["at_edge"]) == (RATE, False)
     perplexities = [
         [row["perplexity"] for row in results["results"][str(seed)]["nonoverlapping"]["alibi"]] for seed in (SEED, 4)
     ]

@@ -2,13 +2,14 @@
 
 A host is a process in namespaces of its own; the cables go to a switch, which is one more. Nothing of the machine's own
 network or files is changed, and all of it ends with the process that made it, however that ends.
-The file system is shared, as over NFS. What is not real: speed, separate file systems, GPUs.
+The file system is shared, as over NFS, and beside it a small disk that can be filled. What is not real: speed, separate
+file systems, GPUs.
 """
 
 from __future__ import annotations
 
 import os
-import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.cluster.machines.debian import NAMESPACES, SYSTEM_PATH
+from tests.cluster.machines.host_files import write_ssh_and_users
 
 START_SECONDS = 20.0
 POLL_SECONDS = 0.05
@@ -26,27 +28,9 @@ NETWORK = "10.77.0"
 """The first three numbers of the addresses; nobody outside the switch sees them."""
 SILENT_NAME_SERVER = f"{NETWORK}.200"
 """An address at which nobody answers."""
+SMALL_DISK_BYTES = 16 << 20
 _NOBODY = "02:00:00:00:00:ff"
 _DIE_WITH_PARENT = ["setpriv", "--pdeathsig", "KILL"]
-_SSHD_CONFIG = """\
-HostKey {folder}/host_key
-AuthorizedKeysFile {folder}/user_key.pub
-StrictModes no
-UsePAM no
-PasswordAuthentication no
-PermitRootLogin prohibit-password
-PidFile none
-MaxStartups 200
-"""
-_SSH_CONFIG = """\
-Host *
-  IdentityFile {folder}/user_key
-  StrictHostKeyChecking no
-  UserKnownHostsFile /dev/null
-  LogLevel ERROR
-  BatchMode yes
-  ConnectTimeout 5
-"""
 
 
 class Hosts:
@@ -59,6 +43,8 @@ class Hosts:
 
     def __init__(self, names: Iterable[str], folder: Path) -> None:
         self.folder = folder
+        self.small_disk = folder / "small_disk"
+        """Where every host has the same disk of SMALL_DISK_BYTES; see ``look_at``."""
         self.addresses = {name: f"{NETWORK}.{number}" for number, name in enumerate(names, start=1)}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._pids: dict[str, int] = {}
@@ -90,6 +76,10 @@ class Hosts:
         """Kill every process of every host; their networks go with them."""
         for name in [*self._processes]:
             self._end(name)
+
+    def look_at(self, path: Path) -> Path:
+        """Return where this machine sees a path of the hosts, whose small disk it does not have itself."""
+        return Path(f"/proc/{self._pids['switch']}/root{path}")
 
     # What runs on them
 
@@ -191,7 +181,7 @@ class Hosts:
         self._etc(host, "resolv.conf").write_text(f"nameserver {address or '127.0.0.1'}\n")
 
     def restore(self) -> None:
-        """Make every host as it was at the start: on, plugged in, with nothing running but its sshd."""
+        """Make every host as it was at the start: on, plugged in, with nothing but its sshd, the small disk empty."""
         for host in self.addresses:
             if self.is_on(host):
                 self.kill_all(host)
@@ -200,6 +190,8 @@ class Hosts:
                 self.set_name_server(host, None)
             else:
                 self.power_on(host)
+        for path in self.look_at(self.small_disk).iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     # How they are made
 
@@ -214,26 +206,27 @@ class Hosts:
         return [*enter, f"--wdns={folder}", "--", *_DIE_WITH_PARENT, *command]
 
     def _start_switch(self) -> None:
-        command = [*_DIE_WITH_PARENT, "unshare", "--net", "sleep", "infinity"]
+        """Start what has the network between the hosts, and the mounts that they begin with."""
+        self.small_disk.mkdir(exist_ok=True)
+        mount = f'mount -t tmpfs -o size={SMALL_DISK_BYTES} none "$0" && exec sleep infinity'
+        command = [*_DIE_WITH_PARENT, "unshare", "--net", "--mount", "sh", "-c", mount, str(self.small_disk)]
         self._processes["switch"] = subprocess.Popen(command, stdin=subprocess.DEVNULL)
         self._pids["switch"] = self._processes["switch"].pid
-        own = os.readlink("/proc/self/ns/net")
-        self._wait(lambda: os.readlink(f"/proc/{self._pids['switch']}/ns/net") != own)
+        self._wait(self.look_at(self.small_disk).is_mount)
         self._switch("link", "add", "bridge", "type", "bridge")
         self._switch("link", "set", "bridge", "up")
 
     def _start(self, host: str) -> None:
         etc = self._etc(host, "")
         etc.mkdir(exist_ok=True)
-        (etc / "ssh_config").write_text(_SSH_CONFIG.format(folder=self.folder))
-        (etc / "sshd_config").write_text(_SSHD_CONFIG.format(folder=self.folder))
-        (etc / "passwd").write_text(self._make_passwd())
+        write_ssh_and_users(etc, self.folder)
         self.map_own_name(host, None)
         self.set_name_server(host, None)
+        mounts = ["nsenter", "--target", str(self._pids["switch"]), "--mount", "--"]
         init = [sys.executable, "-S", str(Path(__file__).with_name("host_init.py")), host, str(etc)]
         with (self.folder / f"{host}.log").open("ab") as log:
             self._processes[host] = subprocess.Popen(
-                [*_DIE_WITH_PARENT, *NAMESPACES, "--kill-child", *init],
+                [*_DIE_WITH_PARENT, *mounts, *NAMESPACES, "--kill-child", *init],
                 env={"PATH": SYSTEM_PATH}, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         outer = self._processes[host].pid
@@ -267,20 +260,6 @@ class Hosts:
 
     def _port(self, host: str) -> str:
         return f"port{list(self.addresses).index(host) + 1}"
-
-    def _make_passwd(self) -> str:
-        """Return who the users are; root logs in to a plain shell and an empty home.
-
-        What a shell of ours reads at its start may take a lock that a killed host keeps: pyenv's makes every login wait
-        for a minute then.
-        """
-        home = self.folder / "home"
-        home.mkdir(exist_ok=True)
-        users = [f"root:x:0:0:root:{home}:/bin/sh"]
-        for user in pwd.getpwall():
-            if user.pw_name != "root":
-                users.append(":".join(map(str, user)))
-        return "\n".join(users) + "\n"
 
     def _etc(self, host: str, name: str) -> Path:
         return self.folder / f"etc.{host}" / name

@@ -9,6 +9,7 @@ import pytest
 from megalibi.data.dataset import TokenDataset, open_dataset
 from megalibi.data.tokens.token_file import TokenFile, TokenFileWriter
 from megalibi.errors import DataError
+from tests.support.faults import change_byte
 
 SAMPLES = np.array([[0, 0], [0, 7]])
 
@@ -25,18 +26,6 @@ def open_set(prefix: str) -> TokenDataset:
     dataset = open_dataset(prefix, seq_length=64, seed=1, vocab_size=100)
     assert isinstance(dataset, TokenDataset)
     return dataset
-
-
-def change_byte(path: Path, place: int) -> None:
-    """Change a byte and put the time of modification back."""
-    before = path.stat()
-    with path.open("r+b") as file:
-        file.seek(place)
-        (old,) = file.read(1)
-        file.seek(place)
-        file.write(bytes([old ^ 1]))
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert path.stat().st_mtime_ns == before.st_mtime_ns
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

@@ -101,6 +101,13 @@ def test_seeds_that_disagree_decide_nothing(
     assert f"{mean:.2f} at 32" in finding.measured
 
 
+def test_a_rate_at_the_edge_of_its_sweep_decides_nothing() -> None:
+    span, *findings = judge_extrapolation({1: flat_curves()}, 8, ["alibi", "none"])
+    assert span.holds
+    assert {(f.holds, f.reason) for f in findings} == {(None, "ALiBi: learning rate at the edge of the sweep")}
+    assert all(f.holds is not None for f in judge_extrapolation({1: flat_curves()}, 8, ["none"]))  # not the paper's
+
+
 def test_only_what_was_measured_is_judged() -> None:
     curves = {protocol: {"alibi": {8: 10.0, 16: 9.0}, "none": {8: 11.0, 16: 30.0}} for protocol in PROTOCOLS}
     assert len(judge_extrapolation({1: curves}, 8)) == 2

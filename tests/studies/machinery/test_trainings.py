@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from megalibi.checkpoint import find_checkpoint
 from megalibi.config import Config, load_config
 from megalibi.errors import ConfigError, JobError
 from megalibi.studies.machinery.machine import COMMAND_SCRIPT, Machine, detect_machine
-from megalibi.studies.machinery.trainings import Training, run_trainings
+from megalibi.studies.machinery.trainings import Training, find_divergence, run_trainings
 from tests.support.jobs import run_job, write_job
 
 
@@ -56,9 +57,8 @@ def test_a_run_started_by_hand_is_finished(training: Training) -> None:
     assert training.finish(1) is None  # a launcher's exit code says nothing
 
 
-def test_trained_runs_start_no_process(training: Training, tmp_path: Path) -> None:
-    checkpoints = run_trainings([training], Console(quiet=True))
-    assert checkpoints == {"run": tmp_path / "run" / "checkpoints" / "step_00000006"}
+def test_trained_runs_start_no_process(training: Training) -> None:
+    run_trainings([training], Console(quiet=True))
     assert not training.log.exists()
     assert not training.config_path.exists()
 
@@ -141,6 +141,44 @@ def test_a_failed_training_names_its_log_and_the_last_words(training: Training, 
     with pytest.raises(JobError, match=r"^new failed with exit code 1: no GPU today \(log .*/new\.log\)$"):
         run_trainings([Training(config=config, machine=machine)], Console(quiet=True))
     assert load_config(tmp_path / "new.yaml") == config  # what a user can start by hand
+
+
+def make_diverging(training: Training, tmp_path: Path, **fields: Any) -> Training:
+    config = change(training.config, "train", output_dir=str(tmp_path / "high"), **fields)
+    config = change(config, "optimizer", learning_rate=1e30, min_learning_rate=1e30)
+    return Training(config=config, machine=make_machine(), may_diverge=True)
+
+
+def test_a_rate_on_trial_may_diverge_and_does_so_once(
+    training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    high = make_diverging(training, tmp_path)
+    assert not high.has_ended()
+    run_trainings([high], Console(quiet=True))
+    step = find_divergence(high.config)
+    assert step is not None
+    assert f"high has diverged at step {step}" in caplog.messages
+    assert high.has_ended()
+    begun = high.log.read_text()
+    run_trainings([high], Console(quiet=True))
+    assert high.log.read_text() == begun
+    assert not dataclasses.replace(high, may_diverge=False).has_ended()
+
+    other = dataclasses.replace(high, config=change(high.config, "model", init_std=0.03))
+    with pytest.raises(ConfigError, match=r"high has diverged with another configuration than this study's: model\."):
+        other.has_ended()
+
+
+def test_a_run_that_goes_on_after_a_number_that_is_not_finite_has_not_diverged(training: Training) -> None:
+    assert find_divergence(training.config) is None
+    with (training.folder / "metrics.jsonl").open("a") as metrics:
+        last = json.loads((training.folder / "metrics.jsonl").read_text().splitlines()[-1])
+        metrics.write(json.dumps(last | {"step": 7, "grad_norm": "Infinity", "skipped": True}) + "\n")
+    assert find_divergence(training.config) == 7
+    assert find_divergence(change(training.config, "train", on_nonfinite="skip")) is None
+    with (training.folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(last | {"step": 8, "grad_norm": "Infinity", "loss_scale": 2.0}) + "\n")
+    assert find_divergence(training.config) is None  # fp16 will try a smaller scale
 
 
 def test_one_rank_is_plain_python_and_several_are_deepspeeds() -> None:

@@ -1,0 +1,172 @@
+"""Numbers, data, memory or a disk go wrong under a training over two hosts: what is said, and how the run goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megalibi.checkpoint import Checkpoint
+from tests.cluster.machines.network import POLL_SECONDS, Hosts
+from tests.cluster.machines.training import Launched, find_ranks, torchrun
+from tests.support.checkpoints import assert_whole
+from tests.support.faults import change_byte, refuse_memory
+from tests.support.jobs import last_step, read_records, write_job
+from tests.support.poison import BAD_STEP, write_job_with_a_bad_embedding, write_job_with_bad_text
+
+pytestmark = pytest.mark.cluster
+
+NODES = ("node1", "node2")
+FOREVER = 1_000_000
+SEEN_SECONDS = 15.0
+"""Within which a fault has ended every rank, however busy the machine is: it takes a step and the end of a process."""
+ROOM_BYTES = 200_000_000
+"""What a process may take beyond what it has when its run has a folder: the engine, and not a step."""
+STOPPED_SECONDS, RUNNING_SECONDS = 0.04, 0.02
+"""How a rank is slowed down: it is stopped and let go on in turn."""
+
+
+def start(hosts: Hosts, config: Path, *overrides: str) -> list[Launched]:
+    return torchrun(hosts, NODES, 1, config, *overrides)
+
+
+def said(launched: list[Launched]) -> str:
+    return "\n".join(each.output for each in launched)
+
+
+def fail_soon(hosts: Hosts, launched: list[Launched]) -> str:
+    """Wait for the end of all ranks, which must be near; return the one line of an error that they have said."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while any(find_ranks(hosts, name) for name in NODES):
+        assert time.monotonic() < deadline, said(launched)
+        time.sleep(POLL_SECONDS)
+    return error_of(launched)
+
+
+def error_of(launched: list[Launched]) -> str:
+    assert [each.wait() for each in launched] == [1, 1]  # torchrun's code for any other than 0
+    (line,) = [line for line in said(launched).splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_loss_that_is_not_a_number_on_one_host(hosts: Hosts, tmp_path: Path) -> None:
+    config = write_job_with_a_bad_embedding(tmp_path, steps=6)
+    run = tmp_path / "run"
+    launched = start(hosts, config)
+    launched[0].wait_until(lambda: last_step(run) >= BAD_STEP)
+    line = fail_soon(hosts, launched)
+    assert line.startswith(f"error: step {BAD_STEP + 1} has loss nan and gradient norm inf: the run has diverged and ")
+    assert re.search(r"it arose on rank 1 on node2 \(micro batch \d: sample \d+\)", line)
+    assert assert_whole(Checkpoint.open(run).path) == 2
+    (skip,) = re.findall(r"'(data\.skip=\[.*?\])'", line)
+    for each in start(hosts, config, skip):
+        each.succeed()
+    assert last_step(run) == 6
+    assert not any(record.get("skipped") for record in read_records(run))
+
+
+def test_a_loss_that_leaps_up(hosts: Hosts, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    launched = start(hosts, write_job_with_bad_text(tmp_path))
+    launched[0].wait_until(lambda: last_step(run) >= 16)
+    line = fail_soon(hosts, launched)
+    assert re.search(
+        r"WARNING .*step 14 has loss .*, a spike above .*: goes back to step_00000012 and ", said(launched)
+    )
+    assert re.match(r"error: step 18 has loss .*, and there is train.max_rollbacks=1: the run stops; ", line)
+
+
+def test_a_host_that_is_slow_for_a_while(hosts: Hosts, tmp_path: Path) -> None:
+    config = write_job(tmp_path, train={"steps": FOREVER, "log_every_steps": 10}, checkpoint={"every_steps": 0})
+    launched = start(hosts, config)
+    launched[0].wait_until(lambda: last_step(tmp_path / "run") >= 10)
+    pid, step = find_ranks(hosts, "node2")[1], last_step(tmp_path / "run")
+
+    def slow_down_until_it_is_said() -> bool:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(STOPPED_SECONDS)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(RUNNING_SECONDS)
+        return "rank 1 on node2 is slow: its own work" in launched[0].output
+
+    launched[0].wait_until(slow_down_until_it_is_said)
+    compared = [record for record in read_records(tmp_path / "run") if "straggler_ratio" in record]
+    assert [record["slowest_rank"] for record in compared[-3:]] == [1, 1, 1]
+    assert last_step(tmp_path / "run") <= step + 60  # three comparisons of ten steps, and those before and after
+    launched[0].wait_until(lambda: "rank 1 on node2 is not the slow one any more" in launched[0].output)
+
+
+def test_a_token_file_that_changes_under_the_run_and_before_the_next(hosts: Hosts, tmp_path: Path) -> None:
+    config = write_job(tmp_path, train={"steps": FOREVER})
+    launched = start(hosts, config)
+    launched[0].wait_until(lambda: last_step(tmp_path / "run") >= 3)
+    change_byte(tmp_path / "tokens.bin", 10_000)
+    line = fail_soon(hosts, launched)
+    stopped = last_step(tmp_path / "run")
+    assert f"{tmp_path}/tokens.bin: changed while it is being read (of the same size): put the file back" in line
+    assert f"; stopped after step {stopped}, checkpoint saved; the same command goes on when the data is mended" in line
+    assert assert_whole(Checkpoint.open(tmp_path / "run").path) == stopped
+
+    line = error_of(start(hosts, config))
+    assert f"error: data.train={tmp_path}/tokens (20,000 tokens in 21 documents, sha256 " in line
+    assert "must be the text that the checkpoint " in line
+    change_byte(tmp_path / "tokens.bin", 10_000)
+    for each in start(hosts, config, f"train.steps={stopped + 2}"):
+        each.succeed()
+    assert last_step(tmp_path / "run") == stopped + 2
+
+
+def test_a_host_whose_memory_runs_out(hosts: Hosts, tmp_path: Path) -> None:
+    config = write_job(
+        tmp_path,
+        model={"hidden_size": 32, "num_attention_heads": 2, "ffn_hidden_size": 64},
+        train={"global_batch_size": 128, "micro_batch_size": 64, "precision": "fp32"},
+        data={"seq_length": 2_048, "train": str(tmp_path / "tokens")},
+    )
+    launched = start(hosts, config)
+    launched[0].wait_until((tmp_path / "run" / "config.yaml").exists)
+    refuse_memory(find_ranks(hosts, "node2")[1], ROOM_BYTES)
+    line = error_of(launched)
+    size = r"\d+\.\d [MG]B"
+    cause = "error: not enough memory on node2, the host's"
+    assert re.match(
+        rf"{cause}: {size} more were asked for; a rank of this run is planned with {size} "
+        rf"at the peak of a step .*; less is planned with train\.micro_batch_size=32 \({size}\)",
+        line,
+    ), line
+
+
+def test_a_disk_that_is_full_for_a_while(hosts: Hosts, tmp_path: Path) -> None:
+    filler, run = hosts.small_disk / "filler", hosts.look_at(hosts.small_disk / "run")
+    config = write_job(tmp_path, train={"steps": FOREVER, "output_dir": str(hosts.small_disk / "run")})
+
+    def fill() -> None:
+        hosts.run("node2", "dd", "if=/dev/zero", f"of={filler}", "bs=64k", check=False)
+
+    launched = start(hosts, config)
+    launched[0].wait_until(lambda: (run / "checkpoints" / "latest").exists())
+    fill()
+    line = fail_soon(hosts, launched)
+    assert line.startswith("error: checkpoint not written, the one before it stays: ")
+    assert "No space left on device" in line
+    saved = assert_whole(Checkpoint.open(run).path)
+    hosts.look_at(filler).unlink()
+
+    launched = start(hosts, config, "checkpoint.every_steps=0")
+    launched[0].wait_until(lambda: last_step(run) >= saved + 3)
+    fill()
+    warning = f"WARNING [rank 0/2 on node1] {hosts.small_disk}/run/metrics.jsonl cannot be written: No space left on"
+    launched[0].wait_until(lambda: warning in launched[0].output)
+    hosts.look_at(filler).unlink()
+    before = last_step(run)
+    launched[0].wait_until(lambda: last_step(run) >= before + 3)
+    os.kill(find_ranks(hosts, "node1")[0], signal.SIGTERM)
+    for each in launched:
+        each.succeed()
+    steps = [record["step"] for record in read_records(run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert assert_whole(Checkpoint.open(run).path) == steps[-1]
