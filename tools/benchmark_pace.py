@@ -3,20 +3,23 @@
 Started by a launcher, as a training is. The order within a pair is random and the same on all ranks, so that whatever
 else the machine does meets both alike. The figure is the median of the pairs' differences, as a share of the median
 step, with a 95% interval by bootstrap over the pairs; the same for the processor time of rank 0, which other processes
-disturb less.
+disturb less. Where that interval is wider than what is measured, a second figure tells more: the time of the calls
+themselves, as many as a step makes, with nothing between them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
@@ -30,11 +33,15 @@ from megalibi.runtime.exit import run_rank
 from megalibi.runtime.outputs import check_outputs
 from megalibi.runtime.ranks import Place
 
+if TYPE_CHECKING:
+    import torch
+
 EXAMPLE = """examples:
   torchrun --nproc_per_node 2 tools/benchmark_pace.py --pairs 2000 --output results/pace.json
 """
 VOCAB_SIZE = 4096
 WARM_UP_PAIRS = 10
+CALL_REPEATS = 2000
 RESAMPLES = 2000
 
 
@@ -103,6 +110,38 @@ class PaceBenchmark:
                 seconds[pair, kind] = self.take_step(is_measured=bool(kind))
         return seconds[WARM_UP_PAIRS:]
 
+    def time_calls(self) -> dict[str, Any]:
+        """Return how often a step measures a wait for the tensor group, and the seconds of all its measuring."""
+        from megalibi.parallel import Stopwatch
+
+        class CountingStopwatch(Stopwatch):
+            spans = 0
+
+            @contextlib.contextmanager
+            def running(self, device: torch.device) -> Iterator[None]:
+                self.spans += 1
+                with super().running(device):
+                    yield
+
+        pace, clock, device = self.pace, self.job.groups.tensor.clock, self.job.device
+        plain, counting = clock.stopwatch, CountingStopwatch()
+        clock.stopwatch = counting
+        self.take_step(is_measured=True)
+        clock.stopwatch = plain
+        seconds = np.empty(CALL_REPEATS)
+        for repeat in range(CALL_REPEATS):
+            began = time.perf_counter()
+            told = pace.time_read(pace.tell)
+            with pace.forward.running(device), clock.measuring():
+                for _ in range(counting.spans):
+                    with clock.stopwatch.running(device):
+                        pass
+            pace.end_step()
+            if told is not None:
+                pace.hear([told] * self.job.groups.world.size)
+            seconds[repeat] = time.perf_counter() - began
+        return {"waits_in_a_step": counting.spans, "seconds_in_a_step": float(np.median(seconds))}
+
 
 def summarize_pairs(seconds: np.ndarray) -> dict[str, Any]:
     """Return the share of a step that the measuring takes, with its interval.
@@ -147,6 +186,7 @@ def benchmark_pace(place: Place) -> None:
         write_random_tokens(Path(folder) / "random", VOCAB_SIZE, 1_000_000)
         benchmark = PaceBenchmark(build_pace_config(arguments, folder, place.world_size), place)
         seconds = benchmark.measure(arguments.pairs)
+        calls = benchmark.time_calls()
         benchmark.loader.close()
     if place.rank > 0:
         return
@@ -157,6 +197,7 @@ def benchmark_pace(place: Place) -> None:
         "pairs": arguments.pairs,
         "wall_clock": summarize_pairs(seconds[..., 0]),
         "processor_of_rank_0": summarize_pairs(seconds[..., 1]),
+        "calls_alone": calls | {"share_of_a_step": calls["seconds_in_a_step"] / float(np.median(seconds[:, 0, 0]))},
     }
     record["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
     if arguments.output:

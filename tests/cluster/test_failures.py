@@ -14,6 +14,7 @@ import pytest
 from megalibi.checkpoint import Checkpoint
 from tests.cluster.machines.network import POLL_SECONDS, Hosts
 from tests.cluster.machines.training import Launched, find_ranks, torchrun
+from tests.support import hanging_rank
 from tests.support.jobs import last_step, write_job
 
 pytestmark = pytest.mark.cluster
@@ -59,6 +60,29 @@ def test_a_host_is_cut_off_in_the_middle_of_a_step(hosts: Hosts, tmp_path: Path)
         each.succeed()
     assert f"resumed from {run}/checkpoints/step_{newest:08d}" in launched[0].output
     assert last_step(run) == step + 4
+
+
+@pytest.mark.parametrize(
+    ("way", "place", "function"),
+    [
+        ("spin", r"Python code \(tests/support/hanging_rank\.py:\d+, spin_for_ever\)", "spin_for_ever"),
+        ("read", r"a data read \(megalibi/data/loader\.py:\d+, [^)]*\)", "read_or_hang"),
+    ],
+)
+def test_a_rank_of_another_host_hangs(way: str, place: str, function: str, hosts: Hosts, tmp_path: Path) -> None:
+    run, script = tmp_path / "run", Path(hanging_rank.__file__)
+    config = write_job(tmp_path, train={"steps": 1_000_000}, runtime={"hang_timeout_seconds": LIMIT_SECONDS})
+    launched = torchrun(hosts, NODES, 1, config, script=[str(script), way])
+    launched[0].wait_until(lambda: last_step(run) >= 5)
+    os.kill(find_ranks(hosts, "node2", script)[1], signal.SIGUSR2)
+    hung_seconds = time.monotonic()
+    while any(find_ranks(hosts, name, script) for name in NODES):
+        assert time.monotonic() < hung_seconds + LIMIT_SECONDS + MARGIN_SECONDS, [each.output for each in launched]
+        time.sleep(POLL_SECONDS)
+    assert [each.wait() for each in launched] == [1, 1]
+    (line,) = [line for line in launched[0].output.splitlines() if line.startswith("error: ")]
+    assert re.search(rf"waits in \w+ of ranks 0-1 \(.*; rank 1 on node2 is in no collective: it is in {place}; ", line)
+    assert function in (run / "hang" / "rank_00001.txt").read_text()
 
 
 def start_with_a_clock_that_is_off(hosts: Hosts, config: Path, shift_seconds: int) -> list[Launched]:

@@ -35,3 +35,8 @@ def test_it_measures_two_real_ranks(tmp_path: Path) -> None:
         low, high = record[clock]["overhead_interval_95"]
         assert low <= record[clock]["overhead"] <= high
         assert record[clock]["step_seconds"] > 0
+    calls = record["calls_alone"]
+    assert calls["waits_in_a_step"] == 3 + 2  # the embedding's sum and two of each layer; two of the cross entropy
+    step = calls["seconds_in_a_step"] / calls["share_of_a_step"]
+    assert step == pytest.approx(record["wall_clock"]["step_seconds"])
+    assert 1e-6 * calls["waits_in_a_step"] < calls["seconds_in_a_step"] < 0.1 * step

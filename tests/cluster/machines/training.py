@@ -108,8 +108,20 @@ def torchrun(
     *overrides: str,
     of_the_last: Sequence[str] = (),
     before_the_last: Sequence[str] = (),
+    script: Sequence[str] = (str(SCRIPT),),
 ) -> list[Launched]:
-    """Start torchrun on every host; the last one is told more overrides than the others, or started by a command."""
+    """Start torchrun on every host; the last one is told more overrides than the others, or started by a command.
+
+    Args:
+        hosts: They are on.
+        names: The hosts of the job; the first one is that of rank 0.
+        ranks_per_host: How many each gets.
+        config: The run's configuration; its folder gets what they print.
+        overrides: Of the configuration.
+        of_the_last: More of them, of the last host alone.
+        before_the_last: What starts the torchrun of the last host.
+        script: What is trained with, and arguments of it that come first.
+    """
     launched = []
     for number, name in enumerate(names):
         command = [
@@ -121,7 +133,7 @@ def torchrun(
             str(ranks_per_host),
         ]
         command += ["--node_rank", str(number), "--master_addr", names[0], "--master_port", "29500"]
-        command += [str(SCRIPT), "--config", str(config), *overrides, *(of_the_last if name == names[-1] else ())]
+        command += [*script, "--config", str(config), *overrides, *(of_the_last if name == names[-1] else ())]
         launched.append(Launched(hosts, name, command, config.parent))
     return launched
 
@@ -137,10 +149,10 @@ def mpirun(hosts: Hosts, slots: Mapping[str, int], config: Path, *overrides: str
     return Launched(hosts, first, command, config.parent, own)
 
 
-def find_ranks(hosts: Hosts, host: str) -> dict[int, int]:
+def find_ranks(hosts: Hosts, host: str, script: Path = SCRIPT) -> dict[int, int]:
     """Return the process of each rank on a host, by the machine's number, as its environment says."""
     found = {}
-    for pid in hosts.find_processes(host, f"{SCRIPT} "):
+    for pid in hosts.find_processes(host, f"{script} "):
         try:
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:  # it has just ended
