@@ -102,7 +102,7 @@ test-gguf: llama-cpp
 # Where this machine cannot be several hosts, it says why and leaves the tests out.
 test-cluster: install
 	@obstacle=$$(python tests/cluster/machines/debian.py); if [ -n "$$obstacle" ]; then \
-		echo "make test-cluster is left out: $$obstacle"; else python -m pytest -m cluster tests/cluster; fi
+		echo "make test-cluster is left out: $$obstacle"; else $(PYTEST) -m cluster tests/cluster; fi
 
 lint: install
 	ruff check .

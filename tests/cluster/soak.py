@@ -3,8 +3,10 @@
 The hosts are namespaces of this machine, each with one rank, started by mpirun (data parallel 2, ZeRO 1, bf16). Kinds
 of faults: kill -9 of one rank (kill_rank) or of both (kill_all); a rank that is stopped (hang); a host whose cable is
 pulled until all ranks have ended (cut); SIGTERM to both ranks (preempt). Before each start the checkpoint that it will
-take is verified. At the end metrics.jsonl must equal that of a run without faults, bit for bit. It needs root; Ctrl-C
-leaves no process and no host behind. ``kill_restart.py`` needs neither root nor a launcher, and has kills alone.
+take is verified. After every FAULTS_OF_A_ROUND of them the run is brought to an end, and its metrics.jsonl must equal
+that of a run without faults, bit for bit; then another one begins. It needs root; Ctrl-C leaves no process and no host
+behind, and the same command goes on with the round that was interrupted. ``kill_restart.py`` needs neither root nor a
+launcher, and has kills alone.
 
 Example:
     python tests/cluster/soak.py --times 500 --output results/soak.json
@@ -14,33 +16,36 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import random
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megalibi.console import Progress
+from megalibi.files import write_json
+from megalibi.metrics.provenance import describe_run
 from megalibi.runtime.exit import run_tool
-from tests.cluster.kill_restart import EVERY_STEPS, FOREVER, require_equal_records, verified_step, write_result
+from tests.cluster.kill_restart import EVERY_STEPS, FOREVER, PACKAGES, require_equal_records, verified_step
+from tests.cluster.lives import KINDS, Life, describe_life, summarize_lives
 from tests.cluster.machines.debian import find_obstacle
 from tests.cluster.machines.network import POLL_SECONDS, Hosts
 from tests.cluster.machines.training import RUN_SECONDS, Launched, find_ranks, mpirun
 from tests.support.jobs import last_step, write_job
 
 NODES = ("node1", "node2")
-KINDS = ("kill_rank", "kill_all", "hang", "cut", "preempt")
+FAULTS_OF_A_ROUND = 25
+"""An interruption loses no more; the run without faults costs as much time as two."""
 KILLED_WHILE_STARTING = 0.4
 """Share of the kills that come before the first step; there a hang would last ten minutes."""
 STARTING_SECONDS = 4.0
@@ -57,30 +62,6 @@ STEP_SECONDS = 5.0
 """Which no step of the undisturbed run takes, however busy the machine is; it has as many as all lives together."""
 LOSS = " | loss "
 """What each step prints."""
-
-
-@dataclass(kw_only=True)
-class Life:
-    """One life of the run, from its start to the end that a fault put to it."""
-
-    kind: str
-    """The kind of the fault, one of KINDS."""
-    victim: str
-    """The rank or the host that the fault struck."""
-    phase: str
-    """Whether the ranks were starting or training."""
-    resumed_from: int
-    """The step of the checkpoint that this life took, 0 if there was none."""
-    last_step: int
-    """The last step that was done before the fault ended it."""
-    ranks_end_seconds: float
-    """The time from the fault to the end of the last rank."""
-    launcher_end_seconds: float | None
-    """The time from the fault to the end of the launcher; None if it had to be killed after a cut."""
-    culprit_is_named: bool | None
-    """Whether a rank named who holds it up; None where none has to; else there are only stacks on standard error."""
-    restart_to_step_seconds: float | None = None
-    """The time from the next start to its first step; None if the next fault came before."""
 
 
 def soak(hosts: Hosts, folder: Path, times: int, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
@@ -124,19 +105,10 @@ def soak(hosts: Hosts, folder: Path, times: int, seed: int = 0, progress: Progre
     require_equal_records(run, folder / "undisturbed", steps)
     return {
         "faults": len(lives),
-        "recovery": {kind: _summarize([life for life in lives if life.kind == kind]) for kind in KINDS},
-        "hang_timeout_seconds": HANG_SECONDS,
         "steps_in_the_end": steps,
         "metrics_equal_undisturbed_run": True,
         "lives": [dataclasses.asdict(life) for life in lives],
     }
-
-
-def describe_life(life: Life) -> str:
-    """Return in words what ended a life, and after which time."""
-    seconds = life.launcher_end_seconds
-    end = f"ended after {seconds:.1f} s" if seconds is not None else "mpirun had to be killed"
-    return f"{life.kind} of {life.victim} after step {life.last_step}: {end}"
 
 
 def _draw_kinds(rng: random.Random, times: int) -> Iterator[str]:
@@ -262,46 +234,30 @@ def _read_step(run: Path) -> int:
     return verified_step(run) if (run / "checkpoints" / "latest").exists() else 0
 
 
-def _summarize(lives: list[Life]) -> dict[str, Any]:
-    """Return the distribution of each measured time, in seconds."""
-    names = ("ranks_end_seconds", "launcher_end_seconds", "restart_to_step_seconds")
-    columns = {name: sorted(value for life in lives if (value := getattr(life, name)) is not None) for name in names}
-    named = [life.culprit_is_named for life in lives if life.culprit_is_named is not None]
-    return (
-        {"faults": len(lives)}
-        | ({"culprit_named": sum(named)} if named else {})
-        | {
-            name: {
-                "min": values[0],
-                "median": round(statistics.median(values), 2),
-                "p90": values[int(0.9 * (len(values) - 1) + 0.5)],
-                "max": values[-1],
-            }
-            for name, values in columns.items()
-            if values
-        }
-    )
-
-
 def main() -> None:
     """Make the hosts, run it and write what happened."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=500, help="number of faults (default: 500)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random faults and moments (default: 0)")
-    parser.add_argument("--output", type=Path, help="JSON file to write; standard output if not given")
+    parser.add_argument("--output", type=Path, help="JSON file to write, or to add rounds to", required=True)
     parser.add_argument("--notes", default="", help="what else was going on, for the JSON file")
     arguments = parser.parse_args()
     obstacle = find_obstacle()
     if obstacle is not None:
         parser.error(f"no hosts on this machine: {obstacle}")
-    began = time.monotonic()
+    rounds = json.loads(arguments.output.read_text())["rounds"] if arguments.output.exists() else []
+    about = {"notes": arguments.notes} if arguments.notes else {}
     with tempfile.TemporaryDirectory() as name, Progress(line_every_seconds=0) as progress:
         folder = Path(name)
         with Hosts(NODES, folder / "hosts") as hosts:
-            result = soak(hosts, folder, arguments.times, arguments.seed, progress)
-    if arguments.notes:
-        result = {"notes": arguments.notes} | result
-    write_result(result, began, arguments.output)
+            while (left := arguments.times - sum(one["faults"] for one in rounds)) > 0:
+                began, seed = time.monotonic(), len(rounds)
+                (folder / f"round{seed}").mkdir()
+                done = soak(hosts, folder / f"round{seed}", min(left, FAULTS_OF_A_ROUND), seed, progress)
+                done |= {"seed": seed, "seconds": round(time.monotonic() - began, 1)}
+                rounds.append(about | describe_run("cpu", PACKAGES) | done)
+                lives = [Life(**life) for one in rounds for life in one["lives"]]
+                about_all = {"faults": len(lives), "hang_timeout_seconds": HANG_SECONDS}
+                write_json(about_all | {"recovery": summarize_lives(lives), "rounds": rounds}, arguments.output)
 
 
 if __name__ == "__main__":

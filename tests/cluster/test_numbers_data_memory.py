@@ -13,6 +13,7 @@ import pytest
 from megalibi.checkpoint import Checkpoint
 from tests.cluster.machines.network import POLL_SECONDS, Hosts
 from tests.cluster.machines.training import Launched, find_ranks, torchrun
+from tests.support import slow_rank
 from tests.support.checkpoints import assert_whole
 from tests.support.faults import change_byte, refuse_memory
 from tests.support.jobs import last_step, read_records, write_job
@@ -26,8 +27,8 @@ SEEN_SECONDS = 15.0
 """Within which a fault has ended every rank, however busy the machine is: it takes a step and the end of a process."""
 ROOM_BYTES = 200_000_000
 """What a process may take beyond what it has when its run has a folder: the engine, and not a step."""
-STOPPED_SECONDS, RUNNING_SECONDS = 0.04, 0.02
-"""How a rank is slowed down: it is stopped and let go on in turn."""
+BURN_SECONDS = 0.1
+"""With what a rank is busy in each step: more than its work, however busy the machine is."""
 
 
 def start(hosts: Hosts, config: Path, *overrides: str) -> list[Launched]:
@@ -48,9 +49,11 @@ def fail_soon(hosts: Hosts, launched: list[Launched]) -> str:
 
 
 def error_of(launched: list[Launched]) -> str:
+    """Return the one line of an error; what is found before the ranks have met is said by one of each host."""
     assert [each.wait() for each in launched] == [1, 1]  # torchrun's code for any other than 0
-    (line,) = [line for line in said(launched).splitlines() if line.startswith("error: ")]
-    return line
+    lines = [line for line in said(launched).splitlines() if line.startswith("error: ")]
+    assert len({line.partition(" [rank ")[0] for line in lines}) == 1, lines
+    return lines[0]
 
 
 def test_a_loss_that_is_not_a_number_on_one_host(hosts: Hosts, tmp_path: Path) -> None:
@@ -80,24 +83,18 @@ def test_a_loss_that_leaps_up(hosts: Hosts, tmp_path: Path) -> None:
     assert re.match(r"error: step 18 has loss .*, and there is train.max_rollbacks=1: the run stops; ", line)
 
 
-def test_a_host_that_is_slow_for_a_while(hosts: Hosts, tmp_path: Path) -> None:
-    config = write_job(tmp_path, train={"steps": FOREVER, "log_every_steps": 10}, checkpoint={"every_steps": 0})
-    launched = start(hosts, config)
-    launched[0].wait_until(lambda: last_step(tmp_path / "run") >= 10)
-    pid, step = find_ranks(hosts, "node2")[1], last_step(tmp_path / "run")
-
-    def slow_down_until_it_is_said() -> bool:
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(STOPPED_SECONDS)
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(RUNNING_SECONDS)
-        return "rank 1 on node2 is slow: its own work" in launched[0].output
-
-    launched[0].wait_until(slow_down_until_it_is_said)
+def test_a_host_that_is_slow(hosts: Hosts, tmp_path: Path) -> None:
+    config = write_job(tmp_path, train={"steps": 31, "log_every_steps": 10}, checkpoint={"every_steps": 0})
+    launched = torchrun(hosts, NODES, 1, config, script=[slow_rank.__file__, str(BURN_SECONDS)])
+    for each in launched:
+        each.succeed()
     compared = [record for record in read_records(tmp_path / "run") if "straggler_ratio" in record]
-    assert [record["slowest_rank"] for record in compared[-3:]] == [1, 1, 1]
-    assert last_step(tmp_path / "run") <= step + 60  # three comparisons of ten steps, and those before and after
-    launched[0].wait_until(lambda: "rank 1 on node2 is not the slow one any more" in launched[0].output)
+    assert [(record["step"], record["slowest_rank"]) for record in compared] == [(10, 1), (20, 1), (30, 1)]
+    (line,) = [line for line in said(launched).splitlines() if " is slow: " in line]
+    assert (
+        "WARNING [rank 0/2 on node1] rank 1 on node2 is slow: its own work, reading data and forward passes, " in line
+    )
+    assert "for 30 steps now" in line
 
 
 def test_a_token_file_that_changes_under_the_run_and_before_the_next(hosts: Hosts, tmp_path: Path) -> None:

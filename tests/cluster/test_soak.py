@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster import soak as soak_module
+from tests.cluster.lives import KINDS, Life, describe_life
 from tests.cluster.machines.network import Hosts
 from tests.cluster.machines.training import Launched
-from tests.cluster.soak import KINDS, NODES, Life, describe_life, soak, wait_for_end
+from tests.cluster.soak import NODES, soak, wait_for_end
 
 pytestmark = pytest.mark.cluster
 

@@ -35,6 +35,10 @@ def make_environment() -> dict[str, str]:
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        # A host's own folder in place of /tmp, which is shared: hosts of two sessions have the same names and numbers.
+        "OMPI_MCA_orte_tmpdir_base": "/dev/shm",
+        # Where one rank has ended the others get SIGKILL at once: by default seconds after SIGTERM.
+        "OMPI_MCA_odls_base_sigkill_timeout": "0",
     }  # fmt: skip
 
 
