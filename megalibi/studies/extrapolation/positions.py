@@ -161,8 +161,8 @@ def _describe_rises(curves: PositionCurves, train_length: int) -> str:
             at_end = _rise_of(curves[curve][max(curves[curve])][-1], curves[curve], train_length)
             found.append(f"{METHOD_NAMES[curve]} from {rise.first:,} tokens seen on ({at_end:+.1%} in the last range)")
     stays = [METHOD_NAMES[curve] for curve, rise in rises.items() if rise is None]
-    return (
-        f"Beyond the training length the mean loss is more than {FLAT:.0%} above that of the first row, from some "
-        f"range on to the end of the window: {'; '.join(found) or 'with no method'}."
-        + (f" Not so: {', '.join(stays)}." if stays else "")
-    )
+    above = f"more than {FLAT:.0%} above that of the first row, from some range on to the end of the window"
+    if not found:
+        return f"Beyond the training length no mean loss is {above}."
+    others = f" Not so: {', '.join(stays)}." if stays else ""
+    return f"Beyond the training length the mean loss is {above}: {'; '.join(found)}.{others}"
