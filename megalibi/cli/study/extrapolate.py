@@ -1,8 +1,9 @@
 """Train short, test long: train models with each position method, evaluate them past their training length, compare.
 
 Trains each of study.methods at data.seq_length with each of study.learning_rates, and with the best of them from each
-of study.seeds. Evaluates the models of the best rates at study.lengths by both protocols, and writes what the paper's
-Figure 4 shows: results.json, table.md and figure.png. After an interruption the same command resumes: finished
+of study.seeds. Evaluates the models of the best rates at study.lengths by both protocols and by position, with
+study.interpolate_slopes those of ALiBi with interpolated slopes too, and writes what the paper's Figure 4 shows:
+results.json, table.md, figure.png and figure_by_position.png. After an interruption the same command resumes: finished
 trainings and evaluations are not done again.
 """
 
@@ -100,7 +101,7 @@ def run(arguments: argparse.Namespace) -> None:
     write_extrapolation(output, study, base, sweeps=sweeps, results=results, findings=findings, device=device)
     for finding in findings:
         print(finding)
-    print(f"results: {output}/results.json, table.md, figure.png")
+    print(f"results: {output}/{', '.join(EXTRAPOLATION_FILES)}")
 
 
 COMMAND = Command(description=__doc__, examples=EXAMPLES, add_arguments=add_arguments, run=run)

@@ -8,20 +8,23 @@ from pathlib import Path
 from megalibi.checkpoint import Checkpoint
 from megalibi.config import Config
 from megalibi.evaluate.result import EvaluationResult, read_evaluation
+from megalibi.studies.extrapolation.positions import PositionColumns
 from megalibi.studies.extrapolation.study import (
+    INTERPOLATED,
     NONOVERLAPPING,
     PROTOCOLS,
     SLIDING,
     ExtrapolationStudy,
     SeedCurves,
     method_config,
+    trained_method,
 )
 from megalibi.studies.extrapolation.sweep import Sweep
 from megalibi.studies.machinery.machine import Machine
 from megalibi.studies.machinery.scorings import Scoring
 
 ResultsBySeed = Mapping[int, Mapping[str, Mapping[str, Mapping[int, EvaluationResult]]]]
-"""Seed -> protocol -> position method -> evaluation length -> result."""
+"""Seed -> protocol -> curve, by a key of METHOD_NAMES -> evaluation length -> result."""
 FinalRuns = Mapping[int, Mapping[str, Config]]
 """Seed -> position method -> the run with the method's learning rate."""
 
@@ -43,35 +46,45 @@ def final_runs(study: ExtrapolationStudy, base: Config, sweeps: Mapping[str, Swe
 def plan_evaluations(study: ExtrapolationStudy, runs: FinalRuns, machine: Machine) -> list[Scoring]:
     """Return all evaluations: quick ones first, sliding ones length by length: an interruption costs little.
 
+    Without overlap the losses are also taken by position, for which nothing more is computed.
+
     Args:
         study: The section ``study``.
         runs: The runs to evaluate; all are trained to their last step.
         machine: Where to evaluate.
     """
-    every = [(method, config) for of_seed in runs.values() for method, config in of_seed.items()]
+    every = [(curve, of_seed[trained_method(curve)]) for of_seed in runs.values() for curve in study.curves]
     calls = [
-        *((NONOVERLAPPING, config, study.lengths_of(method)) for method, config in every),
-        *((SLIDING, config, (n,)) for n in study.lengths for method, config in every if n in study.lengths_of(method)),
+        *((NONOVERLAPPING, curve, config, study.lengths_of(curve)) for curve, config in every),
+        *(
+            (SLIDING, curve, config, (length,))
+            for length in study.lengths
+            for curve, config in every
+            if length in study.lengths_of(curve)
+        ),
     ]
     return [
         Scoring(
-            label=Path(config.train.output_dir).name,
+            label=Path(config.train.output_dir).name + " interpolated" * (curve == INTERPOLATED),
             checkpoint=Checkpoint.open(Path(config.train.output_dir)).path,
             data=config.data.valid[0].prefix,
             protocol=protocol,
             stride=study.stride if protocol == SLIDING else None,
             tokens=study.tokens_of(protocol),
             lengths=lengths,
-            output=evaluation_path(config, protocol),
+            slope_scale="interpolate" if curve == INTERPOLATED else None,
+            by_position=protocol == NONOVERLAPPING,
+            output=evaluation_path(config, protocol, curve),
             machine=machine,
         )
-        for protocol, config, lengths in calls
+        for protocol, curve, config, lengths in calls
     ]
 
 
-def evaluation_path(config: Config, protocol: str) -> Path:
+def evaluation_path(config: Config, protocol: str, curve: str) -> Path:
     """Return the file of a run's evaluations by a protocol; it is in the run's folder, where its report finds it."""
-    return Path(config.train.output_dir) / f"evaluation_{protocol}.json"
+    scaled = "_interpolated" if curve == INTERPOLATED else ""
+    return Path(config.train.output_dir) / f"evaluation_{protocol}{scaled}.json"
 
 
 def read_evaluations(study: ExtrapolationStudy, runs: FinalRuns) -> ResultsBySeed:
@@ -83,16 +96,18 @@ def read_evaluations(study: ExtrapolationStudy, runs: FinalRuns) -> ResultsBySee
     """
     return {
         seed: {
-            protocol: {method: _read_lengths(study, method, config, protocol) for method, config in of_seed.items()}
+            protocol: {
+                curve: _read_lengths(study, curve, of_seed[trained_method(curve)], protocol) for curve in study.curves
+            }
             for protocol in PROTOCOLS
         }
         for seed, of_seed in runs.items()
     }
 
 
-def _read_lengths(study: ExtrapolationStudy, method: str, config: Config, protocol: str) -> dict[int, EvaluationResult]:
-    known = {row.length: row for row in read_evaluation(evaluation_path(config, protocol)).results}
-    return {length: known[length] for length in study.lengths_of(method)}
+def _read_lengths(study: ExtrapolationStudy, curve: str, config: Config, protocol: str) -> dict[int, EvaluationResult]:
+    known = {row.length: row for row in read_evaluation(evaluation_path(config, protocol, curve)).results}
+    return {length: known[length] for length in study.lengths_of(curve)}
 
 
 def perplexities_of(results: ResultsBySeed) -> SeedCurves:
@@ -101,6 +116,17 @@ def perplexities_of(results: ResultsBySeed) -> SeedCurves:
         seed: {
             protocol: {m: {length: row.perplexity for length, row in rows.items()} for m, rows in lines.items()}
             for protocol, lines in of_seed.items()
+        }
+        for seed, of_seed in results.items()
+    }
+
+
+def position_columns(results: ResultsBySeed) -> PositionColumns:
+    """Return the losses by position of all nonoverlapping results."""
+    return {
+        seed: {
+            curve: {length: row.by_position for length, row in rows.items() if row.by_position is not None}
+            for curve, rows in of_seed[NONOVERLAPPING].items()
         }
         for seed, of_seed in results.items()
     }

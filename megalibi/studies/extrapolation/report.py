@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from megalibi.report.markdown import format_page, format_table
 from megalibi.studies import paper
+from megalibi.studies.extrapolation.positions import PositionCurves, format_position_curves
 from megalibi.studies.extrapolation.spread import Spread, spread_curves
 from megalibi.studies.extrapolation.study import (
     METHOD_NAMES,
@@ -53,6 +54,7 @@ def format_extrapolation(
     curves: SeedCurves,
     findings: Sequence[Finding],
     *,
+    by_position: PositionCurves,
     sweeps: Mapping[str, Sweep],
     train_length: int,
     stride: int,
@@ -63,6 +65,7 @@ def format_extrapolation(
     Args:
         curves: Perplexities by seed, protocol and position method.
         findings: From judge_extrapolation.
+        by_position: From spread_positions; without curves the page has no losses by position.
         sweeps: The sweep of each method.
         train_length: Tokens that the models were trained at.
         stride: Tokens between the starts of two windows of sliding evaluation.
@@ -81,6 +84,8 @@ def format_extrapolation(
     sections += [("## Learning rates", format_sweeps(sweeps))]
     spreads = spread_curves(curves)
     sections += [(f"## {titles[p]}", _table(spreads[p], p, train_length)) for p in PROTOCOLS]
+    if by_position:
+        sections += [("## Loss by tokens seen", format_position_curves(by_position, train_length))]
     return format_page([*sections, ("## What the paper found, and what came out here", format_findings(findings))])
 
 

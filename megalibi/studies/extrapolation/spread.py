@@ -26,7 +26,7 @@ class Spread:
 
 
 SpreadCurves = Mapping[str, Mapping[str, Mapping[int, Spread]]]
-"""Protocol -> position method -> evaluation length -> perplexity over the seeds."""
+"""Protocol -> curve, by a key of METHOD_NAMES -> evaluation length -> perplexity over the seeds."""
 
 
 def spread_curves(curves: SeedCurves) -> SpreadCurves:

@@ -17,23 +17,27 @@ from megalibi.config import Config
 from megalibi.config.model import POSITION_METHODS
 from megalibi.errors import ConfigError
 
-EXTRAPOLATION_FILES = ("results.json", "table.md", "figure.png")
+EXTRAPOLATION_FILES = ("results.json", "table.md", "figure.png", "figure_by_position.png")
 """The files of a study's results."""
 NONOVERLAPPING, SLIDING = PROTOCOLS = ("nonoverlapping", "sliding")
+INTERPOLATED = "alibi_interpolated"
+"""The curve of ALiBi's models with the slopes of the training times training length / length (arXiv:2310.13017)."""
 METHOD_NAMES = {
     "sinusoidal": "sinusoidal",
     "rotary": "rotary",
     "t5_bias": "T5 bias",
     "alibi": "ALiBi",
+    INTERPOLATED: "ALiBi interpolated",
     "learned": "learned",
     "none": "none",
 }
-"""Position method -> its name in tables and pictures, in the order in which they list the methods."""
+"""Curve -> its name in tables and pictures, in the order in which they list the curves. A curve has the name of its
+models' position method; INTERPOLATED alone is a second one of the same models."""
 
 Perplexities = Mapping[int, float]
 """Evaluation length -> perplexity."""
 Curves = Mapping[str, Mapping[str, Perplexities]]
-"""Protocol -> position method -> perplexities."""
+"""Protocol -> curve, by a key of METHOD_NAMES -> perplexities."""
 SeedCurves = Mapping[int, Curves]
 """Seed -> the curves of the models that were trained from it; every seed has the same methods and lengths."""
 
@@ -57,6 +61,8 @@ class ExtrapolationStudy:
     """Tokens of data.valid that nonoverlapping evaluation scores."""
     sliding_tokens: int
     """Tokens of data.valid that sliding evaluation scores; each takes length / stride times as long."""
+    interpolate_slopes: bool = False
+    """Whether models of ALiBi, where there are any, are also evaluated with interpolated slopes: a curve of its own."""
     ranks: int = 1
     """The number of processes of each training."""
 
@@ -108,6 +114,11 @@ class ExtrapolationStudy:
                 "optimizer.min_learning_rate keeps its ratio to it at every rate of study.learning_rates"
             )
 
+    @property
+    def curves(self) -> tuple[str, ...]:
+        """What is evaluated: each method, and ALiBi's models once more if their slopes are to be interpolated."""
+        return (*self.methods, *((INTERPOLATED,) if self.interpolate_slopes and "alibi" in self.methods else ()))
+
     def lengths_of(self, method: str) -> tuple[int, ...]:
         """Return the lengths at which a method can be evaluated: learned positions end at the training length."""
         return self.lengths[:1] if method == "learned" else self.lengths
@@ -115,6 +126,11 @@ class ExtrapolationStudy:
     def tokens_of(self, protocol: str) -> int:
         """Return how many tokens of the text a protocol scores."""
         return self.nonoverlapping_tokens if protocol == NONOVERLAPPING else self.sliding_tokens
+
+
+def trained_method(curve: str) -> str:
+    """Return the position method of the models that a curve is of."""
+    return "alibi" if curve == INTERPOLATED else curve
 
 
 def method_config(base: Config, method: str, learning_rate: float, seed: int) -> Config:

@@ -1,10 +1,10 @@
-"""The files that an extrapolation study writes: results.json, table.md and figure.png."""
+"""The files that an extrapolation study writes: results.json, table.md and two pictures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from megalibi.metrics.provenance import describe_run
 from megalibi.metrics.records import read_metrics
 from megalibi.metrics.summary import summarize
 from megalibi.report.plots import save_figure
-from megalibi.studies.extrapolation.evaluations import ResultsBySeed, final_runs, perplexities_of
-from megalibi.studies.extrapolation.plot import extrapolation_figure
+from megalibi.studies.extrapolation.evaluations import ResultsBySeed, final_runs, perplexities_of, position_columns
+from megalibi.studies.extrapolation.plot import extrapolation_figure, loss_by_position_figure
+from megalibi.studies.extrapolation.positions import spread_positions
 from megalibi.studies.extrapolation.report import format_extrapolation
-from megalibi.studies.extrapolation.study import ExtrapolationStudy, method_config
+from megalibi.studies.extrapolation.study import INTERPOLATED, METHOD_NAMES, ExtrapolationStudy, method_config
 from megalibi.studies.extrapolation.sweep import Sweep
 from megalibi.studies.finding import Finding
 from megalibi.studies.machinery.trainings import find_divergence
@@ -89,6 +90,7 @@ def describe_extrapolation(
         f"{study.sliding_tokens:,} sliding, at every length.",
         f"Time in steps, all runs of a method together: {times}.",
         *([_describe_sinusoidal(base)] if "sinusoidal" in study.methods else []),
+        *([_describe_interpolated(base)] if INTERPOLATED in study.curves else []),
     ]
 
 
@@ -100,6 +102,14 @@ def _describe_sinusoidal(base: Config) -> str:
     return (
         "Sinusoidal: a table scaled to the token embeddings' initial standard deviation; in the paper's code the "
         "tokens are multiplied by sqrt(hidden size), and the amplitude is 1."
+    )
+
+
+def _describe_interpolated(base: Config) -> str:
+    return (
+        f"{METHOD_NAMES[INTERPOLATED]}: the models of {METHOD_NAMES['alibi']}, their slopes multiplied by "
+        f"{base.data.seq_length:,} / length when they are evaluated (position interpolation, arXiv:2310.13017); no "
+        "finding is about this curve."
     )
 
 
@@ -118,7 +128,7 @@ def write_extrapolation(
     findings: Sequence[Finding],
     device: str,
 ) -> None:
-    """Write results.json, table.md and figure.png.
+    """Write results.json, table.md, figure.png and figure_by_position.png.
 
     Args:
         output: The folder for them.
@@ -132,6 +142,8 @@ def write_extrapolation(
     Raises:
         FileError: A file cannot be written.
     """
+    curves, train_length = perplexities_of(results), base.data.seq_length
+    by_position = spread_positions(position_columns(results), train_length)
     trainings = describe_trainings(study, base, sweeps)
     record = {
         **describe_run(device, ("torch", "deepspeed")),
@@ -139,24 +151,41 @@ def write_extrapolation(
         "config": config_to_dict(base),
         "sweep": {method: describe_sweep(sweep) for method, sweep in sweeps.items()},
         "trainings": trainings,
-        "results": {
-            str(seed): {
-                protocol: {method: [row.to_dict() for row in rows.values()] for method, rows in lines.items()}
-                for protocol, lines in of_seed.items()
-            }
-            for seed, of_seed in results.items()
+        "results": describe_results(results),
+        "by_position": {
+            curve: {str(length): [asdict(spread) for spread in spreads] for length, spreads in by_length.items()}
+            for curve, by_length in by_position.items()
         },
         "findings": [asdict(finding) for finding in findings],
     }
     make_folder(output)
     write_json(record, output / "results.json")
-    curves, train_length = perplexities_of(results), base.data.seq_length
-    facts = describe_extrapolation(study, base, trainings)
     page = format_extrapolation(
-        curves, findings, sweeps=sweeps, train_length=train_length, stride=study.stride, facts=facts
+        curves,
+        findings,
+        by_position=by_position,
+        sweeps=sweeps,
+        train_length=train_length,
+        stride=study.stride,
+        facts=describe_extrapolation(study, base, trainings),
     )
     write_aside(output / "table.md", page)
     save_figure(extrapolation_figure(curves, train_length=train_length, stride=study.stride), output / "figure.png")
+    save_figure(loss_by_position_figure(by_position, train_length=train_length), output / "figure_by_position.png")
+
+
+def describe_results(results: ResultsBySeed) -> dict[str, Any]:
+    """Return the results as results.json has them: without the losses at each position, which the runs' files keep."""
+    return {
+        str(seed): {
+            protocol: {
+                curve: [replace(row, by_position=None).to_dict() for row in rows.values()]
+                for curve, rows in curves.items()
+            }
+            for protocol, curves in of_seed.items()
+        }
+        for seed, of_seed in results.items()
+    }
 
 
 def describe_sweep(sweep: Sweep) -> dict[str, Any]:

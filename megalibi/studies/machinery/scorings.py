@@ -35,6 +35,10 @@ class Scoring:
     """How many tokens of the text are scored, from the first on."""
     lengths: tuple[int, ...]
     """The evaluation lengths of this call."""
+    slope_scale: str | None = None
+    """What the slopes of ALiBi are multiplied by, as --slope-scale takes it; None: by nothing."""
+    by_position: bool = False
+    """Whether the results must have the losses by position, too; known results without them do not count then."""
     output: Path
     """The JSON file to write, or to add results to."""
     machine: Machine
@@ -56,8 +60,9 @@ class Scoring:
     def command(self, slot: int) -> list[str]:
         """Return the command that evaluates."""
         options = {**self._question(), "checkpoint": self.checkpoint, "lengths": self._lengths, "output": self._part}
-        arguments = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
-        return [*self.machine.start("evaluate"), *arguments]
+        given = {name.replace("_", "-"): str(value) for name, value in options.items() if value is not None}
+        arguments = [text for name, value in given.items() for text in (f"--{name}", value)]
+        return [*self.machine.start("evaluate"), *arguments, *["--by-position"] * self.by_position]
 
     def environment(self, slot: int) -> dict[str, str]:
         """Return the environment to evaluate in."""
@@ -84,8 +89,9 @@ class Scoring:
         return None
 
     def is_finished(self) -> bool:
-        """Return whether the output has every length of this call, of the same checkpoint, text and protocol."""
-        return set(self.lengths) <= {result.length for result in self._known_results()}
+        """Return whether the output has all that this call asks for, of the same checkpoint, text and protocol."""
+        known = (row for row in self._known_results() if row.by_position is not None or not self.by_position)
+        return set(self.lengths) <= {row.length for row in known}
 
     @property
     def _lengths(self) -> str:
@@ -97,7 +103,9 @@ class Scoring:
 
     def _question(self) -> dict[str, Any]:
         """Return what the results depend on beside the model and the length."""
-        return {"data": self.data, "protocol": self.protocol, "stride": self.stride, "tokens": self.tokens}
+        question = {"data": self.data, "protocol": self.protocol, "stride": self.stride, "tokens": self.tokens}
+        # Only where there is one: files from before there was an option for it answer the question without it.
+        return question if self.slope_scale is None else {**question, "slope_scale": self.slope_scale}
 
     def _model(self) -> str:
         """Return what identifies the checkpoint: the checksum of the checksums of its files."""

@@ -122,6 +122,19 @@ def check_results(results: dict[str, Any]) -> None:
             assert [row["length"] for row in rows] == [16, 32]
             assert all(row["tokens"] == tokens - 1 for row in rows)
             assert all(1.0 < row["perplexity"] < 509.0 for row in rows)  # something was learned
+            assert not any("by_position" in row for row in rows)
+    for method, by_length in results["by_position"].items():
+        plain = {row["length"]: row for row in results["results"][str(SEED)]["nonoverlapping"][method]}
+        assert [[(r["first"], r["last"]) for r in by_length[n]][-2:] for n in ("16", "32")] == [
+            [(5, 8), (9, 16)],
+            [(9, 16), (17, 32)],
+        ]
+        for length, ranges in by_length.items():
+            tokens = [r["tokens"] for r in ranges]
+            assert sum(tokens) == NONOVERLAPPING_TOKENS - 1
+            mean = sum(r["loss"]["mean"] * n for r, n in zip(ranges, tokens, strict=True)) / sum(tokens)
+            assert mean == pytest.approx(plain[int(length)]["loss"], abs=1e-6)
+    assert set(results["by_position"]) == set(METHODS)
     for method in METHODS:
         (training,) = results["trainings"][method]
         assert (training["steps"], training["learning_rate"], training["seed"]) == (STEPS, RATE, SEED)
@@ -149,7 +162,8 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
     assert [last_step(study, method) for method in METHODS] == [STEPS, STEPS]
     check_results(json.loads((results / "results.json").read_text()))
     assert "| 32 (2 x) |" in (results / "table.md").read_text()
-    assert (results / "figure.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("figure.png", "figure_by_position.png"):
+        assert (results / name).read_bytes().startswith(b"\x89PNG")
 
     before = contents(runs)
     code, output, errors = run(*arguments_of(study))
@@ -160,15 +174,32 @@ def test_a_study_survives_interruption_and_damage_and_does_nothing_twice(study: 
     assert contents(runs) == before
 
     # Another question: the models stay, and what is asked anew is scored anew, and alone.
-    code, output, errors = run(*arguments_of(study, "study.methods=[alibi]", "study.lengths=[16,48]"))
+    wider = ["study.methods=[alibi]", "study.lengths=[16,48]", "study.interpolate_slopes=true"]
+    code, output, errors = run(*arguments_of(study, *wider))
     assert code == 0, output + errors
-    assert [line.split(":")[0] for line in output.splitlines() if ": started" in line] == [
+    assert sorted(line.split(":")[0] for line in output.splitlines() if ": started" in line) == [
+        f"{alibi} interpolated nonoverlapping 16,48",
+        f"{alibi} interpolated sliding 16",
+        f"{alibi} interpolated sliding 48",
         f"{alibi} nonoverlapping 16,48",
         f"{alibi} sliding 48",
     ]
     page = (results / "table.md").read_text()
     assert "| 48 (3 x) |" in page
     assert "| 32 (2 x) |" not in page
+    check_interpolated(json.loads((results / "results.json").read_text()))
+
+
+def check_interpolated(results: dict[str, Any]) -> None:
+    """At the training length nothing is scaled; beyond it the same models are others."""
+    for protocol in ("nonoverlapping", "sliding"):
+        curves = results["results"][str(SEED)][protocol]
+        plain, scaled = (curves[name] for name in ("alibi", "alibi_interpolated"))
+        assert [row["slope_scale"] for row in scaled] == [1.0, 16 / 48]
+        assert scaled[0]["loss"] == plain[0]["loss"]
+        assert scaled[1]["loss"] != plain[1]["loss"]
+    assert set(results["trainings"]) == {"alibi"}
+    assert list(results["by_position"]["alibi_interpolated"]) == ["16", "48"]
 
 
 def test_a_wider_study_trains_what_is_new_alone_and_takes_the_best_rate_to_every_seed(study: Path, run: Runner) -> None:
@@ -226,7 +257,7 @@ def test_bad_input_is_one_line_and_exit_code_2(study: Path, run: Runner, case: s
 
 
 def test_a_result_that_cannot_be_written_is_said_before_the_work(study: Path, run: Runner, tmp_path: Path) -> None:
-    for name in ("results.json", "table.md", "figure.png"):
+    for name in ("results.json", "table.md", "figure.png", "figure_by_position.png"):
         (tmp_path / name).mkdir()
         target = f"train.output_dir={tmp_path / 'none'}"
         code, _, errors = run(*arguments_of(study, f"--output={tmp_path}", target))

@@ -108,6 +108,12 @@ def test_a_rate_at_the_edge_of_its_sweep_decides_nothing() -> None:
     assert all(f.holds is not None for f in judge_extrapolation({1: flat_curves()}, 8, ["none"]))  # not the paper's
 
 
+def test_interpolated_slopes_take_part_in_no_finding() -> None:
+    curves = flat_curves(alibi={8: 100.0, 16: 98.0, 32: 97.5})
+    beside = {p: {**lines, "alibi_interpolated": {8: 150.0, 16: 30.0, 32: 10.0}} for p, lines in curves.items()}
+    assert judge_extrapolation({1: beside}, 8) == judge_extrapolation({1: curves}, 8)
+
+
 def test_only_what_was_measured_is_judged() -> None:
     curves = {protocol: {"alibi": {8: 10.0, 16: 9.0}, "none": {8: 11.0, 16: 30.0}} for protocol in PROTOCOLS}
     assert len(judge_extrapolation({1: curves}, 8)) == 2

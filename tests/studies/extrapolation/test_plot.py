@@ -3,7 +3,7 @@ from __future__ import annotations
 from matplotlib.collections import PolyCollection
 
 from megalibi.studies.extrapolation.plot import extrapolation_figure
-from megalibi.studies.extrapolation.study import PROTOCOLS
+from megalibi.studies.extrapolation.study import METHOD_NAMES, PROTOCOLS
 from tests.support.paper_curves import paper_curves
 
 
@@ -25,3 +25,13 @@ def test_a_line_is_the_mean_and_its_band_reaches_from_the_lowest_seed_to_the_hig
         (band,) = [drawn for drawn in axes.collections if isinstance(drawn, PolyCollection)]
         corners = {(x, y) for path in band.get_paths() for x, y in path.vertices.tolist()}
         assert corners == {(8.0, 4.0), (8.0, 6.5), (16.0, 5.0)}
+
+
+def test_the_names_of_all_curves_have_room() -> None:
+    lines = {curve: {8: 5.0, 16: 6.0} for curve in METHOD_NAMES}
+    figure = extrapolation_figure({1: dict.fromkeys(PROTOCOLS, lines)}, train_length=8, stride=1)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(METHOD_NAMES.values())
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from megalibi.studies.extrapolation.findings import judge_extrapolation
+from megalibi.studies.extrapolation.positions import spread_positions
 from megalibi.studies.extrapolation.report import find_published, format_extrapolation, nearest_train_length
 from megalibi.studies.extrapolation.study import PROTOCOLS
 from megalibi.studies.extrapolation.sweep import Sweep
@@ -29,6 +30,7 @@ def test_the_page_has_every_number_with_the_papers_beside() -> None:
     page = format_extrapolation(
         curves,
         judge_extrapolation(curves, 256),
+        by_position={},
         sweeps={"sinusoidal": SWEEP, "none": SWEEP},
         train_length=256,
         stride=64,
@@ -50,10 +52,36 @@ def test_the_page_has_every_number_with_the_papers_beside() -> None:
 def test_several_seeds_stand_as_their_mean_and_their_ends() -> None:
     seeds = {seed: {p: {"alibi": {256: 50.0 + seed, 512: 49.0}} for p in PROTOCOLS} for seed in (0, 1, 5)}
     page = format_extrapolation(
-        seeds, judge_extrapolation(seeds, 256), sweeps={"alibi": SWEEP}, train_length=256, stride=64, facts=[]
+        seeds,
+        judge_extrapolation(seeds, 256),
+        by_position={},
+        sweeps={"alibi": SWEEP},
+        train_length=256,
+        stride=64,
+        facts=[],
     )
     assert page.count("| 256 (1 x) | 52.00 (50.00 to 55.00) | 512 (1 x) |") == 2
     assert page.count("| 512 (2 x) | 49.00 | 1,") == 2
+
+
+def test_interpolated_slopes_are_a_column_beside_alibi_and_losses_by_position_a_section() -> None:
+    curves = {
+        1: {p: {"alibi_interpolated": {256: 50.0, 512: 49.5}, "alibi": {256: 50.0, 512: 49.0}} for p in PROTOCOLS}
+    }
+    columns = {"seen": [128, 256], "loss": [4.5, 4.0], "tokens": [1, 1]}
+    page = format_extrapolation(
+        curves,
+        [],
+        by_position=spread_positions({1: {"alibi": {256: columns}}}, 256),
+        sweeps={"alibi": SWEEP},
+        train_length=256,
+        stride=64,
+        facts=[],
+    )
+    heads = "| tokens | ALiBi | ALiBi interpolated | paper's tokens | *ALiBi* |"
+    assert page.count(heads) == 2
+    assert page.count("| 512 (2 x) | 49.00 | 49.50 | 1,0") == 2
+    assert "## Loss by tokens seen\n\n| tokens seen | predictions | ALiBi |" in page
 
 
 def read_tables(page: str) -> list[str]:
@@ -73,6 +101,12 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
     }
     train_length = results["config"]["data"]["seq_length"]
     page = format_extrapolation(
-        curves, [], sweeps={"alibi": SWEEP}, train_length=train_length, stride=results["study"]["stride"], facts=[]
+        curves,
+        [],
+        by_position={},
+        sweeps={"alibi": SWEEP},
+        train_length=train_length,
+        stride=results["study"]["stride"],
+        facts=[],
     )
     assert read_tables(page) == read_tables((COMMITTED / "table.md").read_text())

@@ -6,7 +6,7 @@ import pytest
 
 from megalibi.config import find_differences
 from megalibi.errors import ConfigError
-from megalibi.studies.extrapolation.study import ExtrapolationStudy, method_config
+from megalibi.studies.extrapolation.study import INTERPOLATED, ExtrapolationStudy, method_config, trained_method
 from tests.support.runs import make_config
 
 
@@ -88,3 +88,11 @@ def test_learned_positions_end_at_the_training_length() -> None:
     assert method_config(base, "learned", 1e-3, 1).model.max_position_embeddings == 33
     assert make_study().lengths_of("learned") == (33,)
     assert make_study().lengths_of("alibi") == (33, 66)
+
+
+def test_interpolated_slopes_are_one_curve_more_of_the_same_models() -> None:
+    assert make_study().curves == ("alibi", "learned")
+    assert make_study(interpolate_slopes=True).curves == ("alibi", "learned", INTERPOLATED)
+    assert make_study(interpolate_slopes=True, methods=("rotary",)).curves == ("rotary",)
+    assert make_study().lengths_of(INTERPOLATED) == (33, 66)
+    assert [trained_method(curve) for curve in ("learned", "alibi", INTERPOLATED)] == ["learned", "alibi", "alibi"]

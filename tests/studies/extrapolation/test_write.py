@@ -7,7 +7,7 @@ from megalibi.studies.extrapolation.write import describe_extrapolation
 from tests.support.runs import make_config
 
 
-def make_study(*methods: str) -> ExtrapolationStudy:
+def make_study(*methods: str, interpolate_slopes: bool = False) -> ExtrapolationStudy:
     return ExtrapolationStudy(
         methods=methods,
         learning_rates=(1e-3, 2e-3),
@@ -16,6 +16,7 @@ def make_study(*methods: str) -> ExtrapolationStudy:
         stride=8,
         nonoverlapping_tokens=100,
         sliding_tokens=90,
+        interpolate_slopes=interpolate_slopes,
     )
 
 
@@ -26,3 +27,11 @@ def test_which_sinusoidal_positions_were_trained_is_said_where_there_are_any() -
     assert describe_extrapolation(study, scaled, {})[-1].startswith("Sinusoidal: tokens multiplied by sqrt(")
     assert describe_extrapolation(study, base, {})[-1].startswith("Sinusoidal: a table scaled to the token embeddings'")
     assert not any("Sinusoidal" in fact for fact in describe_extrapolation(make_study("alibi"), base, {}))
+
+
+def test_interpolated_slopes_are_said_where_alibi_was_evaluated_with_them() -> None:
+    base = make_config("tokens")
+    said = describe_extrapolation(make_study("alibi", interpolate_slopes=True), base, {})[-1]
+    assert said.startswith("ALiBi interpolated: the models of ALiBi, their slopes multiplied by 33 / length ")
+    for study in (make_study("alibi"), make_study("rotary", interpolate_slopes=True)):
+        assert not any("interpolated" in fact for fact in describe_extrapolation(study, base, {}))

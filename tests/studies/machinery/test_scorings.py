@@ -49,6 +49,18 @@ def test_the_output_is_an_evaluation_and_nothing_else_is_left(scoring: Scoring) 
     assert [path.name for path in scoring.output.parent.glob("evaluation*")] == ["evaluation_sliding.json"]
 
 
+def test_the_command_asks_for_what_is_set_alone(scoring: Scoring) -> None:
+    plain = scoring.command(0)
+    assert not {"--slope-scale", "--by-position"} & set(plain)
+    asked = dataclasses.replace(scoring, slope_scale="interpolate", by_position=True).command(0)
+    assert [word for word in asked if word not in plain] == ["--slope-scale", "interpolate", "--by-position"]
+
+
+def test_a_file_from_before_slopes_could_be_scaled_answers_the_same_question(scoring: Scoring) -> None:
+    asked = {"data": scoring.data, "protocol": "sliding", "stride": 8, "tokens": TOKENS}
+    assert json.loads(scoring.output.read_text())["question"] == asked
+
+
 def test_what_is_known_is_not_scored_again(scoring: Scoring) -> None:
     before, shown = scoring.output.stat().st_mtime_ns, StringIO()
     alone = dataclasses.replace(scoring, lengths=(32,))
@@ -61,6 +73,8 @@ def test_another_question_or_model_is_not_answered_by_it(scoring: Scoring, tmp_p
     assert scoring.is_finished()
     for change in ({"lengths": (16, 33)}, {"stride": 4}, {"tokens": 399}, {"data": "other"}, {"protocol": "other"}):
         assert not dataclasses.replace(scoring, **change).is_finished()  # type: ignore[arg-type]
+    assert not dataclasses.replace(scoring, slope_scale="interpolate").is_finished()
+    assert not dataclasses.replace(scoring, by_position=True).is_finished()  # it has no losses by position
     (tmp_path / "manifest.sha256").write_text("of another checkpoint")
     assert not dataclasses.replace(scoring, checkpoint=tmp_path).is_finished()
 
