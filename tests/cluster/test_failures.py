@@ -68,6 +68,7 @@ def test_a_host_is_cut_off_in_the_middle_of_a_step(hosts: Hosts, tmp_path: Path)
         ("spin", r"Python code \(tests/support/hanging_rank\.py:\d+, spin_for_ever\)", "spin_for_ever"),
         ("read", r"a data read \(megalibi/data/loader\.py:\d+, [^)]*\)", "read_or_hang"),
     ],
+    ids=["in Python", "in a data read"],
 )
 def test_a_rank_of_another_host_hangs(way: str, place: str, function: str, hosts: Hosts, tmp_path: Path) -> None:
     run, script = tmp_path / "run", Path(hanging_rank.__file__)
