@@ -12,6 +12,7 @@ from megalibi.config import config_to_dict
 from megalibi.engine.build import build_engine
 from megalibi.engine.step import StepResult
 from megalibi.files import write_json
+from megalibi.measure.other_work import OtherWork, read_load_average
 from megalibi.metrics.memory import memory_peak_bytes
 from megalibi.metrics.provenance import describe_run
 from megalibi.plan.memory_trace import measure_memory
@@ -35,6 +36,7 @@ def measure_turn(job: Job, output: Path) -> None:
         DivergenceError: The loss or the gradient is not finite.
         FileError: The output cannot be written.
     """
+    load_before = read_load_average()
     config, groups, device = job.config, job.groups, job.device
     engine = build_engine(config, job.derived, groups, device)
     loader = open_loader(job)
@@ -43,18 +45,23 @@ def measure_turn(job: Job, output: Path) -> None:
         batches = read_together(lambda: loader.micro_batches(step * config.train.global_batch_size), groups, device)
         return take_step(job, engine, batches, step)
 
-    step_seconds = []
+    step_seconds, other_work = [], OtherWork()
     for step in range(config.train.steps):
         began = time.perf_counter()
         result = read_and_step(step)  # reading its loss back waits for the device
         step_seconds.append(time.perf_counter() - began)
         check_finite(step + 1, result, config.train.precision, "measure")
+    other_busy_cores, load_after = other_work.busy_cores(), read_load_average()
     device_bytes = device_peak_bytes(device)  # before tracing the memory takes some itself
     memory = measure_memory(engine, lambda: read_and_step(config.train.steps), device)
     loader.close()
     if groups.world.rank == 0:
         turn = {
             "step_seconds": step_seconds,
+            "load_before": load_before,
+            "load_after": load_after,
+            # Each rank knows its own work alone, and would take that of the others for a disturbance.
+            "other_busy_cores": other_busy_cores if groups.world.size == 1 else None,
             "device_bytes": device_bytes,
             "memory": dataclasses.asdict(memory),
             "config": config_to_dict(config),

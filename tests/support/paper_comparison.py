@@ -41,7 +41,7 @@ def paper_speed(variant: Variant) -> Speed:
     return Speed(
         variant=variant,
         step_seconds=Quartiles(low=seconds, median=seconds, high=seconds),
-        turn_medians={1: seconds},
+        turn_medians=dict.fromkeys((1, 2, 3), seconds),
         batch_tokens=1000,
         memory=memory,
         device_bytes=32 * 10**9,
@@ -67,6 +67,16 @@ def change_quality(results: Results, model: ComparedModel, perplexities: dict[in
     return dataclasses.replace(results, qualities={**results.qualities, model: quality})
 
 
+def change_turns(results: Results, model: ComparedModel, attention: str, *slowness: float) -> Results:
+    """The results with other turns of one speed: each is so many times as slow as the median step was."""
+    variant = Variant(model=model, attention=attention)
+    speed = results.speeds[variant]
+    medians = {n: factor * speed.step_seconds.median for n, factor in enumerate(slowness, start=1)}
+    return dataclasses.replace(
+        results, speeds={**results.speeds, variant: dataclasses.replace(speed, turn_medians=medians)}
+    )
+
+
 def slow_alibi_results(slowness: float) -> Results:
     """The paper's numbers, with ALiBi at 1,024 so much slower than sinusoidal positions at 2,048."""
     results = paper_results()
@@ -78,7 +88,7 @@ def slow_alibi_results(slowness: float) -> Results:
         speeds[variant] = dataclasses.replace(
             other,
             variant=variant,
-            turn_medians={1: seconds},
+            turn_medians=dict.fromkeys((1, 2, 3), seconds),
             step_seconds=Quartiles(low=seconds, median=seconds, high=seconds),
         )
     return dataclasses.replace(results, speeds=speeds)

@@ -1,9 +1,10 @@
 """Compare ALiBi with sinusoidal positions at twice the length, and both at every length: the paper's 1.3B comparison.
 
 Part one measures speed: every model takes steps with attention that holds its scores (unfused) and with fast attention,
-in turns of fresh processes. Part two measures quality: the models are trained to equal updates, and their checkpoints
-are evaluated. The results are report.md, figure5.png and results.json. After an interruption the same command resumes;
-nothing is done twice.
+in turns of fresh processes. Nothing else should run meanwhile: a speed whose turns disagree decides nothing, and the
+command says which to measure again. Part two measures quality: the models are trained to equal updates, and their
+checkpoints are evaluated. The results are report.md, figure5.png and results.json. After an interruption the same
+command resumes (without --again, which begins anew); nothing is done twice.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ SCALES = ("smoke", "small", "1.3b", "1.3b_10min")
 EXAMPLES = """examples:
   {command} --scale smoke
   {command} --scale small --data data/books-train --valid data/books-valid --jobs 2
+  {command} --scale small --part speed --again 2
   {command} --scale 1.3b --plan
   {command} --scale 1.3b --part speed --data data/train --valid data/valid study.turns=5
 scales:
@@ -52,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="PREFIX", help="token file to train on (data.train)")
     parser.add_argument("--valid", metavar="PREFIX", help="token file to evaluate on (data.valid)")
     parser.add_argument("--part", choices=["speed", "quality", "all"], default="all", help="default: %(default)s")
+    parser.add_argument(
+        "--again",
+        type=_parse_numbers,
+        default=(),
+        metavar="N,N",
+        help="turns of part one to measure again, with every model; their records are kept beside the new ones",
+    )
     parser.add_argument(
         "--plan", action="store_true", help="run nothing; compute shapes, parameters and memory without a device"
     )
@@ -71,6 +80,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher", default="", metavar="COMMAND", help="what starts the ranks: 'srun python', for example"
     )
+
+
+def _parse_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers of turns, such as 1,3, not {text}") from None
 
 
 def load_comparison(arguments: argparse.Namespace) -> tuple[CompareStudy, Config]:
@@ -109,15 +125,26 @@ def check_devices(arguments: argparse.Namespace, plans: Mapping[Variant, MemoryB
         )
 
 
+def _say_load(console: Console) -> None:
+    from megalibi.measure.other_work import read_load_average
+
+    load = read_load_average()
+    if load is not None:
+        console.print(f"load average of the last minute: {load:.2f}; whatever runs beside the turns disturbs them")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Check everything, measure, train, evaluate, write the results, and print the findings."""
     study, base = load_comparison(arguments)
     machine = detect_machine(os.environ, jobs=arguments.jobs, ranks=study.ranks, launcher=arguments.launcher)
     output = find_output(arguments)
     check_folder(output, "--output", files=COMPARISON_FILES)
+    if arguments.again and (arguments.plan or arguments.part == "quality"):
+        raise ConfigError("--again: measures turns of part one again, which --plan and --part quality leave out")
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.
+    from megalibi.metrics.provenance import describe_origin
     from megalibi.studies.comparison.plan import plan_variants, select_plans
     from megalibi.studies.comparison.quality import (
         check_quality,
@@ -126,10 +153,12 @@ def run(arguments: argparse.Namespace) -> None:
         read_qualities,
         train_models,
     )
+    from megalibi.studies.comparison.report.advice import advise
     from megalibi.studies.comparison.report.findings import judge_comparison
     from megalibi.studies.comparison.report.write import describe_comparison, write_comparison
     from megalibi.studies.comparison.results import Results
-    from megalibi.studies.comparison.speed import plan_turns, read_speeds, run_turns
+    from megalibi.studies.comparison.speed import read_speeds
+    from megalibi.studies.comparison.turns import commit_of, plan_turns, run_turns
 
     console = Console(highlight=False, soft_wrap=True)
     check_quality(base)
@@ -153,7 +182,8 @@ def run(arguments: argparse.Namespace) -> None:
         return results
 
     if not arguments.plan and arguments.part != "quality":
-        run_turns(turns, console)
+        _say_load(console)
+        run_turns(turns, console, commit=commit_of(describe_origin()), again=arguments.again)
         write()  # part two takes longer
     if not arguments.plan and arguments.part != "speed":
         train_models(base, study, machine, console)
@@ -161,6 +191,8 @@ def run(arguments: argparse.Namespace) -> None:
     results = write()
     for finding in judge_comparison(results):
         print(finding)
+    for line in advise(results.speeds, describe_origin()["command"]):
+        print(line)
     print(f"results: {output}/results.json, report.md{f', {FIGURE_5}' if results.has_curves else ''}")
 
 

@@ -64,7 +64,8 @@ class Results:
     def rate_gain(self, model: ComparedModel, baseline: ComparedModel, attention: str) -> Quartiles | None:
         """Return a model's gain in updates an hour over a baseline as quartiles over the turns; 0.1 is 10% more."""
         speed, other = self.find_speed(model, attention), self.find_speed(baseline, attention)
-        return speed.rate_gain(other) if speed and other else None
+        has_common = speed and other and speed.turn_medians.keys() & other.turn_medians.keys()
+        return speed.rate_gain(other) if speed and other and has_common else None
 
     def memory_saving(self, model: ComparedModel, baseline: ComparedModel, attention: str) -> float | None:
         """Return by what share a model takes less memory than a baseline at the allocator's peak; 0.1 is 10% less."""
@@ -147,6 +148,11 @@ def _speed_to_json(speed: Speed) -> dict[str, Any]:
     return {
         "step_seconds": dataclasses.asdict(speed.step_seconds),
         "turn_median_step_seconds": list(speed.turn_medians.values()),
+        "turn_spread": speed.turn_spread,
+        "disturbance": speed.disturbance,
+        "turn_conditions": [dataclasses.asdict(conditions) for conditions in speed.turn_conditions.values()],
+        "turns_replaced": speed.turns_replaced,
+        "commit": speed.commit,
         "tokens_per_second": speed.tokens_per_second,
         "updates_per_hour": speed.updates_per_hour,
         "allocator_peak_bytes": speed.memory.total,

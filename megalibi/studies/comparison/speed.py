@@ -1,93 +1,22 @@
-"""Part one of the comparison: speed and memory, in turns of fresh processes; the result of each turn is kept."""
+"""What part one of the comparison has measured: speed and memory, summed up over the turns of each variant."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, save_config
+from megalibi.config import Config
 from megalibi.errors import ConfigError
 from megalibi.metrics.summary import Quartiles
 from megalibi.plan.memory_trace import MemoryByKind
-from megalibi.studies.comparison.study import CompareStudy, Variant, variant_config, variants
-from megalibi.studies.machinery.jobs import run_jobs
-from megalibi.studies.machinery.machine import Machine
-from megalibi.studies.machinery.trainings import check_unchanged
-from megalibi.train.check import check_run
-
-# Recomputation changes no weight, but it costs time and saves memory.
-_NO_TURN_DEPENDS_ON = NO_WEIGHT_DEPENDS_ON - {"model.recompute"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """One turn of a variant; ``train.output_dir`` of its configuration is the variant's folder."""
-
-    config: Config
-    """The configuration of the steps that are measured."""
-    number: int
-    """The number of the turn, from 1 on."""
-    machine: Machine
-    """The machine to measure on."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder of the variant."""
-        return Path(self.config.train.output_dir)
-
-    @property
-    def name(self) -> str:
-        """The name of the turn on the console."""
-        return f"{self.folder.name} turn {self.number}"
-
-    @property
-    def output(self) -> Path:
-        """The JSON file with what was measured."""
-        return self.folder / f"turn_{self.number}.json"
-
-    @property
-    def log(self) -> Path:
-        """The file that gets the output of the process."""
-        return self.folder / f"turn_{self.number}.log"
-
-    def prepare(self) -> None:
-        """Write the YAML file."""
-        save_config(self.config, self.folder / "turn.yaml")
-
-    def command(self, slot: int) -> list[str]:
-        """Return the command that measures."""
-        measure = self.machine.launch(slot, "study", "measure-turn")
-        return [*measure, "--config", str(self.folder / "turn.yaml"), "--output", str(self.output)]
-
-    def environment(self, slot: int) -> dict[str, str]:
-        """Return the environment to measure in."""
-        return self.machine.environment_of(slot, self.machine.ranks)
-
-    def progress(self) -> None:
-        """Return None: a turn is too short to say how far it is."""
-
-    def finish(self, exit_code: int) -> str | None:
-        """Return what went wrong. The output file decides: launchers have exit codes of their own."""
-        return None if self.output.is_file() else f"failed with exit code {exit_code}"
-
-    def read(self) -> dict[str, Any] | None:
-        """Return what was measured, or None before that.
-
-        Raises:
-            ConfigError: It was measured with another configuration.
-        """
-        if not self.output.is_file():
-            return None
-        turn = json.loads(self.output.read_text(encoding="utf-8"))
-        check_unchanged(self.config, turn["config"], free=_NO_TURN_DEPENDS_ON, what=f"{self.output} was measured")
-        return dict(turn)
+from megalibi.studies.comparison.disturbance import TurnConditions, find_disturbance, relative_range
+from megalibi.studies.comparison.study import CompareStudy, Variant
+from megalibi.studies.comparison.turns import Turn, check_commits, commit_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +35,22 @@ class Speed:
     """Bytes of rank 0 at the allocator's peak, of the turn where they were most."""
     device_bytes: int
     """Bytes that the device, or on a CPU the process, held at its peak, libraries included: the most of all turns."""
+    turn_conditions: Mapping[int, TurnConditions] = field(default_factory=dict)
+    """Number of a turn -> what it was measured beside; results of an earlier form have none."""
+    turns_replaced: int = 0
+    """How many measured turns were set aside and measured again."""
+    commit: str = ""
+    """The commit that all turns were measured under; empty: not known."""
+
+    @property
+    def turn_spread(self) -> float:
+        """How far the turns lie apart: the range of their medians over the median of these."""
+        return relative_range(self.turn_medians)
+
+    @property
+    def disturbance(self) -> str:
+        """Why nothing can be decided by this speed, in words; empty if it was not disturbed."""
+        return find_disturbance(self.turn_medians)
 
     @property
     def tokens_per_second(self) -> float:
@@ -123,57 +68,6 @@ class Speed:
         return Quartiles.of([baseline.turn_medians[n] / self.turn_medians[n] - 1.0 for n in common])
 
 
-def plan_turns(base: Config, study: CompareStudy, machine: Machine) -> dict[Variant, list[Turn]]:
-    """Return the turns of every variant.
-
-    Args:
-        base: The study's configuration.
-        study: Its section ``study``.
-        machine: Where they run.
-    """
-    alone = dataclasses.replace(machine, jobs=1)  # nothing runs beside what is timed
-    return {
-        variant: [
-            Turn(config=variant_config(base, study, variant), number=number, machine=alone)
-            for number in range(1, study.turns + 1)
-        ]
-        for variant in variants(study)
-    }
-
-
-def order_turns(turns: Mapping[Variant, Sequence[Turn]]) -> list[Turn]:
-    """Return the turns round by round, every second round backwards, so that no variant always follows the same one.
-
-    Args:
-        turns: From plan_turns.
-    """
-    rounds = zip(*turns.values(), strict=True)
-    return [turn for number, of_round in enumerate(rounds) for turn in of_round[:: -1 if number % 2 else 1]]
-
-
-def run_turns(turns: Mapping[Variant, Sequence[Turn]], console: Console) -> None:
-    """Measure what is not measured yet: the first turns of all variants, then the second ones, and so on.
-
-    In this order other work on the machine slows all variants down alike.
-
-    Args:
-        turns: From plan_turns.
-        console: Where to show progress.
-
-    Raises:
-        ConfigError: A turn was measured with another configuration. Nothing has started.
-        JobError: A turn failed; the others have ended before.
-    """
-    ordered = order_turns(turns)
-    missing = [turn for turn in ordered if turn.read() is None]
-    for turn in {turn.folder: turn for turn in missing}.values():
-        check_run(turn.config, turn.machine.ranks)
-    if len(missing) < len(ordered):
-        console.print(f"{len(ordered) - len(missing)} of {len(ordered)} turns measured already", highlight=False)
-    if missing:
-        run_jobs(missing, at_once=1, console=console)
-
-
 def read_speeds(turns: Mapping[Variant, Sequence[Turn]], study: CompareStudy) -> dict[Variant, Speed]:
     """Return what has been measured so far; variants without a measured turn are left out.
 
@@ -182,15 +76,22 @@ def read_speeds(turns: Mapping[Variant, Sequence[Turn]], study: CompareStudy) ->
         study: The section ``study``, which says how many steps of a turn do not count.
 
     Raises:
-        ConfigError: Turns were measured on different hardware; such times cannot be compared.
+        ConfigError: Turns were measured on different hardware or under different commits; such times cannot be
+            compared.
     """
     speeds: dict[Variant, Speed] = {}
     hardware: dict[str, Path] = {}
+    commits: dict[Path, str] = {}
     for variant, of_variant in turns.items():
         done = {turn.number: record for turn in of_variant if (record := turn.read()) is not None}
         hardware |= {_hardware_of(record): of_variant[number - 1].output for number, record in done.items()}
+        commits |= {of_variant[number - 1].output: commit_of(record) for number, record in done.items()}
         if done:
-            speeds[variant] = summarize_turns(variant, done, study.warm_steps, of_variant[0].config)
+            speed = summarize_turns(variant, done, study.warm_steps, of_variant[0].config)
+            speeds[variant] = dataclasses.replace(
+                speed, turns_replaced=sum(len(turn.replaced()) for turn in of_variant)
+            )
+    check_commits(commits)
     if len(hardware) > 1:
         one, other = list(hardware.items())[:2]
         raise ConfigError(
@@ -225,4 +126,12 @@ def summarize_turns(
         batch_tokens=config.train.global_batch_size * config.data.seq_length,
         memory=max(memories, key=lambda memory: memory.total),
         device_bytes=max(record["device_bytes"] for record in records.values()),
+        turn_conditions={number: _conditions_of(record, counted[number]) for number, record in records.items()},
+        commit=commit_of(next(iter(records.values()))),
     )
+
+
+def _conditions_of(record: Mapping[str, Any], counted_seconds: Sequence[float]) -> TurnConditions:
+    seconds = Quartiles.of(counted_seconds)
+    known = {name: record.get(name) for name in ("load_before", "load_after", "other_busy_cores")}
+    return TurnConditions(step_spread=(seconds.high - seconds.low) / seconds.median, **known)

@@ -1,7 +1,8 @@
 """The paper's large comparison (arXiv:2108.12409, section 4.2): ALiBi against sinusoidal positions at twice the length.
 
 This module says what is compared with what: the section ``study``, the models, and how the run of each model follows
-from the study's run. Part one (speed.py) measures speed and memory, part two (quality.py) trains and evaluates.
+from the study's run. Part one (turns.py, speed.py) measures speed and memory, part two (quality.py) trains and
+evaluates.
 """
 
 from __future__ import annotations

@@ -81,6 +81,16 @@ def check_results(results: dict[str, Any]) -> None:
         planned = sum(results["planned_memory_bytes"][name].values())
         assert planned == pytest.approx(speed["allocator_peak_bytes"], rel=PLAN_BOUND)
         assert speed["device_peak_bytes"] > speed["allocator_peak_bytes"]
+        assert (speed["turn_spread"], speed["turns_replaced"]) == (0.0, 0)
+        assert speed["disturbance"] == "too few turns (1, not 3)"
+        (conditions,) = speed["turn_conditions"]
+        assert 0.0 <= conditions["step_spread"] < 10.0
+        assert min(conditions["load_before"], conditions["load_after"]) > 0.0
+        assert len(speed["commit"]) >= 7
+        assert not speed["commit"].endswith("-dirty")
+    assert len({speed["commit"] for speed in results["speed"].values()}) == 1
+    about_speed = [f for f in results["findings"] if "updates an hour" in f["expected"]]
+    assert [f["holds"] for f in about_speed] == [None, None]
     assert set(results["quality"]) == MODELS
     by_updates = {name: quality["perplexity_by_updates_and_length"] for name, quality in results["quality"].items()}
     last = {name: by_length[str(STEPS)] for name, by_length in by_updates.items()}
@@ -119,6 +129,9 @@ def test_smoke_from_nothing_to_the_report_and_again(
     check_results(json.loads((folder / "results" / "results.json").read_text()))
     assert (folder / "results" / "figure5.png").read_bytes().startswith(b"\x89PNG")
     assert "in the paper:" in output
+    assert "load average of the last minute: " in output
+    assert f"too few turns: {len(VARIANTS)} of {len(VARIANTS)} speeds have fewer than 3\n" in output
+    assert re.search(r"measures the missing turns alone: python .*--part speed study.turns=3\n", output)
 
     trained = contents(folder / "runs")
     page = (folder / "results" / "report.md").read_text()
@@ -143,6 +156,8 @@ BAD_INPUT = {
     "launcher": (["--launcher", "srun '"], "--launcher=srun ': must be a command (No closing quotation)"),
     "output": (["--output", str(TOOL)], f"--output={TOOL} cannot be written: {TOOL} is no folder"),
     "output below a file": (["--output", f"{TOOL}/a"], f"--output={TOOL}/a cannot be written: {TOOL} is no folder"),
+    "again": (["--again", "2"], "--again=2: must be the number of a turn, from 1 to study.turns=1"),
+    "again without turns": (["--again", "1", "--part", "quality"], "--again: measures turns of part one again"),
     "two texts": (["data.valid=[a,b]"], "data.valid: must be one token file to evaluate on, not 2"),
 }
 

@@ -1,48 +1,14 @@
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megalibi.config import Config, config_to_dict
 from megalibi.errors import ConfigError
-from megalibi.plan.memory_trace import MemoryByKind
-from megalibi.studies.comparison.speed import Turn, order_turns, plan_turns, read_speeds, summarize_turns
-from megalibi.studies.comparison.study import ComparedModel, CompareStudy, Variant
-from megalibi.studies.machinery.machine import COMMAND_SCRIPT, Machine
-from tests.support.runs import make_config
-
-STUDY = CompareStudy(lengths=(16, 32), turns=3, warm_steps=1, steps_per_turn=2, valid_tokens=1000)
-FAST, SLOW = (
-    Variant(model=ComparedModel(method="alibi", length=16), attention="fast"),
-    Variant(model=ComparedModel(method="sinusoidal", length=32), attention="fast"),
-)
-HARDWARE = {"cpu": "a CPU", "cores": 2, "threads": 1, "memory_bytes": 1}
-
-
-def make_turns(folder: Path, study: CompareStudy = STUDY, **sections: Any) -> dict[Variant, list[Turn]]:
-    train = {"output_dir": str(folder), "global_batch_size": 4, "eval_samples": 4}
-    base = make_config("tokens", data={"seq_length": 32, "valid": "tokens"}, train=train, **sections)
-    machine = Machine(environment={}, cores=4, jobs=2)
-    return plan_turns(base, study, machine)
-
-
-def memory_of(weights: int) -> MemoryByKind:
-    return MemoryByKind(weights=weights, gradients=2, optimizer_states=3, activations=4, attention_workspace=5, other=6)
-
-
-def record_of(config: Config, seconds: list[float], *, weights: int = 1, **changes: Any) -> dict[str, Any]:
-    record = {"step_seconds": seconds, "device_bytes": 100 * weights, "memory": dataclasses.asdict(memory_of(weights))}
-    return {**record, "config": config_to_dict(config), "ranks": 1, "hardware": HARDWARE, **changes}
-
-
-def write_turn(turn: Turn, seconds: list[float], **changes: Any) -> None:
-    turn.folder.mkdir(parents=True, exist_ok=True)
-    turn.output.write_text(json.dumps(record_of(turn.config, seconds, **changes)))
+from megalibi.studies.comparison.disturbance import TurnConditions
+from megalibi.studies.comparison.speed import read_speeds, summarize_turns
+from tests.support.turns import FAST, HARDWARE, SLOW, STUDY, make_turns, record_of, write_turn
 
 
 def test_warm_steps_do_not_count_and_all_others_do(tmp_path: Path) -> None:
@@ -77,32 +43,6 @@ def test_turns_that_are_missing_are_left_out_of_the_gain(tmp_path: Path) -> None
     assert speeds[FAST].rate_gain(speeds[SLOW]).median == pytest.approx(1.0)
 
 
-def test_every_other_round_is_backwards(tmp_path: Path) -> None:
-    turns = make_turns(tmp_path)
-    there = [variant.name for variant in turns]
-    ordered = [(turn.folder.name, turn.number) for turn in order_turns(turns)]
-    rounds = [(there, 1), (there[::-1], 2), (there, 3)]
-    assert ordered == [(name, number) for names, number in rounds for name in names]
-
-
-def test_a_turn_runs_alone_on_all_cores_whatever_the_jobs(tmp_path: Path) -> None:
-    turn = make_turns(tmp_path)[SLOW][1]
-    assert turn.environment(0)["OMP_NUM_THREADS"] == "4"
-    assert turn.command(0)[:4] == [sys.executable, COMMAND_SCRIPT, "study", "measure-turn"]
-    assert turn.name == "sinusoidal_32_fast turn 2"
-
-
-def test_a_turn_of_another_configuration_is_refused_and_named(tmp_path: Path) -> None:
-    write_turn(make_turns(tmp_path)[FAST][0], [0.0, 1.0, 1.0])
-    (changed, *_) = make_turns(tmp_path, model={"num_layers": 3})[FAST]
-    with pytest.raises(ConfigError, match=r"turn_1.json was measured with another .*: model.num_layers=3, not 2; give"):
-        changed.read()
-    (longer, *_) = make_turns(tmp_path, dataclasses.replace(STUDY, steps_per_turn=4))[FAST]
-    with pytest.raises(ConfigError, match=r"train.steps=5, not 3"):
-        longer.read()
-    assert make_turns(tmp_path, checkpoint={"every_steps": 7})[FAST][0].read() is not None  # no time depends on it
-
-
 @pytest.mark.parametrize(
     "changes",
     [{"hardware": {**HARDWARE, "cpu": "another CPU"}}, {"hardware": {**HARDWARE, "threads": 2}}, {"ranks": 2}],
@@ -114,4 +54,29 @@ def test_turns_of_different_hardware_are_not_compared(tmp_path: Path, changes: d
     assert set(read_speeds(turns, STUDY)) == {FAST, SLOW}
     write_turn(turns[SLOW][1], [0.0, 1.0, 1.0], **changes)
     with pytest.raises(ConfigError, match="were measured on different hardware"):
+        read_speeds(turns, STUDY)
+
+
+def test_what_disturbed_a_turn_is_kept(tmp_path: Path) -> None:
+    turns = make_turns(tmp_path)[FAST]
+    load = {"load_before": 0.5, "load_after": 1.5, "other_busy_cores": 0.25}
+    write_turn(turns[0], [9.0, 1.0, 2.0], **load)
+    write_turn(turns[1], [9.0, 2.0, 2.0])  # of an earlier form, which recorded no load
+    write_turn(turns[2], [9.0, 4.0, 4.0], commit="abc-dirty")
+    speed = read_speeds({FAST: turns}, STUDY)[FAST]
+    assert speed.turn_conditions == {
+        1: TurnConditions(step_spread=pytest.approx(1 / 3), **load),  # type: ignore[arg-type]
+        2: TurnConditions(step_spread=0.0, load_before=None, load_after=None, other_busy_cores=None),
+        3: TurnConditions(step_spread=0.0, load_before=None, load_after=None, other_busy_cores=None),
+    }
+    assert speed.turn_spread == pytest.approx((4.0 - 1.5) / 2.0)
+    assert speed.disturbance == "disturbed, 125.0% between its turns"
+    assert (speed.commit, speed.turns_replaced) == ("abc", 0)
+
+
+def test_turns_of_two_commits_are_not_compared(tmp_path: Path) -> None:
+    turns = make_turns(tmp_path)
+    write_turn(turns[FAST][0], [0.0, 1.0, 1.0])
+    write_turn(turns[SLOW][0], [0.0, 1.0, 1.0], commit="def")
+    with pytest.raises(ConfigError, match=r"turn_1.json was measured under commit def, other turns under abc, and"):
         read_speeds(turns, STUDY)

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from megalibi.report.markdown import format_page
 from megalibi.studies.comparison.curves import NUM_POINTS, mean_speedup
-from megalibi.studies.comparison.report.findings import judge_comparison
+from megalibi.studies.comparison.disturbance import DISTURBED, MIN_TURNS
+from megalibi.studies.comparison.report.findings import APART, find_equal_updates_gap, judge_comparison
 from megalibi.studies.comparison.report.tables import (
     PAPER_LENGTHS,
     equal_time_table,
@@ -80,6 +81,14 @@ def _findings(results: Results) -> Iterator[str]:
         yield "Nothing is measured yet."
         return
     yield from format_findings(findings)
+    yield ""
+    yield (
+        f"What rests on a speed is decided only where that speed has {MIN_TURNS} turns or more and the medians of its "
+        f"turns lie within {DISTURBED:.0%} of each other. What says how early a perplexity is reached, or how good a "
+        f"model is after equal time, is decided only where the two models lie within {APART:.0%} of each other after "
+        "equal updates: otherwise it shows that one of them learns better, and is no result about speed. Each model "
+        "was trained once (n = 1): nothing here says how far two seeds lie apart."
+    )
 
 
 def _speed_and_memory(results: Results) -> Iterator[str]:
@@ -90,6 +99,7 @@ def _speed_and_memory(results: Results) -> Iterator[str]:
         yield ""
     yield from gain_table(results)
     yield ""
+    yield from _explain_turns(results)
     yield (
         "Medians of all counted steps, quartiles in brackets; gains are taken turn by turn. Device: the most that the "
         "GPU, or without one the process with its libraries, held. Allocator: the most bytes of tensors that one rank "
@@ -103,6 +113,28 @@ def _speed_and_memory(results: Results) -> Iterator[str]:
     yield from plan_table(results)
 
 
+def _explain_turns(results: Results) -> Iterator[str]:
+    if not results.speeds:
+        return
+    disturbed = [f"{v.model} ({v.attention})" for v, speed in results.speeds.items() if speed.turn_spread > DISTURBED]
+    commits = sorted({speed.commit for speed in results.speeds.values()} - {""})
+    if commits:
+        yield (
+            f"Measured under commit {', '.join(commits)}. In each turn every model is measured once with every kind of "
+            "attention, every second turn in the reverse order."
+        )
+        yield ""
+    yield (
+        "Turns: how many were measured, in brackets how many of these anew after a first record was set aside. "
+        "Between turns: the range of their medians over the median of these. In a turn: the interquartile range of its "
+        "steps over their median, the largest of all turns. Load: the lowest and the highest load average of the last "
+        "minute before and after a turn, which counts the turns themselves too. Other cores: the most cores that "
+        "anything else kept busy during the steps of a turn. "
+        + (f"Disturbed, with more than {DISTURBED:.0%} between turns: {'; '.join(disturbed)}. " if disturbed else "")
+    ).strip()
+    yield ""
+
+
 def _figure_5(results: Results, picture: str | None) -> Iterator[str]:
     if picture is not None:
         yield f"![Perplexity against hours of training, ALiBi and sinusoidal positions]({picture})"
@@ -111,6 +143,14 @@ def _figure_5(results: Results, picture: str | None) -> Iterator[str]:
     yield ""
     yield from level_table(results)
     yield ""
+    gaps = {pair: find_equal_updates_gap(results, pair) for pair in results.study.pairs()}
+    apart = [f"{pair[0]} {gap:+.1%} against {pair[1]}" for pair, gap in gaps.items() if gap and abs(gap) > APART]
+    if apart:
+        yield (
+            f"No result about speed: after equal updates the perplexities already lie more than {APART:.0%} apart "
+            f"({'; '.join(apart)}), and these shares show that too."
+        )
+        yield ""
     yield (
         "Hours are updates times the median time of an update in the turns, with each kind of attention: trainings "
         "that share a machine have no fair clock of their own. Both clocks are of the same trainings. The "
@@ -138,7 +178,9 @@ def _explain_equal_time(results: Results) -> Iterator[str]:
 
 def _explain_equal_updates(results: Results) -> str:
     return (
-        f"After {results.updates:,} updates each. Perplexity by evaluation length, blocks that do not overlap. "
+        f"After {results.updates:,} updates each. Perplexity by evaluation length, blocks that do not overlap. One "
+        "training of each model (n = 1): the rows of one method put its training lengths in no order, unless they lie "
+        "further apart than two seeds do, which was not measured. "
         "Sinusoidal tables are scaled to the token embeddings' initial standard deviation: beside tables 50 times "
         "larger the tokens would hardly be seen for hundreds of steps (positions/sinusoidal.py). Hours by the turns' "
         "clock; as run: the sum of the steps' wall times, beside whatever else the machine did. " + _PAPER_CAPTION

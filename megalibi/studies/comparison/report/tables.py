@@ -10,6 +10,7 @@ from megalibi.plan.memory_trace import MemoryByKind
 from megalibi.report.markdown import format_table
 from megalibi.studies.comparison.curves import Level, Point, compare_times, mean_speedup
 from megalibi.studies.comparison.results import Pair, Results, format_percent, format_updates
+from megalibi.studies.comparison.speed import Speed
 from megalibi.studies.comparison.study import ATTENTIONS, ComparedModel, Variant
 from megalibi.studies.paper import get_curves, get_table
 from megalibi.units import format_count
@@ -17,14 +18,15 @@ from megalibi.units import format_count
 PAPER_LENGTHS = (512, 1024, 2048)
 _FIGURE_5 = {1024: "5 left", 2048: "5 right"}  # by the length of the sinusoidal model
 _NONE = "-"
+_TURN_HEADS = ["turns", "between turns", "in a turn", "load", "other cores"]
 _KINDS = [field.name for field in dataclasses.fields(MemoryByKind)]
 _KIND_NAMES = [kind.replace("_", " ") for kind in _KINDS]
 
 
 def speed_table(results: Results, attention: str) -> Iterator[str]:
     """Yield the table of speed and memory of every model with one kind of attention."""
-    heads = ["model", "tokens/s", "updates/hour", "seconds of an update", "device, GB", "allocator, GB"]
-    heads += _KIND_NAMES
+    heads = ["model", "tokens/s", "updates/hour", "seconds of an update", *_TURN_HEADS]
+    heads += ["device, GB", "allocator, GB", *_KIND_NAMES]
     return format_table(
         heads, (_speed_row(results, Variant(model=model, attention=attention)) for model in results.study.models())
     )
@@ -33,15 +35,31 @@ def speed_table(results: Results, attention: str) -> Iterator[str]:
 def _speed_row(results: Results, variant: Variant) -> list[str]:
     speed = results.speeds.get(variant)
     if speed is None:
-        return [str(variant.model), *[_NONE] * (5 + len(_KINDS))]
+        return [str(variant.model), *[_NONE] * (5 + len(_TURN_HEADS) + len(_KINDS))]
     seconds = speed.step_seconds
     return [
         str(variant.model),
         format_count(speed.tokens_per_second),
         f"{speed.updates_per_hour:,.0f}",
         f"{seconds.median:.3g} [{seconds.low:.3g}, {seconds.high:.3g}]",
+        *_turn_cells(speed),
         _gigabytes(speed.device_bytes),
         *_kind_cells(speed.memory),
+    ]
+
+
+def _turn_cells(speed: Speed) -> list[str]:
+    turns = f"{len(speed.turn_medians)}{f' ({speed.turns_replaced})' if speed.turns_replaced else ''}"
+    between = f"{speed.turn_spread:.1%}" if len(speed.turn_medians) > 1 else _NONE
+    conditions = list(speed.turn_conditions.values())
+    loads = [load for turn in conditions for load in (turn.load_before, turn.load_after) if load is not None]
+    others = [turn.other_busy_cores for turn in conditions if turn.other_busy_cores is not None]
+    return [
+        turns,
+        between,
+        f"{max(turn.step_spread for turn in conditions):.1%}" if conditions else _NONE,
+        f"{min(loads):.2f} to {max(loads):.2f}" if loads else _NONE,
+        f"{max(others):.2f}" if others else _NONE,
     ]
 
 
