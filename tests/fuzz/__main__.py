@@ -1,7 +1,8 @@
-"""Fuzz a parser for some minutes: `python -m tests.fuzz manifest --minutes 60 --findings found/`.
+"""Fuzz a parser for some minutes of the processor: `python -m tests.fuzz manifest --minutes 60 --findings found/`.
 
-What is refused in one line is as it should be; everything else is a finding, which is shrunk and kept as a file. An
-input that broke a parser and is mended stays in tests/fuzz/found/TARGET/.
+Ctrl-C ends it with what it has counted; `--seed` goes on from the round that it names. What is refused in one line is
+as it should be; everything else is a finding, which is shrunk and kept as a file. An input that broke a parser and is
+mended stays in tests/fuzz/found/TARGET/.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import itertools
 import signal
 import sys
 import tempfile
@@ -21,6 +21,7 @@ from types import FrameType
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from megalibi.errors import UserError, spell_line
+from megalibi.runtime.exit import run_tool
 from tests.fuzz.targets import TARGETS, Target
 
 SECONDS_OF_AN_INPUT = 20
@@ -81,10 +82,10 @@ def fuzz(name: str, *, seconds: float, first_seed: int, findings: Path) -> int:
     counts = {"tried": 0, "taken": 0}
     with tempfile.TemporaryDirectory() as made, tempfile.TemporaryDirectory() as place:
         target = TARGETS[name](Path(made))
-        end = time.monotonic() + seconds
+        end = time.process_time() + seconds
 
         def attempt(content: bytes) -> None:
-            if time.monotonic() > end:
+            if time.process_time() > end:
                 return
             counts["tried"] += 1
             try:
@@ -95,16 +96,22 @@ def fuzz(name: str, *, seconds: float, first_seed: int, findings: Path) -> int:
                     found[where] = content, f"{error}"  # the last is the smallest
                     raise
 
-        for number in itertools.count(first_seed):
-            if time.monotonic() > end:
-                break
-            with contextlib.suppress(Exception, SlowInputError):
-                seed(number)(SETTINGS(given(target.inputs)(attempt)))()
-            for where, (content, message) in found.items():
-                keep(findings, name, where, content, message)
-            known.update(found)
-            found.clear()
-    say(f"{name}: {counts['tried']:,} inputs, {counts['taken']:,} taken, {len(known)} findings")
+        number = first_seed
+        try:
+            while time.process_time() < end:
+                with contextlib.suppress(Exception, SlowInputError):
+                    seed(number)(SETTINGS(given(target.inputs)(attempt)))()
+                for where, (content, message) in found.items():
+                    keep(findings, name, where, content, message)
+                known.update(found)
+                found.clear()
+                number += 1
+        finally:
+            minutes = (seconds - end + time.process_time()) / 60
+            say(
+                f"{name}: {minutes:.1f} minutes of the processor, rounds {first_seed} to {number - 1}, "
+                f"{counts['tried']:,} inputs, {counts['taken']:,} taken, {len(known)} findings"
+            )
     return len(known)
 
 
@@ -131,7 +138,7 @@ def main() -> int:
     """Fuzz the parsers that the command line names, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], help="parsers (all)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="for each (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of the processor, for each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first round (%(default)s)")
     parser.add_argument("--findings", type=Path, default=Path("findings"), help="folder of what is found")
     arguments = parser.parse_args()
@@ -143,4 +150,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)
