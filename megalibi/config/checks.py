@@ -9,6 +9,15 @@ from typing import Any, NoReturn
 from megalibi.errors import ConfigError
 
 MAX_WHOLE_NUMBER = 2**63 - 1
+MAX_SHOWN = 120
+"""The most characters that a message shows of what it does not expect to be long."""
+MAX_TEXT = 500
+"""The most that it shows of a text, which may be a path."""
+
+
+def shorten(text: str, limit: int = MAX_SHOWN) -> str:
+    """Return a text as a message shows it: never longer than a line or some, whatever stood in a file."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}... ({len(text):,} characters)"
 
 
 def refuse(name: str, value: object, requirement: str) -> NoReturn:
@@ -22,7 +31,7 @@ def refuse(name: str, value: object, requirement: str) -> NoReturn:
     Raises:
         ConfigError: Always, with "NAME=VALUE: must REQUIREMENT".
     """
-    raise ConfigError(f"{name}={value}: must {requirement}")
+    raise ConfigError(f"{name}={shorten(str(value), MAX_TEXT)}: must {requirement}")
 
 
 def check_at_least(section: str, minimum: float, **fields: float) -> None:

@@ -17,14 +17,12 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megalibi.config.checks import MAX_WHOLE_NUMBER, refuse
+from megalibi.config.checks import MAX_WHOLE_NUMBER, refuse, shorten
 from megalibi.config.schema import Config, DatasetConfig
 from megalibi.config.yaml_text import SavedLoader, SpellingLoader, ValueLoader, parse_yaml, read_yaml
 from megalibi.errors import ConfigError
 from megalibi.files import write_aside
 
-MAX_SHOWN = 120
-"""The most characters of a value in an error."""
 _KEY = re.compile(r"\w+(\.\w+|\[\w+\])*")
 _Section = TypeVar("_Section")
 
@@ -126,8 +124,8 @@ def _merge(text: str, overrides: Sequence[str], loader: type[SavedLoader], sourc
 def _parse_override(override: str, loader: type[SavedLoader]) -> tuple[str, Any]:
     key, _, text = override.partition("=")
     if "=" not in override or not _KEY.fullmatch(key):
-        raise ConfigError(f"override {_shorten(repr(override))}: must be section.field=value")
-    value = parse_yaml(text, loader, f"override {_shorten(repr(override))} cannot be read")
+        raise ConfigError(f"override {shorten(repr(override))}: must be section.field=value")
+    value = parse_yaml(text, loader, f"override {shorten(repr(override))} cannot be read")
     quoted = text.lstrip().startswith(("'", '"'))
     if loader is SpellingLoader and isinstance(value, str) and not quoted and text.lstrip().startswith(value):
         value = text.strip()  # a name may hold " #", where YAML begins a comment
@@ -176,7 +174,7 @@ def build_section(section: type[_Section], tree: Any, path: str) -> _Section:
     for key in tree:
         if key not in hints:
             nearest = difflib.get_close_matches(str(key), list(hints), n=1, cutoff=0.0)[0]
-            raise ConfigError(f"{_join(path, key)} is unknown: did you mean {_join(path, nearest)}?")
+            raise ConfigError(f"{_join(path, shorten(str(key)))} is unknown: did you mean {_join(path, nearest)}?")
     values = {key: _convert(hints[key], value, _join(path, key)) for key, value in tree.items()}
     for f in dataclasses.fields(section):  # type: ignore[arg-type]
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -237,11 +235,7 @@ def _show(value: Any) -> str:
     """Return a value as an error names it: as typed if it is an unusual number, and never longer than a line."""
     plain = _plain(value)
     unusual = isinstance(value, Scalar) and isinstance(plain, (int, float)) and not abs(plain) <= MAX_WHOLE_NUMBER
-    return _shorten(str(value) if unusual else "null" if plain is None else repr(plain))
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN // 2]}... ({len(text):,} characters)"
+    return shorten(str(value) if unusual else "null" if plain is None else repr(plain))
 
 
 def _convert_datasets(value: Any, path: str) -> tuple[DatasetConfig, ...]:
