@@ -26,7 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     keep_memory()
-    take_share_of_cores()
+    if config.getoption("markexpr") != "cluster":
+        take_share_of_cores()
     wake_up_in_turn()
     measure_costs(config)
 

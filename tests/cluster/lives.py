@@ -28,7 +28,7 @@ class Life:
     launcher_end_seconds: float | None
     """The time from the fault to the end of the launcher; None if it had to be killed after a cut."""
     culprit_is_named: bool | None
-    """Whether a rank named who holds it up; None where none has to; else there are only stacks on standard error."""
+    """Whether a rank named who holds it up; False: it wrote its stacks alone; None: the fault holds nobody up."""
     restart_to_step_seconds: float | None = None
     """The time from the next start to its first step; None if the next fault came before."""
 

@@ -105,6 +105,7 @@ def soak(hosts: Hosts, folder: Path, times: int, seed: int = 0, progress: Progre
     require_equal_records(run, folder / "undisturbed", steps)
     return {
         "faults": len(lives),
+        "hang_timeout_seconds": HANG_SECONDS,
         "steps_in_the_end": steps,
         "metrics_equal_undisturbed_run": True,
         "lives": [dataclasses.asdict(life) for life in lives],
@@ -244,7 +245,10 @@ def main() -> None:
     obstacle = find_obstacle()
     if obstacle is not None:
         parser.error(f"no hosts on this machine: {obstacle}")
-    rounds = json.loads(arguments.output.read_text())["rounds"] if arguments.output.exists() else []
+    known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {"rounds": []}
+    if "rounds" not in known:
+        parser.error(f"--output={arguments.output} is no file of this program's: give another one")
+    rounds = known["rounds"]
     about = {"notes": arguments.notes} if arguments.notes else {}
     with tempfile.TemporaryDirectory() as name, Progress(line_every_seconds=0) as progress:
         folder = Path(name)
@@ -256,8 +260,8 @@ def main() -> None:
                 done |= {"seed": seed, "seconds": round(time.monotonic() - began, 1)}
                 rounds.append(about | describe_run("cpu", PACKAGES) | done)
                 lives = [Life(**life) for one in rounds for life in one["lives"]]
-                about_all = {"faults": len(lives), "hang_timeout_seconds": HANG_SECONDS}
-                write_json(about_all | {"recovery": summarize_lives(lives), "rounds": rounds}, arguments.output)
+                all_rounds = {"faults": len(lives), "recovery": summarize_lives(lives), "rounds": rounds}
+                write_json(all_rounds, arguments.output)
 
 
 if __name__ == "__main__":

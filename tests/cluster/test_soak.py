@@ -35,6 +35,18 @@ def test_a_run_that_meets_random_faults_ends_as_if_nothing_had_happened(hosts: H
     assert result["steps_in_the_end"] > steps[-1] > 0
 
 
+def test_results_of_another_form_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "soak.json"
+    old.write_text('{"faults": 25}')
+    monkeypatch.setattr(sys, "argv", ["soak.py", "--output", str(old)])
+    with pytest.raises(SystemExit, match="2"):
+        soak_module.main()
+    assert f"--output={old} is no file of this program's: give another one" in capsys.readouterr().err
+    assert old.read_text() == '{"faults": 25}'
+
+
 def test_an_mpirun_that_does_not_end_after_a_cut_is_killed(
     hosts: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,8 @@ def leave_out_of_garbage_collection() -> None:
 def take_share_of_cores() -> None:
     """Give each process of pytest-xdist, with all that it starts, cores of its own.
 
-    A message between ranks then wakes nobody on another core, which costs them a quarter less.
+    A message between ranks then wakes nobody on another core, which costs them a quarter less. Not where tests make
+    hosts: their ranks wait for limits of time, and may use whatever core is free.
     """
     worker, workers = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if worker is None or not hasattr(os, "sched_setaffinity"):

@@ -13,7 +13,6 @@ import os
 import runpy
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -44,7 +43,7 @@ WAYS = {"sleep": sleep_for_ever, "spin": spin_for_ever, "lock": keep_the_lock, "
 
 def read_or_hang(self: TokenFile, *arguments: Any) -> Any:
     if asked_to_read.is_set():
-        pipe = Path(tempfile.mkdtemp()) / "pipe"
+        pipe = Path(sys.argv[sys.argv.index("--config") + 1]).with_name(f"pipe{os.getpid()}")
         os.mkfifo(pipe)
         pipe.read_bytes()
     return read(self, *arguments)

@@ -5,6 +5,7 @@ As a script it installs what is missing, where it may, and prints what stands in
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import shutil
@@ -28,6 +29,7 @@ PROGRAMS = {
 NAMESPACES = ["unshare", "--mount", "--uts", "--ipc", "--net", "--pid", "--fork", "--mount-proc"]
 """What makes a process a host of its own: its mounts, its name, its shared memory, its network, its processes."""
 _INSTALL_SECONDS = 300
+_INSTALL_LOCK = Path("/run/megalibi-tests-install.lock")
 _FORBIDS = 101
 """What policy-rc.d exits with where installed services must not be started."""
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -53,7 +55,11 @@ def find_obstacle() -> str | None:
         return f"there is no apt-get: {advice}"
     if not _services_stay_off():
         return f"apt-get would start the services that it installs: {advice} yourself"
-    return _install(missing) or (f"after apt-get some programs are missing: {advice}" if _find_missing() else None)
+    with _INSTALL_LOCK.open("w") as lock:  # another session of tests may install them just now
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = _find_missing()
+        problem = _install(missing) if missing else None
+    return problem or (f"after apt-get some programs are missing: {advice}" if _find_missing() else None)
 
 
 def _find_missing() -> list[str]:

@@ -132,17 +132,18 @@ class Hosts:
             with suppress(OSError):  # it has just ended
                 if os.readlink(entry / "ns/pid") == namespace:
                     line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                    if words in line:
+                    if line and words in line:  # a zombie has none
                         found.append(int(entry.name))
         return sorted(found)
 
     def kill_all(self, host: str) -> None:
-        """Kill every process of a host but its sshd."""
+        """Kill every process of a host but its sshd, and wait for their ends."""
         first = self._pids[host]
         for pid in self.find_processes(host, ""):
             if pid != first:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+        self._wait(lambda: self.find_processes(host, "") == [first])
 
     # What happens to them
 

@@ -37,6 +37,8 @@ def make_environment() -> dict[str, str]:
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         # A host's own folder in place of /tmp, which is shared: hosts of two sessions have the same names and numbers.
         "OMPI_MCA_orte_tmpdir_base": "/dev/shm",
+        # Else the first rank of every host is bound to the machine's first core.
+        "OMPI_MCA_hwloc_base_binding_policy": "none",
         # Where one rank has ended the others get SIGKILL at once: by default seconds after SIGTERM.
         "OMPI_MCA_odls_base_sigkill_timeout": "0",
     }  # fmt: skip
