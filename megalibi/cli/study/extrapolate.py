@@ -21,7 +21,6 @@ from megalibi.cli.command import Command, add_overrides
 from megalibi.cli.study.root import find_root
 from megalibi.config import Config
 from megalibi.runtime.outputs import check_folder
-from megalibi.studies.extrapolation.findings import judge_extrapolation
 from megalibi.studies.extrapolation.study import EXTRAPOLATION_FILES, ExtrapolationStudy, method_config
 from megalibi.studies.machinery.machine import detect_machine
 from megalibi.studies.study import load_study
@@ -72,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
         plan_evaluations,
         read_evaluations,
     )
+    from megalibi.studies.extrapolation.findings import judge_extrapolation
     from megalibi.studies.extrapolation.sweep import FREE, read_sweeps
     from megalibi.studies.extrapolation.write import write_extrapolation
     from megalibi.studies.machinery.scorings import run_scorings
@@ -95,8 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     train((config for seed in study.seeds[1:] for config in runs[seed].values()), may_diverge=False)
     run_scorings(plan_evaluations(study, runs, machine), console)
     results = read_evaluations(study, runs)
-    at_edge = [method for method, sweep in sweeps.items() if sweep.is_at_edge]
-    findings = judge_extrapolation(perplexities_of(results), base.data.seq_length, at_edge)
+    findings = judge_extrapolation(perplexities_of(results), base.data.seq_length, sweeps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     write_extrapolation(output, study, base, sweeps=sweeps, results=results, findings=findings, device=device)
     for finding in findings:
