@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.
     from megalibi.studies.extrapolation.evaluations import (
+        check_converged,
         final_runs,
         perplexities_of,
         plan_evaluations,
@@ -79,20 +80,17 @@ def run(arguments: argparse.Namespace) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
 
-    def train(configs: Iterable[Config], may_diverge: bool) -> None:
-        trainings = [Training(config=c, machine=machine, free=FREE, may_diverge=may_diverge) for c in configs]
-        run_trainings(trainings, console)
+    def train(configs: Iterable[Config]) -> None:
+        run_trainings([Training(config=c, machine=machine, free=FREE, may_diverge=True) for c in configs], console)
 
     first = study.seeds[0]
-    train(
-        (method_config(base, method, rate, first) for method in study.methods for rate in study.learning_rates),
-        may_diverge=True,
-    )
+    train(method_config(base, method, rate, first) for method in study.methods for rate in study.learning_rates)
     sweeps = read_sweeps(study, base)
     for method, sweep in sweeps.items():
         console.print(f"{method}: {sweep}")
     runs = final_runs(study, base, sweeps)
-    train((config for seed in study.seeds[1:] for config in runs[seed].values()), may_diverge=False)
+    train(config for seed in study.seeds[1:] for config in runs[seed].values())
+    check_converged(runs)
     run_scorings(plan_evaluations(study, runs, machine), console)
     results = read_evaluations(study, runs)
     findings = judge_extrapolation(perplexities_of(results), base.data.seq_length, sweeps)
