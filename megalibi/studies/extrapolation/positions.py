@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megalibi.evaluate.by_position import PositionBin
+from megalibi.evaluate.by_position import PositionBin, PositionRange, align_ranges
 from megalibi.report.markdown import format_table
 from megalibi.studies.extrapolation.spread import Spread
 from megalibi.studies.extrapolation.study import METHOD_NAMES
@@ -28,13 +28,9 @@ _LOSS_RISE_MAX = 700.0  # a number of floating point can be at most exp(709.78)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositionSpread:
-    """The loss of the predictions that have seen from ``first`` to ``last`` tokens of their window."""
+class PositionSpread(PositionRange):
+    """The loss of the predictions of a range, over the seeds."""
 
-    first: int
-    """Fewest tokens seen before a prediction of the range; at least 1."""
-    last: int
-    """Most tokens seen before a prediction of the range."""
     tokens: int
     """Number of predictions that were scored, of one seed."""
     loss: Spread
@@ -144,15 +140,10 @@ def format_position_curves(curves: PositionCurves, train_length: int) -> Iterato
     rows = []
     if longest > train_length:
         ends = {curve: curves[curve][train_length][-1] for curve in shown}
-        name = f"{_name_range(ends[shown[0]])}, in windows of {train_length:,}"
+        name = f"{ends[shown[0]].words}, in windows of {train_length:,}"
         rows.append([name, f"{ends[shown[0]].tokens:,}", *(_loss_cell(ends[curve]) for curve in shown)])
-    by_range: dict[tuple[int, int], dict[str, PositionSpread]] = {}
-    for curve in shown:
-        for spread in curves[curve].get(longest, ()):
-            by_range.setdefault((spread.first, spread.last), {})[curve] = spread
-    for found in by_range.values():
-        some = next(iter(found.values()))
-        rows.append([_name_range(some), f"{some.tokens:,}", *(_loss_cell(found.get(curve)) for curve in shown)])
+    for some, found in align_ranges({curve: curves[curve].get(longest, ()) for curve in shown}):
+        rows.append([some.words, f"{some.tokens:,}", *(_loss_cell(found.get(curve)) for curve in shown)])
     yield from format_table(["tokens seen", "predictions", *(METHOD_NAMES[curve] for curve in shown)], rows)
     yield ""
     yield (
@@ -163,10 +154,6 @@ def format_position_curves(curves: PositionCurves, train_length: int) -> Iterato
     if longer := [curve for curve in shown if max(curves[curve]) > train_length]:
         yield ""
         yield _describe_rises({curve: curves[curve] for curve in longer}, train_length)
-
-
-def _name_range(spread: PositionSpread) -> str:
-    return f"{spread.first:,}" if spread.first == spread.last else f"{spread.first:,} to {spread.last:,}"
 
 
 def _loss_cell(spread: PositionSpread | None) -> str:

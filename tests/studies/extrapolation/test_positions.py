@@ -161,8 +161,10 @@ def test_the_page_has_a_row_for_each_range_and_says_where_the_loss_rises() -> No
 def test_the_picture_has_a_line_for_each_curve_and_the_interpolated_one_is_dashed_alibi() -> None:
     columns = {"alibi": {2: columns_of([6.0, 5.0]), 8: columns_of([6.0, *[5.0] * 7])}}
     columns["alibi_interpolated"] = {2: columns_of([6.0, 5.0]), 8: columns_of([6.0, *[5.5] * 7])}
+    columns["learned"] = {2: columns_of([6.0, 5.0])}  # it has no windows of 8, which the axis promises
     (axes,) = loss_by_position_figure(spread_positions({1: columns}, 2), train_length=2).axes
     plain, scaled, train_length = axes.lines
+    assert axes.get_xlabel() == "tokens seen, in windows of 8 (dashed: the training length, 2)"
     assert (plain.get_label(), scaled.get_label()) == ("ALiBi", "ALiBi interpolated")
     assert list(scaled.get_ydata()) == [6.0, 5.5, 5.5, 5.5]
     assert list(plain.get_xdata()) == pytest.approx([1.0, 2.0, 12**0.5, 40**0.5])
