@@ -60,7 +60,7 @@ def check_converged(runs: FinalRuns) -> None:
                 raise DivergenceError(
                     f"{method} with learning rate {config.optimizer.learning_rate:g}, its best at the first seed, has "
                     f"diverged from seed {seed} at step {step} ({config.train.output_dir}): take this rate out of "
-                    "study.learning_rates; what else is trained is kept"
+                    "study.learning_rates, or put a lower one in its place; what else is trained is kept"
                 )
 
 

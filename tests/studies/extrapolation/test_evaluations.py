@@ -23,5 +23,5 @@ def test_a_chosen_rate_that_diverges_from_another_seed_is_named_with_what_to_do(
         check_converged(runs)
     assert str(error.value) == (
         f"alibi with learning rate 0.002, its best at the first seed, has diverged from seed 6 at step 7 ({folder}): "
-        "take this rate out of study.learning_rates; what else is trained is kept"
+        "take this rate out of study.learning_rates, or put a lower one in its place; what else is trained is kept"
     )
