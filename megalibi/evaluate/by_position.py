@@ -8,8 +8,9 @@ curse").
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,17 +20,37 @@ VALUES_MAX = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositionBin:
-    """The mean loss of the predictions that have seen from ``first`` to ``last`` tokens of their window."""
+class PositionRange:
+    """Some predictions, by the tokens of their window that they have seen."""
 
     first: int
-    """Fewest tokens seen before a prediction of the bin; at least 1."""
+    """Fewest tokens seen before a prediction of the range; at least 1."""
     last: int
-    """Most tokens seen before a prediction of the bin."""
+    """Most tokens seen before a prediction of the range."""
+
+    @property
+    def words(self) -> str:
+        """The range in words, as a row of a table begins."""
+        return f"{self.first:,}" if self.first == self.last else f"{self.first:,} to {self.last:,}"
+
+    @property
+    def middle(self) -> float:
+        """Where the range stands on a logarithmic axis."""
+        return math.sqrt(self.first * self.last)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionBin(PositionRange):
+    """The mean loss of the predictions of a range."""
+
     loss: float
     """Mean cross entropy of the predictions, in nats per token."""
     tokens: int
     """Number of predictions that were scored."""
+
+
+_Key = TypeVar("_Key")
+_Range = TypeVar("_Range", bound=PositionRange)
 
 
 def bin_positions(sums_2S: NDArray[np.float64], *, per_doubling: int = 1) -> list[PositionBin]:
@@ -73,19 +94,29 @@ def to_columns(sums_2S: NDArray[np.float64]) -> dict[str, list[float]]:
     }
 
 
+def align_ranges(columns: Mapping[_Key, Sequence[_Range]]) -> Iterator[tuple[_Range, dict[_Key, _Range]]]:
+    """Yield the rows of a table by rising tokens seen: the longest range of a row, and all of them by column.
+
+    Args:
+        columns: The ranges of each column; those of a row begin at the same number of tokens seen, and end there too
+            but for those at the end of a shorter window.
+    """
+    rows: dict[int, dict[_Key, _Range]] = {}
+    for key, ranges in columns.items():
+        for found in ranges:
+            rows.setdefault(found.first, {})[key] = found
+    for _, row in sorted(rows.items()):
+        yield max(row.values(), key=lambda found: found.last), row
+
+
 def format_positions(by_length: Mapping[int, Sequence[PositionBin]]) -> str:
     """Return a plain table of mean losses: a row for each range of tokens seen, a column for each length.
 
     Args:
         by_length: The bins of each evaluation length.
     """
-    longest = max(by_length)
-    ranges = sorted({(2 ** (power - 1) + 1 if power else 1, 2**power) for power in range(longest.bit_length() + 1)})
     lines = [f"{'tokens seen':<18}" + "".join(f"{length:>12,}" for length in by_length)]
-    for first, last in ranges:
-        row = {length: b.loss for length, bins in by_length.items() for b in bins if b.first == first}
-        if row:
-            seen = f"{first:,}" if first == last else f"{first:,} to {min(last, longest):,}"
-            cells = (f"{row[length]:>12.4f}" if length in row else f"{'-':>12}" for length in by_length)
-            lines.append(f"{seen:<18}" + "".join(cells))
+    for longest, row in align_ranges(by_length):
+        cells = (f"{row[length].loss:>12.4f}" if length in row else f"{'-':>12}" for length in by_length)
+        lines.append(f"{longest.words:<18}" + "".join(cells))
     return "\n".join(lines)

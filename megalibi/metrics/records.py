@@ -23,6 +23,8 @@ CONFIG_FILE = "config.yaml"
 """File of a run's folder with the resolved configuration."""
 INFO_FILE = "run_info.json"
 """File of a run's folder with its identity, its environment and its origin."""
+DIVERGED_FILE = "diverged.json"
+"""File of a run's folder with the step at which it has diverged, and why; the next start removes it."""
 
 # JSON has no NaN and no infinity. As in protobuf's JSON they are strings, which float() reads back in any language.
 _NON_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}

@@ -9,7 +9,7 @@ from megalibi.config import Config, Derived, derive
 from megalibi.config.checks import refuse
 from megalibi.data.provenance import identify_data
 from megalibi.data.tokenizer.tokenizer import load_tokenizer
-from megalibi.metrics.records import CONFIG_FILE, INFO_FILE, METRICS_FILE
+from megalibi.metrics.records import CONFIG_FILE, DIVERGED_FILE, INFO_FILE, METRICS_FILE
 from megalibi.metrics.tensorboard import TENSORBOARD_FOLDER
 from megalibi.runtime.hang import SIGNS_FOLDER, STACKS_FOLDER
 from megalibi.runtime.outputs import check_folder
@@ -50,6 +50,6 @@ def check_run_folder(folder: Path) -> None:
     Raises:
         FileError: One of them cannot be written.
     """
-    files = (CONFIG_FILE, INFO_FILE, METRICS_FILE)
+    files = (CONFIG_FILE, INFO_FILE, METRICS_FILE, DIVERGED_FILE)
     folders = (TENSORBOARD_FOLDER, CHECKPOINTS, SIGNS_FOLDER, STACKS_FOLDER)
     check_folder(folder, "train.output_dir", files=files, folders=folders)

@@ -27,7 +27,7 @@ from megalibi.runtime.stop import Aside, StoppedError, StopRequest, read_togethe
 from megalibi.train.job import Job, is_due, open_loader, open_validation, validation_is_due
 from megalibi.train.nonfinite import NonFiniteSteps
 from megalibi.train.pace import Pace
-from megalibi.train.records import make_step_record, make_validation_record, record_start
+from megalibi.train.records import make_step_record, make_validation_record, record_divergence, record_start
 from megalibi.train.resume import Start, hold_run
 from megalibi.train.saving import Saves
 from megalibi.train.spikes import LossSpikes, open_spikes
@@ -161,6 +161,7 @@ class Loop:
                 "mended (other data wants checkpoint.accept_other_data=true)"
             ) from error
         except DivergenceError as error:  # on every rank, for all have the same loss
+            record_divergence(self.job, self.done, error)
             try:
                 self.saves.abandon()
             except UserError as unsaved:

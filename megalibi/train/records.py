@@ -11,17 +11,20 @@ from megalibi.config import learning_rate_at, save_config
 from megalibi.data.hashing import format_sample_hash
 from megalibi.data.provenance import say_unrecorded
 from megalibi.engine.step import StepResult
-from megalibi.files import write_aside
+from megalibi.errors import DivergenceError, FileError
+from megalibi.files import write_aside, write_json
 from megalibi.log import get_logger
 from megalibi.metrics.memory import memory_bytes, memory_peak_bytes
 from megalibi.metrics.provenance import describe_run
 from megalibi.metrics.records import (
     CONFIG_FILE,
+    DIVERGED_FILE,
     INFO_FILE,
     StepRecord,
     ValidationRecord,
 )
 from megalibi.model import count_parameters, model_flops_per_token
+from megalibi.parallel import gather_objects
 from megalibi.runtime.device import describe_device
 from megalibi.train.job import Job
 from megalibi.train.pace import Pace
@@ -31,9 +34,13 @@ _LOGGER = get_logger(__name__)
 
 
 def record_start(job: Job, start: Start) -> None:
-    """Write config.yaml and run_info.json, and log what begins. Rank 0 calls it, when the engine is loaded."""
+    """Write config.yaml and run_info.json, and log what begins. Rank 0 calls it, when the engine is loaded.
+
+    What an earlier start has left of a divergence is removed: this one may get past it.
+    """
     config, groups, device = job.config, job.groups, job.device
     folder = Path(config.train.output_dir)
+    (folder / DIVERGED_FILE).unlink(missing_ok=True)
     save_config(config, folder / CONFIG_FILE)
     parameters = count_parameters(config.model)
     provenance = describe_run(str(device), ("torch", "deepspeed"))
@@ -60,6 +67,24 @@ def record_start(job: Job, start: Start) -> None:
         f"{job.derived.batch_tokens:,}",
         f"resumed from {start.checkpoint}" if start.checkpoint else "from the start",
     )
+
+
+def record_divergence(job: Job, step: int, error: DivergenceError) -> None:
+    """Leave a mark that the run has diverged: diverged.json. Every rank calls it; rank 0 writes.
+
+    A disk that is full takes nothing from the error, which ends the run in any case.
+
+    Args:
+        job: The run.
+        step: The number of optimizer steps done, that included which the error is about.
+        error: What ends the run.
+    """
+    if job.groups.world.rank == 0:
+        try:
+            write_json({"step": step, "message": str(error)}, Path(job.config.train.output_dir) / DIVERGED_FILE)
+        except FileError as unwritten:
+            _LOGGER.warning("%s", unwritten)
+    gather_objects(None, job.groups.world)  # a rank that ends lets launchers kill the others, rank 0 while it writes
 
 
 def make_step_record(job: Job, step: int, result: StepResult, seconds: float, pace: Pace) -> StepRecord:

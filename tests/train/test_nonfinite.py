@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import math
 import re
@@ -77,12 +78,15 @@ def test_a_stop_keeps_the_checkpoint_and_the_next_start_leaves_the_batch_out(poi
         f"step {BAD_STEP + 1} has loss nan and gradient norm inf: the run has diverged and stops; go back to" in error
     )
     assert [assert_whole(path) for path in list_checkpoints(run / "checkpoints")] == [2]
+    mark = json.loads((run / "diverged.json").read_text())
+    assert (mark["step"], f"error: {mark['message']}") == (BAD_STEP + 1, error)
     found = re.search(r"'(data\.skip=\[.*?\])'", error)
     assert found is not None
     skip = found[1]
     assert skip == "data.skip=[12-15]"
 
     job = run_job(poisoned, here, skip, world_size=2)
+    assert not (run / "diverged.json").exists()
     assert "goes on with other values than before: data.skip [] -> ['12-15']" in " ".join(job.read_log(0).split())
     run_job(poisoned, f"train.output_dir={straight}", skip, world_size=2)
     assert exact_records(run) == exact_records(straight)

@@ -21,7 +21,6 @@ from megalibi.cli.command import Command, add_overrides
 from megalibi.cli.study.root import find_root
 from megalibi.config import Config
 from megalibi.runtime.outputs import check_folder
-from megalibi.studies.extrapolation.findings import judge_extrapolation
 from megalibi.studies.extrapolation.study import EXTRAPOLATION_FILES, ExtrapolationStudy, method_config
 from megalibi.studies.machinery.machine import detect_machine
 from megalibi.studies.study import load_study
@@ -67,11 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.
     from megalibi.studies.extrapolation.evaluations import (
+        check_converged,
         final_runs,
         perplexities_of,
         plan_evaluations,
         read_evaluations,
     )
+    from megalibi.studies.extrapolation.findings import judge_extrapolation
     from megalibi.studies.extrapolation.sweep import FREE, read_sweeps
     from megalibi.studies.extrapolation.write import write_extrapolation
     from megalibi.studies.machinery.scorings import run_scorings
@@ -79,24 +80,20 @@ def run(arguments: argparse.Namespace) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
 
-    def train(configs: Iterable[Config], may_diverge: bool) -> None:
-        trainings = [Training(config=c, machine=machine, free=FREE, may_diverge=may_diverge) for c in configs]
-        run_trainings(trainings, console)
+    def train(configs: Iterable[Config]) -> None:
+        run_trainings([Training(config=c, machine=machine, free=FREE, may_diverge=True) for c in configs], console)
 
     first = study.seeds[0]
-    train(
-        (method_config(base, method, rate, first) for method in study.methods for rate in study.learning_rates),
-        may_diverge=True,
-    )
+    train(method_config(base, method, rate, first) for method in study.methods for rate in study.learning_rates)
     sweeps = read_sweeps(study, base)
     for method, sweep in sweeps.items():
         console.print(f"{method}: {sweep}")
     runs = final_runs(study, base, sweeps)
-    train((config for seed in study.seeds[1:] for config in runs[seed].values()), may_diverge=False)
+    train(config for seed in study.seeds[1:] for config in runs[seed].values())
+    check_converged(runs)
     run_scorings(plan_evaluations(study, runs, machine), console)
     results = read_evaluations(study, runs)
-    at_edge = [method for method, sweep in sweeps.items() if sweep.is_at_edge]
-    findings = judge_extrapolation(perplexities_of(results), base.data.seq_length, at_edge)
+    findings = judge_extrapolation(perplexities_of(results), base.data.seq_length, sweeps)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     write_extrapolation(output, study, base, sweeps=sweeps, results=results, findings=findings, device=device)
     for finding in findings:

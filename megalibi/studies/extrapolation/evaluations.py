@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megalibi.checkpoint import Checkpoint
 from megalibi.config import Config
+from megalibi.errors import DivergenceError
 from megalibi.evaluate.result import EvaluationResult, read_evaluation
 from megalibi.studies.extrapolation.positions import PositionColumns
 from megalibi.studies.extrapolation.study import (
@@ -22,6 +23,7 @@ from megalibi.studies.extrapolation.study import (
 from megalibi.studies.extrapolation.sweep import Sweep
 from megalibi.studies.machinery.machine import Machine
 from megalibi.studies.machinery.scorings import Scoring
+from megalibi.studies.machinery.trainings import find_divergence
 
 ResultsBySeed = Mapping[int, Mapping[str, Mapping[str, Mapping[int, EvaluationResult]]]]
 """Seed -> protocol -> curve, by a key of METHOD_NAMES -> evaluation length -> result."""
@@ -41,6 +43,25 @@ def final_runs(study: ExtrapolationStudy, base: Config, sweeps: Mapping[str, Swe
         seed: {method: method_config(base, method, sweeps[method].chosen, seed) for method in study.methods}
         for seed in study.seeds
     }
+
+
+def check_converged(runs: FinalRuns) -> None:
+    """Refuse a rate that was chosen at the first seed and diverges from another one; all runs have ended.
+
+    Args:
+        runs: The runs to evaluate.
+
+    Raises:
+        DivergenceError: Runs have diverged. The message names the first, and the rate to leave out.
+    """
+    for seed, of_seed in runs.items():
+        for method, config in of_seed.items():
+            if (step := find_divergence(config)) is not None:
+                raise DivergenceError(
+                    f"{method} with learning rate {config.optimizer.learning_rate:g}, its best at the first seed, has "
+                    f"diverged from seed {seed} at step {step} ({config.train.output_dir}): take this rate out of "
+                    "study.learning_rates, or put a lower one in its place; what else is trained is kept"
+                )
 
 
 def plan_evaluations(study: ExtrapolationStudy, runs: FinalRuns, machine: Machine) -> list[Scoring]:

@@ -1,8 +1,8 @@
 """Whether the extrapolation study came out as the paper's did: each statement by a stated rule, from the numbers.
 
 A statement is judged for each seed by itself. It is decided where all seeds agree, and only if the methods are about
-equally good at the training length, each with a learning rate inside of its sweep: otherwise their curves would tell
-apart how well they are trained.
+equally good at the training length, each with a learning rate inside of its sweep of RATES_MIN or more: otherwise their
+curves would tell apart how well they are trained.
 """
 
 from __future__ import annotations
@@ -19,27 +19,31 @@ from megalibi.studies.extrapolation.study import (
     Perplexities,
     SeedCurves,
 )
+from megalibi.studies.extrapolation.sweep import Sweep
 from megalibi.studies.finding import EXPLODED, FLAT, Finding
 
 CLOSE = 0.05
 """The methods of the paper are about equally good at the training length if the worst of them has a perplexity at most
 this share above the best. In the paper's Tables 2 to 4 they lie within 2.1% at 512 tokens, 3.6% at 1,024 and 6.1% at
 3,072, where this rule would decide nothing."""
+RATES_MIN = 3
+"""A sweep of fewer learning rates has none with a lower and a higher one beside it."""
 COMPARED = ("sinusoidal", "rotary", "t5_bias", "alibi")
 """The methods of the paper's Figure 4."""
 
 
-def judge_extrapolation(curves: SeedCurves, train_length: int, at_edge: Sequence[str] = ()) -> list[Finding]:
+def judge_extrapolation(curves: SeedCurves, train_length: int, sweeps: Mapping[str, Sweep]) -> list[Finding]:
     """Judge each statement of the paper by the curves; a statement whose methods were not measured is left out.
 
     The first finding says how far the paper's methods lie apart at the training length; if that is more than CLOSE,
-    none of the others is decided, nor is any if one of these methods has a rate at the edge of its sweep. With one
-    method of the paper there is nothing to lie apart.
+    none of the others is decided. With one method of the paper there is nothing to lie apart. Nor is any decided if
+    one of these methods may have a better learning rate: its own is at the edge of its sweep, or that has fewer than
+    RATES_MIN rates.
 
     Args:
         curves: Perplexities by seed, protocol and position method.
         train_length: Tokens that the models were trained at: the first length of every curve.
-        at_edge: The methods whose learning rate is the lowest or the highest of its sweep: a better one may lie beyond.
+        sweeps: The sweep of each method of the paper that was measured; others do not matter.
     """
     means = mean_curves(curves)
     by_seed = [_judge_curves(of_seed, train_length) for of_seed in curves.values()]
@@ -48,13 +52,19 @@ def judge_extrapolation(curves: SeedCurves, train_length: int, at_edge: Sequence
         for of_mean, *of_seeds in zip(_judge_curves(means, train_length), *by_seed, strict=True)
     ]
     at_start = {m: curve[train_length] for m, curve in means.get(NONOVERLAPPING, {}).items() if m in COMPARED}
-    if len(at_start) < 2:
-        return findings
-    span = _span(at_start, train_length)
-    unsure = [METHOD_NAMES[method] for method in at_start if method in at_edge]
-    reason = f"{', '.join(unsure)}: learning rate at the edge of the sweep" if unsure else ""
-    reason = reason if span.holds else "see the first finding"
-    return [span, *([_undecided(f, reason) for f in findings] if reason else findings)]
+    span = [_span(at_start, train_length)] if len(at_start) > 1 else []
+    reason = _explain_tuning({method: sweeps[method] for method in at_start})
+    if span and not span[0].holds:
+        reason = "see the first finding"
+    return [*span, *([_undecided(f, reason) for f in findings] if reason else findings)]
+
+
+def _explain_tuning(sweeps: Mapping[str, Sweep]) -> str:
+    """Return why a better learning rate may not have been tried; empty: all are inside of their sweeps."""
+    if any(len(sweep.losses) < RATES_MIN for sweep in sweeps.values()):
+        return f"fewer than {RATES_MIN} learning rates tried"
+    at_edge = [METHOD_NAMES[method] for method, sweep in sweeps.items() if sweep.is_at_edge]
+    return f"{', '.join(at_edge)}: learning rate at the edge of the sweep" if at_edge else ""
 
 
 def _agree(of_mean: Finding, verdicts: Sequence[bool | None]) -> Finding:
@@ -74,7 +84,8 @@ def _span(at_start: Mapping[str, float], train_length: int) -> Finding:
     return Finding(
         expected="at the training length the methods are about equally good",
         rule=f"the highest mean perplexity at the training length is at most {CLOSE:.0%} above the lowest; otherwise "
-        "nothing below is decided",
+        "nothing below is decided; nor is it if the learning rate of one of them is at the edge of its sweep, or fewer "
+        f"than {RATES_MIN} rates were tried",
         measured=f"{values} at {train_length:,}: {span:.2%} apart",
         holds=max(at_start.values()) <= (1.0 + CLOSE) * min(at_start.values()),
     )

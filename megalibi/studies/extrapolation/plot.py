@@ -6,15 +6,15 @@ lowest seed to the highest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from megalibi.report.plots import INK, MUTED, PAPER, SERIES_COLORS, new_figure
+from megalibi.report.position_plot import label_positions, scale_tokens
 from megalibi.studies.extrapolation.positions import PositionCurves
 from megalibi.studies.extrapolation.spread import Spread, spread_curves
 from megalibi.studies.extrapolation.study import (
@@ -62,23 +62,20 @@ def extrapolation_figure(curves: SeedCurves, *, train_length: int, stride: int) 
 
 
 def loss_by_position_figure(curves: PositionCurves, *, train_length: int) -> Figure:
-    """Draw the loss against the tokens seen, in windows of the longest length that a curve has.
+    """Draw the loss against the tokens seen, in windows of the longest length; a curve that ends before is left out.
+
+    Such a curve is that of learned positions, which have none beyond the training length.
 
     Args:
         curves: Losses by curve and window length, from spread_positions.
         train_length: Tokens that the models were trained at; a line marks it.
     """
     figure, (axes,) = new_figure(height_inches=3.5)
-    for curve in (name for name in METHOD_NAMES if name in curves):
-        ranges = curves[curve][max(curves[curve])]
-        middles = [math.sqrt(r.first * r.last) for r in ranges]
-        _draw_spreads(axes, curve, middles, [r.loss for r in ranges])
-    axes.axvline(train_length, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     longest = max(length for by_length in curves.values() for length in by_length)
-    axes.set_xlabel(f"tokens seen, in windows of {longest:,} (dashed: the training length, {train_length:,})")
-    axes.set_ylabel("loss (nats per token)")
+    for curve in (name for name in METHOD_NAMES if longest in curves.get(name, {})):
+        ranges = curves[curve][longest]
+        _draw_spreads(axes, curve, [r.middle for r in ranges], [r.loss for r in ranges])
+    label_positions(axes, train_length, f"tokens seen, in windows of {longest:,}")
     _add_legend(figure, [axes])
     return figure
 
@@ -129,8 +126,6 @@ def _draw_panel(axes: Axes, curves: Mapping[str, Mapping[int, Spread]], train_le
         written += bool(above)
     if written:
         axes.annotate("beyond", xy=(0.0, 1.02), xycoords="axes fraction", color=MUTED, fontsize=_SMALL_POINTS)
-    axes.axvline(train_length, color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_xscale("log", base=2)
+    scale_tokens(axes, train_length)
     axes.xaxis.set_major_locator(FixedLocator(sorted({length for curve in curves.values() for length in curve})))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))

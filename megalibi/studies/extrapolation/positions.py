@@ -6,13 +6,14 @@ does not tell which.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megalibi.evaluate.by_position import PositionBin
+from megalibi.evaluate.by_position import PositionBin, PositionRange, align_ranges
 from megalibi.report.markdown import format_table
 from megalibi.studies.extrapolation.spread import Spread
 from megalibi.studies.extrapolation.study import METHOD_NAMES
@@ -20,20 +21,23 @@ from megalibi.studies.finding import FLAT
 
 PositionColumns = Mapping[int, Mapping[str, Mapping[int, Mapping[str, Sequence[float]]]]]
 """Seed -> curve, by a key of METHOD_NAMES -> evaluation length -> losses as by_position.to_columns gives them."""
+LASTING_RANGES = 2
+"""A rise lasts if the last ranges of the longest window, at least this many, have it: one alone may have it by its
+text, which is another than that of its neighbours."""
+_LOSS_RISE_MAX = 700.0  # a number of floating point can be at most exp(709.78)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositionSpread:
-    """The loss of the predictions that have seen from ``first`` to ``last`` tokens of their window."""
+class PositionSpread(PositionRange):
+    """The loss of the predictions of a range, over the seeds."""
 
-    first: int
-    """Fewest tokens seen before a prediction of the range; at least 1."""
-    last: int
-    """Most tokens seen before a prediction of the range."""
     tokens: int
     """Number of predictions that were scored, of one seed."""
     loss: Spread
     """Mean cross entropy of the predictions over the seeds, in nats per token."""
+    rises: tuple[float, ...]
+    """How far the perplexity of each seed lies above its own at the end of windows of the training length, as a share
+    of that; seeds in the order of the study."""
 
 
 PositionCurves = Mapping[str, Mapping[int, Sequence[PositionSpread]]]
@@ -49,24 +53,37 @@ def spread_positions(columns: PositionColumns, train_length: int) -> PositionCur
     """
     first = next(iter(columns.values()))
     return {
-        curve: {
-            length: _spread_ranges([of_seed[curve][length] for of_seed in columns.values()], train_length)
-            for length in sorted({train_length, max(by_length)})
-        }
+        curve: _spread_lengths(
+            {
+                length: [_cut_columns(of_seed[curve][length], train_length) for of_seed in columns.values()]
+                for length in sorted({train_length, max(by_length)})
+            },
+            train_length,
+        )
         for curve, by_length in first.items()
     }
 
 
-def _spread_ranges(of_seeds: Sequence[Mapping[str, Sequence[float]]], train_length: int) -> list[PositionSpread]:
-    return [
-        PositionSpread(
-            first=ranges[0].first,
-            last=ranges[0].last,
-            tokens=ranges[0].tokens,
-            loss=Spread.of_values([r.loss for r in ranges]),
-        )
-        for ranges in zip(*(_cut_columns(columns, train_length) for columns in of_seeds), strict=True)
-    ]
+def _spread_lengths(
+    cuts: Mapping[int, Sequence[Sequence[PositionBin]]], train_length: int
+) -> dict[int, list[PositionSpread]]:
+    """Return the ranges of all seeds as one, by length; ``cuts`` has those of each seed."""
+    ends = [ranges[-1].loss for ranges in cuts[train_length]]
+    return {
+        length: [
+            PositionSpread(
+                first=ranges[0].first,
+                last=ranges[0].last,
+                tokens=ranges[0].tokens,
+                loss=Spread.of_values([r.loss for r in ranges]),
+                rises=tuple(
+                    math.exp(min(r.loss - end, _LOSS_RISE_MAX)) - 1.0 for r, end in zip(ranges, ends, strict=True)
+                ),
+            )
+            for ranges in zip(*of_seeds, strict=True)
+        ]
+        for length, of_seeds in cuts.items()
+    }
 
 
 def _cut_columns(columns: Mapping[str, Sequence[float]], train_length: int) -> list[PositionBin]:
@@ -87,26 +104,28 @@ def _cut_columns(columns: Mapping[str, Sequence[float]], train_length: int) -> l
     ]
 
 
-def find_lasting_rise(by_length: Mapping[int, Sequence[PositionSpread]], train_length: int) -> PositionSpread | None:
-    """Return the first range beyond the training length from which the loss is too high to the end of the window.
+def find_lasting_rises(
+    by_length: Mapping[int, Sequence[PositionSpread]], train_length: int
+) -> list[PositionSpread | None] | None:
+    """Return for each seed the first range beyond the training length from which the loss is too high to the end.
 
-    Too high is more than FLAT above the loss at the end of windows of the training length. One range may be so by its
-    text, which is another than that of its neighbours; all up to the end are not.
+    Too high is a perplexity more than FLAT above that at the end of windows of the training length. A seed has None
+    if fewer than LASTING_RANGES ranges up to the end are so. The result is None if the window has fewer than that
+    beyond the training length: then nothing can be said.
 
     Args:
         by_length: One curve of spread_positions.
         train_length: Tokens that the models were trained at.
     """
-    rise = None
-    for spread in reversed(by_length[max(by_length)]):
-        if spread.last <= train_length or _rise_of(spread, by_length, train_length) <= FLAT:
-            break
-        rise = spread
-    return rise
+    beyond = [spread for spread in by_length[max(by_length)] if spread.last > train_length]
+    if len(beyond) < LASTING_RANGES:
+        return None
+    return [_find_lasting_rise(beyond, seed) for seed in range(len(beyond[0].rises))]
 
 
-def _rise_of(spread: PositionSpread, by_length: Mapping[int, Sequence[PositionSpread]], train_length: int) -> float:
-    return spread.loss.mean / by_length[train_length][-1].loss.mean - 1.0
+def _find_lasting_rise(beyond: Sequence[PositionSpread], seed: int) -> PositionSpread | None:
+    high = list(itertools.takewhile(lambda spread: spread.rises[seed] > FLAT, reversed(beyond)))
+    return high[-1] if len(high) >= LASTING_RANGES else None
 
 
 def format_position_curves(curves: PositionCurves, train_length: int) -> Iterator[str]:
@@ -121,15 +140,10 @@ def format_position_curves(curves: PositionCurves, train_length: int) -> Iterato
     rows = []
     if longest > train_length:
         ends = {curve: curves[curve][train_length][-1] for curve in shown}
-        name = f"{_name_range(ends[shown[0]])}, in windows of {train_length:,}"
+        name = f"{ends[shown[0]].words}, in windows of {train_length:,}"
         rows.append([name, f"{ends[shown[0]].tokens:,}", *(_loss_cell(ends[curve]) for curve in shown)])
-    by_range: dict[tuple[int, int], dict[str, PositionSpread]] = {}
-    for curve in shown:
-        for spread in curves[curve].get(longest, ()):
-            by_range.setdefault((spread.first, spread.last), {})[curve] = spread
-    for found in by_range.values():
-        some = next(iter(found.values()))
-        rows.append([_name_range(some), f"{some.tokens:,}", *(_loss_cell(found.get(curve)) for curve in shown)])
+    for some, found in align_ranges({curve: curves[curve].get(longest, ()) for curve in shown}):
+        rows.append([some.words, f"{some.tokens:,}", *(_loss_cell(found.get(curve)) for curve in shown)])
     yield from format_table(["tokens seen", "predictions", *(METHOD_NAMES[curve] for curve in shown)], rows)
     yield ""
     yield (
@@ -142,10 +156,6 @@ def format_position_curves(curves: PositionCurves, train_length: int) -> Iterato
         yield _describe_rises({curve: curves[curve] for curve in longer}, train_length)
 
 
-def _name_range(spread: PositionSpread) -> str:
-    return f"{spread.first:,}" if spread.first == spread.last else f"{spread.first:,} to {spread.last:,}"
-
-
 def _loss_cell(spread: PositionSpread | None) -> str:
     if spread is None:
         return "-"
@@ -154,15 +164,24 @@ def _loss_cell(spread: PositionSpread | None) -> str:
 
 
 def _describe_rises(curves: PositionCurves, train_length: int) -> str:
-    rises = {curve: find_lasting_rise(by_length, train_length) for curve, by_length in curves.items()}
-    found = []
-    for curve, rise in rises.items():
-        if rise is not None:
-            at_end = _rise_of(curves[curve][max(curves[curve])][-1], curves[curve], train_length)
-            found.append(f"{METHOD_NAMES[curve]} from {rise.first:,} tokens seen on ({at_end:+.1%} in the last range)")
-    stays = [METHOD_NAMES[curve] for curve, rise in rises.items() if rise is None]
-    above = f"more than {FLAT:.0%} above that of the first row, from some range on to the end of the window"
-    if not found:
-        return f"Beyond the training length no mean loss is {above}."
-    others = f" Not so: {', '.join(stays)}." if stays else ""
-    return f"Beyond the training length the mean loss is {above}: {'; '.join(found)}.{others}"
+    groups: dict[str, list[str]] = {"In every seed": [], "In no seed": [], "Seeds disagree": [], "Nothing is known": []}
+    for curve, by_length in curves.items():
+        name, of_seeds = METHOD_NAMES[curve], find_lasting_rises(by_length, train_length)
+        if of_seeds is None:
+            groups["Nothing is known"].append(f"{name} (too few ranges beyond the training length)")
+            continue
+        found = [rise.first for rise in of_seeds if rise is not None]
+        if not found:
+            groups["In no seed"].append(name)
+        elif len(found) < len(of_seeds):
+            groups["Seeds disagree"].append(f"{name} ({len(found)} of {len(of_seeds)} say yes)")
+        else:
+            rises = by_length[max(by_length)][-1].rises
+            end = f"{sum(rises) / len(rises):+.1%} in the last range"
+            groups["In every seed"].append(f"{name} from {max(found):,} tokens seen on ({end})")
+    rule = (
+        "Where the loss rises beyond the training length: where the perplexity, exp(loss), is more than "
+        f"{FLAT:.0%} above that of the first row in every range from there to the end of the window, and in at least "
+        f"{LASTING_RANGES}, each of which is other text than the first row."
+    )
+    return " ".join([rule, *(f"{words}: {'; '.join(names)}." for words, names in groups.items() if names)])

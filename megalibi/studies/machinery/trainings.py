@@ -7,10 +7,9 @@ and NAME/ (its train.output_dir).
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,18 @@ from megalibi.config import (
     load_config,
     save_config,
 )
-from megalibi.errors import ConfigError, UserError
-from megalibi.files import rename_synced
+from megalibi.errors import ConfigError, FileError, UserError
+from megalibi.files import read_json_object, rename_synced
 from megalibi.log import get_logger
-from megalibi.metrics.records import CONFIG_FILE, METRICS_FILE, StepRecord, parse_line
+from megalibi.metrics.records import CONFIG_FILE, DIVERGED_FILE, METRICS_FILE, StepRecord, parse_line
 from megalibi.studies.machinery.jobs import JobProgress, run_jobs
 from megalibi.studies.machinery.machine import Machine
 from megalibi.train.check import check_run
 from megalibi.units import format_count, format_duration
 
 _LOGGER = get_logger(__name__)
+_DECIDE_DIVERGENCE = {"train.on_nonfinite", "train.max_consecutive_skips"}
+"""Fields that change no weight, and whether a run goes on at a number that is not finite."""
 _TAIL_BYTES = 1 << 14  # some forty lines of metrics.jsonl
 
 
@@ -51,7 +52,7 @@ class Training:
     free: Collection[str] = NO_WEIGHT_DEPENDS_ON
     """Fields, as ``section.field``, in which a finished run may differ from this one and stand for it."""
     may_diverge: bool = False
-    """Whether a run that ends at a number that is not finite is a result, as that of a learning rate on trial is."""
+    """Whether a run that diverges is a result, as that of a learning rate on trial is."""
 
     @property
     def folder(self) -> Path:
@@ -130,31 +131,34 @@ class Training:
 
         Raises:
             ConfigError: The run has a checkpoint, or a config.yaml where it has diverged, of another configuration.
+            FileError: Its diverged.json cannot be read.
         """
         if self.find_finished() is not None:
             return True
         if not self.may_diverge or find_divergence(self.config) is None:
             return False
         saved = config_to_dict(load_config(self.folder / CONFIG_FILE))
-        check_unchanged(self.config, saved, free=self.free, what=f"{self.folder} has diverged")
+        free = set(self.free) - _DECIDE_DIVERGENCE
+        check_unchanged(self.config, saved, free=free, what=f"{self.folder} has diverged")
         return True
 
 
 def find_divergence(config: Config) -> int | None:
-    """Return the step at which a run has ended because its loss or gradient was not finite, or None.
-
-    With train.on_nonfinite=stop no run goes on from such a step, and one that is started again comes to it again.
+    """Return the step at which the last start of a run has diverged, as diverged.json has it, or None.
 
     Args:
         config: The configuration of the run.
+
+    Raises:
+        FileError: The file is there and has no step.
     """
-    records = _read_last_steps(Path(config.train.output_dir) / METRICS_FILE)
-    if not records or config.train.on_nonfinite != "stop":
+    path = Path(config.train.output_dir) / DIVERGED_FILE
+    if not path.exists():
         return None
-    last = records[-1]
-    is_finite = math.isfinite(last.loss) and math.isfinite(last.grad_norm)
-    is_tried_again = last.loss_scale is not None and last.loss_scale > 1.0  # fp16 halves it first
-    return None if is_finite or is_tried_again else last.step
+    step = read_json_object(path).get("step")
+    if not isinstance(step, int):
+        raise FileError(f"{path}: has no step; delete it to train that run again")
+    return step
 
 
 def check_unchanged(config: Config, saved: Mapping[str, Any], *, free: Collection[str], what: str) -> None:
@@ -215,8 +219,21 @@ def run_trainings(trainings: Sequence[Training], console: Console) -> None:
     missing = [training for training in trainings if not training.has_ended()]
     for training in missing:
         check_run(training.config, training.machine.ranks)
-    known = [training.name for training in trainings if training not in missing]
-    if known:
-        console.print(f"trained already: {', '.join(known)}", highlight=False, soft_wrap=True)
+    ended = [training for training in trainings if training not in missing]
+    for line in _describe_ended(ended):
+        console.print(line, highlight=False, soft_wrap=True)
     if missing:
         run_jobs(missing, at_once=missing[0].machine.jobs, console=console)
+
+
+def _describe_ended(ended: Sequence[Training]) -> Iterator[str]:
+    """Yield lines on the trainings that are not started again."""
+    diverged = {training.name: find_divergence(training.config) for training in ended}
+    if done := [name for name, step in diverged.items() if step is None]:
+        yield f"trained already: {', '.join(done)}"
+    for training in ended:
+        if (step := diverged[training.name]) is not None:
+            yield (
+                f"{training.name} has diverged at step {step}, and is not trained again; to try it once more delete "
+                f"{training.folder / DIVERGED_FILE}"
+            )

@@ -23,13 +23,14 @@ def test_the_papers_nearest_row_is_at_the_same_multiple() -> None:
 
 
 SWEEP = Sweep(losses={0.001: 4.0})
+INSIDE = Sweep(losses={0.001: 5.0, 0.002: 4.0, 0.004: 5.0})
 
 
 def test_the_page_has_every_number_with_the_papers_beside() -> None:
     curves = {1: {p: {"sinusoidal": {256: 50.0, 512: 123456.0}, "none": {256: 40.25}} for p in PROTOCOLS}}
     page = format_extrapolation(
         curves,
-        judge_extrapolation(curves, 256),
+        judge_extrapolation(curves, 256, {"sinusoidal": INSIDE}),
         by_position={},
         sweeps={"sinusoidal": SWEEP, "none": SWEEP},
         train_length=256,
@@ -53,7 +54,7 @@ def test_several_seeds_stand_as_their_mean_and_their_ends() -> None:
     seeds = {seed: {p: {"alibi": {256: 50.0 + seed, 512: 49.0}} for p in PROTOCOLS} for seed in (0, 1, 5)}
     page = format_extrapolation(
         seeds,
-        judge_extrapolation(seeds, 256),
+        judge_extrapolation(seeds, 256, {"alibi": INSIDE}),
         by_position={},
         sweeps={"alibi": SWEEP},
         train_length=256,

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megalibi.errors import DivergenceError
-from megalibi.metrics.records import METRICS_FILE, StepRecord, ValidationRecord
+from megalibi.metrics.records import METRICS_FILE, ValidationRecord
 from megalibi.studies.extrapolation.study import method_config
 from megalibi.studies.extrapolation.sweep import Sweep, format_sweeps, read_sweeps
 from tests.studies.extrapolation.test_study import make_study
+from tests.support.diverged import write_divergence
 from tests.support.runs import make_config
 
 
@@ -66,14 +66,10 @@ def test_the_losses_are_the_last_of_the_first_seeds_runs(tmp_path: Path) -> None
     assert read_sweeps(study, base) == {"alibi": Sweep(losses={0.001: 4.1, 0.002: 4.0})}
 
 
-def test_a_method_that_diverges_with_every_rate_has_none_to_go_on_with(
-    tmp_path: Path, make_step: Callable[..., StepRecord]
-) -> None:
+def test_a_method_that_diverges_with_every_rate_has_none_to_go_on_with(tmp_path: Path) -> None:
     base = make_config("tokens", train={"steps": 20, "output_dir": str(tmp_path)})
     study = make_study(methods=("alibi",), learning_rates=(0.001, 0.002), seeds=(5,))
     for rate in study.learning_rates:
-        folder = Path(method_config(base, "alibi", rate, 5).train.output_dir)
-        folder.mkdir()
-        (folder / METRICS_FILE).write_text(make_step(7, loss=math.nan).to_json() + "\n")
+        write_divergence(method_config(base, "alibi", rate, 5), 7)
     with pytest.raises(DivergenceError, match=r"^alibi has diverged with every learning rate: add lower study\.learn"):
         read_sweeps(study, base)

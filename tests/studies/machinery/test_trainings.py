@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 import sys
@@ -12,9 +13,10 @@ from rich.console import Console
 
 from megalibi.checkpoint import find_checkpoint
 from megalibi.config import Config, load_config
-from megalibi.errors import ConfigError, JobError
+from megalibi.errors import ConfigError, FileError, JobError
 from megalibi.studies.machinery.machine import COMMAND_SCRIPT, Machine, detect_machine
 from megalibi.studies.machinery.trainings import Training, find_divergence, run_trainings
+from tests.support.diverged import write_divergence
 from tests.support.jobs import run_job, write_job
 
 
@@ -152,7 +154,7 @@ def make_diverging(training: Training, tmp_path: Path, **fields: Any) -> Trainin
 def test_a_rate_on_trial_may_diverge_and_does_so_once(
     training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    high = make_diverging(training, tmp_path)
+    high = make_diverging(training, tmp_path, on_nonfinite="skip", max_consecutive_skips=1)
     assert not high.has_ended()
     run_trainings([high], Console(quiet=True))
     step = find_divergence(high.config)
@@ -160,25 +162,37 @@ def test_a_rate_on_trial_may_diverge_and_does_so_once(
     assert f"high has diverged at step {step}" in caplog.messages
     assert high.has_ended()
     begun = high.log.read_text()
-    run_trainings([high], Console(quiet=True))
+    said = io.StringIO()
+    run_trainings([training, high], Console(file=said))
     assert high.log.read_text() == begun
+    assert said.getvalue() == (
+        "trained already: run\n"
+        f"high has diverged at step {step}, and is not trained again; to try it once more delete "
+        f"{high.folder / 'diverged.json'}\n"
+    )
     assert not dataclasses.replace(high, may_diverge=False).has_ended()
 
     other = dataclasses.replace(high, config=change(high.config, "model", init_std=0.03))
     with pytest.raises(ConfigError, match=r"high has diverged with another configuration than this study's: model\."):
         other.has_ended()
+    longer = dataclasses.replace(high, config=change(high.config, "train", max_consecutive_skips=9))
+    with pytest.raises(ConfigError, match=r": train\.max_consecutive_skips=9, not 1;"):  # it might have gone on
+        longer.has_ended()
+    (high.folder / "diverged.json").unlink()
+    assert not high.has_ended()
 
 
-def test_a_run_that_goes_on_after_a_number_that_is_not_finite_has_not_diverged(training: Training) -> None:
+def test_a_run_has_diverged_where_it_says_so_whatever_its_last_loss_is(training: Training) -> None:
+    metrics = training.folder / "metrics.jsonl"
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    with metrics.open("a") as file:  # a step that was left out, where a signal has stopped the run
+        file.write(json.dumps(last | {"step": 7, "grad_norm": "Infinity", "skipped": True}) + "\n")
     assert find_divergence(training.config) is None
-    with (training.folder / "metrics.jsonl").open("a") as metrics:
-        last = json.loads((training.folder / "metrics.jsonl").read_text().splitlines()[-1])
-        metrics.write(json.dumps(last | {"step": 7, "grad_norm": "Infinity", "skipped": True}) + "\n")
-    assert find_divergence(training.config) == 7
-    assert find_divergence(change(training.config, "train", on_nonfinite="skip")) is None
-    with (training.folder / "metrics.jsonl").open("a") as metrics:
-        metrics.write(json.dumps(last | {"step": 8, "grad_norm": "Infinity", "loss_scale": 2.0}) + "\n")
-    assert find_divergence(training.config) is None  # fp16 will try a smaller scale
+    write_divergence(training.config, 9)
+    assert find_divergence(training.config) == 9
+    (training.folder / "diverged.json").write_text("{}")
+    with pytest.raises(FileError, match=r"diverged\.json: has no step; delete it to train that run again"):
+        find_divergence(training.config)
 
 
 def test_one_rank_is_plain_python_and_several_are_deepspeeds() -> None:
