@@ -116,6 +116,18 @@ class Results:
             stopped=next((method for method, end in ends.items() if end > hours), None),
         )
 
+    def at_equal_speed(self, pair: Pair) -> Results:
+        """Return the results as if an update of a pair's ALiBi model took as long as one of the sinusoidal model.
+
+        What comes out of them all the same is how well the two learn, and not how fast they run.
+        """
+        speeds = dict(self.speeds)
+        for attention in ATTENTIONS:
+            ours, theirs = (self.find_speed(model, attention) for model in pair)
+            if ours and theirs:
+                speeds[ours.variant] = dataclasses.replace(ours, step_seconds=theirs.step_seconds)
+        return dataclasses.replace(self, speeds=speeds)
+
     def to_json(self) -> dict[str, Any]:
         """Return every number as plain values."""
         return {

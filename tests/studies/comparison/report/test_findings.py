@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalibi.studies.comparison.report.findings import judge_comparison
+from megalibi.studies.comparison.report.findings import AS_FAST, judge_comparison
 from megalibi.studies.comparison.report.page import format_comparison
 from megalibi.studies.comparison.results import Results
 from megalibi.studies.comparison.study import ALIBI, ATTENTIONS, SINUSOIDAL, ComparedModel
@@ -106,16 +106,40 @@ def test_two_turns_are_too_few_for_all_that_rests_on_speed() -> None:
     assert found["the same time", "fast"].startswith("sinusoidal, 512 and ")
 
 
-@pytest.mark.parametrize(("alibi", "apart"), [(8.83 * 1.049, ""), (8.83 * 0.951, ""), (8.83 * 0.94, "6.0%")])
-def test_an_alibi_that_learns_better_is_no_result_about_speed(alibi: float, apart: str) -> None:
-    curve = {n: {2048: alibi * (1.0 + (UPDATES - n) / UPDATES)} for n in range(1000, UPDATES + 1, 1000)}
-    results = change_quality(paper_results(), PAIR[0], curve)
-    found = undecided(results)
-    expected = {(words, kind) for words in BY_TIME for kind in ATTENTIONS} if apart else set()
-    assert set(found) == expected
-    assert set(found.values()) == ({f"after equal updates the two lie {apart} apart"} if apart else set())
-    page = format_comparison(results, facts=[], picture=None)
-    assert page.count("No result about speed: after equal updates") == len(expected) // 4
+def learning(results: Results, share: float) -> Results:
+    """The results, with ALiBi's perplexity so many times that of the sinusoidal model after as many updates."""
+    curve = results.qualities[PAIR[1]].perplexities
+    return change_quality(results, PAIR[0], {n: {2048: share * by_length[2048]} for n, by_length in curve.items()})
+
+
+@pytest.mark.parametrize(
+    ("share", "slowness", "holds"),
+    [
+        (0.96, 1.0, None),  # 4% better after equal updates, which is more than a quarter of the time, and as fast
+        (0.96, 0.8, None),  # and faster: how much of it is speed is not told apart
+        (0.96, 2.0, False),  # and so slow that it is not earlier
+        (1.0, 0.8, True),
+        (1.0, 1.0, False),
+        (1.01, 0.8, True),  # as in the paper: a little worse after equal updates, and earlier
+        (1.1, 0.9, False),
+    ],
+)
+def test_what_updates_of_equal_time_would_show_too_is_no_result_about_speed(
+    share: float, slowness: float, holds: bool | None
+) -> None:
+    results = learning(slow_alibi_results(slowness), share)
+    found = [f for f in judge_comparison(results) if any(words in f.expected for words in BY_TIME)]
+    assert [f.holds for f in found] == [holds] * len(BY_TIME) * len(ATTENTIONS)
+    assert {f.reason.partition(" by ")[0] for f in found} == ({""} if holds is not None else {"earlier", "better"})
+
+
+def test_how_much_earlier_it_would_be_by_learning_alone_is_said() -> None:
+    assert set(undecided(learning(slow_alibi_results(1.0), 0.96)).values()) == {
+        f"{what} {AS_FAST}" for what in ("earlier by 27.1%", "better by 4.0%")
+    }
+    page = format_comparison(learning(slow_alibi_results(0.5), 0.96), facts=[], picture=None)
+    assert "ALiBi, 1,024 against sinusoidal, 2,048 +27.1%. So much of these shares is how well the two learn" in page
+    assert "equally long" not in format_comparison(empty_results(), facts=[], picture=None)
 
 
 @pytest.mark.parametrize(
