@@ -117,11 +117,11 @@ def _explain_turns(results: Results) -> Iterator[str]:
     if not results.speeds:
         return
     disturbed = [f"{v.model} ({v.attention})" for v, speed in results.speeds.items() if speed.turn_spread > DISTURBED]
-    commits = sorted({speed.commit for speed in results.speeds.values()} - {""})
-    if commits:
+    codes = sorted({str(code) for speed in results.speeds.values() for code in speed.codes})
+    if codes:
         yield (
-            f"Measured under commit {', '.join(commits)}. In each turn every model is measured once with every kind of "
-            "attention, every second turn in the reverse order."
+            f"Measured with {', '.join(codes)} (SHA-256 of the sources). In each turn every model is measured once "
+            "with every kind of attention, every second turn in the reverse order."
         )
         yield ""
     yield (
