@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
         read_qualities,
         train_models,
     )
-    from megalibi.studies.comparison.report.advice import advise
+    from megalibi.studies.comparison.report.advice import advise, drop_options
     from megalibi.studies.comparison.report.findings import judge_comparison
     from megalibi.studies.comparison.report.write import describe_comparison, write_comparison
     from megalibi.studies.comparison.results import Results
@@ -186,7 +186,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not arguments.plan and arguments.part != "quality":
         _say_load(console)
-        run_turns(turns, console, code=Code.of({**describe_origin(), "code": hash_code()}), again=arguments.again)
+        code = Code.of({**describe_origin(), "code": hash_code()})
+        resume = f"to go on: {drop_options(describe_origin()['command'], '--again')}"  # with it all begins anew
+        run_turns(turns, console, code=code, again=arguments.again, resume=resume)
         write()  # part two takes longer
     if not arguments.plan and arguments.part != "speed":
         train_models(base, study, machine, console)

@@ -168,7 +168,12 @@ def select_turns(turns: Mapping[Variant, Sequence[Turn]], *, code: Code, again: 
 
 
 def run_turns(
-    turns: Mapping[Variant, Sequence[Turn]], console: Console, *, code: Code, again: Collection[int] = ()
+    turns: Mapping[Variant, Sequence[Turn]],
+    console: Console,
+    *,
+    code: Code,
+    again: Collection[int] = (),
+    resume: str = "the same command goes on",
 ) -> None:
     """Measure what is not measured yet: the first turns of all variants, then the second ones, and so on.
 
@@ -179,6 +184,7 @@ def run_turns(
         console: Where to show progress.
         code: The code of megalibi that measures.
         again: Numbers of turns to measure again. The old records stay beside the new ones, and are counted.
+        resume: How to go on after an interruption, in words: with ``again`` not by the same command.
 
     Raises:
         ConfigError: select_turns refuses. Nothing has started, and no record was set aside.
@@ -193,4 +199,4 @@ def run_turns(
     for turn in missing:
         turn.set_aside()
     if missing:
-        run_jobs(missing, at_once=1, console=console)
+        run_jobs(missing, at_once=1, console=console, resume=resume)

@@ -134,7 +134,7 @@ def test_smoke_from_nothing_to_the_report_and_again(
     assert "in the paper:" in output
     assert "load average of the last minute: " in output
     assert f"too few turns: {len(VARIANTS)} of {len(VARIANTS)} speeds have fewer than 3\n" in output
-    assert re.search(r"measures the missing turns alone: python .*--part speed study.turns=3\n", output)
+    assert re.search(r"measures the turns that are missing: python .*--part speed study.turns=3\n", output)
 
     trained = contents(folder / "runs")
     page = (folder / "results" / "report.md").read_text()

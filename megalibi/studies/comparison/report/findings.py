@@ -8,7 +8,7 @@ better, which says nothing of speed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from megalibi.studies.comparison.curves import mean_speedup
 from megalibi.studies.comparison.results import EqualTime, Pair, Results, format_percent, format_updates
@@ -61,7 +61,7 @@ def _judge_speed(results: Results, pair: Pair, attention: str) -> Iterator[Findi
             measured=f"{attention} attention: {gain.median:+.1%} (quartiles {gain.low:+.1%} to {gain.high:+.1%})",
             holds=gain.low > 0.0,
         )
-        yield _doubt(finding, _find_disturbed(results, pair, attention))
+        yield _weigh(finding, results, pair, attention)
     if saving is not None:
         yield Finding(
             expected=f"and takes less memory: {memory_saving():.1%}, {_paper_pair(11, 'memory_gb')} GB (Table 11)",
@@ -98,7 +98,7 @@ def _judge_equal_lengths(results: Results, attention: str) -> Iterator[Finding]:
         is_beyond = any(max(gain.low, -gain.high) > SAME_TIME for gain in known.values())
         disagree = [] if finding.holds or is_beyond else [f"some turns are within {SAME_TIME:.0%} and some are not"]
         models = [model for pair in pairs if pair[0].length in known for model in pair]
-        yield _doubt(finding, [*_find_disturbed(results, models, attention), *disagree])
+        yield _weigh(finding, results, models, attention, disagree)
 
 
 def _by_length(values: dict[int, float]) -> str:
@@ -108,7 +108,6 @@ def _by_length(values: dict[int, float]) -> str:
 def _judge_curves(results: Results, pair: Pair, attention: str) -> Iterator[Finding]:
     levels, equal_time = results.levels(pair, attention), results.equal_time(pair, attention)
     as_fast = results.at_equal_speed(pair)
-    doubts = _find_disturbed(results, pair, attention)
     if levels:
         without = mean_speedup(as_fast.levels(pair, attention))
         learns = [] if min(without, mean_speedup(levels)) <= 0.0 else [f"earlier by {without:.1%} {AS_FAST}"]
@@ -121,7 +120,7 @@ def _judge_curves(results: Results, pair: Pair, attention: str) -> Iterator[Find
             measured=f"{attention} attention: {mean_speedup(levels):+.1%} on average; {each}",
             holds=mean_speedup(levels) > 0.0,
         )
-        yield _doubt(finding, [*doubts, *learns])
+        yield _weigh(finding, results, pair, attention, learns)
     if equal_time and equal_time.alibi and equal_time.sinusoidal:
         ours, theirs = equal_time.alibi, equal_time.sinusoidal
         without = _equal_time_gap(as_fast.equal_time(pair, attention))
@@ -134,7 +133,7 @@ def _judge_curves(results: Results, pair: Pair, attention: str) -> Iterator[Find
             f"{format_updates(ours.updates)} updates, {theirs.perplexity:.2f} after {format_updates(theirs.updates)}",
             holds=ours.perplexity < theirs.perplexity,
         )
-        yield _doubt(finding, [*doubts, *learns])
+        yield _weigh(finding, results, pair, attention, learns)
 
 
 def _equal_time_gap(equal: EqualTime | None) -> float:
@@ -144,10 +143,28 @@ def _equal_time_gap(equal: EqualTime | None) -> float:
     return equal.alibi.perplexity / equal.sinusoidal.perplexity - 1.0
 
 
-def _doubt(finding: Finding, doubts: Iterable[str]) -> Finding:
-    """Return the finding, not decided if there is a reason for doubt."""
-    reason = "; ".join(doubts)
-    return dataclasses.replace(finding, holds=None, reason=reason) if reason else finding
+def _weigh(
+    finding: Finding, results: Results, models: Sequence[ComparedModel], attention: str, doubts: Sequence[str] = ()
+) -> Finding:
+    """Return a finding that rests on speeds: not decided if there is a reason for doubt, and with the turns replaced.
+
+    Args:
+        finding: The finding, as the numbers have it.
+        results: The results of the comparison.
+        models: The models on whose speeds it rests.
+        attention: Their kind of attention.
+        doubts: Reasons for doubt besides disturbed speeds, in words.
+    """
+    reason = "; ".join([*_find_disturbed(results, models, attention), *doubts])
+    speeds = [speed for model in models if (speed := results.find_speed(model, attention))]
+    replaced = sum(speed.turns_replaced for speed in speeds)
+    measured = f"{finding.measured}; {format_replaced(replaced)}" if replaced else finding.measured
+    return dataclasses.replace(finding, holds=None if reason else finding.holds, reason=reason, measured=measured)
+
+
+def format_replaced(turns: int) -> str:
+    """Return how many turns were measured again, as in "2 turns measured anew"."""
+    return f"{turns} turn{'s' if turns > 1 else ''} measured anew"
 
 
 def _find_disturbed(results: Results, models: Sequence[ComparedModel], attention: str) -> list[str]:
