@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -36,6 +35,7 @@ from alibi_attention.bench.timing import (
 from megalibi import log
 from megalibi.errors import ConfigError
 from megalibi.files import write_aside
+from megalibi.measure.other_work import read_load_average
 from megalibi.metrics.provenance import describe_run
 from megalibi.report.plots import GRID, INK, MUTED, PAPER, SERIES_COLORS, save_figure
 from megalibi.runtime.exit import run_tool
@@ -286,7 +286,7 @@ def main() -> None:
     except ValueError as error:
         raise ConfigError(f"--qk: {error}") from error
     run_cases(arguments, cases, record)
-    record["load_average_at_the_end"] = psutil.getloadavg()[0]
+    record["load_average_at_the_end"] = read_load_average()
     write(record, arguments.output)
     if arguments.picture is not None:
         draw(record["rows"], arguments.picture)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from megalibi import log
@@ -23,6 +22,7 @@ from megalibi.config import load_config
 from megalibi.config.checks import check_option
 from megalibi.files import write_json
 from megalibi.generate.decoder import Decoder, feed_each
+from megalibi.measure.other_work import read_load_average
 from megalibi.metrics.provenance import describe_run
 from megalibi.model import GPT, initialize
 from megalibi.parallel import ALONE, WHOLE
@@ -112,7 +112,7 @@ def main() -> None:
     initialize(model, seed=1, group=ALONE)
     results = measure_batches(model.requires_grad_(False).eval(), arguments)
     record = describe_run("cpu", ("torch",))
-    record["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
+    record["hardware"]["load_average_at_the_end"] = read_load_average()
     record |= {"threads": torch.get_num_threads(), "results": results}
     print(format_batch_table(results) if arguments.output else json.dumps(record, indent=2))
     if arguments.output:

@@ -23,7 +23,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 
 from megalibi import log
@@ -32,6 +31,7 @@ from megalibi.config.checks import check_option
 from megalibi.data.tokens.random_tokens import write_random_tokens
 from megalibi.errors import JobError
 from megalibi.files import sync_file, write_json
+from megalibi.measure.other_work import read_load_average
 from megalibi.metrics.provenance import describe_run
 from megalibi.runtime.exit import run_tool
 from megalibi.runtime.outputs import check_folder, check_outputs
@@ -288,7 +288,7 @@ def main() -> None:
     for name, value in figures.items():
         console.print(f"{name}: {value['median']:,.3f} ({value['min']:,.3f} to {value['max']:,.3f})")
     record = {**describe_run(ranks.device, ("torch", "deepspeed")), "ranks": arguments.ranks, **figures}
-    record["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
+    record["hardware"]["load_average_at_the_end"] = read_load_average()
     if arguments.output:
         write_json(record, arguments.output)
     else:

@@ -17,7 +17,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
 import sentencepiece
 from rich.console import Console
 
@@ -30,6 +29,7 @@ from megalibi.data.text.documents import DocumentReader, join_pieces
 from megalibi.data.tokens.random_tokens import write_random_tokens
 from megalibi.errors import ConfigError
 from megalibi.files import write_json
+from megalibi.measure.other_work import read_load_average
 from megalibi.metrics.provenance import describe_run
 from megalibi.runtime.exit import run_tool
 from megalibi.runtime.outputs import check_folder, check_outputs
@@ -203,7 +203,7 @@ def benchmark_loader(arguments: argparse.Namespace) -> dict[str, Any]:
 def describe_busy_machine() -> dict[str, Any]:
     """Return what the figures depend on besides the options, and how busy the machine was."""
     described = describe_run("cpu", ("numpy", "sentencepiece"))
-    described["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
+    described["hardware"]["load_average_at_the_end"] = read_load_average()
     return described
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -30,6 +29,7 @@ from megalibi.errors import ConfigError
 from megalibi.export.hf.formats import get_format
 from megalibi.files import write_json
 from megalibi.generate.decoder import DEFAULT_HORIZON_EPS, Decoder
+from megalibi.measure.other_work import read_load_average
 from megalibi.metrics.provenance import describe_run
 from megalibi.model import GPT, initialize
 from megalibi.parallel import ALONE, WHOLE
@@ -236,7 +236,7 @@ def format_generation_table(results: Sequence[dict[str, Any]]) -> str:
 def describe_measurement(model: GPT, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the figures with what they depend on, and how busy the machine was."""
     described = describe_run("cpu", ("torch", "transformers"))
-    described["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
+    described["hardware"]["load_average_at_the_end"] = read_load_average()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {**described, "threads": torch.get_num_threads(), "parameters": parameters, "results": results}
 

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
 from megalibi.config import Config, config_from_dict
 from megalibi.config.checks import check_option
 from megalibi.data.tokens.random_tokens import write_random_tokens
 from megalibi.files import write_json
+from megalibi.measure.other_work import read_load_average
 from megalibi.metrics.provenance import describe_run
 from megalibi.runtime.exit import run_rank
 from megalibi.runtime.outputs import check_outputs
@@ -200,7 +200,7 @@ def benchmark_pace(place: Place) -> None:
         "processor_of_rank_0": summarize_pairs(seconds[..., 1]),
         "calls_alone": calls | {"share_of_a_step": calls["seconds_in_a_step"] / float(np.median(seconds[:, 0, 0]))},
     }
-    record["hardware"]["load_average_at_the_end"] = psutil.getloadavg()[0]
+    record["hardware"]["load_average_at_the_end"] = read_load_average()
     if arguments.output:
         write_json(record, arguments.output)
     print(json.dumps(record, indent=2))

@@ -14,7 +14,7 @@ from megalibi.engine.step import StepResult
 from megalibi.files import write_json
 from megalibi.measure.other_work import OtherWork, read_load_average
 from megalibi.metrics.memory import memory_peak_bytes
-from megalibi.metrics.provenance import describe_run
+from megalibi.metrics.provenance import describe_run, hash_code
 from megalibi.plan.memory_trace import measure_memory
 from megalibi.runtime.stop import read_together
 from megalibi.train.job import Job, open_loader
@@ -36,7 +36,7 @@ def measure_turn(job: Job, output: Path) -> None:
         DivergenceError: The loss or the gradient is not finite.
         FileError: The output cannot be written.
     """
-    load_before = read_load_average()
+    code, load_before = hash_code(), read_load_average()
     config, groups, device = job.config, job.groups, job.device
     engine = build_engine(config, job.derived, groups, device)
     loader = open_loader(job)
@@ -66,6 +66,7 @@ def measure_turn(job: Job, output: Path) -> None:
             "memory": dataclasses.asdict(memory),
             "config": config_to_dict(config),
             "ranks": groups.world.size,
+            "code": code,
             **describe_run(str(device), ("torch", "deepspeed")),
         }
         write_json(turn, output)

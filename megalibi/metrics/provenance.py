@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 import megalibi
+
+_OUR_PACKAGES = ("megalibi", "alibi_attention", "fused_ops")
+_SOURCES = ("*.py", "*.cpp", "*.h")
 
 
 def describe_origin() -> dict[str, str]:
@@ -44,6 +50,25 @@ def describe_run(device: str, packages: Sequence[str] = ("torch",)) -> dict[str,
         except PackageNotFoundError:
             continue
     return {**describe_origin(), "hardware": _describe_hardware(device), "versions": versions}
+
+
+@cache
+def hash_code() -> str:
+    """Return the SHA-256 of the sources of our packages, as they were at the first call, in hexadecimal.
+
+    It tells apart what a version or a commit does not: other checkouts, and files that differ from their commit.
+    """
+    digest = hashlib.sha256()
+    for name, path in sorted(_find_sources().items()):
+        digest.update(f"{name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _find_sources() -> dict[str, Path]:
+    """Return the source files of our packages by the name that they have on every host, such as megalibi/log.py."""
+    folders = [Path(str(find_spec(package).origin)).parent for package in _OUR_PACKAGES]  # type: ignore[union-attr]
+    found = [(folder, path) for folder in folders for pattern in _SOURCES for path in folder.rglob(pattern)]
+    return {path.relative_to(folder.parent).as_posix(): path for folder, path in found}
 
 
 def _describe_command() -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import megalibi
-from megalibi.metrics.provenance import describe_origin, describe_run
+from megalibi.metrics.provenance import _find_sources, describe_origin, describe_run, hash_code
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_record_says_what_its_figures_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +62,30 @@ def test_the_commit_is_that_of_megalibi_and_of_no_other_repository(
     assert describe_origin()["commit"] == git("rev-parse", "--short=12", "HEAD")
     package.write_text("changed")
     assert describe_origin()["commit"] == f"{git('rev-parse', '--short=12', 'HEAD')}-dirty"
+
+
+def test_the_sources_of_all_our_packages_are_counted() -> None:
+    """Those of the kernels too: fused ones and plain ones do not round alike."""
+    ours = {
+        path.relative_to(root).as_posix(): path
+        for root, folders in ((ROOT, "megalibi"), (ROOT / "kernels", "."))
+        for path in (root / folders).rglob("*")
+        if path.suffix in (".py", ".cpp", ".h")
+    }
+    assert _find_sources() == ours
+    assert {name.partition("/")[0] for name in ours} == {"megalibi", "alibi_attention", "fused_ops"}
+
+
+def test_the_checksum_of_the_code_is_that_of_names_and_contents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hash_of(sources: dict[str, str]) -> str:
+        for name, text in sources.items():
+            (tmp_path / name).write_text(text)
+        found = {name: tmp_path / name for name in sources}
+        monkeypatch.setattr("megalibi.metrics.provenance._find_sources", lambda: found)
+        return hash_code.__wrapped__()
+
+    hashes = [hash_of(sources) for sources in ({"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1", "c": "2"})]
+    assert len(set(hashes)) == 3
+    assert hash_of({"b": "2", "a": "1"}) == hashes[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from megalibi.metrics.summary import Quartiles
 from megalibi.plan.memory_trace import MemoryByKind
@@ -67,14 +68,18 @@ def change_quality(results: Results, model: ComparedModel, perplexities: dict[in
     return dataclasses.replace(results, qualities={**results.qualities, model: quality})
 
 
+def change_speed(results: Results, model: ComparedModel, attention: str, **changes: Any) -> Results:
+    """The results with other fields of one speed."""
+    variant = Variant(model=model, attention=attention)
+    speed = dataclasses.replace(results.speeds[variant], **changes)
+    return dataclasses.replace(results, speeds={**results.speeds, variant: speed})
+
+
 def change_turns(results: Results, model: ComparedModel, attention: str, *slowness: float) -> Results:
     """The results with other turns of one speed: each is so many times as slow as the median step was."""
-    variant = Variant(model=model, attention=attention)
-    speed = results.speeds[variant]
-    medians = {n: factor * speed.step_seconds.median for n, factor in enumerate(slowness, start=1)}
-    return dataclasses.replace(
-        results, speeds={**results.speeds, variant: dataclasses.replace(speed, turn_medians=medians)}
-    )
+    seconds = results.speeds[Variant(model=model, attention=attention)].step_seconds.median
+    medians = {n: factor * seconds for n, factor in enumerate(slowness, start=1)}
+    return change_speed(results, model, attention, turn_medians=medians)
 
 
 def slow_alibi_results(slowness: float) -> Results:

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalibi.train.agreement import _find_sources
 from tests.support.jobs import Job, write_job
-
-ROOT = Path(__file__).parents[2]
 
 
 def error_of(job: Job) -> str:
@@ -19,18 +16,6 @@ def error_of(job: Job) -> str:
     (line,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in job.output
     return line
-
-
-def test_the_sources_of_all_our_packages_are_compared() -> None:
-    """Those of the kernels too: fused ones and plain ones do not round alike."""
-    ours = {
-        path.relative_to(root).as_posix(): path
-        for root, folders in ((ROOT, "megalibi"), (ROOT / "kernels", "."))
-        for path in (root / folders).rglob("*")
-        if path.suffix in (".py", ".cpp", ".h")
-    }
-    assert _find_sources() == ours
-    assert {name.partition("/")[0] for name in ours} == {"megalibi", "alibi_attention", "fused_ops"}
 
 
 @pytest.mark.parametrize(

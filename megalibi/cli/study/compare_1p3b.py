@@ -144,7 +144,8 @@ def run(arguments: argparse.Namespace) -> None:
     if machine.gpus == 0:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns of no GPU
     # After that: they import DeepSpeed.
-    from megalibi.metrics.provenance import describe_origin
+    from megalibi.metrics.provenance import describe_origin, hash_code
+    from megalibi.studies.comparison.measured_code import Code
     from megalibi.studies.comparison.plan import plan_variants, select_plans
     from megalibi.studies.comparison.quality import (
         check_quality,
@@ -153,12 +154,12 @@ def run(arguments: argparse.Namespace) -> None:
         read_qualities,
         train_models,
     )
-    from megalibi.studies.comparison.report.advice import advise
+    from megalibi.studies.comparison.report.advice import advise, drop_options
     from megalibi.studies.comparison.report.findings import judge_comparison
     from megalibi.studies.comparison.report.write import describe_comparison, write_comparison
     from megalibi.studies.comparison.results import Results
     from megalibi.studies.comparison.speed import read_speeds
-    from megalibi.studies.comparison.turns import commit_of, plan_turns, run_turns
+    from megalibi.studies.comparison.turns import plan_turns, run_turns
 
     console = Console(highlight=False, soft_wrap=True)
     check_quality(base)
@@ -166,6 +167,8 @@ def run(arguments: argparse.Namespace) -> None:
     turns = plan_turns(base, study, machine)
     if not arguments.plan:
         check_devices(arguments, select_plans(plans, base, arguments.part), machine.gpus)
+    if arguments.part == "quality":
+        read_speeds(turns, study)  # or turns that cannot be compared would be refused after hours of training
 
     gpu = torch.cuda.get_device_name() if machine.gpus else ""
     facts = describe_comparison(study, base, gpu=gpu, is_plan=arguments.plan, is_rehearsal=arguments.scale == "smoke")
@@ -183,7 +186,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     if not arguments.plan and arguments.part != "quality":
         _say_load(console)
-        run_turns(turns, console, commit=commit_of(describe_origin()), again=arguments.again)
+        code = Code.of({**describe_origin(), "code": hash_code()})
+        resume = f"to go on: {drop_options(describe_origin()['command'], '--again')}"  # with it all begins anew
+        run_turns(turns, console, code=code, again=arguments.again, resume=resume)
         write()  # part two takes longer
     if not arguments.plan and arguments.part != "speed":
         train_models(base, study, machine, console)

@@ -116,6 +116,18 @@ class Results:
             stopped=next((method for method, end in ends.items() if end > hours), None),
         )
 
+    def at_equal_speed(self, pair: Pair) -> Results:
+        """Return the results as if an update of a pair's ALiBi model took as long as one of the sinusoidal model.
+
+        What comes out of them all the same is how well the two learn, and not how fast they run.
+        """
+        speeds = dict(self.speeds)
+        for attention in ATTENTIONS:
+            ours, theirs = (self.find_speed(model, attention) for model in pair)
+            if ours and theirs:
+                speeds[ours.variant] = dataclasses.replace(ours, step_seconds=theirs.step_seconds)
+        return dataclasses.replace(self, speeds=speeds)
+
     def to_json(self) -> dict[str, Any]:
         """Return every number as plain values."""
         return {
@@ -130,6 +142,7 @@ class Results:
     def _pair_to_json(self, pair: Pair, attention: str) -> dict[str, Any]:
         gain, saving = self.rate_gain(*pair, attention), self.memory_saving(*pair, attention)
         levels, equal_time = self.levels(pair, attention), self.equal_time(pair, attention)
+        as_fast = self.at_equal_speed(pair).levels(pair, attention)
         return {
             "alibi": pair[0].name,
             "sinusoidal": pair[1].name,
@@ -140,6 +153,7 @@ class Results:
             "curves": [[dataclasses.asdict(p) for p in points] for points in self.pair_points(pair, attention)],
             "levels": [{**dataclasses.asdict(level), "speedup": level.speedup} for level in levels],
             "mean_speedup": mean_speedup(levels) if levels else None,
+            "mean_speedup_at_equal_speed": mean_speedup(as_fast) if as_fast else None,
             "equal_time": dataclasses.asdict(equal_time) if equal_time else None,
         }
 
@@ -147,12 +161,14 @@ class Results:
 def _speed_to_json(speed: Speed) -> dict[str, Any]:
     return {
         "step_seconds": dataclasses.asdict(speed.step_seconds),
+        "turns": list(speed.turn_medians),
         "turn_median_step_seconds": list(speed.turn_medians.values()),
-        "turn_spread": speed.turn_spread,
+        "turn_spread": speed.turn_spread if len(speed.turn_medians) > 1 else None,
         "disturbance": speed.disturbance,
         "turn_conditions": [dataclasses.asdict(conditions) for conditions in speed.turn_conditions.values()],
         "turns_replaced": speed.turns_replaced,
-        "commit": speed.commit,
+        "commits": sorted({code.commit for code in speed.codes}),
+        "code": next((code.sha256 for code in speed.codes if code.sha256), None),
         "tokens_per_second": speed.tokens_per_second,
         "updates_per_hour": speed.updates_per_hour,
         "allocator_peak_bytes": speed.memory.total,

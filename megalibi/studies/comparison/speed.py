@@ -14,9 +14,10 @@ from megalibi.config import Config
 from megalibi.errors import ConfigError
 from megalibi.metrics.summary import Quartiles
 from megalibi.plan.memory_trace import MemoryByKind
-from megalibi.studies.comparison.disturbance import TurnConditions, find_disturbance, relative_range
+from megalibi.studies.comparison.disturbance import TurnConditions, find_disturbance, mean_difference
+from megalibi.studies.comparison.measured_code import Code, check_same_code
 from megalibi.studies.comparison.study import CompareStudy, Variant
-from megalibi.studies.comparison.turns import Turn, check_commits, commit_of
+from megalibi.studies.comparison.turns import Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,18 +40,26 @@ class Speed:
     """Number of a turn -> what it was measured beside; results of an earlier form have none."""
     turns_replaced: int = 0
     """How many measured turns were set aside and measured again."""
-    commit: str = ""
-    """The commit that all turns were measured under; empty: not known."""
+    on_gpu: bool = False
+    """Whether a GPU took the steps, beside whose host's cores other work may go on."""
+    codes: tuple[Code, ...] = ()
+    """The code that the turns were measured with: the same sources, but maybe of several commits; empty: not known."""
 
     @property
     def turn_spread(self) -> float:
-        """How far the turns lie apart: the range of their medians over the median of these."""
-        return relative_range(self.turn_medians)
+        """How far two turns lie apart on average: the mean difference of their medians over the median of these."""
+        return mean_difference(self.turn_medians)
+
+    @property
+    def other_busy_cores(self) -> dict[int, float]:
+        """Cores that others kept busy, by turn, where that is known and disturbs: on a CPU, and not beside a GPU."""
+        known = {number: turn.other_busy_cores for number, turn in self.turn_conditions.items()}
+        return {} if self.on_gpu else {number: cores for number, cores in known.items() if cores is not None}
 
     @property
     def disturbance(self) -> str:
         """Why nothing can be decided by this speed, in words; empty if it was not disturbed."""
-        return find_disturbance(self.turn_medians)
+        return find_disturbance(self.turn_medians, self.other_busy_cores)
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,22 +85,22 @@ def read_speeds(turns: Mapping[Variant, Sequence[Turn]], study: CompareStudy) ->
         study: The section ``study``, which says how many steps of a turn do not count.
 
     Raises:
-        ConfigError: Turns were measured on different hardware or under different commits; such times cannot be
+        ConfigError: Turns were measured on different hardware or with different code; such times cannot be
             compared.
     """
     speeds: dict[Variant, Speed] = {}
     hardware: dict[str, Path] = {}
-    commits: dict[Path, str] = {}
+    codes: dict[Path, Code] = {}
     for variant, of_variant in turns.items():
         done = {turn.number: record for turn in of_variant if (record := turn.read()) is not None}
         hardware |= {_hardware_of(record): of_variant[number - 1].output for number, record in done.items()}
-        commits |= {of_variant[number - 1].output: commit_of(record) for number, record in done.items()}
+        codes |= {of_variant[number - 1].output: Code.of(record) for number, record in done.items()}
         if done:
             speed = summarize_turns(variant, done, study.warm_steps, of_variant[0].config)
             speeds[variant] = dataclasses.replace(
                 speed, turns_replaced=sum(len(turn.replaced()) for turn in of_variant)
             )
-    check_commits(commits)
+    check_same_code(codes)
     if len(hardware) > 1:
         one, other = list(hardware.items())[:2]
         raise ConfigError(
@@ -127,7 +136,8 @@ def summarize_turns(
         memory=max(memories, key=lambda memory: memory.total),
         device_bytes=max(record["device_bytes"] for record in records.values()),
         turn_conditions={number: _conditions_of(record, counted[number]) for number, record in records.items()},
-        commit=commit_of(next(iter(records.values()))),
+        on_gpu=any("gpu" in record["hardware"] for record in records.values()),
+        codes=tuple(dict.fromkeys(map(Code.of, records.values()))),
     )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from megalibi.config import NO_WEIGHT_DEPENDS_ON, Config, save_config
 from megalibi.errors import ConfigError
 from megalibi.files import rename_synced
+from megalibi.studies.comparison.measured_code import Code, check_same_code
 from megalibi.studies.comparison.study import ATTENTIONS, CompareStudy, Variant, variant_config, variants
 from megalibi.studies.machinery.jobs import run_jobs
 from megalibi.studies.machinery.machine import Machine
@@ -88,13 +89,20 @@ class Turn:
         return dict(turn)
 
     def replaced(self) -> list[Path]:
-        """Return the records that were set aside, because the turn was to be measured again."""
-        return sorted(self.folder.glob(f"turn_{self.number}.replaced_*.json"))
+        """Return the records that were set aside, because the turn was to be measured again, the first one first."""
+        return sorted(self.folder.glob(f"turn_{self.number}.replaced_*.json"), key=_replacement_of)
 
     def set_aside(self) -> None:
         """Rename the record, if there is one, so that the turn is measured again."""
         if self.output.is_file():
-            rename_synced(self.output, self.folder / f"turn_{self.number}.replaced_{len(self.replaced()) + 1}.json")
+            last = max(map(_replacement_of, self.replaced()), default=0)
+            rename_synced(self.output, self.folder / f"turn_{self.number}.replaced_{last + 1}.json")
+
+
+def _replacement_of(path: Path) -> int:
+    """Return the K of turn_N.replaced_K.json, and 0 where that is no number."""
+    count = path.stem.rpartition("_")[2]
+    return int(count) if count.isdecimal() else 0
 
 
 def plan_turns(base: Config, study: CompareStudy, machine: Machine) -> dict[Variant, list[Turn]]:
@@ -119,7 +127,7 @@ def order_turns(turns: Mapping[Variant, Sequence[Turn]]) -> list[Turn]:
     """Return the turns round by round: in each round every model with every kind of attention once.
 
     What is compared stands close together. Every second round goes backwards, so that no variant always follows the
-    same one and a steady drift of the machine meets all alike; and each two rounds begin elsewhere.
+    same one, and a steady drift of the machine meets all alike over an even number of turns.
 
     Args:
         turns: From plan_turns.
@@ -129,24 +137,22 @@ def order_turns(turns: Mapping[Variant, Sequence[Turn]]) -> list[Turn]:
     rounds = list(zip(*(turns[variant] for variant in there), strict=True))
     ordered: list[Turn] = []
     for number, of_round in enumerate(rounds):
-        start = len(there) * (number // 2) // -(-len(rounds) // 2)
-        rotated = of_round[start:] + of_round[:start]
-        ordered += rotated[:: -1 if number % 2 else 1]
+        ordered += of_round[:: -1 if number % 2 else 1]
     return ordered
 
 
-def select_turns(turns: Mapping[Variant, Sequence[Turn]], *, commit: str, again: Collection[int] = ()) -> list[Turn]:
+def select_turns(turns: Mapping[Variant, Sequence[Turn]], *, code: Code, again: Collection[int] = ()) -> list[Turn]:
     """Return the turns to measure, in their order: those without a record, and those to measure again.
 
     Args:
         turns: From plan_turns.
-        commit: The commit of megalibi that measures, as commit_of returns it.
+        code: The code of megalibi that measures.
         again: Numbers of turns to measure again, with all variants: alone a variant would meet another machine than
             those it is compared with.
 
     Raises:
-        ConfigError: A turn that stays was measured with another configuration or, if any is to be measured, under
-            another commit; or there is no turn of a number to measure again.
+        ConfigError: A turn that stays was measured with another configuration or, if any is to be measured, with
+            other code; or there is no turn of a number to measure again.
     """
     ordered = order_turns(turns)
     for number in again:
@@ -154,15 +160,20 @@ def select_turns(turns: Mapping[Variant, Sequence[Turn]], *, commit: str, again:
             last = max(turn.number for turn in ordered)
             raise ConfigError(f"--again={number}: must be the number of a turn, from 1 to study.turns={last}")
     found = {turn.output: turn.read() for turn in ordered if turn.number not in again}
-    kept = {output: commit_of(record) for output, record in found.items() if record is not None}
+    kept = {output: Code.of(record) for output, record in found.items() if record is not None}
     missing = [turn for turn in ordered if turn.output not in kept]
     if missing:
-        check_commits(kept, commit)
+        check_same_code(kept, code)
     return missing
 
 
 def run_turns(
-    turns: Mapping[Variant, Sequence[Turn]], console: Console, *, commit: str, again: Collection[int] = ()
+    turns: Mapping[Variant, Sequence[Turn]],
+    console: Console,
+    *,
+    code: Code,
+    again: Collection[int] = (),
+    resume: str = "the same command goes on",
 ) -> None:
     """Measure what is not measured yet: the first turns of all variants, then the second ones, and so on.
 
@@ -171,14 +182,15 @@ def run_turns(
     Args:
         turns: From plan_turns.
         console: Where to show progress.
-        commit: The commit of megalibi that measures, as commit_of returns it.
+        code: The code of megalibi that measures.
         again: Numbers of turns to measure again. The old records stay beside the new ones, and are counted.
+        resume: How to go on after an interruption, in words: with ``again`` not by the same command.
 
     Raises:
         ConfigError: select_turns refuses. Nothing has started, and no record was set aside.
         JobError: A turn failed; the others have ended before.
     """
-    missing = select_turns(turns, commit=commit, again=again)
+    missing = select_turns(turns, code=code, again=again)
     for turn in {turn.folder: turn for turn in missing}.values():
         check_run(turn.config, turn.machine.ranks)
     total = sum(map(len, turns.values()))
@@ -187,36 +199,4 @@ def run_turns(
     for turn in missing:
         turn.set_aside()
     if missing:
-        run_jobs(missing, at_once=1, console=console)
-
-
-def check_commits(commits: Mapping[Path, str], commit: str | None = None) -> None:
-    """Refuse turns of different commits: what changed between them could be taken for a difference of the models.
-
-    Args:
-        commits: File of a turn -> the commit that it was measured under.
-        commit: The commit of the turns that are to be measured, if there are any.
-
-    Raises:
-        ConfigError: There are two commits. Nothing is measured anew by itself, for that would throw work away.
-    """
-    known = dict.fromkeys(commits.values())
-    for output, other in commits.items():
-        wanted = next(iter(known)) if commit is None else commit
-        if other != wanted:
-            there = "other turns" if commit is None else "what is missing would be measured"
-            raise ConfigError(
-                f"{output} was measured under commit {other}, {there} under {wanted}, and turns of two commits cannot "
-                f"be compared: go back to {other}, give another train.output_dir, or delete {output.parent.parent} to "
-                "measure all of them anew"
-            )
-
-
-def commit_of(record: Mapping[str, Any]) -> str:
-    """Return the commit that a turn was measured under, as if all files had been in it.
-
-    Args:
-        record: What a turn wrote, or what describe_origin returns.
-    """
-    # The results that a study writes may be tracked files themselves, so that its second part finds "-dirty".
-    return str(record.get("commit", "unknown")).removesuffix("-dirty")
+        run_jobs(missing, at_once=1, console=console, resume=resume)

@@ -67,7 +67,9 @@ class StudyJob(Protocol):
         """Take the result after the process has ended; return what went wrong, or None if nothing did."""
 
 
-def run_jobs(jobs: Sequence[StudyJob], *, at_once: int, console: Console) -> None:
+def run_jobs(
+    jobs: Sequence[StudyJob], *, at_once: int, console: Console, resume: str = "the same command goes on"
+) -> None:
     """Run jobs to their ends, several at once.
 
     A failure is reported at once and does not stop the other jobs. Ctrl-C, SIGTERM and SIGHUP send SIGTERM to the
@@ -77,6 +79,7 @@ def run_jobs(jobs: Sequence[StudyJob], *, at_once: int, console: Console) -> Non
         jobs: The jobs, in the order in which they are started.
         at_once: How many run at the same time.
         console: Where to show progress.
+        resume: How to go on after an interruption, in words.
 
     Raises:
         JobError: A job failed, cannot be started, or is running already. The message names it and its log.
@@ -98,7 +101,7 @@ def run_jobs(jobs: Sequence[StudyJob], *, at_once: int, console: Console) -> Non
                         failures += _end(running.pop(slot), progress)
         except BaseException:
             if running:
-                progress.say("stopping: running jobs save what they have; the same command goes on")
+                progress.say(f"stopping: running jobs save what they have; {resume}")
             _stop(list(running.values()))
             raise
     if failures:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from megalibi.cli.command import spell_script
 from megalibi.cli.study import compare_1p3b
+from megalibi.metrics.provenance import hash_code
 from tests.support.in_process import Runner, make_runner
 from tests.support.runs import VOCAB_SIZE, write_tokens
 from tests.support.warm_python import warm_python
@@ -81,14 +83,15 @@ def check_results(results: dict[str, Any]) -> None:
         planned = sum(results["planned_memory_bytes"][name].values())
         assert planned == pytest.approx(speed["allocator_peak_bytes"], rel=PLAN_BOUND)
         assert speed["device_peak_bytes"] > speed["allocator_peak_bytes"]
-        assert (speed["turn_spread"], speed["turns_replaced"]) == (0.0, 0)
+        assert (speed["turns"], speed["turn_spread"], speed["turns_replaced"]) == ([1], None, 0)
         assert speed["disturbance"] == "too few turns (1, not 3)"
         (conditions,) = speed["turn_conditions"]
         assert 0.0 <= conditions["step_spread"] < 10.0
-        assert min(conditions["load_before"], conditions["load_after"]) > 0.0
-        assert len(speed["commit"]) >= 7
-        assert not speed["commit"].endswith("-dirty")
-    assert len({speed["commit"] for speed in results["speed"].values()}) == 1
+        assert min(conditions["load_before"], conditions["load_after"]) >= 0.0
+        (commit,) = speed["commits"]
+        assert len(commit) >= 7
+        assert not commit.endswith("-dirty")
+    assert {speed["code"] for speed in results["speed"].values()} == {hash_code()}
     about_speed = [f for f in results["findings"] if "updates an hour" in f["expected"]]
     assert [f["holds"] for f in about_speed] == [None, None]
     assert set(results["quality"]) == MODELS
@@ -131,7 +134,8 @@ def test_smoke_from_nothing_to_the_report_and_again(
     assert "in the paper:" in output
     assert "load average of the last minute: " in output
     assert f"too few turns: {len(VARIANTS)} of {len(VARIANTS)} speeds have fewer than 3\n" in output
-    assert re.search(r"measures the missing turns alone: python .*--part speed study.turns=3\n", output)
+    again = "( and turn 1 of every model again)?: python .*--part speed( --again 1)?"  # where other work was seen
+    assert re.search(rf"measures the turns that are missing{again} study.turns=3\n", output)
 
     trained = contents(folder / "runs")
     page = (folder / "results" / "report.md").read_text()
@@ -144,6 +148,14 @@ def test_smoke_from_nothing_to_the_report_and_again(
     assert code == 2
     assert "was measured with another configuration" in errors
     assert "model.activation=relu, not gelu" in errors
+
+    record = json.loads(turn.read_text())
+    turn.write_text(json.dumps({**record, "code": "another"}))
+    shutil.rmtree(folder / "runs" / "alibi_16")
+    code, output, errors = run(*arguments, "--part", "quality")
+    assert code == 2
+    assert "and turns of different code cannot be compared" in errors
+    assert not (folder / "runs" / "alibi_16").exists()  # nothing was trained before
 
 
 BAD_INPUT = {

@@ -67,6 +67,7 @@ def test_every_number_is_in_the_json() -> None:
     assert pair["update_rate_gain"]["median"] == pytest.approx(0.131, abs=0.001)
     assert len(pair["levels"]) == 5
     assert pair["mean_speedup"] > 0.0
+    assert pair["mean_speedup_at_equal_speed"] < 0.0
     assert set(fields["speed"]) == {variant.name for variant in variants(STUDY)}
     assert fields["quality"]["sinusoidal_512"]["perplexity_by_updates_and_length"]["50000"]["2048"] == 105.42
 

@@ -7,6 +7,7 @@ import pytest
 
 from megalibi.errors import ConfigError
 from megalibi.studies.comparison.disturbance import TurnConditions
+from megalibi.studies.comparison.measured_code import Code
 from megalibi.studies.comparison.speed import read_speeds, summarize_turns
 from tests.support.turns import FAST, HARDWARE, SLOW, STUDY, make_turns, record_of, write_turn
 
@@ -69,14 +70,22 @@ def test_what_disturbed_a_turn_is_kept(tmp_path: Path) -> None:
         2: TurnConditions(step_spread=0.0, load_before=None, load_after=None, other_busy_cores=None),
         3: TurnConditions(step_spread=0.0, load_before=None, load_after=None, other_busy_cores=None),
     }
-    assert speed.turn_spread == pytest.approx((4.0 - 1.5) / 2.0)
-    assert speed.disturbance == "disturbed, 125.0% between its turns"
-    assert (speed.commit, speed.turns_replaced) == ("abc", 0)
+    assert speed.turn_spread == pytest.approx((0.5 + 2.0 + 2.5) / 3.0 / 2.0)
+    assert speed.disturbance == "disturbed, 83.3% between its turns"
+    assert (speed.codes, speed.turns_replaced) == ((Code(commit="abc", sha256=""),), 0)
 
 
-def test_turns_of_two_commits_are_not_compared(tmp_path: Path) -> None:
+def test_turns_of_different_code_are_not_compared(tmp_path: Path) -> None:
     turns = make_turns(tmp_path)
     write_turn(turns[FAST][0], [0.0, 1.0, 1.0])
     write_turn(turns[SLOW][0], [0.0, 1.0, 1.0], commit="def")
-    with pytest.raises(ConfigError, match=r"turn_1.json was measured under commit def, other turns under abc, and"):
+    with pytest.raises(ConfigError, match=r"turn_1.json was measured with commit abc, another turn with commit def"):
         read_speeds(turns, STUDY)
+
+
+def test_steady_work_beside_all_turns_disturbs_a_cpu_and_no_gpu(tmp_path: Path) -> None:
+    turns = make_turns(tmp_path)[FAST]
+    for gpu, disturbance in (({}, "disturbed, 0.30 cores busy with other work"), ({"gpu": "a GPU"}, "")):
+        for turn in turns:
+            write_turn(turn, [0.0, 1.0, 1.0], other_busy_cores=0.3, hardware={**HARDWARE, **gpu})
+        assert read_speeds({FAST: turns}, STUDY)[FAST].disturbance == disturbance

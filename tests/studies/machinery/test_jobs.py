@@ -53,9 +53,9 @@ class Script:
         return f"failed with exit code {exit_code}" if exit_code else None
 
 
-def run(*jobs: Script, at_once: int = 1) -> str:
-    shown = StringIO()
-    run_jobs(jobs, at_once=at_once, console=Console(file=shown, soft_wrap=True))
+def run(*jobs: Script, at_once: int = 1, shown: StringIO | None = None, **how: str) -> str:
+    shown = shown or StringIO()
+    run_jobs(jobs, at_once=at_once, console=Console(file=shown, soft_wrap=True), **how)
     return shown.getvalue()
 
 
@@ -137,9 +137,10 @@ def test_a_signal_ends_all_in_order(tmp_path: Path, number: signal.Signals) -> N
         "time.sleep(60)"
     )
     jobs = [Script("a", tmp_path, code), Script("b", tmp_path, code), Script("c", tmp_path, "")]
-    before = signal.getsignal(signal.SIGTERM)
+    before, shown = signal.getsignal(signal.SIGTERM), StringIO()
     with signal_when([tmp_path / "ready0", tmp_path / "ready1"], number), pytest.raises(KeyboardInterrupt):
-        run(*jobs, at_once=2)
+        run(*jobs, at_once=2, shown=shown, resume="to go on: another command")
+    assert "running jobs save what they have; to go on: another command\n" in shown.getvalue()
     assert (tmp_path / "saved0").exists()
     assert (tmp_path / "saved1").exists()
     assert not (tmp_path / "c.log").exists()  # nothing is started any more
