@@ -19,6 +19,7 @@ from megalibi.parallel.layers import (
     parallel_lm_logits,
 )
 from megalibi.parallel.layout import WHOLE, Layout
+from megalibi.parallel.products import linear, matmul
 from megalibi.parallel.random import derive_key, dropout_key, fork_rng, init_normal_, keyed_dropout
 from megalibi.parallel.sequence import (
     gather_from_sequence,
@@ -56,6 +57,8 @@ __all__ = [
     "get_shard_spec",
     "init_normal_",
     "keyed_dropout",
+    "linear",
+    "matmul",
     "parallel_lm_logits",
     "reduce_from_tensor_group",
     "reduce_scatter_raw",

@@ -32,6 +32,7 @@ from megalibi.parallel.collectives import (
 )
 from megalibi.parallel.groups import ALONE, Group
 from megalibi.parallel.layout import WHOLE, Layout
+from megalibi.parallel.products import linear, matmul
 from megalibi.parallel.sequence import SEQUENCE_DIM, reduce_scatter_to_sequence, use_replicated_param
 from megalibi.parallel.sharding import ShardSpec, set_shard_spec
 
@@ -60,7 +61,7 @@ class _LinearInTensorGroup(Function):
         ctx.weight_dtype = weight.dtype
         if layout.sequence_parallel:
             x = all_gather_raw(x, layout.tensor, SEQUENCE_DIM)
-        y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return all_reduce_async_(y.contiguous(), output_group).wait()
 
     @staticmethod
@@ -73,7 +74,7 @@ class _LinearInTensorGroup(Function):
         if needs_weight:
             x_pending = all_gather_async(x, layout.tensor, SEQUENCE_DIM) if layout.sequence_parallel else Pending(x)
         if needs_x:
-            grad_x_partial = grad @ weight.to(grad.dtype)
+            grad_x_partial = matmul(grad, weight.to(grad.dtype))
             if layout.sequence_parallel:
                 grad_x_pending = reduce_scatter_async(grad_x_partial, layout.tensor, SEQUENCE_DIM)
             else:
@@ -81,7 +82,7 @@ class _LinearInTensorGroup(Function):
         grad_rows = grad.reshape(-1, grad.shape[-1])
         if needs_weight:
             x = x_pending.wait()
-            grad_weight = (grad_rows.T @ x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
+            grad_weight = matmul(grad_rows.T, x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype)
         if needs_bias:
             grad_bias = grad_rows.sum(0).to(ctx.bias_dtype)
         if needs_x:

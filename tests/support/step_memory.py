@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megalibi.plan.memory_trace import measure_memory
 from tests.support.device import COLLECTIVES, DEVICE, ON_GPU
-from tests.support.steps import build_step
+from tests.support.steps import build_step, with_products_in_16_bits
 
 
 def main() -> None:
@@ -25,7 +25,8 @@ def main() -> None:
     dist.init_process_group(COLLECTIVES, store=dist.HashStore(), rank=0, world_size=1)
     engine, _, step = build_step(pickle.load(sys.stdin.buffer), torch.device(DEVICE))
     step()
-    memory = measure_memory(engine, step, torch.device(DEVICE))
+    with with_products_in_16_bits():
+        memory = measure_memory(engine, step, torch.device(DEVICE))
     sys.stdout.write(f"{pickle.dumps(memory).hex()}\n")
 
 

@@ -40,6 +40,8 @@ from megalibi.parallel import (
     all_gather_raw,
     copy_to_tensor_group,
     gather_from_sequence,
+    linear,
+    matmul,
     parallel_lm_logits,
     set_shard_spec,
     use_replicated_param,
@@ -103,7 +105,7 @@ class Projection(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return [B, S, H]."""
-        return F.linear(x_BSD, self.weight.to(x_BSD.dtype))
+        return linear(x_BSD, self.weight.to(x_BSD.dtype))
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -219,7 +221,7 @@ class Head(nn.Module):
 
     def band_logits(self, x_NH: Tensor) -> Tensor:
         """Return the logits of the later bands, [N, T]."""
-        return F.linear(x_NH, use_replicated_param(self.band_weight, self.group).to(x_NH.dtype))
+        return linear(x_NH, use_replicated_param(self.band_weight, self.group).to(x_NH.dtype))
 
 
 class Tail(nn.Module):
@@ -252,7 +254,7 @@ class Tail(nn.Module):
     def narrow(self, x_MH: Tensor, micro_batch_key: int | None) -> Tensor:
         """Return [M, D]."""
         projection = use_replicated_param(self.projection, self.group).to(x_MH.dtype)
-        return self.dropout(x_MH @ projection, self.site, micro_batch_key)
+        return self.dropout(matmul(x_MH, projection), self.site, micro_batch_key)
 
     def logits(self, x_MD: Tensor) -> Tensor:
         """Return the logits of this rank's tokens, [M, V]."""
