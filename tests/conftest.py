@@ -40,10 +40,10 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     return None if any("mark.gpu" in path.read_text() for path in files) else True
 
 
-def pytest_collection_finish() -> None:
-    """Where a test starts processes, let their server be the first one, with our imports."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where a test forks processes, let their server be the first one, with our imports."""
     leave_out_of_garbage_collection()
-    if "tests.support.processes" in sys.modules:
+    if "tests.support.processes" in sys.modules and session.config.getoption("markexpr") != "cluster":
         sys.modules["tests.support.processes"].start_server()
 
 

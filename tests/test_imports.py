@@ -62,7 +62,7 @@ def test_library_does_not_print() -> None:
 EXTENSIONS_DIR = 'os.environ.get("TORCH_EXTENSIONS_DIR")'
 NATIVE_LIBRARY = "kernels/alibi_attention/backends/native/library.py"
 ENVIRONMENT_READERS = {
-    "megalibi/runtime/cuda_environment.py",  # what CUDA reads as it begins
+    "megalibi/runtime/environment.py",  # what torch and CUDA read as they begin
     "megalibi/runtime/device.py",  # DS_ACCELERATOR, CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS
     "megalibi/runtime/exit.py",  # hands it to find_place
     "megalibi/runtime/ranks.py",  # what a launcher says of a rank, and what DeepSpeed reads of it

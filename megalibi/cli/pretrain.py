@@ -13,7 +13,7 @@ import traceback
 from megalibi.cli.command import RankCommand, add_run
 from megalibi.config import Config, load_config
 from megalibi.errors import ShortageError
-from megalibi.runtime.cuda_environment import set_cuda_environment
+from megalibi.runtime.environment import set_environment
 from megalibi.runtime.ranks import Place
 from megalibi.runtime.shortage import find_shortage
 from megalibi.train.start import start_job
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, place: Place) -> int:
     """Check everything, set up the device and torch.distributed, and train; return this rank's exit code."""
     config = load_config(arguments.config, arguments.overrides)
-    set_cuda_environment(config)
+    set_environment(config)
     try:
         job = start_job(config, place)
 

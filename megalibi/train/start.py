@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def start_job(config: Config, place: Place) -> Job:
-    """Set up the device, check everything, join the other ranks and compare with them; after set_cuda_environment.
+    """Set up the device, check everything, join the other ranks and compare with them; after set_environment.
 
     Args:
         config: The run.

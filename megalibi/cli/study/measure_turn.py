@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megalibi.cli.command import RankCommand, add_run
 from megalibi.config import load_config
-from megalibi.runtime.cuda_environment import set_cuda_environment
+from megalibi.runtime.environment import set_environment
 from megalibi.runtime.ranks import Place
 from megalibi.train.start import start_job
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, place: Place) -> None:
     """Check everything, set up the device and torch.distributed, and measure."""
     config = load_config(arguments.config, arguments.overrides)
-    set_cuda_environment(config)
+    set_environment(config)
     from megalibi.runtime.outputs import check_outputs
 
     check_outputs({"--output": arguments.output})

@@ -1,4 +1,4 @@
-"""Sets the environment variables that CUDA and its libraries read as they begin, unless the user has set them.
+"""Sets the environment variables that torch, CUDA and its libraries read as they begin, unless the user has set them.
 
 torch reads some of them when it is imported, so they are set before.
 """
@@ -19,8 +19,8 @@ _DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 _NVIDIA_SMI_SECONDS = 30
 
 
-def set_cuda_environment(config: Config) -> None:
-    """Set the variables that a run wants for its GPUs; without a GPU they have no effect.
+def set_environment(config: Config) -> None:
+    """Set the variables that a run wants; those for its GPUs have no effect without one.
 
     Raises:
         ConfigError: A variable that the user has set contradicts the configuration.
@@ -40,7 +40,9 @@ def choose_settings(config: Config, environment: Mapping[str, str], compute_capa
     Raises:
         ConfigError: ``train.deterministic`` with a CUBLAS_WORKSPACE_CONFIG that is not deterministic.
     """
-    wanted: dict[str, str] = {}
+    # Nothing here is for Dynamo to compile. DeepSpeed decorates its Muon with torch.compile, for which every rank would
+    # import the compiler: two of nine seconds of a processor that a rank of the smallest run takes.
+    wanted = {"TORCHDYNAMO_DISABLE": "1"}
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(environment):
         # Memory that was in use for tensors of one size can be used for those of another: validations and documents
         # have other shapes than training. The older name is set because every torch reads it; torch 2.9 to 2.11 know

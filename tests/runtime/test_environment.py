@@ -13,9 +13,10 @@ from megalibi.config import save_config
 from megalibi.errors import ConfigError
 from tests.support.runs import make_config
 
-SCRIPT = Path(__file__).parents[2] / "megalibi" / "runtime" / "cuda_environment.py"
+SCRIPT = Path(__file__).parents[2] / "megalibi" / "runtime" / "environment.py"
 AMPERE, HOPPER, BLACKWELL = 8, 9, 10
-SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
+SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", **NO_COMPILER}
 ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
@@ -29,7 +30,11 @@ def choose(environment: dict[str, str], compute_capability: int | None = HOPPER,
 def test_segments_grow_unless_the_user_has_set_up_the_allocator() -> None:
     assert choose({}) == SEGMENTS
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        assert choose({name: "max_split_size_mb:512"}) == {}
+        assert choose({name: "max_split_size_mb:512"}) == NO_COMPILER
+
+
+def test_no_compiler_is_imported_unless_the_user_wants_dynamo() -> None:
+    assert choose({"TORCHDYNAMO_DISABLE": "0"}) == {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def test_tensor_parallel_orders_kernels_where_that_helps() -> None:
@@ -88,5 +93,5 @@ def test_every_command_that_trains_heeds_it(command: str, tmp_path: Path) -> Non
 
 
 def test_it_is_chosen_before_torch_is_imported() -> None:
-    program = "import megalibi.runtime.cuda_environment, sys; assert 'torch' not in sys.modules"
+    program = "import megalibi.runtime.environment, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
