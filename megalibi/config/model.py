@@ -47,6 +47,10 @@ class ModelConfig:
     """The number of distance buckets of t5_bias, 32 as in T5; the first half of them hold one distance each."""
     t5_max_distance: Fixed[int] = 128
     """The distance in tokens, 128 as in T5, from which on all distances share the last bucket of t5_bias."""
+    t5_bias_scale: Fixed[float] = 1.0
+    """What the learned numbers of t5_bias are multiplied by. The optimizer moves all parameters at one rate, at which
+    these, being scores themselves, take thousands of steps to become as large as scores are; sqrt(head dimension) makes
+    them as fast as those in a short training."""
     scale_alibi: Fixed[bool] = False
     """Whether the slopes of alibi are divided by sqrt(head dimension): Falcon-RW scales q.k and the bias together. The
     paper's ALiBi scales q.k alone."""
@@ -55,6 +59,10 @@ class ModelConfig:
     (arXiv:1706.03762, sections 3.4 and 3.5; the code of arXiv:2108.12409). The table then starts with a standard
     deviation of 1 / sqrt(hidden_size), as in fairseq. Without it tokens stay as they are, and the positions have the
     amplitude init_std. An adaptive embedding is multiplied in any case."""
+    sinusoidal_amplitude: Fixed[float | None] = None
+    """The amplitude of sinusoidal positions; null takes init_std, or 1 where tokens are multiplied by
+    sqrt(hidden_size). Half of the table hardly differs between near positions, and drowns the tokens of a model that
+    has just begun: a smaller table lets it learn sooner."""
     activation: Fixed[str] = "gelu"
     """The activation of the feed-forward layer: gelu (the exact one, by erf), gelu_tanh (its approximation by tanh,
     arXiv:1606.08415, section 2, as in Bloom) or relu."""
@@ -112,6 +120,8 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout", "activation_dropout", "adaptive_softmax_dropout"):
             check_fraction("model", **{name: getattr(self, name) or 0.0})
         check_at_least("model", 0, init_std=self.init_std, layer_norm_epsilon=self.layer_norm_epsilon)
+        check_at_least("model", 0, t5_bias_scale=self.t5_bias_scale)
+        check_at_least("model", 0, sinusoidal_amplitude=self.sinusoidal_amplitude or 0.0)
         if self.hidden_size % self.num_attention_heads:
             refuse(
                 "model.num_attention_heads", self.num_attention_heads, f"divide model.hidden_size={self.hidden_size}"
@@ -121,6 +131,13 @@ class ModelConfig:
             refuse("model.padded_vocab_size", self.padded_vocab_size, requirement)
         self._check_positions()
         self._check_adaptive()
+
+    @property
+    def sinusoidal_table_amplitude(self) -> float:
+        """The amplitude of sinusoidal positions."""
+        if self.sinusoidal_amplitude is not None:
+            return self.sinusoidal_amplitude
+        return 1.0 if self.scale_embedding or self.adaptive_cutoffs else self.init_std
 
     @property
     def attention_dropout_probability(self) -> float:

@@ -28,6 +28,8 @@ OTHER_VALUES: dict[str, Any] = {
     "model.max_position_embeddings": (LEARNED, 128),
     "model.t5_num_buckets": (T5, 16),
     "model.t5_max_distance": (T5, 64),
+    "model.t5_bias_scale": (T5, 4.0),
+    "model.sinusoidal_amplitude": (SINUSOIDAL, 0.01),
     "model.activation": "relu",
     "model.bias": True,
     "model.norm_bias": True,

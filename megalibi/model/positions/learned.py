@@ -16,10 +16,7 @@ from megalibi.parallel import Group
 
 
 class Learned(PositionMethod):
-    """Add the row of the position to the embedded token; ``model.max_position_embeddings`` is the number of rows.
-
-    The table is a matrix, so weight decay acts on it as on the token embedding.
-    """
+    """Add the row of the position to the embedded token; ``model.max_position_embeddings`` is the number of rows."""
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__(model, group)

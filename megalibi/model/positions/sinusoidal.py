@@ -22,18 +22,18 @@ class Sinusoidal(PositionMethod):
     In fairseq and in the paper the embedded tokens are multiplied by sqrt(H), and the table has amplitude 1: that is
     ``model.scale_embedding``, and an adaptive embedding does it itself. Otherwise the table is scaled to the standard
     deviation ``init_std`` of the tokens: beside a table 50 times larger than they are, the model would learn next to
-    nothing for hundreds of steps.
+    nothing for hundreds of steps. ``model.sinusoidal_amplitude`` says another amplitude.
     """
 
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__(model, group)
-        self.table_scale = 1.0 if model.adaptive_cutoffs or model.scale_embedding else model.init_std
+        self.amplitude = model.sinusoidal_table_amplitude
         self.token_scale = math.sqrt(model.hidden_size) if model.scale_embedding else 1.0
 
     def add_to_embedding(self, x_BSH: Tensor, *, first: Sequence[int] = (0,)) -> Tensor:
         """Add the table to every row."""
         position_BS = row_positions(first, x_BSH.shape[1], x_BSH.device)
-        table_BSH = self.table_scale * sinusoidal_table(position_BS, x_BSH.shape[2])
+        table_BSH = self.amplitude * sinusoidal_table(position_BS, x_BSH.shape[2])
         return torch.add(table_BSH.to(x_BSH.dtype), x_BSH, alpha=self.token_scale)
 
 

@@ -33,6 +33,7 @@ class BucketTable(nn.Module):
     def __init__(self, model: ModelConfig, group: Group) -> None:
         super().__init__()
         self.num_buckets, self.max_distance = model.t5_num_buckets, model.t5_max_distance
+        self.scale = model.t5_bias_scale
         spec = ShardSpec(dim=0, full_size=model.num_attention_heads)
         self.weight = nn.Parameter(torch.empty(spec.local_size(group.size), self.num_buckets))
         set_shard_spec(self.weight, spec)
@@ -41,7 +42,7 @@ class BucketTable(nn.Module):
     def forward(self, num_distances: int) -> Tensor:
         """Return the bias of the distances 0, 1, 2, ..., fp32 [A, D]."""
         buckets_D = distance_buckets(num_distances, self.num_buckets, self.max_distance)
-        return self.weight.float()[:, buckets_D.to(self.weight.device)]
+        return self.scale * self.weight.float()[:, buckets_D.to(self.weight.device)]
 
 
 def distance_buckets(num_distances: int, num_buckets: int, max_distance: int) -> Tensor:

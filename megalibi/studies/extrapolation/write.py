@@ -14,6 +14,7 @@ from megalibi.metrics.provenance import describe_run
 from megalibi.metrics.records import read_metrics
 from megalibi.metrics.summary import summarize
 from megalibi.report.plots import save_figure
+from megalibi.studies.baselines import describe_sinusoidal, describe_t5_bias
 from megalibi.studies.extrapolation.evaluations import ResultsBySeed, final_runs, perplexities_of, position_columns
 from megalibi.studies.extrapolation.plot import extrapolation_figure, loss_by_position_figure
 from megalibi.studies.extrapolation.positions import spread_positions
@@ -89,20 +90,10 @@ def describe_extrapolation(
         f"Scored: the first {study.nonoverlapping_tokens:,} tokens of the validation text without overlap, the first "
         f"{study.sliding_tokens:,} sliding, at every length.",
         f"Time in steps, all runs of a method together: {times}.",
-        *([_describe_sinusoidal(base)] if "sinusoidal" in study.methods else []),
+        *([describe_sinusoidal(base.model)] if "sinusoidal" in study.methods else []),
+        *([describe_t5_bias(base.model)] if "t5_bias" in study.methods else []),
         *([_describe_interpolated(base)] if INTERPOLATED in study.curves else []),
     ]
-
-
-def _describe_sinusoidal(base: Config) -> str:
-    if base.model.scale_embedding:
-        return (
-            "Sinusoidal: tokens multiplied by sqrt(hidden size) beside a table of amplitude 1, as in the paper's code."
-        )
-    return (
-        "Sinusoidal: a table scaled to the token embeddings' initial standard deviation; in the paper's code the "
-        "tokens are multiplied by sqrt(hidden size), and the amplitude is 1."
-    )
 
 
 def _describe_interpolated(base: Config) -> str:

@@ -36,6 +36,16 @@ def test_every_row_gets_the_table_in_its_own_dtype_at_the_scale_of_the_tokens() 
     assert torch.equal(y, x + (0.25 * sinusoidal_table(torch.arange(5), 8)).bfloat16())
 
 
+@pytest.mark.parametrize(("scale_embedding", "tokens"), [(False, 1.0), (True, 4.0)])
+@pytest.mark.parametrize("amplitude", [0.0, 0.125])
+def test_the_table_has_the_amplitude_that_it_is_given(scale_embedding: bool, tokens: float, amplitude: float) -> None:
+    x = torch.randn(2, 5, 16)
+    fields = {"scale_embedding": scale_embedding, "sinusoidal_amplitude": amplitude}
+    model = make_model(position_method="sinusoidal", hidden_size=16, init_std=0.25, **fields)
+    y = Sinusoidal(model, ALONE).add_to_embedding(x)
+    torch.testing.assert_close(y, tokens * x + amplitude * sinusoidal_table(torch.arange(5), 16), rtol=1e-6, atol=1e-6)
+
+
 def test_scaled_tokens_stand_beside_a_table_of_amplitude_1() -> None:
     x = torch.randn(2, 5, 16)
     model = make_model(position_method="sinusoidal", hidden_size=16, init_std=0.25, scale_embedding=True)

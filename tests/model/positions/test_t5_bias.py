@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from megalibi.model.positions.t5_bias import T5Bias, distance_buckets
@@ -23,15 +24,16 @@ def test_buckets_equal_the_definition() -> None:
     assert set(buckets) == set(range(32))
 
 
-def test_every_distance_has_the_number_of_its_bucket_and_head() -> None:
-    positions = T5Bias(make_model(num_attention_heads=4), ALONE)
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_every_distance_has_the_number_of_its_bucket_and_head(scale: float) -> None:
+    positions = T5Bias(make_model(num_attention_heads=4, t5_bias_scale=scale), ALONE)
     table = torch.randn(4, 32)
     positions.table.weight.data.copy_(table)
     bias = positions.score_bias(300, CPU).distance_bias
     assert bias is not None
     assert bias.shape == (4, 300)
     for distance, bucket in enumerate(distance_buckets(300, 32, 128).tolist()):
-        assert torch.equal(bias[:, distance], table[:, bucket])
+        assert torch.equal(bias[:, distance], scale * table[:, bucket])
 
 
 def test_ranks_hold_the_rows_of_their_heads() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megalibi.studies.baselines import describe_sinusoidal, describe_t5_bias
 from megalibi.studies.extrapolation.study import ExtrapolationStudy
 from megalibi.studies.extrapolation.write import describe_extrapolation
 from tests.support.runs import make_config
@@ -20,13 +21,13 @@ def make_study(*methods: str, interpolate_slopes: bool = False) -> Extrapolation
     )
 
 
-def test_which_sinusoidal_positions_were_trained_is_said_where_there_are_any() -> None:
-    base = make_config("tokens")
-    scaled = make_config("tokens", model={"position_method": "sinusoidal", "scale_embedding": True})
-    study = make_study("sinusoidal", "alibi")
-    assert describe_extrapolation(study, scaled, {})[-1].startswith("Sinusoidal: tokens multiplied by sqrt(")
-    assert describe_extrapolation(study, base, {})[-1].startswith("Sinusoidal: a table scaled to the token embeddings'")
-    assert not any("Sinusoidal" in fact for fact in describe_extrapolation(make_study("alibi"), base, {}))
+def test_how_baselines_were_trained_is_said_where_there_are_any() -> None:
+    base = make_config("tokens", model={"t5_bias_scale": 4.0})
+    facts = describe_extrapolation(make_study("sinusoidal", "t5_bias", "alibi"), base, {})
+    assert facts[-2:] == [describe_sinusoidal(base.model), describe_t5_bias(base.model)]
+    assert "numbers times 4," in facts[-1]
+    said = describe_extrapolation(make_study("alibi"), base, {})
+    assert not any(fact.startswith(("Sinusoidal", "T5 bias")) for fact in said)
 
 
 def test_interpolated_slopes_are_said_where_alibi_was_evaluated_with_them() -> None:

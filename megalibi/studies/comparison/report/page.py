@@ -197,7 +197,6 @@ def _explain_equal_updates(results: Results) -> str:
         f"After {results.updates:,} updates each. Perplexity by evaluation length, blocks that do not overlap. One "
         "training of each model (n = 1): the rows of one method put its training lengths in no order, unless they lie "
         "further apart than two seeds do, which was not measured. "
-        "Sinusoidal tables are scaled to the token embeddings' initial standard deviation: beside tables 50 times "
-        "larger the tokens would hardly be seen for hundreds of steps (positions/sinusoidal.py). Hours by the turns' "
-        "clock; as run: the sum of the steps' wall times, beside whatever else the machine did. " + _PAPER_CAPTION
+        "Hours by the turns' clock; as run: the sum of the steps' wall times, beside whatever else the machine did. "
+        + _PAPER_CAPTION
     )

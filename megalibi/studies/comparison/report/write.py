@@ -11,6 +11,7 @@ from megalibi.files import make_folder, write_aside, write_json
 from megalibi.metrics.provenance import describe_run
 from megalibi.model import count_parameters
 from megalibi.report.plots import save_figure
+from megalibi.studies.baselines import describe_sinusoidal
 from megalibi.studies.comparison.plan import find_shapes
 from megalibi.studies.comparison.report.findings import judge_comparison
 from megalibi.studies.comparison.report.page import format_comparison
@@ -53,6 +54,7 @@ def describe_comparison(study: CompareStudy, base: Config, *, gpu: str, is_plan:
         f"length {batch * base.data.seq_length:,} tokens in an update and {micro * base.data.seq_length:,} in a micro "
         f"batch{and_unfused if unfused != micro else ''}; {base.train.precision}, ZeRO {base.zero.stage}, ranks: "
         f"{study.ranks}. One training of each model (n = 1).",
+        describe_sinusoidal(model),
         describe_disk(study, base),
     ]
     if is_plan:

@@ -34,7 +34,6 @@ def test_the_page_says_what_the_papers_11_percent_are_and_has_its_numbers_beside
     assert '"11% faster" is the time to a given perplexity' in page
     assert "which is 13.1% higher: 50.0k against 44.2k" in page
     for caveat in (
-        "Sinusoidal tables are scaled to the token embeddings' initial standard deviation",
         "does not see scratch memory inside native C++",
         "everything on that GPU, other processes too",
         "the first one is a first checkpoint's, and shows the learning rate's warm-up too",
