@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cluster
 
 FAULTS = 20
 SOAK_SECONDS = 2400
-"""For so many faults, however busy the machine is; results/soak.json has 23 s for each, the last runs included."""
+"""For so many faults, however busy the machine is; results/soak.json has 20 s for each, the last runs included."""
 SLEEP = "import time; time.sleep(1000)"
 
 
