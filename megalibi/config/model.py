@@ -48,9 +48,8 @@ class ModelConfig:
     t5_max_distance: Fixed[int] = 128
     """The distance in tokens, 128 as in T5, from which on all distances share the last bucket of t5_bias."""
     t5_bias_scale: Fixed[float] = 1.0
-    """What the learned numbers of t5_bias are multiplied by. The optimizer moves all parameters at one rate, at which
-    these, being scores themselves, take thousands of steps to become as large as scores are; sqrt(head dimension) makes
-    them as fast as those in a short training."""
+    """What the learned numbers of t5_bias are multiplied by, and so how fast they learn: the optimizer moves all
+    parameters at one rate, at which these are still small after hundreds of steps."""
     scale_alibi: Fixed[bool] = False
     """Whether the slopes of alibi are divided by sqrt(head dimension): Falcon-RW scales q.k and the bias together. The
     paper's ALiBi scales q.k alone."""
@@ -61,8 +60,8 @@ class ModelConfig:
     amplitude init_std. An adaptive embedding is multiplied in any case."""
     sinusoidal_amplitude: Fixed[float | None] = None
     """The amplitude of sinusoidal positions; null takes init_std, or 1 where tokens are multiplied by
-    sqrt(hidden_size). Half of the table hardly differs between near positions, and drowns the tokens of a model that
-    has just begun: a smaller table lets it learn sooner."""
+    sqrt(hidden_size). Beside a table that is too large the tokens are not heard, beside one that is too small the
+    positions are not, and the model learns as one without positions."""
     activation: Fixed[str] = "gelu"
     """The activation of the feed-forward layer: gelu (the exact one, by erf), gelu_tanh (its approximation by tanh,
     arXiv:1606.08415, section 2, as in Bloom) or relu."""
@@ -133,11 +132,16 @@ class ModelConfig:
         self._check_adaptive()
 
     @property
+    def multiplies_tokens(self) -> bool:
+        """Whether embedded tokens are multiplied by sqrt(hidden_size)."""
+        return self.scale_embedding or bool(self.adaptive_cutoffs)
+
+    @property
     def sinusoidal_table_amplitude(self) -> float:
         """The amplitude of sinusoidal positions."""
         if self.sinusoidal_amplitude is not None:
             return self.sinusoidal_amplitude
-        return 1.0 if self.scale_embedding or self.adaptive_cutoffs else self.init_std
+        return 1.0 if self.multiplies_tokens else self.init_std
 
     @property
     def attention_dropout_probability(self) -> float:

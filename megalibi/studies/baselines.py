@@ -7,9 +7,9 @@ from megalibi.config import ModelConfig
 
 def describe_sinusoidal(model: ModelConfig) -> str:
     """Return how large tokens and sinusoidal positions are beside each other when a model begins."""
-    tokens = "multiplied by sqrt(hidden size)" if model.scale_embedding else "as they are"
+    tokens = "multiplied by sqrt(hidden size)" if model.multiplies_tokens else "as they are"
     said = f"Sinusoidal: tokens {tokens} beside a table of amplitude {model.sinusoidal_table_amplitude:g}"
-    if model.scale_embedding and model.sinusoidal_table_amplitude == 1.0:
+    if model.multiplies_tokens and model.sinusoidal_table_amplitude == 1.0:
         return f"{said}, as in the paper's code."
     return f"{said}; in the paper's code the tokens are multiplied by sqrt(hidden size), and the amplitude is 1."
 

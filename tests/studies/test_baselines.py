@@ -13,6 +13,7 @@ from tests.support.models import make_model
     [
         ({"init_std": 0.25}, "as they are", "0.25; in the paper's code the tokens are "),
         ({"sinusoidal_amplitude": 0.0025}, "as they are", "0.0025; in the paper's code the tokens are "),
+        ({"adaptive_cutoffs": (100,)}, "multiplied by sqrt(hidden size)", "1, as in the paper's code."),
         ({"scale_embedding": True}, "multiplied by sqrt(hidden size)", "1, as in the paper's code."),
         ({"scale_embedding": True, "sinusoidal_amplitude": 0.5}, "multiplied by sqrt(hidden size)", "0.5; in the "),
     ],
