@@ -40,10 +40,14 @@ class ShortageError(UserError):
     """The memory of this rank's GPU or host ran out; the other ranks may have enough."""
 
 
-class DivergenceError(UserError):
-    """The loss or the gradient is not finite: the run cannot go on as it is."""
+class LateRanksError(UserError):
+    """Ranks were not there in time; where their hosts only began late, the next start finds them."""
 
     exit_code = 1
+
+
+class DivergenceError(UserError):
+    """The loss or the gradient is not finite: the same command would come to the same end."""
 
 
 def spell_line(text: str) -> str:

@@ -1,14 +1,16 @@
-"""Pretrain a GPT on one rank, or on several that deepspeed, torchrun or srun starts.
+"""Pretrain a GPT on one rank, or on several that deepspeed, torchrun, srun or mpirun starts.
 
 Exit codes: 0 finished, or stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP with a checkpoint saved (a script that has to
-tell the two apart asks for --stopped-code); 1 failed; 2 the configuration, the data, a checkpoint, the disk or the
-memory cannot be used, said in one line.
+tell the two apart asks for --stopped-code); 1 failed; 2 the run cannot go on until its user has
+mended something, said in one line: the configuration, the data, a checkpoint, the disk, the memory, or it has diverged.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import traceback
+from pathlib import Path
 
 from megalibi.cli.command import RankCommand, add_run
 from megalibi.config import Config, load_config
@@ -36,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exit code of rank 0 where a signal ended the run before its last step, as launch/slurm/pretrain.sbatch "
         "asks for to put the job back into the queue (default: 0)",
     )
+    parser.add_argument(
+        "--failures-file",
+        type=Path,
+        metavar="FILE",
+        help="file that rank 0 deletes when a checkpoint of new steps is complete; launch/slurm's scripts count in it "
+        "how often the job has failed without one",
+    )
 
 
 def run(arguments: argparse.Namespace, place: Place) -> int:
@@ -43,7 +52,7 @@ def run(arguments: argparse.Namespace, place: Place) -> int:
     config = load_config(arguments.config, arguments.overrides)
     set_environment(config)
     try:
-        job = start_job(config, place)
+        job = dataclasses.replace(start_job(config, place), failures_file=arguments.failures_file)
 
         from megalibi.train.loop import train  # not before the device is set up
 

@@ -1,6 +1,7 @@
 """How a process ends: what went wrong is one line and an exit code, for a command and for a rank of a job.
 
-Exit codes: 0 done; 1 failed, with a traceback, or diverged; 2 something that the user can mend; 130 interrupted.
+Exit codes: 0 done; 1 failed, with a traceback; 2 something that the user can mend, such as a
+run that has diverged; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import socket
 import sys
@@ -24,6 +26,10 @@ from megalibi.runtime.spokesman import has_spoken, is_spokesman, tell_others
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_LOST = re.compile(
+    r"(?P<closed>Connection closed by peer|Read error|Write error) \[(?P<address>[^\]]+)\]:\d+(: (?P<reset>[\w ]+))?"
+)
+"""What gloo says of a connection that is gone; NCCL's words name no address."""
 _RIGHTS = "ask its owner for the right to use it, or give another path"
 _ADVICE = {
     errno.EACCES: _RIGHTS,
@@ -119,12 +125,28 @@ def _run_rank(work: Callable[[Place], int | None]) -> int:
             _write_error("interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
+        lost = _describe_lost_connection(error)
+        if lost is not None:
+            _write_error(lost, place)  # by each rank: the first one's line has the host that the cause is on
+            return EXIT_FAILED
         explained = _explain(error)
         if explained is None:
             log.get_logger(__name__).exception("failed")
             return EXIT_FAILED
         _write_error(explained, place)  # by each rank, for it may be the only one
         return EXIT_USER_ERROR
+
+
+def _describe_lost_connection(error: Exception) -> str | None:
+    """Return in one line that gloo has lost another rank, and where; None if the error is about something else."""
+    found = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    address, words = found["address"], found["reset"] or found["closed"]
+    return (
+        f"a rank at {address} has ended or is cut off ({words}): what it said last, or its launcher, has the cause; "
+        "start the same command again"
+    )
 
 
 def _explain(error: Exception) -> str | None:

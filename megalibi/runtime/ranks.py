@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megalibi.errors import ConfigError
 from megalibi.runtime.interface import check_master_address, find_reachable_interface
 from megalibi.runtime.own_gpus import check_own_gpus
-from megalibi.runtime.rendezvous import keep_store
+from megalibi.runtime.rendezvous import find_store, keep_store, wait_for_ranks
 
 if TYPE_CHECKING:
     import torch
@@ -181,6 +181,7 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
     Raises:
         ConfigError: On every rank, if two of them took one GPU; on this one, if it does not find rank 0, the others
             could not find it, or its port is in use.
+        LateRanksError: On every rank that has come: others have not.
     """
     import torch
     import torch.distributed as dist
@@ -209,16 +210,16 @@ def init_distributed(place: Place, backend: str, timeout: timedelta) -> None:
 
 
 def _meet(place: Place, timeout: timedelta) -> dist.Store:
-    """Return the store at which the ranks meet, which rank 0 keeps; under torchrun its agent keeps it."""
+    """Return the store at which the ranks have met, which rank 0 keeps; under torchrun its agent keeps it."""
     import torch.distributed as dist
 
+    address, port = place.master_address, place.master_port
     if place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         is_one_host = place.local_world_size == place.world_size
-        address, port = place.master_address, place.master_port
-        store: dist.Store = keep_store(address, port, place.world_size, timeout, is_one_host=is_one_host)
+        store: dist.Store = keep_store(address, port, timeout, is_one_host=is_one_host)
     else:
-        store = next(dist.rendezvous("env://", rank=place.rank, world_size=place.world_size, timeout=timeout))[0]
-    store.set_timeout(timeout)
+        store = find_store(address, port, place.rank, place.world_size, timeout)
+    wait_for_ranks(dist.PrefixStore("arrivals", store), place.rank, place.world_size, timeout)
     return store
 
 

@@ -1,17 +1,19 @@
 """Where the ranks meet: rank 0 listens at the job's address and port, and keeps the store of torch.distributed there.
 
-torch itself listens on all addresses of the host, and a store has no password.
+torch itself listens on all addresses of the host, and a store has no password. Of ranks that do not come it knows the
+count alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from megalibi.errors import ConfigError
+from megalibi.errors import ConfigError, LateRanksError
 from megalibi.log import get_logger
 
 if TYPE_CHECKING:
@@ -19,19 +21,22 @@ if TYPE_CHECKING:
 
 _LOGGER = get_logger(__name__)
 _BACKLOG = 4096
+_VERDICT = timedelta(seconds=30)
+"""How long the other ranks and rank 0 wait for each other when rank 0 has waited long enough for all."""
+_MAX_HOSTS = 8
+"""The most hosts that a message names."""
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
 """What the system says of an address that this host does not have, whose family it does not know, or that lacks the
 interface which a link-local one needs."""
 
 
-def keep_store(address: str, port: int, world_size: int, timeout: timedelta, *, is_one_host: bool) -> dist.TCPStore:
-    """Return the store at which the ranks meet, when all have come; for rank 0 where no launcher keeps one.
+def keep_store(address: str, port: int, timeout: timedelta, *, is_one_host: bool) -> dist.TCPStore:
+    """Return the store at which the ranks meet; for rank 0 where no launcher keeps one.
 
     Args:
         address: MASTER_ADDR, by which the other ranks know this host.
         port: MASTER_PORT.
-        world_size: The number of ranks.
-        timeout: How long to wait for them.
+        timeout: How long to wait for what another rank writes.
         is_one_host: Whether all ranks are known to be on this host.
 
     Raises:
@@ -40,7 +45,95 @@ def keep_store(address: str, port: int, world_size: int, timeout: timedelta, *, 
     import torch.distributed as dist
 
     listener = listen_for_ranks(address, port, is_one_host=is_one_host)
-    return dist.TCPStore(address, port, world_size, True, timeout, master_listen_fd=listener.detach())
+    return dist.TCPStore(address, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def find_store(address: str, port: int, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Return the store that rank 0, or torchrun's agent, keeps at MASTER_ADDR and MASTER_PORT of the environment.
+
+    Args:
+        address: MASTER_ADDR.
+        port: MASTER_PORT.
+        rank: The number of this rank.
+        world_size: The number of ranks.
+        timeout: How long to wait for it, and then for what another rank writes.
+
+    Raises:
+        LateRanksError: Nobody answers there.
+    """
+    import torch.distributed as dist
+
+    try:
+        store: dist.Store = next(dist.rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout))[0]
+    except dist.DistError as error:
+        raise LateRanksError(
+            f"rank 0 does not answer at {address}:{port} after {_spell_minutes(timeout)}: see whether its host is up, "
+            "whether MASTER_ADDR is an address of it, and whether the hosts let each other reach the port"
+        ) from error
+    store.set_timeout(timeout)
+    return store
+
+
+def wait_for_ranks(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Wait until all ranks have come to the store; every rank calls it.
+
+    Args:
+        store: The job's store, in which no one else uses the keys.
+        rank: The number of this rank.
+        world_size: The number of ranks.
+        timeout: How long rank 0 waits for the others.
+
+    Raises:
+        LateRanksError: On every rank that has come: others have not, or rank 0 has ended.
+    """
+    import torch.distributed as dist
+
+    store.set(f"here {rank}", socket.gethostname())
+    if rank > 0:
+        try:
+            store.wait(["missing"], timeout + _VERDICT)
+        except dist.DistError as error:
+            raise LateRanksError(
+                "rank 0 has ended before all ranks had come; what it said last has the cause"
+            ) from error
+        missing = store.get("missing").decode()
+        store.set(f"read {rank}", "")
+    else:
+        try:
+            store.wait([f"here {other}" for other in range(world_size)], timeout)
+            missing = ""
+        except dist.DistError:
+            missing = _describe_missing(store, world_size)
+        store.set("missing", missing)
+        if missing:  # the store ends with this process
+            present = [other for other in range(1, world_size) if store.check([f"here {other}"])]
+            with contextlib.suppress(dist.DistError):
+                store.wait([f"read {other}" for other in present], _VERDICT)
+    if missing:
+        raise LateRanksError(f"after {_spell_minutes(timeout)} {missing}")
+
+
+def _describe_missing(store: dist.Store, world_size: int) -> str:
+    """Return which ranks have not come, and which hosts have."""
+    from megalibi.runtime.hang.whereabouts import describe_ranks  # which imports torch
+
+    hosts: dict[str, None] = {}  # in the order of the ranks
+    missing = []
+    for rank in range(world_size):
+        if store.check([f"here {rank}"]):
+            hosts[store.get(f"here {rank}").decode()] = None
+        else:
+            missing.append(rank)
+    came = "" if len(hosts) > _MAX_HOSTS else f" (hosts that are there: {', '.join(hosts)})"
+    verb = "is" if len(missing) == 1 else "are"
+    return (
+        f"{describe_ranks(missing)} of {world_size} {verb} missing{came}: see whether their hosts are up and can reach "
+        "rank 0's, and what their launchers said"
+    )
+
+
+def _spell_minutes(timeout: timedelta) -> str:
+    return f"parallel.timeout_minutes={timeout / timedelta(minutes=1):g}"
 
 
 def listen_for_ranks(address: str, port: int, *, is_one_host: bool) -> socket.socket:

@@ -108,7 +108,7 @@ class Saves:
         self.writers.sync()  # no checkpoint is on the disk before the lines of its steps
         if wait or not self.is_asynchronous() or not self.begin(step):
             self.saver.save(step)
-            self.saved = step
+            self.note_saved(step)
 
     def begin(self, step: int) -> bool:
         """Begin to save in the background; return False if a rank cannot and the user did not ask for it."""
@@ -206,9 +206,18 @@ class Saves:
     def take(self, step: int | None) -> None:
         """Take the step whose checkpoint has become complete, if one has."""
         if step is not None:
-            self.saved = step
+            self.note_saved(step)
             if self.pending_is_good:
                 self.confirm()
+
+    def note_saved(self, step: int) -> None:
+        """Note that the checkpoint of a step is complete."""
+        self.saved = step
+        if self.job.groups.world.rank == 0 and self.job.failures_file is not None:
+            try:
+                self.job.failures_file.unlink(missing_ok=True)
+            except OSError as error:
+                _LOGGER.warning("%s cannot be deleted: %s", self.job.failures_file, error)
 
     def judge_weights(self, gave_finite_loss: bool) -> None:
         """Take whether the training loss of a step, which was computed with the weights before it, is finite."""

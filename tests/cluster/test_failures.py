@@ -23,6 +23,8 @@ NODES = ("node1", "node2")
 LIMIT_SECONDS = 6.0
 MARGIN_SECONDS = 12.0
 """For two ranks that look, let each other speak (a second and twice the limit's eighths each) and end, however busy."""
+KILLED_SECONDS = 10.0
+"""For the other ranks to end when one is killed, whose connections close."""
 END_SECONDS = 60.0
 """For a launcher to end after its ranks, however busy the machine is."""
 
@@ -87,6 +89,25 @@ def test_a_rank_of_another_host_hangs(way: str, place: str, function: str, hosts
         rf"waits in \w+ of ranks 0-1 \(.*; rank 1 on node2 is in no collective: it is in {place}; ", line
     ), line
     assert function in (run / "hang" / "rank_00001.txt").read_text()
+
+
+def test_a_rank_is_killed_on_another_host(hosts: Hosts, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    config = write_job(tmp_path, train={"steps": 1_000_000})
+    launched = torchrun(hosts, NODES, 1, config)
+    launched[0].wait_until(lambda: last_step(run) >= 5)
+    os.kill(find_ranks(hosts, "node2")[1], signal.SIGKILL)
+    killed_seconds = time.monotonic()
+    while any(find_ranks(hosts, name) for name in NODES):
+        assert time.monotonic() < killed_seconds + KILLED_SECONDS, [each.output for each in launched]
+        time.sleep(POLL_SECONDS)
+    assert [each.wait() for each in launched] == [1, 1]
+    (line,) = [line for line in launched[0].output.splitlines() if line.startswith("error: ")]
+    address = re.escape(hosts.addresses["node2"])
+    assert re.match(
+        rf"error: a rank at {address} has ended or is cut off \(Connection (closed|reset) by peer\): ", line
+    )
+    assert "Signal 9 (SIGKILL) received by PID " in launched[1].output
 
 
 def start_with_a_clock_that_is_off(hosts: Hosts, config: Path, shift_seconds: int) -> list[Launched]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megalibi.config import load_config
 from tests.cluster.conftest import NODES, Records
 from tests.cluster.machines.network import SILENT_NAME_SERVER, Hosts
 from tests.cluster.machines.training import (
@@ -52,13 +53,17 @@ def find_listening(hosts: Hosts, host: str) -> set[tuple[str, str]]:
 
 def test_deepspeed_over_two_hosts_trains_as_one_host_does(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:
     config = make_job(tmp_path)
-    launched = deepspeed(hosts, {"node1": 2, "node2": 2}, config)
+    # Quoted twice, as a user's shell hands them on: a shell of each host reads them once more.
+    quoted = ["'data.skip=[900-903,910]'", "'checkpoint.keep=${checkpoint.every_steps}'"]
+    launched = deepspeed(hosts, {"node1": 2, "node2": 2}, config, *quoted)
     launched.wait_until(lambda: last_step(tmp_path / "run") >= 1)
     # The ranks of a tensor group have numbers that follow each other: both are on one host.
     ranks = {host: sorted(find_ranks(hosts, host)) for host in ("node1", "node2")}
     launched.succeed()
     assert ranks == {"node1": [0, 1], "node2": [2, 3]}
     assert exact_records(tmp_path / "run") == records_ref
+    told = load_config(tmp_path / "run" / "config.yaml", [])
+    assert (told.data.skip, told.checkpoint.keep) == (("900-903", "910"), 2)
 
 
 def test_deepspeed_over_four_hosts_trains_as_two_do(hosts: Hosts, records_ref: Records, tmp_path: Path) -> None:

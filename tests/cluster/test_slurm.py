@@ -115,20 +115,20 @@ def test_what_srun_trains_as_one_host_does_is_evaluated_and_converted_by_jobs(
     config = make_job(tmp_path)
     command = ["srun", "--nodes=2", "--ntasks-per-node=2", "python", str(SCRIPT), "--config", str(config)]
     said = slurm.run(*command, folder=tmp_path, timeout=JOB_SECONDS)
-    run, result, project = tmp_path / "run", tmp_path / "fp32", write_project(tmp_path)
+    run, result, project = tmp_path / "run", tmp_path / "converted", write_project(tmp_path)
     assert "4 ranks (tensor 2 x data 2" in said
     assert exact_records(run) == records_ref
 
     options = {"ntasks-per-node": "2", "gpus-per-node": "2", "cpus-per-task": "1"}
     values = {"RUN": run, "DATA": tmp_path / "tokens", "LENGTHS": "33,66", "PROJECT": project}
     evaluation = slurm.submit(write_script(tmp_path, "evaluate.sbatch", options, **values))
-    values = {"RUN": run, "ACTION": "to-fp32", "RESULT": result, "PROJECT": project}
+    values = {"RUN": run, "RESULT": result, "PROJECT": project}
     conversion = slurm.submit(write_script(tmp_path, "convert.sbatch", {"cpus-per-task": "1"}, **values))
     for job in (evaluation, conversion):
         assert slurm.wait_for(job, ENDED, JOB_SECONDS)["JobState"] == "COMPLETED", read_output(config, job)
     lengths = [entry["length"] for entry in json.loads((run / "evaluation.json").read_text())["results"]]
     assert lengths == [33, 66]
-    assert (result / "certificate.json").exists()
+    assert json.loads((result / "config.json").read_text())["architectures"] == ["MptForCausalLM"]
 
 
 def test_each_task_of_a_sweep_has_its_own_values_and_goes_back_into_the_queue_alone(
@@ -222,6 +222,8 @@ def test_the_job_of_a_node_that_dies_goes_on_on_another(dead: str, left: str, sl
     script = write_pretraining(tmp_path)
     job = slurm.submit(script)
     wait_for_steps(slurm, script, job, 15)
+    failures = tmp_path / f"slurm-{job}.failures"
+    slurm.wait_until(lambda: not failures.exists(), JOB_SECONDS)  # a life with a new checkpoint is none
     assert slurm.show(job)["NodeList"] == "node[1-2]"
     slurm.hosts.power_off(dead)
     slurm.wait_for_restart(job, DEAD_NODE_SECONDS + NOTICED_SECONDS)
@@ -234,21 +236,32 @@ def test_the_job_of_a_node_that_dies_goes_on_on_another(dead: str, left: str, sl
 
 
 def test_a_job_that_fails_is_put_back_into_the_queue_so_many_times_only(slurm: Slurm, tmp_path: Path) -> None:
-    script = write_pretraining(tmp_path, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    # In its second life it deletes the failures file, as a training does when a checkpoint is complete.
+    program = """import os, signal, sys
+path = sys.argv[sys.argv.index("--failures-file") + 1]
+if os.environ.get("SLURM_RESTART_COUNT") == "1" and os.environ["SLURM_PROCID"] == "0":
+    os.remove(path)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    script = write_pretraining(tmp_path, program)
     job = slurm.submit(script)
     shown = slurm.wait_for(job, ENDED, JOB_SECONDS)
     said = read_output(script, job)
-    assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("FAILED", "2", "137:0"), said
+    assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("FAILED", "4", "137:0"), said
+    failed = f"error: job {job} failed with code 137"
     assert [line for line in said.splitlines() if line.startswith("error: job")] == [
-        f"error: job {job} failed with code 137, 1 of at most 3 times in a row: back into the queue",
-        f"error: job {job} failed with code 137, 2 of at most 3 times in a row: back into the queue",
-        f"error: job {job} failed with code 137, 3 times in a row: not put back into the queue",
+        f"{failed}, 1 of at most 3 times without a new checkpoint: back into the queue",
+        f"{failed} after a new checkpoint: back into the queue",
+        f"{failed}, 1 of at most 3 times without a new checkpoint: back into the queue",
+        f"{failed}, 2 of at most 3 times without a new checkpoint: back into the queue",
+        f"{failed}, 3 times without a new checkpoint: not put back into the queue",
     ]
     # As SLURM does of itself when a node dies.
     slurm.run("scontrol", "requeue", job)
-    slurm.wait_for_restart(job, JOB_SECONDS, count=3)
+    slurm.wait_for_restart(job, JOB_SECONDS, count=5)
     assert slurm.wait_for(job, ENDED, JOB_SECONDS)["ExitCode"] == "1:0"
-    assert f"error: job {job} failed 3 times in a row and does not start again" in read_output(script, job)
+    said = read_output(script, job)
+    assert f"error: job {job} failed 3 times without a new checkpoint and does not start again" in said
 
 
 def test_a_mistake_of_the_user_ends_the_job_at_once(slurm: Slurm, tmp_path: Path) -> None:

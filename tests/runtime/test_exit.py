@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megalibi.errors import ConfigError
-from megalibi.runtime.exit import EXIT_INTERRUPTED, EXIT_USER_ERROR, run_tool
+from megalibi.runtime.exit import EXIT_INTERRUPTED, EXIT_USER_ERROR, run_rank, run_tool
+from megalibi.runtime.ranks import Place
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -20,6 +22,37 @@ def exit_code(main: Callable[[], int | None]) -> object:
     with pytest.raises(SystemExit) as ended:
         run_tool(main)
     return ended.value.code
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            "[/pair.cc:534] Connection closed by peer [10.1.0.2]:31452. This is",
+            "10.1.0.2 has ended or is cut off (Connection closed by peer)",
+        ),
+        (
+            "[/pair.cc:537] Read error [10.1.0.2]:31452: Connection reset by peer. This",
+            "10.1.0.2 has ended or is cut off (Connection reset by peer)",
+        ),
+        (
+            "[/pair.cc:601] Write error [fe80::1%eth0]:31452: Broken pipe. GLHF",
+            "fe80::1%eth0 has ended or is cut off (Broken pipe)",
+        ),
+    ],
+)
+def test_a_lost_rank_is_one_line_with_its_address(
+    said: str, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(_place: Place) -> None:
+        raise RuntimeError(said)
+
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    run_rank(work)
+    assert codes == [1]
+    advice = "what it said last, or its launcher, has the cause; start the same command again"
+    assert capsys.readouterr().err == f"error: a rank at {expected}: {advice}\n"
 
 
 def test_what_main_returns_is_the_exit_code() -> None:

@@ -3,14 +3,16 @@ from __future__ import annotations
 import multiprocessing as mp
 import re
 import socket
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from megalibi.errors import ConfigError
-from megalibi.runtime.rendezvous import keep_store, listen_for_ranks
+from megalibi.errors import ConfigError, LateRanksError
+from megalibi.runtime.rendezvous import find_store, keep_store, listen_for_ranks, wait_for_ranks
 from tests.support.ranks import find_free_port
 from tests.support.without_privileges import give_up_privileges
 
@@ -33,11 +35,59 @@ def find_open(port: int) -> list[str]:
 @pytest.mark.parametrize("address", LOCAL)
 def test_the_store_answers_at_the_given_address_and_at_no_other(address: str) -> None:
     port, timeout = find_free_port(), timedelta(seconds=10)
-    store = keep_store(address, port, 1, timeout, is_one_host=True)
+    store = keep_store(address, port, timeout, is_one_host=True)
     assert find_open(port) == [address]
     other = dist.TCPStore(address, port, is_master=False, timeout=timeout)
     other.set("key", "value")
     assert store.get("key") == b"value"
+
+
+def come(rank: int, port: int, world_size: int, timeout: timedelta) -> tuple[dist.Store, str]:
+    """Meet the others as this rank does; return the store, which rank 0 keeps, and the error, or nothing."""
+    if rank == 0:
+        store = keep_store("127.0.0.1", port, timeout, is_one_host=True)
+    else:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+    try:
+        wait_for_ranks(store, rank, world_size, timeout)
+    except LateRanksError as error:
+        return store, str(error)
+    return store, ""
+
+
+@pytest.mark.parametrize(
+    ("coming", "missing"), [(range(6), ""), ([0, 1, 3], "ranks 2, 4, 5 of 6 are"), ([0, 2, 3, 4, 5], "rank 1 of 6 is")]
+)
+def test_ranks_that_do_not_come_are_named_by_all_that_have(coming: Sequence[int], missing: str) -> None:
+    port, timeout = find_free_port(), timedelta(seconds=3 if missing else 60)
+    with ThreadPoolExecutor(len(coming)) as threads:
+        said = list(threads.map(lambda rank: come(rank, port, 6, timeout), coming))
+    (line,) = {line for _, line in said}
+    expected = (
+        f"after parallel.timeout_minutes=0.05 {missing} missing (hosts that are there: {socket.gethostname()}): see "
+        "whether their hosts are up and can reach rank 0's, and what their launchers said"
+    )
+    assert line == (expected if missing else "")
+
+
+def test_rank_0_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = find_free_port()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    with pytest.raises(
+        LateRanksError, match=rf"^rank 0 does not answer at 127\.0\.0\.1:{port} after parallel\.timeout_m"
+    ):
+        find_store("127.0.0.1", port, 1, 2, timedelta(seconds=1))
+
+
+def test_rank_0_that_ends_before_all_have_come_is_one_line() -> None:
+    port = find_free_port()
+    store = keep_store("127.0.0.1", port, timedelta(seconds=30), is_one_host=True)
+    with ThreadPoolExecutor(1) as threads:
+        other = threads.submit(come, 1, port, 3, timedelta(seconds=30))
+        store.wait(["here 1"])
+        del store  # with which its thread ends
+        assert other.result()[1] == "rank 0 has ended before all ranks had come; what it said last has the cause"
 
 
 def test_a_loopback_address_by_name_is_kept_on_one_host_alone(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import time
@@ -135,7 +136,9 @@ def test_trap_15_a_killed_rank_ends_the_others_whatever_the_launcher_does(tmp_pa
     job.signal(signal.SIGKILL, rank=1)
     assert job.wait() == [1, -signal.SIGKILL]
     assert time.monotonic() - began < GONE_SECONDS
-    assert f"[rank 0/2 on {socket.gethostname()}] failed" in job.read_log(0)
+    said = r"error: a rank at 127\.\S+ has ended or is cut off \(Connection (closed|reset) by peer\): what it said last"
+    assert re.search(said, job.read_log(0))
+    assert "Traceback" not in job.read_log(0)
     assert find_checkpoint(tmp_path / "run" / "checkpoints") is not None
 
 

@@ -72,7 +72,7 @@ def test_a_batch_is_skipped_by_all_ranks_and_the_run_goes_on(poisoned: Path, tmp
 def test_a_stop_keeps_the_checkpoint_and_the_next_start_leaves_the_batch_out(poisoned: Path, tmp_path: Path) -> None:
     run, straight = tmp_path / "run", tmp_path / "straight"
     here = f"train.output_dir={run}"
-    error = error_of(Job(poisoned, here, world_size=2), 1)
+    error = error_of(Job(poisoned, here, world_size=2), 2)
     named_samples(error)
     assert (
         f"step {BAD_STEP + 1} has loss nan and gradient norm inf: the run has diverged and stops; go back to" in error

@@ -42,7 +42,7 @@ def test_a_run_that_diverges_stops_and_saves_nothing_of_it(tmp_path: Path) -> No
         model={"hidden_size": 192, "ffn_hidden_size": 768},  # the next step begins long before a save is written
     )
     job = Job(config, FOREVER)
-    assert job.wait() == [1]
+    assert job.wait() == [2]
     (error,) = [line for line in job.read_log(0).splitlines() if line.startswith("error: ")]
     records = read_records(tmp_path / "run")
     diverged = records[-1]
@@ -65,7 +65,7 @@ def test_fp16_that_diverges_keeps_the_checkpoints_that_are_good(tmp_path: Path) 
     run_job(config, "train.steps=4")
     # Step 5 has a finite loss and destroys the weights; then no loss is a number, whatever it is scaled with.
     job = Job(config, "train.steps=60", "optimizer.learning_rate=1e6", "optimizer.decay_steps=0")
-    assert job.wait() == [1], job.output
+    assert job.wait() == [2], job.output
     losses = {record["step"]: record["loss"] for record in read_records(tmp_path / "run")}
     assert losses[5] != "NaN"
     assert {losses[step] for step in losses if step > 5} == {"NaN"}
@@ -108,6 +108,23 @@ def test_saves_faster_than_the_disk_wait_and_a_signal_waits_for_the_one_in_fligh
     assert f"step_{resumed:08d}" in job.read_log(0)
     assert "waited" not in job.read_log(0)
     assert not any(checkpoints.glob("*.partial"))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_complete_checkpoint_deletes_the_failures_file(tmp_path: Path, asynchronous: bool) -> None:
+    config = write_job(tmp_path, checkpoint={"asynchronous": asynchronous})
+    run, failures = tmp_path / "run", tmp_path / "failures"
+    failures.write_text("1\n")
+    options = (FOREVER, f"--failures-file={failures}")
+    job = Job(config, "checkpoint.every_steps=0", *options, world_size=2)
+    job.wait_until(lambda: last_step(run) >= 5)
+    job.kill()
+    assert failures.read_text() == "1\n"
+
+    job = Job(config, *options, world_size=2)
+    job.wait_until(lambda: not failures.exists())
+    assert list_checkpoints(run / "checkpoints")
+    job.kill()
 
 
 def make_saves(config: Config, engine: DeepSpeedEngine, groups: ProcessGroups, asynchronous: bool | None) -> Saves:

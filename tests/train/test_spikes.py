@@ -34,7 +34,7 @@ def test_a_poisoned_stretch_takes_the_run_back_and_is_left_out(tmp_path: Path) -
     config = write_job_with_bad_text(tmp_path)
     run, straight = tmp_path / "run", tmp_path / "straight"
     job = Job(config, world_size=2)
-    assert job.wait() == [1, 1]
+    assert job.wait() == [2, 2]
     log = " ".join(job.read_log(0).split())
     spike = r"step 14 has loss \d\.\d{4}, a spike above \d\.\d{4}"
     assert re.search(rf"{spike}: goes back to step_00000012 and leaves out the samples {FIRST_LEFT_OUT}", log)
@@ -130,6 +130,6 @@ def test_a_spike_is_so_many_deviations_above_the_mean_of_the_last_losses(prefix:
 def test_without_a_checkpoint_there_is_no_way_back(tmp_path: Path) -> None:
     config = write_job_with_bad_text(tmp_path)
     job = Job(config, "checkpoint.every_steps=0")
-    assert job.wait() == [1]
+    assert job.wait() == [2]
     (error,) = [line for line in job.output.splitlines() if line.startswith("error: ")]
     assert ", and there is no checkpoint to go back to: the run stops; 'data.skip=[0-55]' leaves out" in error

@@ -23,7 +23,8 @@ _RANK = (b"RANK=", b"OMPI_COMM_WORLD_RANK=")
 def make_job(folder: Path, tensor_parallel_size: int = 2) -> Path:
     """Write a run of a few steps for four ranks or eight; return its configuration's path."""
     parallel = {"tensor_parallel_size": tensor_parallel_size}
-    return write_job(folder, parallel=parallel, train={"steps": STEPS, "global_batch_size": 8})
+    model = {"ffn_hidden_size": 192}  # 4 x hidden_size, the one width that every format of other programs has
+    return write_job(folder, parallel=parallel, model=model, train={"steps": STEPS, "global_batch_size": 8})
 
 
 def make_environment() -> dict[str, str]:
