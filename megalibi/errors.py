@@ -41,13 +41,22 @@ class ShortageError(UserError):
 
 
 class LateRanksError(UserError):
-    """Ranks were not there in time; where their hosts only began late, the next start finds them."""
+    """Ranks were not there in time; where their hosts only began late, the next start finds them.
+
+    Args:
+        message: What the user sees.
+        is_rank_0: Whether rank 0 is one of them, which would speak for its host.
+    """
 
     exit_code = 1
 
+    def __init__(self, message: str, *, is_rank_0: bool) -> None:
+        super().__init__(message)
+        self.is_rank_0 = is_rank_0
+
 
 class DivergenceError(UserError):
-    """The loss or the gradient is not finite: the same command would come to the same end."""
+    """The loss or the gradient is not finite: the same command would most likely come to the same end."""
 
 
 def spell_line(text: str) -> str:

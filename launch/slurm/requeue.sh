@@ -14,7 +14,8 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
     job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 fi
 
-# The number of lives in a row that neither ended in order nor saved a checkpoint, upon which the training deletes it.
+# The number of lives in a row that neither ended in order nor saved a checkpoint of new steps. The training deletes the
+# file when it has saved one.
 failures_file=$SLURM_SUBMIT_DIR/slurm-$job.failures
 
 # Trains with the arguments of launch/pretrain.py, and ends the job.
@@ -26,7 +27,10 @@ train_and_requeue() {
             "cause and submit it anew" >&2
         exit 1
     fi
-    echo "$failures" >"$failures_file"
+    if ! echo "$failures" >"$failures_file" || [ ! -s "$failures_file" ]; then # else the job could go on for ever
+        echo "error: $failures_file, which counts the failures of job $job, cannot be written: make room for it" >&2
+        exit 1
+    fi
 
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))

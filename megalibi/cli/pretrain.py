@@ -1,8 +1,8 @@
 """Pretrain a GPT on one rank, or on several that deepspeed, torchrun, srun or mpirun starts.
 
 Exit codes: 0 finished, or stopped by SIGTERM, SIGINT, SIGUSR1 or SIGHUP with a checkpoint saved (a script that has to
-tell the two apart asks for --stopped-code); 1 failed; 2 the run cannot go on until its user has
-mended something, said in one line: the configuration, the data, a checkpoint, the disk, the memory, or it has diverged.
+tell the two apart asks for --stopped-code); 1 failed; 2 the user has to mend something, said in one line: the
+configuration, the data, a checkpoint, the disk, the memory, or a run that has diverged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megalibi.cli.command import RankCommand, add_run
 from megalibi.config import Config, load_config
+from megalibi.config.checks import refuse
 from megalibi.errors import ShortageError
 from megalibi.runtime.environment import set_environment
 from megalibi.runtime.ranks import Place
@@ -51,8 +52,11 @@ def run(arguments: argparse.Namespace, place: Place) -> int:
     """Check everything, set up the device and torch.distributed, and train; return this rank's exit code."""
     config = load_config(arguments.config, arguments.overrides)
     set_environment(config)
+    failures_file = arguments.failures_file
+    if failures_file is not None and place.rank == 0 and not failures_file.parent.is_dir():
+        refuse("--failures-file", failures_file, "be in a folder that rank 0 sees, also from within a container")
     try:
-        job = dataclasses.replace(start_job(config, place), failures_file=arguments.failures_file)
+        job = dataclasses.replace(start_job(config, place), failures_file=failures_file)
 
         from megalibi.train.loop import train  # not before the device is set up
 

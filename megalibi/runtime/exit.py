@@ -1,7 +1,7 @@
 """How a process ends: what went wrong is one line and an exit code, for a command and for a rank of a job.
 
-Exit codes: 0 done; 1 failed, with a traceback; 2 something that the user can mend, such as a
-run that has diverged; 130 interrupted.
+Exit codes: 0 done; 1 failed, with a traceback, or in one line for ranks that are missing or lost; 2 something that the
+user can mend, such as a run that has diverged; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
 from megalibi import log
-from megalibi.errors import FileError, ShortageError, UserError, describe_os_error, spell_line
+from megalibi.errors import FileError, LateRanksError, ShortageError, UserError, describe_os_error, spell_line
 from megalibi.runtime.ranks import Place, find_place
 from megalibi.runtime.shortage import ADVICE, find_shortage
 from megalibi.runtime.spokesman import has_spoken, is_spokesman, tell_others
@@ -30,6 +31,8 @@ _LOST = re.compile(
     r"(?P<closed>Connection closed by peer|Read error|Write error) \[(?P<address>[^\]]+)\]:\d+(: (?P<reset>[\w ]+))?"
 )
 """What gloo says of a connection that is gone; NCCL's words name no address."""
+_SPEAK_SECONDS = 2.0
+"""How long a rank that does not speak waits for those that do."""
 _RIGHTS = "ask its owner for the right to use it, or give another path"
 _ADVICE = {
     errno.EACCES: _RIGHTS,
@@ -117,6 +120,9 @@ def _run_rank(work: Callable[[Place], int | None]) -> int:
     except ShortageError as error:
         _write_error(str(error), place)  # by each rank, for it may be the only one
         return error.exit_code
+    except LateRanksError as error:
+        _say_on_each_host(error, place)
+        return error.exit_code
     except UserError as error:
         _say(str(error), place)
         return error.exit_code
@@ -166,6 +172,15 @@ def _say(message: str, place: Place | None) -> None:
         tell_others(place)
     elif not has_spoken(place):
         _write_error(message, place)
+
+
+def _say_on_each_host(error: LateRanksError, place: Place | None) -> None:
+    """Print that ranks are missing: by one rank of each host, since the hosts have logs of their own."""
+    is_beside_rank_0 = place is not None and place.rank == place.local_rank
+    if place is None or place.local_rank == 0 or (error.is_rank_0 and is_beside_rank_0):
+        _write_error(str(error), place)
+    else:
+        time.sleep(_SPEAK_SECONDS)  # a launcher kills the others when the first rank ends
 
 
 def _write_error(message: str, place: Place | None = None) -> None:

@@ -219,6 +219,9 @@ def _meet(place: Place, timeout: timedelta) -> dist.Store:
         store: dist.Store = keep_store(address, port, timeout, is_one_host=is_one_host)
     else:
         store = find_store(address, port, place.rank, place.world_size, timeout)
+    # The agent that starts the ranks anew (torchrun --max-restarts) keeps the store, with what the former ranks wrote.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store.set_timeout(timeout)
     wait_for_ranks(dist.PrefixStore("arrivals", store), place.rank, place.world_size, timeout)
     return store
 

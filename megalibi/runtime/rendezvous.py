@@ -67,8 +67,10 @@ def find_store(address: str, port: int, rank: int, world_size: int, timeout: tim
         store: dist.Store = next(dist.rendezvous("env://", rank=rank, world_size=world_size, timeout=timeout))[0]
     except dist.DistError as error:
         raise LateRanksError(
-            f"rank 0 does not answer at {address}:{port} after {_spell_minutes(timeout)}: see whether its host is up, "
-            "whether MASTER_ADDR is an address of it, and whether the hosts let each other reach the port"
+            f"nobody answers at {address}:{port}, where rank 0 or torchrun's agent should, after "
+            f"{_spell_minutes(timeout)}: see whether that host is up, whether MASTER_ADDR is an address of it, and "
+            "whether the hosts let each other reach the port",
+            is_rank_0=True,
         ) from error
     store.set_timeout(timeout)
     return store
@@ -88,29 +90,41 @@ def wait_for_ranks(store: dist.Store, rank: int, world_size: int, timeout: timed
     """
     import torch.distributed as dist
 
+    try:
+        missing, is_rank_0 = _exchange(store, rank, world_size, timeout)
+    except dist.DistError as error:
+        raise LateRanksError(
+            "rank 0, or torchrun's agent, has ended before all ranks had come; what it said last has the cause",
+            is_rank_0=True,
+        ) from error
+    if missing:
+        raise LateRanksError(f"after {_spell_minutes(timeout)} {missing}", is_rank_0=is_rank_0)
+
+
+def _exchange(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> tuple[str, bool]:
+    """Say that this rank is here, and wait; return which ranks are missing, empty if none is, and whether rank 0 is."""
+    import torch.distributed as dist
+
     store.set(f"here {rank}", socket.gethostname())
     if rank > 0:
         try:
             store.wait(["missing"], timeout + _VERDICT)
-        except dist.DistError as error:
-            raise LateRanksError(
-                "rank 0 has ended before all ranks had come; what it said last has the cause"
-            ) from error
+        except dist.DistStoreError:  # torchrun's agent keeps the store, also without rank 0
+            return _describe_missing(store, world_size), not store.check(["here 0"])
         missing = store.get("missing").decode()
         store.set(f"read {rank}", "")
-    else:
-        try:
-            store.wait([f"here {other}" for other in range(world_size)], timeout)
-            missing = ""
-        except dist.DistError:
-            missing = _describe_missing(store, world_size)
-        store.set("missing", missing)
-        if missing:  # the store ends with this process
-            present = [other for other in range(1, world_size) if store.check([f"here {other}"])]
-            with contextlib.suppress(dist.DistError):
-                store.wait([f"read {other}" for other in present], _VERDICT)
-    if missing:
-        raise LateRanksError(f"after {_spell_minutes(timeout)} {missing}")
+        return missing, False
+    try:
+        store.wait([f"here {other}" for other in range(world_size)], timeout)
+        missing = ""
+    except dist.DistStoreError:
+        missing = _describe_missing(store, world_size)
+    store.set("missing", missing)
+    if missing:  # the store ends with this process
+        present = [f"read {other}" for other in range(1, world_size) if store.check([f"here {other}"])]
+        with contextlib.suppress(dist.DistError):
+            store.wait(present, _VERDICT)
+    return missing, False
 
 
 def _describe_missing(store: dist.Store, world_size: int) -> str:
@@ -124,6 +138,8 @@ def _describe_missing(store: dist.Store, world_size: int) -> str:
             hosts[store.get(f"here {rank}").decode()] = None
         else:
             missing.append(rank)
+    if not missing:  # they have come while rank 0 gave its verdict, or it did not give one
+        return "rank 0 has not said that all ranks are there; what it said last has the cause"
     came = "" if len(hosts) > _MAX_HOSTS else f" (hosts that are there: {', '.join(hosts)})"
     verb = "is" if len(missing) == 1 else "are"
     return (

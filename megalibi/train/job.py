@@ -44,7 +44,7 @@ class Job:
     device: torch.device
     """The device on which this rank computes."""
     failures_file: Path | None = None
-    """Deleted by rank 0 when a checkpoint is complete, if it is there: whoever starts the job counts failures in it."""
+    """Deleted by rank 0 when a checkpoint of new steps is complete: whoever starts the job counts failures in it."""
 
 
 def open_split(config: Config, split: tuple[DatasetConfig, ...]) -> Dataset:

@@ -213,7 +213,7 @@ class Saves:
     def note_saved(self, step: int) -> None:
         """Note that the checkpoint of a step is complete."""
         self.saved = step
-        if self.job.groups.world.rank == 0 and self.job.failures_file is not None:
+        if self.job.groups.world.rank == 0 and self.job.failures_file is not None and step > self.first_step:
             try:
                 self.job.failures_file.unlink(missing_ok=True)
             except OSError as error:

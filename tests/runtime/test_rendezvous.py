@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from megalibi.errors import ConfigError, LateRanksError
+from megalibi.runtime import rendezvous
 from megalibi.runtime.rendezvous import find_store, keep_store, listen_for_ranks, wait_for_ranks
 from tests.support.ranks import find_free_port
 from tests.support.without_privileges import give_up_privileges
@@ -42,8 +43,8 @@ def test_the_store_answers_at_the_given_address_and_at_no_other(address: str) ->
     assert store.get("key") == b"value"
 
 
-def come(rank: int, port: int, world_size: int, timeout: timedelta) -> tuple[dist.Store, str]:
-    """Meet the others as this rank does; return the store, which rank 0 keeps, and the error, or nothing."""
+def come(rank: int, port: int, world_size: int, timeout: timedelta, kept: list[dist.Store]) -> str:
+    """Meet the others as this rank does; return the error, or nothing. Rank 0's store ends with it where it fails."""
     if rank == 0:
         store = keep_store("127.0.0.1", port, timeout, is_one_host=True)
     else:
@@ -51,8 +52,9 @@ def come(rank: int, port: int, world_size: int, timeout: timedelta) -> tuple[dis
     try:
         wait_for_ranks(store, rank, world_size, timeout)
     except LateRanksError as error:
-        return store, str(error)
-    return store, ""
+        return str(error)
+    kept.append(store)
+    return ""
 
 
 @pytest.mark.parametrize(
@@ -61,8 +63,8 @@ def come(rank: int, port: int, world_size: int, timeout: timedelta) -> tuple[dis
 def test_ranks_that_do_not_come_are_named_by_all_that_have(coming: Sequence[int], missing: str) -> None:
     port, timeout = find_free_port(), timedelta(seconds=3 if missing else 60)
     with ThreadPoolExecutor(len(coming)) as threads:
-        said = list(threads.map(lambda rank: come(rank, port, 6, timeout), coming))
-    (line,) = {line for _, line in said}
+        kept: list[dist.Store] = []
+        (line,) = set(threads.map(lambda rank: come(rank, port, 6, timeout, kept), coming))
     expected = (
         f"after parallel.timeout_minutes=0.05 {missing} missing (hosts that are there: {socket.gethostname()}): see "
         "whether their hosts are up and can reach rank 0's, and what their launchers said"
@@ -74,9 +76,7 @@ def test_rank_0_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
     port = find_free_port()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    with pytest.raises(
-        LateRanksError, match=rf"^rank 0 does not answer at 127\.0\.0\.1:{port} after parallel\.timeout_m"
-    ):
+    with pytest.raises(LateRanksError, match=rf"^nobody answers at 127\.0\.0\.1:{port}, where rank 0 or torchrun's"):
         find_store("127.0.0.1", port, 1, 2, timedelta(seconds=1))
 
 
@@ -84,10 +84,21 @@ def test_rank_0_that_ends_before_all_have_come_is_one_line() -> None:
     port = find_free_port()
     store = keep_store("127.0.0.1", port, timedelta(seconds=30), is_one_host=True)
     with ThreadPoolExecutor(1) as threads:
-        other = threads.submit(come, 1, port, 3, timedelta(seconds=30))
+        other = threads.submit(come, 1, port, 3, timedelta(seconds=30), [])
         store.wait(["here 1"])
         del store  # with which its thread ends
-        assert other.result()[1] == "rank 0 has ended before all ranks had come; what it said last has the cause"
+        assert other.result().startswith("rank 0, or torchrun's agent, has ended before all ranks had come; what")
+
+
+def test_without_rank_0_the_ranks_at_an_agents_store_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_VERDICT", timedelta(seconds=1))
+    port = find_free_port()
+    agents = keep_store("127.0.0.1", port, timedelta(seconds=30), is_one_host=True)
+    assert agents.check(["missing"]) is False
+    with ThreadPoolExecutor(2) as threads:
+        said = set(threads.map(lambda rank: come(rank, port, 4, timedelta(seconds=3), []), [1, 2]))
+    (line,) = said
+    assert line.startswith("after parallel.timeout_minutes=0.05 ranks 0, 3 of 4 are missing (hosts that are there: ")
 
 
 def test_a_loopback_address_by_name_is_kept_on_one_host_alone(caplog: pytest.LogCaptureFixture) -> None:
