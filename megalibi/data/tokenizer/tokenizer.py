@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import sentencepiece
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from sentencepiece import sentencepiece_model_pb2
 
 from megalibi.data.text.cutting import cut_at_spaces
@@ -62,7 +63,10 @@ class Tokenizer:
         keeps_whitespace = self.decode(ids) == probe and self.text_bytes[ids].sum() == len(probe)
         byte_tokens = [self._processor.piece_to_id(piece) for piece in _SPACE_BYTES]
         has_bytes = all(self._processor.is_byte(token) for token in byte_tokens)
-        proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+        try:
+            proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+        except DecodeError as error:  # Python's reader of the format is stricter than sentencepiece's own
+            raise DataError(f"{self.path}: damaged, {error}; copy it or train it again") from error
         normalizes = bool(proto.normalizer_spec.precompiled_charsmap)  # as NFKC, which writes fi for a ligature
         self._space_tokens = byte_tokens if keeps_whitespace and has_bytes and not normalizes else None
         self.is_exact = self._space_tokens is not None
