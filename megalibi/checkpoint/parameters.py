@@ -6,6 +6,7 @@ One entry describes a parameter for every tensor rank: its full shape without pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class ParameterEntry:
         """
         shard = fields["shard"]
         spec = None if shard is None else ShardSpec(**shard)
-        return cls(**{**fields, "shape": tuple(int(size) for size in fields["shape"]), "shard": spec})
+        return cls(**{**fields, "shape": tuple(index(size) for size in fields["shape"]), "shard": spec})
 
 
 def describe_parameters(model: nn.Module, dtype: torch.dtype) -> dict[str, ParameterEntry]:
