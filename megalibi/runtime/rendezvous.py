@@ -56,7 +56,7 @@ def find_store(address: str, port: int, rank: int, world_size: int, timeout: tim
         port: MASTER_PORT.
         rank: The number of this rank.
         world_size: The number of ranks.
-        timeout: How long to wait for it, and then for what another rank writes.
+        timeout: How long to wait for it.
 
     Raises:
         LateRanksError: Nobody answers there.
@@ -72,7 +72,6 @@ def find_store(address: str, port: int, rank: int, world_size: int, timeout: tim
             "whether the hosts let each other reach the port",
             is_rank_0=True,
         ) from error
-    store.set_timeout(timeout)
     return store
 
 
