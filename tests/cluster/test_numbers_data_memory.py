@@ -41,19 +41,28 @@ def said(launched: list[Launched]) -> str:
 
 def fail_soon(hosts: Hosts, launched: list[Launched]) -> str:
     """Wait for the end of all ranks, which must be near; return the one line of an error that they have said."""
+    wait_for_the_end(hosts, launched)
+    return error_of(launched)
+
+
+def wait_for_the_end(hosts: Hosts, launched: list[Launched]) -> None:
     deadline = time.monotonic() + SEEN_SECONDS
     while any(find_ranks(hosts, name) for name in NODES):
         assert time.monotonic() < deadline, said(launched)
         time.sleep(POLL_SECONDS)
-    return error_of(launched)
 
 
 def error_of(launched: list[Launched]) -> str:
     """Return the one line of an error; what is found before the ranks have met is said by one of each host."""
-    assert [each.wait() for each in launched] == [1, 1]  # torchrun's code for any other than 0
-    lines = [line for line in said(launched).splitlines() if line.startswith("error: ")]
+    lines = [error for each in launched for error in errors_of(each)]
     assert len({line.partition(" [rank ")[0] for line in lines}) == 1, lines
     return lines[0]
+
+
+def errors_of(launched: Launched) -> list[str]:
+    """Return the lines of errors that one host has said."""
+    assert launched.wait() == 1  # torchrun's code for any other than 0
+    return [line for line in launched.output.splitlines() if line.startswith("error: ")]
 
 
 def test_a_loss_that_is_not_a_number_on_one_host(hosts: Hosts, tmp_path: Path) -> None:
@@ -126,7 +135,9 @@ def test_a_host_whose_memory_runs_out(hosts: Hosts, tmp_path: Path) -> None:
     )
     launched = torchrun(hosts, NODES, 1, config, before_the_last=["prlimit", f"--data={DATA_BYTES}"])
     launched[0].wait_until((tmp_path / "run" / "config.yaml").exists)  # the engine stands
-    line = fail_soon(hosts, launched)
+    wait_for_the_end(hosts, launched)
+    (lost,), (line,) = (errors_of(each) for each in launched)
+    assert lost.startswith(f"error: a rank at {hosts.addresses['node2']} has ended or is cut off (")
     size = r"\d+\.\d [MG]B"
     cause = "error: not enough memory on node2, the host's"
     assert re.match(
