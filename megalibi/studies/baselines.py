@@ -1,8 +1,29 @@
-"""How the positions that ALiBi is compared with were given their best, in the words of a study's results."""
+"""How the positions that ALiBi is compared with are given their best, and how a study's results say so."""
 
 from __future__ import annotations
 
+import dataclasses
+
 from megalibi.config import ModelConfig
+
+
+def replace_positions(model: ModelConfig, method: str, *, longest: int = 0) -> ModelConfig:
+    """Return a study's model with other positions; model.scale_embedding is of its sinusoidal models alone.
+
+    Args:
+        model: The section ``model`` of the study's run.
+        method: The position method.
+        longest: Tokens that learned positions reach; 0 for all others.
+
+    Raises:
+        ConfigError: The other fields of the model do not allow this method.
+    """
+    return dataclasses.replace(
+        model,
+        position_method=method,
+        max_position_embeddings=longest,
+        scale_embedding=model.scale_embedding and method == "sinusoidal",
+    )
 
 
 def describe_sinusoidal(model: ModelConfig) -> str:

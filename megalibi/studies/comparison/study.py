@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megalibi.config import Config
 from megalibi.errors import ConfigError
+from megalibi.studies.baselines import replace_positions
 
 FIGURE_5 = "figure5.png"
 COMPARISON_FILES = ("results.json", "report.md", FIGURE_5)
@@ -131,7 +132,7 @@ def model_config(base: Config, model: ComparedModel) -> Config:
     """
     return dataclasses.replace(
         base,
-        model=dataclasses.replace(base.model, position_method=model.method),
+        model=replace_positions(base.model, model.method),
         data=dataclasses.replace(base.data, seq_length=model.length),
         train=dataclasses.replace(
             base.train,

@@ -16,6 +16,7 @@ from pathlib import Path
 from megalibi.config import Config
 from megalibi.config.model import POSITION_METHODS
 from megalibi.errors import ConfigError
+from megalibi.studies.baselines import replace_positions
 
 EXTRAPOLATION_FILES = ("results.json", "table.md", "figure.png", "figure_by_position.png")
 """The files of a study's results."""
@@ -153,12 +154,7 @@ def method_config(base: Config, method: str, learning_rate: float, seed: int) ->
 
     return dataclasses.replace(
         base,
-        model=dataclasses.replace(
-            base.model,
-            position_method=method,
-            max_position_embeddings=cap,
-            scale_embedding=base.model.scale_embedding and method == "sinusoidal",
-        ),
+        model=replace_positions(base.model, method, longest=cap),
         optimizer=dataclasses.replace(
             base.optimizer,
             learning_rate=learning_rate,

@@ -38,6 +38,14 @@ def test_models_differ_in_length_and_positions_and_see_as_many_tokens() -> None:
     assert model_config(base, ComparedModel(method="alibi", length=64)).model == base.model
 
 
+def test_scaled_tokens_are_of_the_sinusoidal_models_alone() -> None:
+    scaled = make_config(
+        "tokens", model={"position_method": "sinusoidal", "scale_embedding": True}, data={"seq_length": 64}
+    )
+    for model in make_study().models():
+        assert model_config(scaled, model).model.scale_embedding == (model.method == "sinusoidal")
+
+
 def test_each_pair_is_alibi_at_one_length_and_sinusoidal_at_the_next() -> None:
     pairs = [(short.name, long.name) for short, long in make_study().pairs()]
     assert pairs == [("alibi_16", "sinusoidal_32"), ("alibi_32", "sinusoidal_64")]
