@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SCALES = ("smoke", "small", "1.3b", "1.3b_10min")
 EXAMPLES = """examples:
   {command} --scale smoke
-  {command} --scale small --data data/books-train --valid data/books-valid --jobs 2
+  {command} --scale small --jobs 2
   {command} --scale small --part speed --again 2
   {command} --scale 1.3b --plan
   {command} --scale 1.3b --part speed --data data/train --valid data/valid study.turns=5

@@ -22,7 +22,8 @@ COMPARISON_FILES = ("results.json", "report.md", FIGURE_5)
 ALIBI, SINUSOIDAL = "alibi", "sinusoidal"
 ATTENTIONS = {"unfused": "unfused", "fast": "auto"}
 """Kind of attention -> model.attention_backend. Unfused attention holds the scores of all pairs of tokens, as the
-paper's fairseq did, with products in 16 bits and the softmax in fp32; fast is the best back end that can run."""
+paper's fairseq did, with products in the run's precision and the softmax in fp32; fast is the best back end that can
+run."""
 
 
 @dataclass(frozen=True, kw_only=True)
